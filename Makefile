@@ -1,0 +1,37 @@
+# make demo: from a fresh clone to a trained network.  make test: the whole suite.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-quick setup lint clean
+
+demo: $(VENV)/demo
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train.py --config recipes/digits.yaml
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-quick: setup        # the everyday part: what is not marked slow
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+setup: $(VENV)/dev
+
+$(VENV)/demo: requirements.txt constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing requirements.txt into $(VENV) (about a minute, 5 GB with torch's CUDA libraries)"
+	$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/dev: $(VENV)/demo requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+clean:                   # what was built and cached; runs/ stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,550 @@
+"""What is where: from the name of a data set to its splits, columns, classes and labels."""
+
+import difflib
+import json
+import re
+import socket
+import threading
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from harness.errors import UserError
+from harness.pixels import native_size, seeded_permutation
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # otherwise imported late: a second that `--help` does not need
+
+IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+SPLIT_NAMES = {
+    "train": ("train",),
+    "val": ("validation", "valid", "val", "dev"),
+    "test": ("test",),
+}
+HUB_TIMEOUT_S = 3.0
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A data set known by a short name; `splits` are the sizes its numbers are quoted for."""
+
+    id: str  # on the Hub, or a folder of this repository
+    splits: dict[str, int]
+    revision: str | None = None
+    label_column: str | None = None  # only where there are several
+    statistics: tuple = IMAGENET_STATISTICS  # mean and std of the train pixels in 0..1
+
+
+BUILT_IN = {
+    "digits": BuiltIn(
+        id=str(Path(__file__).resolve().parents[1] / "data" / "digits"),
+        splits={"train": 1437, "test": 360},
+        statistics=((0.3054,) * 3, (0.3760,) * 3),
+    ),
+    "cifar10": BuiltIn(
+        id="uoft-cs/cifar10",
+        revision="0b2714987fa478483af9968de7c934580d0bb9a2",
+        splits={"train": 50_000, "test": 10_000},
+        statistics=((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    ),
+    "cifar100": BuiltIn(
+        id="uoft-cs/cifar100",
+        splits={"train": 50_000, "test": 10_000},
+        label_column="fine_label",
+        statistics=((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    ),
+    "flowers102": BuiltIn(
+        id="Donghyun99/Oxford-Flower-102",
+        revision="7e43fe37eeb9278138ab0bd2d0abb10d0f703d09",
+        splits={"train": 1020, "validation": 1020, "test": 6149},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Some rows of a stored split. Sample i is row `rows[i]` of `dataset`, its label `labels[i]`.
+
+    A train split and the validation split held out of it share one `dataset`, so that it is
+    decoded once whatever the fraction and the seed are.
+    """
+
+    name: str  # as stored, for messages: a held-out validation split has the name of its source
+    dataset: "Dataset" = field(repr=False)
+    rows: np.ndarray = field(repr=False)  # int64 (n,)
+    labels: np.ndarray = field(repr=False)  # int64 (n,), indices into Data.classes
+
+    def __len__(self):
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set ready to be decoded (`harness.pixels.decode_split`)."""
+
+    name: str  # what the user asked for
+    source: str  # where it really came from: id@revision, or a folder
+    classes: list[str]
+    image_column: str
+    label_column: str
+    train: Split
+    val: Split | None
+    test: Split | None
+    image_size: int  # px: the images' own size where all are the same small square, else 224
+    mean: tuple[float, float, float]  # of pixels in 0..1
+    std: tuple[float, float, float]
+
+
+def load_data(
+    dataset,
+    *,
+    image_column=None,
+    label_column=None,
+    train_split=None,
+    val_split=None,
+    test_split=None,
+    val_fraction=0.0,
+    max_train_samples=None,
+    max_eval_samples=None,
+    seed=42,
+):
+    """Find a data set, its columns and its splits, and check every label.
+
+    Args:
+        dataset: a built-in name (`BUILT_IN`), a Hub id (`owner/name`, or `owner/name:config`),
+            or a folder: parquet in the Hub's layout, `save_to_disk`, or one folder per class
+            (under train/, validation/, test/, or directly, which is then all train).
+        image_column: None for the only column of type Image.
+        label_column: None for the only ClassLabel, or else the only integer or string column,
+            whose classes are the sorted values of the train split.
+        train_split: None for "train".
+        val_split: None for the one there is, if any; "none" to do without.
+        test_split: the same.
+        val_fraction: the part of train to hold out for validation, stratified, in [0, 1).
+        max_train_samples: keep this many of the train samples, stratified; None for all.
+        max_eval_samples: the same for validation and test.
+        seed: decides which samples are held out and kept; nothing else does.
+
+    Returns:
+        Data.
+
+    Raises:
+        UserError: anything that is the user's to mend, on one line.
+    """
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"--val_fraction is {val_fraction}: it must be at least 0 and below 1")
+    for flag, count in (
+        ("--max_train_samples", max_train_samples),
+        ("--max_eval_samples", max_eval_samples),
+    ):
+        if count is not None and count < 1:
+            raise UserError(f"{flag} is {count}: it must be at least 1 (leave it out for all)")
+
+    built_in = BUILT_IN.get(dataset)
+    stored, source = _load(dataset, built_in)
+    if built_in:
+        _check_sizes(dataset, stored, built_in.splits)
+        label_column = label_column or built_in.label_column
+
+    chosen = _choose_splits(stored, train=train_split, val=val_split, test=test_split)
+    if val_fraction and chosen["val"]:
+        raise UserError(
+            f"--val_fraction is {val_fraction}, but {dataset} has the validation split "
+            f"'{chosen['val']}': leave --val_fraction out, or pass --val_split none"
+        )
+    features = stored[chosen["train"]].features
+    image_column = _find_image_column(features, image_column)
+    label_column = _find_label_column(features, label_column, image_column)
+    values, classes = _find_classes(stored[chosen["train"]], label_column)
+
+    splits = {}
+    for role, name in chosen.items():
+        if name is None:
+            splits[role] = None
+            continue
+        _check_split(name, stored[name], features, image_column, label_column)
+        labels = _read_labels(name, stored[name], label_column, values)
+        splits[role] = Split(name, stored[name], np.arange(len(labels)), labels)
+    _check_every_class(splits["train"], classes)
+
+    if val_fraction:
+        splits["train"], splits["val"] = _hold_out(splits["train"], val_fraction, classes, seed)
+    mean, std = built_in.statistics if built_in else IMAGENET_STATISTICS
+    return Data(
+        name=dataset,
+        source=source,
+        classes=classes,
+        image_column=image_column,
+        label_column=label_column,
+        train=_cut(splits["train"], max_train_samples, seed),
+        val=_cut(splits["val"], max_eval_samples, seed),
+        test=_cut(splits["test"], max_eval_samples, seed),
+        image_size=native_size(stored[chosen["train"]], image_column) or 224,
+        mean=mean,
+        std=std,
+    )
+
+
+def stratified_order(labels, seed):
+    """An order of the samples of which every beginning has the classes in proportion.
+
+    The j-th of the n_c samples of class c, shuffled, is put at (j + ½) / n_c; so the first k
+    hold each class k · n_c / n times, give or take one, and a larger k only adds to them.
+
+    >>> labels = np.array([0, 0, 0, 0, 0, 0, 1, 1, 1])
+    >>> np.bincount(labels[stratified_order(labels, seed=0)[:3]]).tolist()
+    [2, 1]
+    """
+    shuffled = seeded_permutation(len(labels), seed, "split").numpy()
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    counts = np.bincount(labels)
+    first = np.repeat(np.cumsum(counts) - counts, counts)  # where the class of each starts
+    place = (np.arange(len(labels)) - first + 0.5) / np.repeat(counts, counts)
+    # Ties (all of them in a balanced set) fall in the order of the shuffle, not of the classes.
+    position = np.empty(len(labels), dtype=np.float64)
+    position[by_class] = place
+    return shuffled[np.argsort(position[shuffled], kind="stable")]
+
+
+# --- where the data is ---
+
+
+def _load(name, built_in):
+    """The stored splits of a data set as {name: Dataset}, and where they came from."""
+    path = Path(name).expanduser()
+    if built_in and Path(built_in.id).is_absolute():
+        return _load_folder(Path(built_in.id)), built_in.id
+    if built_in:
+        source = f"{built_in.id}@{built_in.revision[:7]}" if built_in.revision else built_in.id
+        return _load_from_hub(built_in.id, built_in.revision, built_in.label_column), source
+    if path.is_dir():
+        return _load_folder(path), str(path.resolve())
+    if path.exists():
+        raise UserError(f"--dataset {name} is a file: give the folder that it is in")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", name):
+        return _load_from_hub(name, revision=None, label_column=None), name
+    if "/" in name:
+        raise UserError(f"--dataset {name}: there is no such folder")
+    raise UserError(
+        f"unknown data set '{name}'{_nearest(name, BUILT_IN)}; built in are "
+        f"{', '.join(BUILT_IN)}; others are a Hub id (owner/name) or a folder"
+    )
+
+
+def _load_folder(folder):
+    """The splits of a local folder; what kind of folder it is, is seen by looking at it."""
+    import datasets
+
+    try:
+        if (folder / "dataset_dict.json").is_file():
+            names = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+            return {name: _load_saved(folder / name, name) for name in names}
+        if (folder / "state.json").is_file():
+            return {"train": _load_saved(folder, "train")}
+        if re.search(r"[][*?]", str(folder)):
+            raise ValueError("datasets takes the [ ] * ? in its path for a pattern, rename it")
+        image_folders = _find_image_folders(folder)
+        if image_folders:
+            return dict(datasets.load_dataset("imagefolder", data_files=image_folders))
+        # The Hub's layout, with what a README.md there may say about configurations.
+        return dict(datasets.load_dataset(str(folder)))
+    except UserError:
+        raise
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise UserError(
+            f"cannot read a data set from {folder}: {reason} (wanted: parquet files named "
+            "train-*.parquet, a save_to_disk folder, or one folder of images per class)"
+        ) from error
+
+
+def _load_saved(folder, name):
+    """One split as `save_to_disk` wrote it."""
+    import datasets
+
+    # No rows are saved as no file, which `datasets` can't read again.
+    if not json.loads((folder / "state.json").read_text())["_data_files"]:
+        raise UserError(f"split '{name}' is empty")
+    return datasets.Dataset.load_from_disk(folder)
+
+
+def _find_image_folders(folder):
+    """{split: pattern} if `folder` holds class-named image folders, else {}.
+
+    The patterns are explicit because `datasets` would take a class called "dev", or an image
+    called test_1.png, for a split.
+    """
+    if any(folder.glob("*.parquet")) or any(folder.glob("*/*.parquet")):
+        return {}  # with pictures beside it, perhaps, for its README
+    known = [name for names in SPLIT_NAMES.values() for name in names]
+    roots = {name: folder / name for name in known if _has_classes(folder / name)}
+    if "train" not in roots:
+        roots = {"train": folder} if _has_classes(folder) else {}
+    return {name: f"{root}/**" for name, root in roots.items()}
+
+
+def _has_classes(folder):
+    """Whether `folder` has a folder with an image in it."""
+    from PIL import Image
+
+    extensions = Image.registered_extensions()
+    return folder.is_dir() and any(
+        file.suffix.lower() in extensions
+        for child in folder.iterdir()
+        if child.is_dir() and not child.name.startswith(".")
+        for file in child.iterdir()
+    )
+
+
+def _load_from_hub(name, revision, label_column):
+    """The splits of a Hub data set: from the network, or else from the local cache."""
+    import datasets
+
+    hub_id, _, config = name.partition(":")
+    was_offline = datasets.config.HF_HUB_OFFLINE
+    offline = was_offline or not _hub_answers(datasets.config.HF_ENDPOINT)
+    # Without a network `datasets` would retry for 24 s before it looks into its cache.
+    datasets.config.HF_HUB_OFFLINE = offline
+    try:
+        return dict(datasets.load_dataset(hub_id, config or None, revision=revision))
+    except Exception as error:  # a dozen types from three libraries, all of them about this id
+        reason = str(error).partition("\n")[0]
+        if "Config name is missing" in reason or "There are multiple" in reason:
+            detail = " ".join(str(error).split("\n")[:2])
+            raise UserError(
+                f"--dataset {name}: add a configuration, {name}:NAME. {detail}"
+            ) from error
+        if not offline and not isinstance(error, ConnectionError):
+            raise UserError(f"cannot load {name} from the Hub: {reason}") from error
+        folder = hub_id.rpartition("/")[2]
+        at = f" --revision {revision}" if revision else ""
+        column = f" --label_column {label_column}" if label_column else ""
+        raise UserError(
+            f"{name} is not in the local cache and the Hub is out of reach (nor is there a folder "
+            f"of that name). Where there is network, `hf download {hub_id} --repo-type dataset{at} "
+            f"--local-dir {folder}` fetches it; then pass that folder: --dataset ./{folder}{column}"
+        ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = was_offline
+
+
+def _hub_answers(endpoint):
+    """Whether something listens at the Hub, or at the proxy before it; at most 3 s."""
+    hub = urlsplit(endpoint)
+    proxy = urllib.request.getproxies().get(hub.scheme)
+    bypassed = not proxy or urllib.request.proxy_bypass(hub.hostname)
+    at = hub if bypassed else urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    port = at.port or (443 if at.scheme == "https" else 80)
+    answers = []
+
+    def connect():
+        try:
+            socket.create_connection((at.hostname, port), timeout=HUB_TIMEOUT_S).close()
+            answers.append(True)
+        except OSError:
+            pass
+
+    # In a thread, because looking up the host's address knows no timeout.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(HUB_TIMEOUT_S)
+    return bool(answers)
+
+
+def _check_sizes(name, stored, sizes):
+    """A built-in data set has the published splits, or its numbers would mean something else."""
+    for split, size in sizes.items():
+        found = len(stored[split]) if split in stored else 0
+        if found != size:
+            raise UserError(
+                f"split '{split}' of {name} has {found:,} images, but should have {size:,}: "
+                "delete the copy in the cache of datasets and fetch it again"
+            )
+
+
+# --- splits and columns ---
+
+
+def _choose_splits(stored, **wanted):
+    """{"train": name, "val": name or None, "test": name or None} of the stored splits."""
+    chosen = {}
+    for role, name in wanted.items():
+        if name is None or (name == "none" and role != "train"):
+            continue
+        if name not in stored:
+            raise UserError(
+                f"--{role}_split {name}: there is no such split{_nearest(name, stored)}; "
+                f"the splits are {', '.join(stored)}"
+            )
+        if name in chosen.values():
+            raise UserError(f"--{role}_split {name}: that split already has another use")
+        chosen[role] = name
+    for role, names in SPLIT_NAMES.items():
+        if wanted[role] is None:
+            left = [name for name in names if name in stored and name not in chosen.values()]
+            chosen[role] = left[0] if left else None
+        else:
+            chosen.setdefault(role, None)  # "none"
+    if chosen["train"] is None:
+        raise UserError(
+            f"there is no split 'train': name one with --train_split ({', '.join(stored)})"
+        )
+    return {role: chosen[role] for role in SPLIT_NAMES}
+
+
+def _find_image_column(features, given):
+    import datasets
+
+    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    return _find_column(features, given, images, "--image_column", "of type Image")
+
+
+def _find_label_column(features, given, image_column):
+    import datasets
+
+    labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    plain = [
+        name
+        for name, kind in features.items()
+        if isinstance(kind, datasets.Value)
+        and re.fullmatch(r"u?int\d+|(large_)?string", kind.dtype)
+        and name != image_column
+    ]
+    candidates = labels + plain if given or not labels else labels
+    return _find_column(
+        features, given, candidates, "--label_column", "of type ClassLabel, integer or string"
+    )
+
+
+def _find_column(features, given, candidates, flag, kind):
+    """The given column if it is a candidate, or the only candidate."""
+    columns = ", ".join(f"{name} ({_type_name(feature)})" for name, feature in features.items())
+    if given and given not in features:
+        near = _nearest(given, features)
+        raise UserError(f"{flag} {given}: there is no such column{near}; the columns are {columns}")
+    if given and given not in candidates:
+        raise UserError(f"{flag} {given}: the column is not {kind}; the columns are {columns}")
+    if not given and len(candidates) != 1:
+        count = len(candidates) or "no"
+        raise UserError(
+            f"there are {count} columns {kind}: name one with {flag}; the columns are {columns}"
+        )
+    return given or candidates[0]
+
+
+def _type_name(feature):
+    """What a user knows the column's type as: Image, ClassLabel, int64, string."""
+    value_type = getattr(feature, "dtype", None) if type(feature).__name__ == "Value" else None
+    return value_type or type(feature).__name__
+
+
+# --- labels ---
+
+
+def _check_split(name, split, features, image_column, label_column):
+    """A split has images, and the columns and classes of train."""
+    if len(split) == 0:
+        raise UserError(f"split '{name}' is empty")
+    for column in (image_column, label_column):
+        if column not in split.features:
+            raise UserError(
+                f"split '{name}' has no column '{column}'; its columns are "
+                + ", ".join(split.features)
+            )
+        if type(split.features[column]) is not type(features[column]):
+            raise UserError(
+                f"column '{column}' is {_type_name(features[column])} in train, but "
+                f"{_type_name(split.features[column])} in split '{name}'"
+            )
+    train_names = getattr(features[label_column], "names", None)
+    if getattr(split.features[label_column], "names", None) != train_names:
+        raise UserError(f"the classes of split '{name}' are not those of train, or in other order")
+
+
+def _find_classes(train, label_column):
+    """The stored values of the classes in order, and the classes' names."""
+    feature = train.features[label_column]
+    if hasattr(feature, "names"):
+        return list(range(feature.num_classes)), list(feature.names)
+    values = sorted(_arrow_column(train, label_column).unique().drop_null().to_pylist())
+    return values, [str(value) for value in values]
+
+
+def _read_labels(name, split, label_column, values):
+    """int64 (n,): the place of each row's label among `values`."""
+    import pyarrow
+    import pyarrow.compute
+
+    stored = _arrow_column(split, label_column)
+    places = pyarrow.compute.index_in(stored, pyarrow.array(values, type=stored.type))
+    if places.null_count:
+        row = pyarrow.compute.index(pyarrow.compute.is_null(places), True).as_py()
+        value = stored[row].as_py()
+        span = f"0 to {len(values) - 1}" if isinstance(value, int) else "those of train"
+        raise UserError(
+            f"image {row} of split '{name}' has the label {value!r}, but the classes are {span}: "
+            "mend it, or leave that split out (--val_split none, --test_split none)"
+        )
+    return places.to_numpy().astype(np.int64)
+
+
+def _arrow_column(dataset, column):
+    """A column as Arrow values, without a Python object per row."""
+    return dataset.select_columns(column).with_format("arrow")[:][column]
+
+
+def _check_every_class(train, classes):
+    counts = np.bincount(train.labels, minlength=len(classes))
+    missing = [name for name, count in zip(classes, counts, strict=True) if count == 0]
+    if missing:
+        shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        raise UserError(
+            f"{len(missing)} of {len(classes)} classes have no image in split '{train.name}': "
+            f"{shown}"
+        )
+
+
+# --- parts of a split ---
+
+
+def _hold_out(train, fraction, classes, seed):
+    """`train` as (train, val), with every class in both."""
+    num_val = round(fraction * len(train))
+    order = stratified_order(train.labels, seed)
+    # Sorted, so that the pixels are read from the disk in order.
+    val_rows, train_rows = np.sort(order[:num_val]), np.sort(order[num_val:])
+    val, rest = (
+        Split(train.name, train.dataset, train.rows[rows], train.labels[rows])
+        for rows in (val_rows, train_rows)
+    )
+    for part, left_with in ((val, "validation"), (rest, "training")):
+        counts = np.bincount(part.labels, minlength=len(classes))
+        if counts.min() == 0:
+            worst = int(counts.argmin())
+            have = int((train.labels == worst).sum())
+            raise UserError(
+                f"--val_fraction {fraction} holds out {num_val:,} of {len(train):,} images and "
+                f"leaves {left_with} none of class '{classes[worst]}' (which has {have}): "
+                "too few to stratify, choose another fraction"
+            )
+    return rest, val
+
+
+def _cut(split, max_samples, seed):
+    """The first of a split's samples in a seeded stratified order, if it has too many."""
+    if split is None or max_samples is None or max_samples >= len(split):
+        return split
+    kept = np.sort(stratified_order(split.labels, seed)[:max_samples])
+    # A data set of its own, so that a quick look at ImageNet does not decode all of it.
+    dataset = split.dataset.select(split.rows[kept])
+    return Split(split.name, dataset, np.arange(max_samples), split.labels[kept])
+
+
+def _nearest(name, names):
+    """ " (did you mean …?)" with the nearest of `names`, or nothing."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean '{near[0]}'?)" if near else ""

@@ -1,0 +1,309 @@
+"""Flags: what the scripts share, YAML recipes, and errors that name the nearest valid thing.
+
+Nothing here imports torch, so `--help` and a mistyped flag answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import sys
+from pathlib import Path
+
+import yaml
+
+AUGMENTS = ("none", "basic", "autoaugment", "randaugment", "trivialaugment")
+
+# Flags that change where a run is written and what it tells, never what it computes: the only ones
+# that may differ between a checkpoint and the command that resumes it.
+OPERATIONAL = {
+    "config", "output_dir", "run_name", "overwrite", "dry_run", "report_to", "project", "group",
+    "log_model", "threads", "checkpointing_steps", "max_checkpoints", "resume_from_checkpoint",
+    "stop_after",
+}  # fmt: skip
+
+
+def nearest(word, known):
+    """`, did you mean "x"?` for the closest of `known`, or an empty string."""
+    match = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
+    return f', did you mean "{match[0]}"?' if match else ""
+
+
+def whole(low, high=None):
+    """An argparse type: an integer in [low, high]."""
+
+    def convert(text):
+        value = int(text)
+        if value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(_range_message(text, "a whole number", low, high))
+        return value
+
+    convert.__name__ = "whole number"
+    return convert
+
+
+def number(low=None, high=None, above=None):
+    """An argparse type: a finite float in [low, high], or greater than `above`."""
+
+    def convert(text):
+        value = float(text)
+        bad = not math.isfinite(value) or (low is not None and value < low)
+        if bad or (high is not None and value > high) or (above is not None and value <= above):
+            raise argparse.ArgumentTypeError(_range_message(text, "a number", low, high, above))
+        return value
+
+    convert.__name__ = "number"
+    return convert
+
+
+def _range_message(text, kind, low, high, above=None):
+    bounds = [f"above {above}"] if above is not None else []
+    bounds += [f"at least {low}"] if low is not None else []
+    bounds += [f"at most {high}"] if high is not None else []
+    return f"{text} is not {kind} {' and '.join(bounds)}".rstrip()
+
+
+def integer_or(*words, low=1):
+    """An argparse type: one of `words`, or an integer of at least `low`."""
+
+    def convert(text):
+        return text if text in words else whole(low)(text)
+
+    convert.__name__ = f"{' or '.join(words)} or whole number"
+    return convert
+
+
+def run_name(text):
+    """An argparse type: a name that is one folder and stays inside `--output_dir`."""
+    if not text or text in (".", "..") or any(c in text for c in "/\\\0"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder name (no slashes, no NUL)")
+    return text
+
+
+class Switch(argparse.Action):
+    """`--name` turns on, `--no_name` turns off."""
+
+    def __init__(self, option_strings, dest, default=False, help=None, **_):
+        names = [*option_strings, *(f"--no_{o[2:]}" for o in option_strings)]
+        super().__init__(names, dest, nargs=0, default=default, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, not option_string.startswith("--no_"))
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        if action.default in (None, argparse.SUPPRESS) or isinstance(action, argparse._HelpAction):
+            return action.help
+        default = "on" if action.default is True else "off" if action.default is False else None
+        return f"{action.help} (default: {default or '%(default)s'})"
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser with `--config FILE.yaml`, dashes or underscores, and one-line errors."""
+
+    def __init__(self, description):
+        super().__init__(
+            description=description, formatter_class=_Help, allow_abbrev=False, add_help=True
+        )
+        self.where = ""  # the recipe being read, named in errors
+        self.add_argument(
+            "--config",
+            metavar="FILE.yaml",
+            help="a recipe: flags as `name: value`; the command line wins",
+        )
+
+    def error(self, message):
+        message = message.replace("argument ", "", 1)
+        self.exit(2, f"{self.prog}: {self.where}{message}\n")
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(
+                action,
+                f'"{value}" is not one of {", ".join(map(str, action.choices))}'
+                f"{nearest(value, action.choices)}",
+            )
+
+    def read(self, argv=None):
+        """Parse `argv` over the recipe it names, over the defaults.
+
+        Returns the namespace; its attribute `given` maps each flag that is not at its default
+        to where it was said (a recipe's path, or "command line").
+        """
+        argv = [_underscored(a) for a in (sys.argv[1:] if argv is None else argv)]
+        command_line = self._said(argv)
+        recipe = argparse.Namespace()
+        if getattr(command_line, "config", None):
+            self.where = f"{command_line.config}: "
+            recipe = self._said(self._recipe_argv(command_line.config))
+            self.where = ""
+        defaults = {a.dest: a.default for a in self._actions if a.default is not argparse.SUPPRESS}
+        given = {name: command_line.config for name in vars(recipe)}
+        given |= {name: "command line" for name in vars(command_line) if name != "config"}
+        merged = defaults | vars(recipe) | vars(command_line)
+        return argparse.Namespace(
+            **merged, given={k: v for k, v in given.items() if merged[k] != defaults[k]}
+        )
+
+    def _said(self, argv):
+        """Only what `argv` says: argparse fills no default where an attribute exists already."""
+        unsaid = object()
+        namespace = argparse.Namespace(**{action.dest: unsaid for action in self._actions})
+        namespace, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            options = [o for a in self._actions for o in a.option_strings if o.startswith("--")]
+            name = unknown[0].split("=")[0]
+            self.error(f"unknown flag {name}{nearest(name, options)}")
+        return argparse.Namespace(**{k: v for k, v in vars(namespace).items() if v is not unsaid})
+
+    def _recipe_argv(self, path):
+        """The recipe as command-line words, so that one set of checks serves both."""
+        try:
+            flags = yaml.safe_load(Path(path).read_text()) or {}
+        except OSError as error:
+            self.error(f"cannot read the recipe: {error.strerror}")
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            self.error(f"is not YAML: {' '.join(str(error).split())}")
+        if not isinstance(flags, dict):
+            self.error("a recipe is lines of `flag: value`")
+        known = {a.dest: a for a in self._actions}
+        argv = []
+        for key, value in flags.items():
+            action = known.get(str(key).replace("-", "_"))
+            if action is None or key in ("help", "config"):
+                self.error(f'unknown flag "{key}"{nearest(key, set(known) - {"help", "config"})}')
+            if isinstance(action, Switch):
+                if not isinstance(value, bool):
+                    self.error(f'{key}: "{value}" is not true or false')
+                argv.append(f"--{'' if value else 'no_'}{action.dest}")
+            elif isinstance(value, (list, dict, bool)):
+                self.error(f'{key}: "{value}" is not one value')
+            elif value is not None:
+                argv.append(f"--{action.dest}={value}")
+        return argv
+
+
+def _underscored(word):
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def to_recipe(args):
+    """The flags of a run as a plain dict that `--config` reads back, defaults included."""
+    return {k: v for k, v in sorted(vars(args).items()) if k not in ("config", "given")}
+
+
+# fmt: off
+def data_flags(parser, dataset):
+    g = parser.add_argument_group("data")
+    g.add_argument(
+        "--dataset", default=dataset,
+        help="digits, cifar10, cifar100, flowers102, a Hub id, or a local folder "
+        "(parquet, save_to_disk, or class-named image folders)",
+    )
+    g.add_argument("--image_column", help="only where it cannot be inferred")
+    g.add_argument("--label_column", help="only where it cannot be inferred")
+    g.add_argument("--train_split", help="only where it is not called train")
+    g.add_argument("--val_split", help="only where it is not called validation, valid, val or dev")
+    g.add_argument("--test_split", help="only where it is not called test")
+    g.add_argument("--val_fraction", type=number(0, 0.9), default=0.0,
+                   help="hold out this stratified part of train, keep the epoch that is best on "
+                   "it; 0: train on all, the last weights are the result")
+    g.add_argument("--max_train_samples", type=whole(1), help="images; cut for a quick look")
+    g.add_argument("--max_eval_samples", type=whole(1), help="images; cut for a quick look")
+
+
+def model_flags(parser, model):
+    g = parser.add_argument_group("model")
+    g.add_argument("--model", default=model, help="any torchvision (or installed timm) classifier")
+    g.add_argument("--image_size", type=whole(4), help="pixels a side; unset: the data set's own")
+    g.add_argument("--stem", choices=("auto", "small", "standard"), default="auto",
+                   help="small: 3x3 without max-pool; auto: small up to 64 pixels")
+    g.add_argument("--weights", default="none",
+                   help="none, default, a torchvision weights name, a run folder, or a "
+                   ".safetensors/.pth file")
+    g.add_argument("--init", choices=("auto", "kaiming", "own"), default="auto",
+                   help="kaiming: normal, fan_out; own: the model's; auto: kaiming for networks "
+                   "with BatchNorm")
+    g.add_argument("--dropout", type=number(0, 0.99),
+                   help="probability before the head, 0: off; unset: the model's own")
+
+
+def optimization_flags(parser):
+    g = parser.add_argument_group("optimization")
+    g.add_argument("--batch_size", type=whole(1), default=128,
+                   help="images one optimizer step sees, over all processes and accumulation")
+    g.add_argument("--gradient_accumulation_steps", type=whole(1), default=1,
+                   help="parts the batch is cut into on each process; 1: off")
+    g.add_argument("--epochs", type=whole(1), default=100, help="passes over train")
+    g.add_argument("--max_steps", type=whole(1), help="optimizer steps; overrides --epochs")
+    g.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="update rule")
+    g.add_argument("--lr", type=number(above=0), default=0.1, help="peak learning rate")
+    g.add_argument("--momentum", type=number(0, 0.9999), default=0.9,
+                   help="of sgd; beta1 of adamw")
+    g.add_argument("--nesterov", action=Switch, default=True, help="Nesterov momentum of sgd")
+    g.add_argument("--weight_decay", type=number(0), default=5e-4, help="of weights; 0: off")
+    g.add_argument("--norm_weight_decay", type=number(0), default=0.0,
+                   help="of norms and biases; 0: off")
+    g.add_argument("--warmup_epochs", type=number(0), default=5.0,
+                   help="epochs of linear warm-up before the cosine; 0: off")
+    g.add_argument("--clip_grad_norm", type=number(0), default=1.0, help="L2 norm; 0: off")
+    g.add_argument("--ema_decay", type=number(0, 0.999999), default=0.9999,
+                   help="of the averaged weights; warmed up as min(d, (1+t)/(10+t)); 0: off")
+    g.add_argument("--label_smoothing", type=number(0, 0.99), default=0.1,
+                   help="mass spread over all classes; 0: off")
+
+
+def augmentation_flags(parser):
+    g = parser.add_argument_group("augmentation")
+    g.add_argument("--augment", choices=AUGMENTS, default="randaugment",
+                   help="basic: crop + flip; the others add their operations to it")
+    g.add_argument("--flip_prob", type=number(0, 1), default=0.5, help="horizontal flip; 0: off")
+    g.add_argument("--crop_padding", type=whole(0),
+                   help="pixels; 0: no random crop; unset: an eighth of the image")
+    g.add_argument("--randaugment_ops", type=whole(1), default=2, help="operations an image")
+    g.add_argument(
+        "--randaugment_magnitude", type=whole(0, 30), default=9, help="strength, 0 to 30"
+    )
+    g.add_argument("--random_erasing", type=number(0, 1), default=0.25, help="probability; 0: off")
+    g.add_argument("--mixup_alpha", type=number(0), default=0.2, help="Beta parameter; 0: off")
+    g.add_argument("--cutmix_alpha", type=number(0), default=1.0, help="Beta parameter; 0: off")
+    g.add_argument("--mix_prob", type=number(0, 1), default=1.0,
+                   help="part of the steps that mix (mixup or CutMix at even odds); 0: off")
+
+
+def running_flags(parser):
+    g = parser.add_argument_group("running")
+    g.add_argument("--mixed_precision", choices=("auto", "no", "bf16", "fp16"), default="auto",
+                   help="auto: what the launcher says, else bf16 where the device computes it")
+    g.add_argument(
+        "--threads", type=whole(1), help="CPU threads a process; unset: all cores, shared"
+    )
+    g.add_argument("--seed", type=whole(0, 2**32 - 1), default=42, help="of everything random")
+    g.add_argument("--dry_run", action=Switch, help="print the plan and stop")
+
+
+def output_flags(parser, project):
+    g = parser.add_argument_group("output")
+    g.add_argument("--output_dir", default="runs", help="folder that holds the runs")
+    g.add_argument("--run_name", type=run_name, help="unset: DATASET-MODEL-sSEED")
+    g.add_argument("--overwrite", action=Switch, help="replace the run of that name")
+    g.add_argument("--report_to", default="wandb", help="wandb,tensorboard or none")
+    g.add_argument("--project", default=project, help="the trackers' project")
+    g.add_argument("--group", help="the trackers' group, for runs that belong together")
+    g.add_argument("--log_model", action=Switch, help="upload the result as a W&B artifact")
+    g.add_argument("--logging_steps", type=whole(1), default=50, help="steps between metrics")
+    g.add_argument("--eval_epochs", type=whole(1), default=1,
+                   help="epochs between evaluations; the last epoch is always evaluated")
+    g.add_argument("--checkpointing_steps", type=integer_or("epoch"), default="epoch",
+                   help="optimizer steps between checkpoints, or epoch")
+    g.add_argument("--max_checkpoints", type=whole(2), default=2, help="newest ones kept")
+    g.add_argument("--resume_from_checkpoint", metavar="auto|PATH",
+                   help="auto: continue this run from its newest valid checkpoint")
+    g.add_argument("--stop_after", type=whole(1),
+                   help="optimizer steps, then a checkpoint and exit 0; the schedule is that of "
+                   "the whole run")

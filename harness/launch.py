@@ -1,0 +1,162 @@
+"""What stands between `accelerate launch` and a script: device, threads, precision, exit status.
+
+The launcher has traps; each is handled here, once, for every script:
+- without a GPU it sets OMP_NUM_THREADS=1, so training would run on one core;
+- `--cpu --num_processes 2` (and MULTI_CPU) starts one process, silently;
+- several processes without a GPU don't find each other unless Accelerator(cpu=True) is asked for;
+- it exports mixed_precision "no" both when told so and when told nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+
+import psutil
+import torch
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.commands.config.config_args import default_config_file
+from accelerate.utils import set_seed
+
+from harness.errors import UserError
+
+
+def make_accelerator(mixed_precision="auto", gradient_accumulation_steps=1, threads=None, seed=0):
+    """The Accelerator of this process, plus a dict of words for the plan.
+
+    mixed_precision: "auto", "no", "bf16" or "fp16". threads: intra-op CPU threads, None for all
+    cores divided by the processes on this machine. Raises UserError where training would run on
+    fewer processes than were asked for.
+    """
+    _follow_launcher()
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    if launched and on_cpu and world == 1 and "MASTER_PORT" in os.environ:
+        raise UserError(
+            "the launcher was asked for several CPU processes but started one (as it does for "
+            "--cpu and MULTI_CPU): launch with --config_file accelerate_configs/cpu_2proc.yaml"
+        )
+    cpu = on_cpu or not torch.accelerator.is_available()
+    precision, origin = _precision(mixed_precision, cpu)
+    threads = _set_threads(threads)
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=precision,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        # Buffers are averaged over the processes every step (Run.reduce) instead of taking rank 0's
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    if accelerator.num_processes != world:
+        raise UserError(
+            f"the launcher started {world} processes but they don't know of each other "
+            f"(this one sees {accelerator.num_processes}): use one of accelerate_configs/"
+        )
+    set_seed(seed)
+    if accelerator.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
+    words = {
+        "precision": f"{precision} ({origin})",
+        "device": _device_words(accelerator),
+        "threads": threads,
+        "processes": accelerator.num_processes,
+    }
+    return accelerator, words
+
+
+def _follow_launcher():
+    """When the launcher dies, this process gets SIGTERM (Linux): a kill reaches the training."""
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        pr_set_pdeathsig = 1
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _precision(asked, cpu):
+    """(precision, who said so)."""
+    if asked != "auto":
+        return asked, "--mixed_precision"
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launcher != "no" or _launcher_said_no():
+        return launcher, "the launcher"
+    if _computes_bf16(cpu):
+        return "bf16", "auto: this device computes it natively"
+    return "no", "auto: this device has no native bf16"
+
+
+def _launcher_said_no():
+    """Whether "no" was written in the launcher's command line or config, or is its mere default."""
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return False
+    try:
+        words = psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):
+        return False
+    config = default_config_file
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        name = name.replace("-", "_")
+        if name == "__mixed_precision":
+            return True
+        if name == "__config_file":
+            config = value or following
+        if word.endswith(".py") and os.path.basename(word) != "launch.py":
+            break  # the script's own flags follow
+    try:
+        with open(config) as file:
+            return "mixed_precision" in (yaml.safe_load(file) or {})
+    except (OSError, yaml.YAMLError):
+        return False
+
+
+def _computes_bf16(cpu):
+    if not cpu and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if not cpu:
+        return False
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+
+
+def _set_threads(threads):
+    """Give each process on this machine its share of the cores, whatever the launcher exported."""
+    exported = int(os.environ.get("OMP_NUM_THREADS", 0) or 0)
+    if threads is None and exported > 1:
+        threads = exported
+    if threads is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    torch.set_num_threads(threads)
+    return threads
+
+
+def _device_words(accelerator):
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    n = accelerator.num_processes
+    return f"{name} × {n} processes" if n > 1 else name
+
+
+@contextlib.contextmanager
+def script(name):
+    """Run a script's main: one line for a user's mistake, and the process group closed at the end.
+
+    Exit status 2 for UserError, 1 for RunStopped; SystemExit (143, 130 after a signal) passes.
+    """
+    try:
+        yield
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        raise SystemExit(error.status) from None
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            with contextlib.suppress(RuntimeError, ValueError):
+                torch.distributed.destroy_process_group()

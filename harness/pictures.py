@@ -1,0 +1,225 @@
+"""The PNGs of a run: what the network saw, and how training went.
+
+matplotlib and PIL are imported only when a picture is drawn: they cost half a second.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import warnings
+from itertools import groupby
+from pathlib import Path
+
+from harness.checkpoint import replace_file
+
+GRID = (4, 8)  # rows, columns
+TILE = 128  # px: smaller images are enlarged to at least this, by a whole factor
+LARGEST = 256  # px: larger images are shrunk to this
+GAP = 10  # px between tiles
+FONT = 12  # px
+LINE = 16  # px from one line of text to the next
+
+
+def save_train_batch(path, images, targets, classes):
+    """A grid of up to 32 training images with their soft labels: the two largest of each.
+
+    images: (N, 1 or 3, H, W), uint8 or float, in 0..255 (normalisation undone), any device.
+    targets: (N, K), rows that sum to 1. classes: K names in any script.
+    """
+    from PIL import Image, ImageDraw
+
+    images = images[: math.prod(GRID)].detach().cpu()
+    if images.is_floating_point():
+        images = images.float().round().clamp(0, 255).byte()
+    images = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
+    count, height, width, _ = images.shape
+    scale = math.ceil(TILE / max(height, width)) if max(height, width) < TILE else 1
+    scale = min(scale, LARGEST / max(height, width))
+    # Whole factors with "nearest" show the very pixels; only larger images are averaged down.
+    method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    cell = max(size[0], TILE)
+
+    columns = min(GRID[1], count)
+    rows = math.ceil(count / columns)
+    step = (cell + GAP, size[1] + 2 * LINE + GAP)
+    canvas = Image.new("RGB", (columns * step[0] + GAP, rows * step[1] + GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    for n, (pixels, row) in enumerate(zip(images, targets.detach().cpu().float(), strict=False)):
+        x, y = GAP + n % columns * step[0], GAP + n // columns * step[1]
+        tile = Image.fromarray(pixels).resize(size, method)
+        canvas.paste(tile, (x + (cell - size[0]) // 2, y))
+        for line, (index, weight) in enumerate(_largest_two(row.tolist())):
+            name, value = _drawable(str(classes[index]), index), f" {weight:.2f}"
+            text = _shortened(name, cell - _length(value)) + value
+            at = (x + (cell - _length(text)) / 2, y + size[1] + LINE * (line + 1) - 3)
+            _draw_text(draw, at, text)
+    _save(path, lambda file: canvas.save(file, "PNG"))
+
+
+def _largest_two(target):
+    """[(class, weight)], largest first, without what label smoothing spreads over all classes."""
+    floor = min(target) if len(target) > 2 else 0.0  # of two classes both may be really mixed
+    first, *second = sorted(range(len(target)), key=lambda k: -target[k])[:2]
+    return [(k, target[k]) for k in (first, *second) if k == first or target[k] > floor + 1e-3]
+
+
+# Text is drawn in runs of one font each: PIL itself knows no fallback from font to font.
+
+
+@functools.cache
+def _fonts(with_system):
+    """[(font, the characters it has)]: matplotlib's DejaVu Sans, then the system's."""
+    from matplotlib import font_manager, ft2font, get_data_path
+    from PIL import ImageFont
+
+    files = [str(Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf"))]
+    if with_system:
+        files += sorted(f.fname for f in font_manager.fontManager.ttflist if "Last" not in f.name)
+    fonts = []
+    for file in dict.fromkeys(files):
+        try:
+            font = ImageFont.truetype(file, FONT)
+            fonts.append((font, frozenset(ft2font.FT2Font(file).get_charmap())))
+        except (OSError, RuntimeError):
+            continue  # gone since matplotlib listed it, or bitmaps of other sizes (emoji)
+    return fonts
+
+
+@functools.cache
+def _font_of(character):
+    """The first font that has the character, or None."""
+    for with_system in (False, True):  # listing the system's fonts takes seconds the first time
+        for font, characters in _fonts(with_system):
+            if ord(character) in characters:
+                return font
+    return None
+
+
+def _drawable(name, index):
+    """The name with "?" for what no font has, or the class's number where nothing is left."""
+    name = " ".join(name.split())
+    shown = "".join(c if _font_of(c) else "?" for c in name)
+    return shown if any(_font_of(c) and not c.isspace() for c in name) else f"#{index}"
+
+
+def _runs(text):
+    return [(font, "".join(run)) for font, run in groupby(text, key=_font_of)]
+
+
+def _length(text):
+    return sum(font.getlength(run) for font, run in _runs(text))
+
+
+def _shortened(name, room):
+    if _length(name) <= room:
+        return name
+    while name and _length(name + "…") > room:
+        name = name[:-1]
+    return name.rstrip() + "…"
+
+
+def _draw_text(draw, at, text):
+    """Draw with the baseline's left end at `at`."""
+    x, y = at
+    for font, run in _runs(text):
+        draw.text((x, y), run, fill="black", font=font, anchor="ls")
+        x += font.getlength(run)
+
+
+# (label, colour, line style): colours of Okabe and Ito, told apart by colour-blind readers. Raw
+# weights are dashed, averaged ones solid.
+GREY, BLUE, VERMILION, GREEN, PINK = "#777777", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+ORANGE, SKY = "#E69F00", "#56B4E9"
+SCORES = {
+    "loss": {
+        "train/loss": (GREY, "-"),
+        "val/loss": (BLUE, "--"),
+        "val/loss_ema": (BLUE, "-"),
+        "test/loss": (VERMILION, "--"),
+        "test/loss_ema": (VERMILION, "-"),
+    },
+    "accuracy": {
+        "train/mixed_acc": (GREY, "-"),
+        "val/acc": (BLUE, "--"),
+        "val/acc_ema": (BLUE, "-"),
+        "test/acc": (VERMILION, "--"),
+        "test/acc_ema": (VERMILION, "-"),
+    },
+}
+
+
+def save_curves(path, records):
+    """Loss, accuracy and learning rate over the epochs, from the objects of metrics.jsonl.
+
+    records: dicts with "epoch" (float) and any of the keys in SCORES, "train/lr" and
+    "train/lr/<group>"; keys may be missing, values None or NaN. Where a "stage" begins, a
+    vertical line says so.
+    """
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    records = [record for record in records if record.get("epoch") is not None]
+    keys = sorted({k for record in records for k in record if k.split("/")[:2] == ["train", "lr"]})
+    palette = (GREEN, PINK, ORANGE, SKY, BLUE, VERMILION, GREY)
+    rates = {key: (palette[n % len(palette)], "-") for n, key in enumerate(keys)}
+    panels = SCORES | {"learning rate": rates}
+    with matplotlib.style.context("default"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # all that matplotlib may find odd about a NaN or a zero
+        figure = Figure(figsize=(8, 9), dpi=110, layout="constrained")
+        axes = figure.subplots(len(panels), 1, sharex=True)
+        for ax, (title, series) in zip(axes, panels.items(), strict=True):
+            _draw_panel(ax, title, series, records)
+        _mark_stages(axes, records)
+        axes[-1].set_xlabel("epoch")
+        _save(path, lambda file: figure.savefig(file, format="png"))
+
+
+def _draw_panel(ax, title, series, records):
+    for key, (colour, style) in series.items():
+        points = [(r["epoch"], r[key]) for r in records if r.get(key) is not None]
+        finite = [value for _, value in points if math.isfinite(value)]
+        if not finite:
+            continue
+        ax.plot(
+            *zip(*points, strict=True),
+            style,
+            color=colour,
+            linewidth=1.4,
+            marker="o" if len(points) <= 30 else None,  # a single point is no line
+            markersize=3,
+            label=f"{key}  {finite[-1]:.4g}",
+        )
+    ax.set_ylabel(title)
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    if ax.lines:  # above the panel, where it can't hide a curve; the number is the latest value
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9)
+    else:
+        ax.text(0.5, 0.5, "nothing recorded", transform=ax.transAxes, ha="center", color=GREY)
+
+
+def _mark_stages(axes, records):
+    current = None
+    for record in records:
+        if record.get("stage", current) != current:
+            current = record["stage"]
+            for ax in axes:
+                ax.axvline(record["epoch"], color=GREY, linestyle=":", linewidth=1)
+            axes[0].text(
+                record["epoch"],
+                1,
+                f" {current}",
+                transform=axes[0].get_xaxis_transform(),  # x in epochs, y in heights of the panel
+                va="top",
+                fontsize=9,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
+            )
+
+
+def _save(path, write):
+    file = io.BytesIO()
+    write(file)
+    replace_file(path, file.getvalue())

@@ -1,0 +1,254 @@
+"""Decode once: a split's images become one memory-mapped uint8 tensor, made on the first start.
+
+Decoding costs 20 to 100 times what a whole training batch's augmentation costs, so it is done
+once per data set and image size. The result lies in the cache folder of `datasets`, under
+`pixels/`, and may be deleted at any time: the next start makes it again.
+"""
+
+import errno
+import hashlib
+import io
+import os
+import shutil
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm.auto import tqdm
+
+from harness.errors import UserError
+
+DECODE_VERSION = 1  # part of the cache key: raise it whenever decode_image's output changes
+MAX_PIXELS = 89_478_485  # what Pillow calls a decompression bomb: a quarter GiB as RGB
+BLOCK = 256  # images a thread decodes at a time
+SMALL_SQUARE = 64  # native sizes up to this many px are trained at as they are
+
+
+def decode_split(dataset, image_column, size, *, name, progress=True):
+    """Decode every image of `dataset` to RGB pixels of one size, or find them in the cache.
+
+    The cache key is the data set's fingerprint, the column, the size and `DECODE_VERSION`, so
+    a second start, another process or another run finds the file. Any number of processes may
+    call this at once: one of them decodes while the others wait for its lock.
+
+    Args:
+        dataset: a `datasets.Dataset`; its rows are decoded in order.
+        image_column: the name of its `Image` column.
+        size: side of the square result in px, see `decode_image`.
+        name: what the split is called in messages.
+        progress: show a bar when decoding takes more than a second.
+
+    Returns:
+        uint8 (len(dataset), 3, size, size), memory-mapped copy-on-write: writing to it does
+        not reach the file.
+
+    Raises:
+        UserError: an image that can't be read (split, index and file named), or no room.
+    """
+    import datasets  # a second of import that `--help` does not need
+
+    # The fingerprint names the content, after select() too; `datasets` shows it nowhere else.
+    recipe = (dataset._fingerprint, image_column, size, DECODE_VERSION)
+    key = hashlib.blake2b(repr(recipe).encode(), digest_size=12).hexdigest()
+    file = Path(datasets.config.HF_DATASETS_CACHE) / "pixels" / f"{key}.npy"
+    shape = (len(dataset), 3, size, size)
+    if not _is_whole(file, shape):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{file}.lock"):
+                if not _is_whole(file, shape):  # nobody else made it while we waited
+                    _write_pixels(file, shape, dataset, image_column, name, progress)
+        except OSError as error:
+            raise UserError(
+                f"cannot write the decoded images of split '{name}' ({np.prod(shape):,} bytes) to "
+                f"{file}: {error.strerror or error}; make room, or set HF_DATASETS_CACHE to a "
+                "folder that has it"
+            ) from error
+    return torch.from_numpy(np.load(file, mmap_mode="c"))
+
+
+def decode_image(file, size):
+    """One image file as uint8 RGB (3, size, size): its largest centred square, resized.
+
+    In this order: the EXIF orientation is applied; colours become 8-bit RGB; the largest
+    centred square is resized to size×size with Pillow's antialiased bilinear filter (nothing
+    is resampled if the image has that size). That is a resize of the shorter side to `size`
+    and a centre crop, in one step. Large JPEGs are first reduced by their decoder to no less
+    than 2·size, the gap at which Pillow calls the result "almost indistinguishable".
+
+    Transparency is laid on white. 16-bit gray is divided by 257 (so 65535 is 255), mode I is
+    read as 16-bit, mode F as 0..1 if no value exceeds 1 and as 0..255 otherwise. CMYK, palette,
+    1-bit and the others go the way of Pillow's `convert`. Of an animation, the first frame.
+
+    Args:
+        file: a path, or a binary file object.
+        size: side of the result in px.
+
+    Raises:
+        ValueError: more than `MAX_PIXELS` (found before decoding), or values out of range.
+        Exception: whatever Pillow raises for a file it can't read.
+    """
+    with Image.open(file) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}×{image.height} px is over {MAX_PIXELS:,} pixels")
+        image.draft(None, (2 * size, 2 * size))
+        ImageOps.exif_transpose(image, in_place=True)
+        rgb = _to_rgb(image)
+    if rgb.size != (size, size):
+        side = min(rgb.size)
+        left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
+        box = (left, top, left + side, top + side)
+        rgb = rgb.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
+
+
+def native_size(dataset, image_column):
+    """The side in px if the first 32 images are squares of one size up to 64 px, else None.
+
+    Reads headers only. An image that can't be opened is left for `decode_split` to report.
+    """
+    head = dataset.select(range(min(32, len(dataset))))
+    sizes = set()
+    for image in _encoded(head, image_column)[:][image_column].to_pylist():
+        try:
+            with Image.open(_source(image)) as opened:
+                sizes.add(opened.size)
+        except (OSError, ValueError):
+            continue
+    if len(sizes) != 1:
+        return None
+    width, height = sizes.pop()
+    return width if width == height <= SMALL_SQUARE else None
+
+
+def seeded_permutation(num_samples, *counter):
+    """A permutation of range(num_samples) that depends on `counter` (numbers, strings) alone.
+
+    >>> seeded_permutation(5, 42, "split").tolist() == seeded_permutation(5, 42, "split").tolist()
+    True
+    """
+    # Hashed, because Mersenne Twister streams of neighbouring seeds start out alike.
+    digest = hashlib.blake2b(repr(counter).encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.randperm(num_samples, generator=generator)
+
+
+def epoch_order(num_samples, seed, epoch):
+    """The order in which epoch `epoch` sees the samples: an int64 permutation, same everywhere."""
+    return seeded_permutation(num_samples, seed, "order", epoch)
+
+
+def gather(pixels, rows):
+    """The images `rows` (int64, CPU) of `pixels` as one contiguous uint8 (n, 3, S, S) batch."""
+    return torch.index_select(pixels, 0, rows)
+
+
+def _is_whole(file, shape):
+    """Whether `file` holds uint8 pixels of `shape`, judged by its header and its length."""
+    try:
+        pixels = np.load(file, mmap_mode="r")
+    except (OSError, ValueError, EOFError):  # missing, cut short, or not .npy at all
+        return False
+    return pixels.shape == shape and pixels.dtype == np.uint8
+
+
+def _write_pixels(file, shape, dataset, image_column, name, progress):
+    """Decode into a file beside `file` and rename it when it is complete and on the disk."""
+    part = file.with_suffix(".part")
+    num_bytes = int(np.prod(shape))
+    if shutil.disk_usage(file.parent).free < num_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    try:
+        pixels = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
+        with open(part, "r+b") as handle:
+            # Take the blocks now: a full disk or quota is an error here, but under a memory
+            # map it would be a SIGBUS later.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle.fileno(), 0, os.fstat(handle.fileno()).st_size)
+            _decode_into(pixels, dataset, image_column, name, progress)
+            pixels.flush()
+            os.fsync(handle.fileno())
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _decode_into(pixels, dataset, image_column, name, progress):
+    """Fill `pixels` with all images, in blocks over as many threads as this process has cores."""
+    images = _encoded(dataset, image_column)
+    size = pixels.shape[-1]
+
+    def decode_block(start):
+        block = images[start : start + BLOCK][image_column].to_pylist()
+        for row, image in enumerate(block, start):
+            try:
+                pixels[row] = decode_image(_source(image), size)
+            except Exception as error:  # Pillow's readers raise a dozen types for a bad file
+                raise UserError(_unreadable(dataset, name, row, image, error)) from error
+        return len(block)
+
+    has_affinity = hasattr(os, "sched_getaffinity")
+    threads = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    bar = tqdm(
+        total=len(dataset),
+        desc=f"decoding {name}",
+        unit=" images",
+        delay=1,
+        leave=False,
+        disable=not progress,
+    )
+    with bar, warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
+        # decode_image refuses what this only warns of.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            for done in pool.map(decode_block, range(0, len(dataset), BLOCK)):
+                bar.update(done)
+        except BaseException:  # Ctrl-C too: don't decode the rest before leaving
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _encoded(dataset, image_column):
+    """`dataset` with only its image column, given as Arrow structs of `bytes` and `path`."""
+    return dataset.select_columns(image_column).with_format("arrow")
+
+
+def _source(image):
+    """What Pillow can open: the struct's bytes, or the path where there are none."""
+    if image is None:
+        raise ValueError("the cell is empty")
+    return io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
+
+
+def _unreadable(dataset, name, row, image, error):
+    """One line that lets the user find the bad image: the index is the one before any cut."""
+    if dataset._indices is not None:
+        row = dataset._indices.column(0)[row].as_py()
+    path = f" ({image['path']})" if image and image["path"] else ""
+    unknown = isinstance(error, UnidentifiedImageError)  # Pillow's text shows a memory address
+    reason = "not an image format Pillow knows" if unknown else str(error).partition("\n")[0]
+    return f"cannot read image {row} of split '{name}'{path}: {reason}; mend it or leave it out"
+
+
+def _to_rgb(image):
+    """A loaded Pillow image in any mode as 8-bit RGB."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.float64)
+        if image.mode != "F":
+            values = values / 257
+        elif values.max() <= 1:
+            values = values * 255
+        if not (values.min() >= 0 and values.max() <= 255):  # NaN included
+            low, high = image.getextrema()
+            raise ValueError(f"values from {low} to {high} in mode {image.mode}: save it as 8-bit")
+        return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    # A copy even of RGB: the file behind `image` is about to be closed.
+    return image.convert("RGB")

@@ -1,0 +1,618 @@
+"""A run: its folder, its steps, its checkpoints, its numbers. What is mechanical in every script.
+
+The script's loop holds what is learned from a batch; around it, `Run` resumes where the run was,
+makes the processes agree before every update, stops on signals and non-finite numbers, writes
+metrics, checkpoints and the result, and evaluates at the end of epochs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate.utils import broadcast, broadcast_object_list
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
+
+from harness import flags
+from harness.checkpoint import (
+    Damaged,
+    load_checkpoint,
+    newest_valid,
+    replace_file,
+    save_checkpoint,
+    to_bytes,
+)
+from harness.counters import seed_of
+from harness.errors import RunStopped, UserError
+from harness.models import clean_state_dict
+from harness.pictures import save_curves
+from harness.tracking import Tracking, parse_report_to
+
+# What a run writes into its folder, and so what --overwrite may delete.
+WRITTEN = (
+    "config.yaml", "model.safetensors", "config.json", "summary.json", "metrics.jsonl",
+    "curves.png", "train_batch.png", "checkpoints", "wandb", "tensorboard",
+)  # fmt: skip
+
+SUMS = ("loss", "mixed_acc", "grad_norm")  # what is summed over the steps of an interval
+
+# On a GPU the check of step t is read while step t + 2 is queued, so that the host never waits for
+# the device; the update itself was already withheld there (see `agree`).
+LAG = {"cpu": 0}
+
+
+def check_folder(args):
+    """The folder of this run; raises UserError where it holds another one."""
+    dataset = re.sub(r"[^\w.-]+", "_", Path(args.dataset).name or args.dataset)
+    folder = Path(args.output_dir) / (args.run_name or f"{dataset}-{args.model}-s{args.seed}")
+    taken = (folder / "config.yaml").exists()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another --run_name")
+    if folder.is_dir() and not taken and any(p.name != ".lock" for p in folder.iterdir()):
+        raise UserError(f"{folder} holds files that are not a run's: choose another --run_name")
+    if taken and not args.resume_from_checkpoint and not args.overwrite:
+        raise UserError(
+            f"{folder} holds a run already: continue it with --resume_from_checkpoint auto, "
+            "replace it with --overwrite, or choose another --run_name"
+        )
+    return folder
+
+
+def check_batch(args, processes, train_size, mixing):
+    """The part of a batch that one forward pass sees; raises UserError where it does not divide."""
+    parts = processes * args.gradient_accumulation_steps
+    what = f"{processes} processes × {args.gradient_accumulation_steps} accumulation steps"
+    if args.batch_size % parts:
+        raise UserError(f"--batch_size {args.batch_size} does not divide by {what} = {parts}")
+    part = args.batch_size // parts
+    if mixing and parts > 1 and part % 2:
+        raise UserError(
+            f"--batch_size {args.batch_size} over {what} is {part} images a part, an odd number: "
+            "mixing pairs neighbours, so choose an even part (or --mix_prob 0)"
+        )
+    if train_size < args.batch_size:
+        raise UserError(f"--batch_size {args.batch_size} is over the {train_size} train images")
+    return part
+
+
+class Run:
+    """One training run of one script.
+
+    args: the parsed flags. folder: from `check_folder`. model and optimizer: prepared; ema: a
+    ModelEma or None. train_size: images in train. config: what the result is (config.json).
+    identity: facts about the data that a resumed run must share.
+    """
+
+    def __init__(
+        self, args, accelerator, folder, model, optimizer, ema, *, train_size, config, identity
+    ):
+        self.args, self.accelerator, self.folder = args, accelerator, folder
+        self.model, self.optimizer, self.ema = model, optimizer, ema
+        self.config, self.main = config, accelerator.is_main_process
+        self.module = accelerator.unwrap_model(model, keep_torch_compile=False)
+        self.steps_per_epoch = train_size // args.batch_size
+        self.total = total_steps(args, train_size)
+        self.identity = {
+            **{k: v for k, v in flags.to_recipe(args).items() if k not in flags.OPERATIONAL},
+            "mixed_precision": accelerator.mixed_precision,
+            **identity,
+        }
+        device = accelerator.device
+        self.step, self.seconds, self.best, self.scores = 0, 0.0, None, {}
+        self._interval = torch.zeros(len(SUMS) + 1, device=device)  # sums and their number of steps
+        self._epoch = torch.zeros(len(SUMS) + 1, device=device)
+        self._now = torch.zeros(2, device=device)  # loss and accuracy of the step under way
+        self._unread = deque()
+        self._signal = None  # what this process was sent
+        self._stop = 0  # what all processes agreed on
+        self._shown = False
+        self.picture = folder / "train_batch.png"
+        self._norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm)]
+
+        state = self._resume()
+        self._claim_folder(keep=state is not None)
+        self.first_step = self.step
+        self.tracking = Tracking(
+            accelerator, parse_report_to(args.report_to), folder=folder, project=args.project,
+            name=folder.name, group=args.group, job_type=config["job_type"],
+            tags=[config["dataset"], config["architecture"]], config=flags.to_recipe(args),
+            run_id=state and state["run_id"],
+        )  # fmt: skip
+        self.say(f"tracking     {self.tracking.line}")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    # ---------------------------------------------------------------- the steps
+
+    def steps(self, batches, evaluate):
+        """Yield (step, parts of the batch) for every optimizer step that is still to do.
+
+        batches: a function of the first step -> iterator of batches. evaluate: a function
+        without arguments -> {"val/acc": ...}, called at the end of epochs.
+        """
+        self._bar = tqdm(
+            total=self.total, initial=self.step, unit="step", dynamic_ncols=True,
+            disable=not (self.main and sys.stderr.isatty()),
+        )  # fmt: skip
+        self.module.train()
+        self._since = time.perf_counter()
+        self._epoch_images = 0
+        for batch in batches(self.step):
+            # Dropout and whatever else the step draws on the device
+            torch.manual_seed(
+                seed_of(self.args.seed, "step", self.step, self.accelerator.process_index)
+            )
+            yield self.step, batch
+            self.step += 1
+            self._epoch_images += self.args.batch_size
+            self._bar.update()
+            self._after_step(evaluate)
+        self._read_checks(0)
+        self._bar.close()
+
+    def count(self, loss, mixed_acc):
+        """Add one part of the batch: its mean loss and mean accuracy, tensors on the device."""
+        part = torch.stack([loss.detach().float(), mixed_acc.detach().float()])
+        self._now += part / self.args.gradient_accumulation_steps
+
+    def agree(self, grad_norm):
+        """Between backward and update: what all processes must agree on.
+
+        Loss, accuracy and BatchNorm's running statistics are averaged over the processes, and a
+        signal to one is a signal to all. A non-finite loss or gradient anywhere stops the run on
+        every process before this step's update.
+        """
+        stop = self._now.new_tensor([float(self._signal or 0)])
+        vector = torch.cat([self._now, grad_norm.detach().float().reshape(1), stop])
+        self._now = torch.zeros_like(self._now)
+        if self.accelerator.num_processes > 1:
+            vector = self._average_over_processes(vector)
+        for sums in (self._interval, self._epoch):
+            sums[:-1] += vector[:-1]
+            sums[-1] += 1
+        checked = vector[:1] if self.accelerator.scaler else vector[:-1]  # fp16 gradients overflow
+        finite = torch.isfinite(checked).all()
+        fused = self.optimizer.optimizer.defaults.get("fused")
+        if fused and not self.accelerator.scaler:
+            # Fused optimizers skip the update on the device where this is 1: no host sync needed.
+            self.optimizer.optimizer.found_inf = (~finite).float()
+        host = torch.cat([vector, finite.float().reshape(1)])
+        event = None
+        if host.device.type == "cuda":
+            host = host.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._unread.append((self.step, host, event))
+        self._read_checks(LAG.get(self.accelerator.device.type, 2))
+
+    def _average_over_processes(self, vector):
+        buffers = [b for m in self._norms for b in (m.running_mean, m.running_var) if b is not None]
+        flat = torch.cat([vector, *(b.float().flatten() for b in buffers)])
+        torch.distributed.all_reduce(flat)
+        stop = flat[len(vector) - 1].clone()
+        flat /= self.accelerator.num_processes
+        pieces = flat[len(vector) :].split([b.numel() for b in buffers])
+        for buffer, piece in zip(buffers, pieces, strict=True):
+            buffer.copy_(piece.view_as(buffer))
+        return torch.cat([flat[: len(vector) - 1], stop.reshape(1)])
+
+    def _read_checks(self, lag):
+        while len(self._unread) > lag:
+            step, host, event = self._unread.popleft()
+            if event:
+                event.synchronize()
+            loss, _, norm, stop, finite = host.tolist()
+            if not finite:
+                self._stop_nonfinite(step + 1, loss, norm)
+            if stop:
+                self._stop = self._signal or signal.SIGTERM
+
+    def _stop_nonfinite(self, step, loss, norm):
+        kept = sorted((self.folder / "checkpoints").glob("step-*"))
+        last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+        self.tracking.finish(exit_code=1)
+        raise RunStopped(
+            f"step {step}: loss is {loss:.4g}, gradient norm is {norm:.4g}; stopped before the "
+            f"update, {last}; a lower --lr or --mixed_precision no may help"
+        )
+
+    def _after_step(self, evaluate):
+        args = self.args
+        if self.step % args.logging_steps == 0 or self.step == self.total:
+            self._log_interval()
+        end_of_epoch = self.step % self.steps_per_epoch == 0 or self.step == self.total
+        if end_of_epoch:
+            self._end_epoch(evaluate)
+        every = args.checkpointing_steps
+        due = end_of_epoch if every == "epoch" else self.step % every == 0
+        stopping = self._stop or self.step == args.stop_after
+        if due or stopping or self.step == self.total:
+            self._read_checks(0)
+            self._checkpoint(must=bool(stopping))
+        if stopping and self.step < self.total:
+            self._leave()
+
+    def _log_interval(self):
+        loss, mixed_acc, norm, steps = self._interval.tolist()
+        self._interval.zero_()
+        record = {
+            "train/loss": loss / steps,
+            "train/mixed_acc": mixed_acc / steps,
+            "train/grad_norm": norm / steps,
+            **self._learning_rates(),
+        }
+        if self.accelerator.scaler:
+            record["train/loss_scale"] = self.accelerator.scaler.get_scale()
+            if record["train/loss_scale"] < 1:
+                self._stop_nonfinite(self.step, loss / steps, math.nan)
+        self._bar.set_postfix(loss=f"{loss / steps:.3f}", refresh=False)
+        self._record(record)
+
+    def _learning_rates(self):
+        groups = self.optimizer.param_groups
+        rates = {g["lr"] for g in groups}
+        if len(rates) == 1:
+            return {"train/lr": rates.pop()}
+        return {f"train/lr/{g['name']}": g["lr"] for g in groups}
+
+    def _end_epoch(self, evaluate):
+        loss, mixed_acc, _, steps = self._epoch.tolist()  # waits for the device
+        self._epoch.zero_()
+        training = time.perf_counter() - self._since
+        speed = self._epoch_images / training
+        epoch = math.ceil(self.step / self.steps_per_epoch)
+        record = {"epoch/loss": loss / steps, "epoch/mixed_acc": mixed_acc / steps}
+        if epoch % self.args.eval_epochs == 0 or self.step == self.total:
+            self._read_checks(0)
+            self.scores = evaluate()
+            record |= self.scores
+            self._keep_best(epoch)
+        self._record(record)
+        self.seconds += time.perf_counter() - self._since
+        self.images_per_second = speed
+        self._since, self._epoch_images = time.perf_counter(), 0
+        self.say(
+            f"epoch {epoch:>3}  step {self.step:>6}  loss {record['epoch/loss']:.4f}  "
+            f"mixed_acc {record['epoch/mixed_acc']:6.2%}  {score_words(self.scores)}"
+            f"{speed:,.0f} images/s  {self.seconds:,.0f} s"
+        )
+
+    def _keep_best(self, epoch):
+        key = "val/acc_ema" if self.ema else "val/acc"
+        if key in self.scores and math.isfinite(self.scores.get("val/loss_ema", 0.0)):
+            accuracy = self.scores[key]
+            if self.best is None or accuracy > self.best["accuracy"]:
+                self.best = {"accuracy": accuracy, "epoch": epoch, "step": self.step}
+                self._save_result()
+
+    # ---------------------------------------------------------------- what it writes
+
+    def say(self, line):
+        """One line on the main process, above the progress bar."""
+        if self.main:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def wants_picture(self):
+        """True once, on the main process: for the first batch that this process sees."""
+        wanted = self.main and not self._shown
+        self._shown = True
+        return wanted
+
+    def _record(self, record):
+        record = {"step": self.step, "epoch": self.step / self.steps_per_epoch, **record}
+        if self.main:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+            self.tracking.log(record, self.step)
+
+    def _checkpoint(self, must):
+        if not self.main:
+            return
+        tensors = {
+            "model": clean_state_dict(self.module),
+            "optimizer": self._optimizer_tensors(),
+            **({"ema": self.ema.state_dict()} if self.ema else {}),
+        }
+        state = {
+            "step": self.step,
+            "identity": self.identity,
+            "interval": self._interval.tolist(),
+            "epoch": self._epoch.tolist(),
+            "scores": self.scores,
+            "best": self.best,
+            "seconds": self.seconds + time.perf_counter() - self._since,
+            "run_id": self.tracking.run_id,
+            "scaler": self.accelerator.scaler and self.accelerator.scaler.state_dict(),
+            "processes": self.accelerator.num_processes,
+            "versions": versions(),
+        }
+        try:
+            root = self.folder / "checkpoints"
+            save_checkpoint(root, self.step, tensors, state, self.args.max_checkpoints)
+        except OSError as error:
+            line = f"checkpoint of step {self.step} could not be written: {error}"
+            if must:
+                raise RunStopped(line) from None
+            self.say(f"warning: {line}; training goes on, older checkpoints are intact")
+
+    def _optimizer_tensors(self):
+        names = {id(p): name for name, p in self.module.named_parameters()}
+        return {
+            f"{names[id(p)]}//{key}": value
+            for p, values in self.optimizer.optimizer.state.items()
+            for key, value in values.items()
+            if value is not None
+        }
+
+    def _save_result(self):
+        """The result so far: averaged weights where there are any, and what they are."""
+        with self.ema.applied_to(self.module) if self.ema else contextlib.nullcontext():
+            weights = {k: v.clone() for k, v in clean_state_dict(self.module).items()}
+        if self.main:
+            kind = {"weights": "ema" if self.ema else "raw"}
+            try:
+                replace_file(self.folder / "model.safetensors", to_bytes(weights, kind))
+                replace_file(self.folder / "config.json", _json(self.config | kind))
+            except OSError as error:
+                raise RunStopped(f"the result could not be written: {error}") from None
+
+    def finish(self, test=None):
+        """Write the result, the summary and the curves; returns the summary.
+
+        test: a function without arguments -> {"acc", "loss"} of the weights in the model, called
+        with the chosen ones where a validation split chose them.
+        """
+        if self.best is None:
+            self._save_result()
+        final = dict(self.scores)
+        if self.best is not None and test is not None:
+            self.accelerator.wait_for_everyone()
+            from safetensors.torch import load_file
+
+            self.module.load_state_dict(load_file(self.folder / "model.safetensors"))
+            final |= {f"test/{k}{'_ema' if self.ema else ''}": v for k, v in test().items()}
+        split = "test" if any(k.startswith("test/") for k in final) else "val"
+        suffix = "_ema" if self.ema else ""
+        summary = {
+            "split": split,
+            "accuracy": final.get(f"{split}/acc{suffix}"),
+            "loss": final.get(f"{split}/loss{suffix}"),
+            "weights": "ema" if self.ema else "raw",
+            "best": self.best,
+            "scores": final,
+            "steps": self.step,
+            "epochs": self.step / self.steps_per_epoch,
+            "seconds": round(self.seconds, 3),
+            "images_per_second": round(getattr(self, "images_per_second", 0.0), 1),
+            "data": self.config["data"],
+            "device": str(self.accelerator.device),
+            "processes": self.accelerator.num_processes,
+            "precision": self.accelerator.mixed_precision,
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+            "git_commit": git_commit(),
+        }
+        if self.main:
+            replace_file(self.folder / "summary.json", _json(summary))
+            self._draw_curves()
+            self.tracking.summary({**final, "seconds": self.seconds})
+            if self.args.log_model:
+                self.tracking.log_model(self.folder / "model.safetensors", {"scores": final})
+        self._close(exit_code=0)
+        return summary
+
+    def _draw_curves(self):
+        records = read_metrics(self.folder / "metrics.jsonl")
+        if records:
+            save_curves(self.folder / "curves.png", records)
+            self.tracking.log_image("curves", self.folder / "curves.png", self.step)
+
+    def _leave(self):
+        """After a signal or --stop_after: the checkpoint is written, leave in good order."""
+        self._bar.close()
+        code = 128 + self._stop if self._stop else 0
+        self.say(
+            f"stopped at step {self.step} of {self.total}; continue with the same command and "
+            "--resume_from_checkpoint auto"
+        )
+        if self.main:
+            self._draw_curves()
+        self._close(code)
+        raise SystemExit(code)
+
+    def _close(self, exit_code):
+        self.tracking.finish(exit_code=exit_code)
+        self.accelerator.wait_for_everyone()
+
+    def _on_signal(self, number, frame):
+        if self._signal is None:
+            self._signal = number
+            self.say(f"{signal.Signals(number).name}: a checkpoint after this step, then the end")
+
+    # ---------------------------------------------------------------- where it was
+
+    def _resume(self):
+        """Restore the state of a checkpoint if one is asked for and there; returns its JSON."""
+        asked = self.args.resume_from_checkpoint
+        if not asked:
+            return None
+        found = self._read_checkpoint(asked) if self.main else None
+        path, tensors, state = self._share(found)
+        if path is None:
+            self.say(f"no checkpoint yet in {self.folder}: starting from step 0")
+            return None
+        self._check_identity(path, state)
+        expected = clean_state_dict(self.module)
+        _check_tensors(path, "model", tensors["model"], expected)
+        if bool(self.ema) != ("ema" in tensors):
+            raise UserError(f"{path} and --ema_decay differ on whether weights are averaged")
+        optimizer_state = self._optimizer_state(path, tensors["optimizer"])
+        self.module.load_state_dict(tensors["model"])
+        if self.ema:
+            self.ema.load_state_dict(tensors["ema"])
+        self.optimizer.optimizer.load_state_dict(optimizer_state)
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.best, self.scores = state["best"], state["scores"]
+        self._interval += torch.tensor(state["interval"], device=self._interval.device)
+        self._epoch += torch.tensor(state["epoch"], device=self._epoch.device)
+        self.say(f"resuming     {path}, step {self.step} of {self.total}")
+        return state
+
+    def _read_checkpoint(self, asked):
+        if asked == "auto":
+            return newest_valid(self.folder / "checkpoints", self.say)
+        try:
+            return Path(asked), *load_checkpoint(asked)
+        except Damaged as damage:
+            raise UserError(f"--resume_from_checkpoint {asked}: {damage}") from None
+
+    def _share(self, found):
+        """The main process's checkpoint on every process: other machines may not see its disk."""
+        if self.accelerator.num_processes == 1:
+            return found or (None, None, None)
+        path, tensors, state = found or (None, {}, None)
+        shapes = {f: {n: (t.shape, t.dtype) for n, t in g.items()} for f, g in tensors.items()}
+        path, shapes, state = broadcast_object_list([path, shapes, state])
+        shared = {}
+        for file, group in shapes.items():
+            shared[file] = {}
+            for name, (shape, dtype) in group.items():
+                tensor = tensors[file][name] if self.main else torch.empty(shape, dtype=dtype)
+                shared[file][name] = broadcast(tensor.to(self.accelerator.device)).cpu()
+        return path, shared, state
+
+    def _check_identity(self, path, state):
+        saved = state["identity"]
+        for name in sorted(saved.keys() | self.identity.keys()):
+            was, is_now = saved.get(name), self.identity.get(name)
+            if was != is_now:
+                raise UserError(
+                    f"{path} was written with {name} {was}, this command has {is_now}: give the "
+                    "same flags to continue it, or another --run_name to start anew"
+                )
+
+    def _optimizer_state(self, path, tensors):
+        """The optimizer's state_dict made of `tensors`, each in its parameter's memory format."""
+        parameters = dict(self.module.named_parameters())
+        state = {}
+        for name, value in tensors.items():
+            parameter, _, key = name.rpartition("//")
+            if parameter not in parameters:
+                raise UserError(f"{path}: optimizer.safetensors has {parameter}, the model not")
+            like = parameters[parameter]
+            if value.ndim:
+                _check_tensors(path, "optimizer", {name: value}, {name: like})
+                value = torch.empty_like(like, dtype=value.dtype).copy_(value)
+            state.setdefault(id(like), {})[key] = value
+        packed = self.optimizer.optimizer.state_dict()
+        order = [p for group in self.optimizer.param_groups for p in group["params"]]
+        packed["state"] = {i: state[id(p)] for i, p in enumerate(order) if id(p) in state}
+        return packed
+
+    def _claim_folder(self, keep):
+        """Lock the folder, clear it for a new run, or cut the metrics to where a resumed one is."""
+        if not self.main:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.folder)
+        if not keep:
+            for name in WRITTEN:
+                path = self.folder / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        metrics = self.folder / "metrics.jsonl"
+        kept = [r for r in read_metrics(metrics) if r["step"] <= self.step]
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        replace_file(metrics, text.encode())
+        recipe = yaml.safe_dump(flags.to_recipe(self.args), sort_keys=True)
+        replace_file(self.folder / "config.yaml", recipe.encode())
+
+
+def total_steps(args, train_size):
+    """Optimizer steps of the whole run; an epoch drops the images that don't fill a batch."""
+    return args.max_steps or args.epochs * (train_size // args.batch_size)
+
+
+def score_words(scores):
+    """`test 93.10 % (ema 94.02 %)  ` for the epoch line; empty where nothing was evaluated."""
+    words = ""
+    for split in ("val", "test"):
+        if f"{split}/acc" in scores:
+            words += f"{split} {scores[f'{split}/acc']:.2%}"
+            ema = scores.get(f"{split}/acc_ema")
+            words += f" (ema {ema:.2%})  " if ema is not None else "  "
+    return words
+
+
+def read_metrics(path):
+    """The records of a metrics.jsonl; a last line cut short by a kill is left out."""
+    records = []
+    if Path(path).exists():
+        for line in Path(path).read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return records
+
+
+def versions():
+    """Versions of what computes the result."""
+    from importlib.metadata import version
+
+    names = ("torch", "torchvision", "accelerate", "datasets", "safetensors")
+    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
+
+
+def git_commit():
+    """The commit of the scripts, with a + where the working tree differs; None outside git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        out = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        return out.stdout.strip()
+    return None
+
+
+def _check_tensors(path, file, got, expected):
+    strays = sorted(got.keys() ^ expected.keys())
+    strays = strays or [k for k in expected if got[k].shape != expected[k].shape]
+    if strays:
+        raise UserError(
+            f"{path}/{file}.safetensors does not fit this model in {', '.join(strays[:3])}"
+            f"{f' and {len(strays) - 3} more' if len(strays) > 3 else ''}"
+        )
+
+
+def _lock(folder):
+    """Hold the folder until the process ends; raises UserError where another process does."""
+    handle = open(folder / ".lock", "w")  # noqa: SIM115  (held open on purpose)
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows has no flock
+        pass
+    except OSError:
+        raise UserError(f"{folder} is in use by another process (pid unknown)") from None
+    handle.write(str(os.getpid()))
+    handle.flush()
+    return handle
+
+
+def _json(value):
+    return (json.dumps(value, indent=2) + "\n").encode()

@@ -1,0 +1,49 @@
+"""Evaluation that counts every sample exactly once, the same at any number of processes."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+
+BATCH = 512
+
+
+@torch.inference_mode()
+def evaluate(accelerator, model, split, prepare):
+    """Top-1 accuracy and mean cross-entropy (no smoothing) of `model` on one split.
+
+    model: the unwrapped module. split: harness.views.Samples. prepare: uint8 batch on the device
+    -> what the network takes.
+
+    The samples are cut into fixed batches by index and dealt to the processes in turn; sums are
+    kept per batch and added in the order of the batches. So neither padding nor duplicates exist,
+    and the result does not depend on how many processes shared the work.
+    """
+    total = len(split.labels)
+    starts = range(0, total, BATCH)
+    sums = torch.zeros(len(starts), 3, device=accelerator.device)  # loss, correct, samples
+    modes = [(module, module.training) for module in model.modules()]  # frozen parts stay in eval
+    model.eval()
+    for k in range(accelerator.process_index, len(starts), accelerator.num_processes):
+        index = torch.arange(starts[k], min(starts[k] + BATCH, total))
+        images, labels = split.take(index, accelerator.device)
+        logits = model(prepare(images)).float()
+        correct = (logits.argmax(1) == labels).sum()
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        sums[k] = torch.stack([loss, correct.float(), loss.new_tensor(len(labels))])
+    for module, training in modes:
+        module.training = training
+    loss, correct, count = accelerator.reduce(sums, "sum").double().cpu().sum(0).tolist()
+    assert count == total, f"{count} samples were scored instead of {total}"
+    return {"acc": correct / total, "loss": loss / total}
+
+
+def score(accelerator, model, ema, split, prepare):
+    """`acc` and `loss` with the raw weights, and `acc_ema`, `loss_ema` with the averaged ones."""
+    module = accelerator.unwrap_model(model, keep_torch_compile=False)
+    scores = evaluate(accelerator, module, split, prepare)
+    with ema.applied_to(module) if ema else contextlib.nullcontext():
+        averaged = evaluate(accelerator, module, split, prepare) if ema else {}
+    return scores | {f"{name}_ema": value for name, value in averaged.items()}

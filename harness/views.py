@@ -1,0 +1,174 @@
+"""What the network sees: training views, evaluation views, mixing, the batches of a step."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+
+from harness.counters import generator
+from harness.pixels import decode_split, epoch_order, gather
+from tricks import augment, autoaugment
+from tricks.cutmix import cutmix_batch, draw_cutmix
+from tricks.mixup import draw_mixup, mixup_batch, neighbour_pairs
+
+
+class Samples(NamedTuple):
+    """A split, decoded: sample i is pixels[rows[i]] with labels[i]."""
+
+    pixels: torch.Tensor  # uint8 (N, 3, H, W), memory-mapped, of the whole stored split
+    rows: torch.Tensor  # int64 (n,)
+    labels: torch.Tensor  # int64 (n,)
+
+    def take(self, index, device):
+        """The samples at `index` (int64, CPU) on `device`: images (k, 3, H, W), labels (k,)."""
+        images, labels = gather(self.pixels, self.rows[index]), self.labels[index]
+        if device.type == "cuda":
+            images, labels = images.pin_memory(), labels.pin_memory()
+        return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def decode_splits(data, size, progress):
+    """{"train": Samples, "val": ..., "test": ...} of the splits that `data` has."""
+    splits = {}
+    for role in ("train", "val", "test"):
+        split = getattr(data, role)
+        if split is not None:
+            pixels = decode_split(
+                split.dataset, data.image_column, size, name=split.name, progress=progress
+            )
+            splits[role] = Samples(
+                pixels, torch.from_numpy(split.rows), torch.from_numpy(split.labels)
+            )
+    return splits
+
+
+class Part(NamedTuple):
+    """The slice of a step's batch that one forward pass of one process sees, on its device."""
+
+    images: torch.Tensor  # uint8 (n, 3, H, W)
+    labels: torch.Tensor  # int64 (n,)
+    draw: dict  # what the training views drew for these images
+
+
+class Views:
+    """Batches of uint8 pixels -> what the network takes: whole batches, every sample its own draw.
+
+    augment: a word of flags.AUGMENTS. padding: pixels of the random crop, 0 for none. flip_prob
+    and erasing: probabilities. ops and magnitude: RandAugment's. mean and std: a number a channel.
+    """
+
+    def __init__(self, size, mean, std, *, augment, padding, flip_prob, erasing, ops, magnitude):
+        self.size, self.mean, self.std = size, mean, std
+        self.augment, self.padding, self.flip_prob = augment, padding, flip_prob
+        self.erasing, self.ops, self.magnitude = erasing, ops, magnitude
+
+    def draw(self, n, rng):
+        """Draw for a whole batch of n, on the CPU: tensors (or tuples of them) of length n."""
+        size, draw = self.size, {}
+        if self.augment != "none" and self.padding:
+            draw["crop"] = augment.draw_crops(n, self.padding, rng)
+        if self.augment != "none" and self.flip_prob:
+            draw["flip"] = augment.draw_flips(n, self.flip_prob, rng)
+        if self.augment == "randaugment":
+            draw["ops"] = autoaugment.draw_randaugment(
+                n, size, size, self.ops, self.magnitude, generator=rng
+            )
+        elif self.augment == "trivialaugment":
+            draw["ops"] = autoaugment.draw_trivialaugment(n, size, size, generator=rng)
+        elif self.augment == "autoaugment":
+            policy = "cifar10" if size <= 64 else "imagenet"
+            draw["ops"] = autoaugment.draw_autoaugment(n, size, size, policy, generator=rng)
+        if self.erasing:
+            draw["erasing"] = augment.draw_erasing(n, size, size, self.erasing, generator=rng)
+        return draw
+
+    def train(self, images, draw):
+        """The augmented, normalised batch (n, 3, H, W), float32, channels_last."""
+        if "crop" in draw:
+            images = augment.crop_batch(images, draw["crop"], self.padding)
+        if "flip" in draw:
+            images = augment.flip_batch(images, draw["flip"])
+        if "ops" in draw:
+            images = autoaugment.apply_ops(images, draw["ops"])
+        images = self.evaluation(images)
+        if "erasing" in draw:
+            images = augment.erase_batch(images, draw["erasing"])
+        return images
+
+    def evaluation(self, images):
+        """The normalised batch, nothing drawn."""
+        return augment.normalize_batch(images, self.mean, self.std)
+
+    def to_pixels(self, images):
+        """Back from normalised to uint8 pixels on the CPU, for pictures."""
+        images = images.float().cpu()
+        mean = torch.tensor(self.mean).view(-1, 1, 1)
+        std = torch.tensor(self.std).view(-1, 1, 1)
+        return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def draw_mixing(mixup_alpha, cutmix_alpha, prob, size, rng):
+    """This step's mixing, as a function (images, targets) -> (images, targets).
+
+    With probability `prob` the step mixes, by mixup or CutMix at even odds where both alphas are
+    above 0. One draw a step; who is mixed with whom is a matter of neighbours in the batch.
+    """
+    mixes, cuts = torch.rand(2, generator=rng).tolist()
+    if mixes >= prob or not (mixup_alpha or cutmix_alpha):
+        return lambda images, targets: (images, targets)
+    if cutmix_alpha and (not mixup_alpha or cuts < 0.5):
+        box, _ = draw_cutmix(cutmix_alpha, size, size, rng)
+        return lambda x, y: cutmix_batch(x, y, box, neighbour_pairs(len(x)))[:2]
+    lam = draw_mixup(mixup_alpha, rng)
+    return lambda x, y: mixup_batch(x, y, lam, neighbour_pairs(len(x)))
+
+
+def train_batches(split, views, accelerator, *, batch_size, accumulation, seed, total_steps):
+    """A function of the first step -> iterator over the steps' batches, each a list of Parts.
+
+    The order of an epoch is permutation(seed, epoch) and the draws are made for the whole batch
+    from (seed, step); then the batch is cut into accumulation × processes equal parts, so neither
+    depends on how many share the work. With a GPU, a thread keeps two batches ahead of it.
+    """
+    device, rank = accelerator.device, accelerator.process_index
+    processes = accelerator.num_processes
+    n = batch_size // (accumulation * processes)
+    per_epoch = len(split.labels) // batch_size
+    order = {}  # of one epoch, the last one used
+
+    def parts_of(step):
+        epoch, place = divmod(step, per_epoch)
+        if epoch not in order:
+            order.clear()
+            order[epoch] = epoch_order(len(split.labels), seed, epoch)
+        rows = order[epoch][place * batch_size : (place + 1) * batch_size]
+        draw = views.draw(batch_size, generator(seed, "views", step))
+        parts = []
+        for turn in range(accumulation):
+            start = (turn * processes + rank) * n
+            mine = slice(start, start + n)
+            images, labels = split.take(rows[mine], device)
+            parts.append(Part(images, labels, {k: _cut(v, mine) for k, v in draw.items()}))
+        return parts
+
+    def from_step(first):
+        if device.type == "cpu":  # gathering is 0.1 % of a step; a thread would take a core
+            yield from map(parts_of, range(first, total_steps))
+            return
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            ahead = [pool.submit(parts_of, s) for s in range(first, min(first + 2, total_steps))]
+            for step in range(first, total_steps):
+                parts = ahead.pop(0).result()
+                if step + 2 < total_steps:
+                    ahead.append(pool.submit(parts_of, step + 2))
+                yield parts
+
+    return from_step
+
+
+def _cut(draw, part):
+    if isinstance(draw, torch.Tensor):
+        return draw[part]
+    return type(draw)(*(tensor[part] for tensor in draw))

@@ -1,0 +1,443 @@
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets.packaged_modules.parquet.parquet import Parquet
+from PIL import Image
+
+from harness import data
+from harness.data import BUILT_IN, BuiltIn, load_data, stratified_order
+from harness.errors import UserError
+from harness.pixels import decode_split
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = ["ant", "bee", "cat"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    return folder
+
+
+def png(value):
+    buffer = io.BytesIO()
+    Image.new("L", (6, 6), value).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def make(labels, *, start=0, label_type=None, **more):
+    """A data set whose image i is plain gray of value start + i."""
+    label_type = label_type or ClassLabel(names=NAMES)
+    images = [{"bytes": png(start + i), "path": None} for i in range(len(labels))]
+    features = {"picture": datasets.Image(), "kind": label_type}
+    features |= {name: Value("string") for name in more}
+    columns = {"picture": images, "kind": labels, **more}
+    return Dataset.from_dict(columns, features=Features(features))
+
+
+def save(folder, **splits):
+    """The splits as parquet in the Hub's layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, split in splits.items():
+        split.to_parquet(folder / f"{name}-00000-of-00001.parquet")
+    return str(folder)
+
+
+def save_images(folder, labels, start=0):
+    for i, label in enumerate(labels):
+        (folder / NAMES[label]).mkdir(parents=True, exist_ok=True)
+        (folder / NAMES[label] / f"{start + i:03d}.png").write_bytes(png(start + i))
+
+
+TRAIN, TEST = [0, 1, 2] * 4, [2, 1, 0]
+
+
+def make_folder(kind, folder):
+    train, test = make(TRAIN), make(TEST, start=100)
+    if kind == "parquet":
+        save(folder, train=train, test=test)
+    elif kind == "data/ subfolder":
+        save(folder / "data", train=train, test=test)
+        (folder / "README.md").write_text("# A card\n")
+        Image.new("L", (3, 3)).save(folder / "data" / "banner.png")
+    elif kind == "save_to_disk":
+        DatasetDict(train=train, test=test).save_to_disk(folder)
+    elif kind == "class folders":
+        save_images(folder / "train", TRAIN)
+        save_images(folder / "test", TEST, start=100)
+    elif kind == "save_to_disk, no splits":
+        train.save_to_disk(folder)
+    else:
+        assert kind == "class folders, no splits"
+        save_images(folder, TRAIN)
+    return str(folder)
+
+
+KINDS = ["parquet", "data/ subfolder", "save_to_disk", "class folders"]
+KINDS_WITHOUT_SPLITS = ["save_to_disk, no splits", "class folders, no splits"]
+
+
+# --- kinds of data sets ---
+
+
+@pytest.mark.parametrize("kind", KINDS + KINDS_WITHOUT_SPLITS)
+def test_every_kind_of_folder(kind, tmp_path):
+    folder = make_folder(kind, tmp_path / "my data")
+    loaded = load_data(folder)
+    assert loaded.classes == NAMES
+    assert loaded.source == folder
+    assert loaded.image_size == 6
+    assert loaded.val is None
+    assert (loaded.test is None) == (kind in KINDS_WITHOUT_SPLITS)
+    for split, labels, start in ((loaded.train, TRAIN, 0), (loaded.test, TEST, 100)):
+        if split is None:
+            continue
+        assert split.labels.dtype == np.int64
+        pixels = decode_split(split.dataset, loaded.image_column, 6, name=split.name)
+        # The gray value says which image it is, whatever order the folder was read in.
+        values = pixels[split.rows, 0, 0, 0].tolist()
+        found = dict(zip(values, split.labels.tolist(), strict=True))
+        assert found == {start + i: label for i, label in enumerate(labels)}
+
+
+def test_class_folders_may_have_the_names_of_splits(tmp_path):
+    for name in ("dev", "val"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        (tmp_path / "set" / name / "test_1.png").write_bytes(png(1))
+    loaded = load_data(str(tmp_path / "set"))
+    assert loaded.classes == ["dev", "val"] and len(loaded.train) == 2 and loaded.val is None
+
+
+def test_digits(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    loaded = load_data("digits")
+    assert (len(loaded.train), loaded.val, len(loaded.test)) == (1437, None, 360)
+    assert loaded.classes == list("0123456789")
+    assert (loaded.image_column, loaded.label_column) == ("image", "label")
+    assert loaded.image_size == 8
+    pixels = decode_split(loaded.train.dataset, "image", 8, name="train")
+    # Ink in sixteenths; the mean and deviation of the table are those of the train pixels.
+    assert set(pixels.unique().tolist()) == {round(ink * 255 / 16) for ink in range(17)}
+    scaled = pixels.double() / 255
+    assert loaded.mean == pytest.approx([scaled.mean().item()] * 3, abs=1e-4)
+    assert loaded.std == pytest.approx([scaled.std().item()] * 3, abs=1e-4)
+    counts = np.bincount(np.concatenate([loaded.train.labels, loaded.test.labels]))
+    assert counts.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]  # scikit-learn's
+
+
+def test_a_built_in_set_of_another_size_is_refused(tmp_path, monkeypatch):
+    folder = save(tmp_path / "set", train=make(TRAIN), test=make(TEST))
+    for splits, message in (
+        ({"train": 12, "test": 4}, "split 'test' of mine has 3 images, but should have 4"),
+        ({"train": 12, "validation": 5}, "split 'validation' of mine has 0 .* should have 5"),
+    ):
+        monkeypatch.setitem(BUILT_IN, "mine", BuiltIn(id=folder, splits=splits))
+        with pytest.raises(UserError, match=message):
+            load_data("mine")
+
+
+def test_unknown_names(tmp_path):
+    with pytest.raises(UserError, match=r"unknown data set 'cifr10' \(did you mean 'cifar10'\?\)"):
+        load_data("cifr10")
+    with pytest.raises(UserError, match="no such folder"):
+        load_data("./nowhere/at/all")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"takes the \[ \] \* \? in its path for a pattern"):
+        load_data(make_folder("parquet", tmp_path / "my [best] data"))
+    with pytest.raises(UserError, match="is a file"):
+        load_data(str(tmp_path / "file"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"cannot read a data set from .*empty"):
+        load_data(str(tmp_path / "empty"))
+    (tmp_path / "empty" / "train-00000-of-00001.parquet").write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"cannot read a data set from .*empty"):
+        load_data(str(tmp_path / "empty"))
+
+
+# --- the Hub ---
+
+
+def test_without_network_the_cache_is_used(tmp_path, cache):
+    folder = Path(save(tmp_path / "set", train=make(TRAIN), test=make(TEST)))
+    files = {split: str(folder / f"{split}-00000-of-00001.parquet") for split in ("train", "test")}
+    Parquet(dataset_name="bugs", hash="0123abc", data_files=files).download_and_prepare()
+    (cache / "bugs").rename(cache / "someone___bugs")  # as if it had come from the Hub
+    (config,) = (cache / "someone___bugs").iterdir()
+    config.rename(config.with_name("default"))
+    loaded = load_data("someone/bugs")
+    assert (loaded.source, len(loaded.train), len(loaded.test)) == ("someone/bugs", 12, 3)
+
+
+def test_without_network_or_cache_the_message_says_how_to_fetch_it(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(data, "_hub_answers", lambda endpoint: False)
+    began = time.perf_counter()
+    with pytest.raises(UserError) as caught:
+        load_data("cifar100")
+    assert time.perf_counter() - began < 3
+    message = str(caught.value)
+    assert "`hf download uoft-cs/cifar100 --repo-type dataset --local-dir cifar100`" in message
+    assert "--dataset ./cifar100 --label_column fine_label" in message
+    assert "\n" not in message
+    assert datasets.config.HF_HUB_OFFLINE is False
+    with pytest.raises(UserError, match="--revision 7e43fe37eeb9"):
+        load_data("flowers102")
+
+
+def test_whether_the_hub_answers(monkeypatch):
+    def never_answers(*args, **kwargs):
+        time.sleep(0.5)
+        raise OSError
+
+    for name in ("https_proxy", "http_proxy", "HTTPS_PROXY", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert data._hub_answers(f"http://127.0.0.1:{port}")
+        # Behind a proxy the Hub's own name need not be known here.
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
+        assert data._hub_answers("https://hub.invalid")
+    assert not data._hub_answers("https://hub.invalid")
+    monkeypatch.delenv("https_proxy")
+    # A name server that never answers.
+    monkeypatch.setattr(data, "HUB_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(socket, "create_connection", never_answers)
+    began = time.perf_counter()
+    assert not data._hub_answers("https://huggingface.co")
+    assert time.perf_counter() - began < 0.4
+
+
+# --- splits ---
+
+
+def test_validation_splits(tmp_path):
+    folder = save(
+        tmp_path / "set", train=make(TRAIN), validation=make(TEST), test=make([0, 1, 2, 0])
+    )
+    loaded = load_data(folder)
+    assert (len(loaded.train), len(loaded.val), len(loaded.test)) == (12, 3, 4)
+    loaded = load_data(folder, val_split="none", test_split="none", val_fraction=0.25)
+    assert (len(loaded.train), len(loaded.val), loaded.test) == (9, 3, None)
+    loaded = load_data(folder, train_split="test", test_split="validation", val_split="train")
+    assert (len(loaded.train), len(loaded.val), len(loaded.test)) == (4, 12, 3)
+    # A split that is asked for in one role is not taken for another.
+    assert load_data(folder, train_split="test").test is None
+
+    with pytest.raises(UserError, match="has the validation split 'validation'"):
+        load_data(folder, val_fraction=0.25)
+    message = r"--test_split tset: .* \(did you mean 'test'\?\); the splits are train, validation"
+    with pytest.raises(UserError, match=message):
+        load_data(folder, test_split="tset")
+    with pytest.raises(UserError, match="--test_split train: that split already has another use"):
+        load_data(folder, train_split="train", test_split="train")
+    only_test = save(tmp_path / "other", test=make(TEST))
+    with pytest.raises(UserError, match=r"no split 'train': name one with --train_split \(test\)"):
+        load_data(only_test)
+
+
+def test_val_fraction_is_stratified_seeded_and_shares_the_pixels(tmp_path):
+    folder = save(tmp_path / "set", train=make([0] * 20 + [1] * 40 + [2] * 10))
+    loaded = load_data(folder, val_fraction=0.1)
+    assert np.bincount(loaded.val.labels).tolist() == [2, 4, 1]
+    assert np.bincount(loaded.train.labels).tolist() == [18, 36, 9]
+    rows = np.concatenate([loaded.train.rows, loaded.val.rows])
+    assert np.sort(rows).tolist() == list(range(70))
+    assert loaded.train.dataset is loaded.val.dataset
+    all_labels = np.repeat([0, 1, 2], [20, 40, 10])
+    np.testing.assert_array_equal(all_labels[loaded.val.rows], loaded.val.labels)
+    again, other = load_data(folder, val_fraction=0.1), load_data(folder, val_fraction=0.1, seed=7)
+    assert again.val.rows.tolist() == loaded.val.rows.tolist() != other.val.rows.tolist()
+
+
+def test_max_samples(tmp_path):
+    folder = save(tmp_path / "set", train=make(TRAIN * 5), test=make(TEST * 5, start=100))
+    loaded = load_data(folder, val_fraction=0.2, max_train_samples=7, max_eval_samples=5)
+    assert (len(loaded.train), len(loaded.val), len(loaded.test)) == (7, 5, 5)
+    assert len(loaded.train.dataset) == 7  # no more than that is decoded
+    assert np.bincount(loaded.train.labels).tolist() in ([3, 2, 2], [2, 3, 2], [2, 2, 3])
+    pixels = decode_split(loaded.test.dataset, "picture", 6, name="test")
+    for row, label in zip(loaded.test.rows, loaded.test.labels, strict=True):
+        assert (TEST * 5)[int(pixels[row, 0, 0, 0]) - 100] == label
+    assert len(load_data(folder, max_train_samples=1000).train) == 60
+    more = load_data(folder, val_fraction=0.2, max_train_samples=8)
+    decoded = [
+        set(decode_split(part.train.dataset, "picture", 6, name="train")[:, 0, 0, 0].tolist())
+        for part in (loaded, more)
+    ]
+    assert decoded[0] < decoded[1]
+
+
+def test_every_beginning_of_the_stratified_order_is_stratified():
+    labels = np.repeat([0, 1, 3], [50, 30, 7])  # class 2 has none
+    order = stratified_order(labels, seed=1)
+    assert np.sort(order).tolist() == list(range(87))
+    for k in range(1, 88):
+        counts = np.bincount(labels[order[:k]], minlength=4)
+        assert np.abs(counts - k * np.array([50, 30, 0, 7]) / 87).max() < 1.5
+    # In a balanced set no class comes first as a rule.
+    firsts = {int(np.arange(10)[stratified_order(np.arange(10), seed)[0]]) for seed in range(50)}
+    assert len(firsts) > 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"val_fraction": 1.0}, "--val_fraction is 1.0"),
+        ({"val_fraction": float("nan")}, "--val_fraction is nan"),
+        ({"val_fraction": -0.1}, "--val_fraction is -0.1"),
+        ({"max_train_samples": 0}, "--max_train_samples is 0"),
+        ({"max_eval_samples": -3}, "--max_eval_samples is -3"),
+        ({"val_fraction": 0.1}, r"holds out 1 of 12 .* leaves validation none of class 'ant'"),
+        ({"val_fraction": 0.95}, r"holds out 11 of 12 .* leaves training none of class"),
+    ],
+)
+def test_impossible_numbers(tmp_path, arguments, message):
+    folder = save(tmp_path / "set", train=make(TRAIN))
+    if arguments == {"val_fraction": 0.1}:
+        message = r"holds out 1 of 12 images and leaves validation none of class '(ant|bee)'"
+    with pytest.raises(UserError, match=message):
+        load_data(folder, **arguments)
+
+
+# --- columns and labels ---
+
+
+@pytest.mark.parametrize(
+    ("label_type", "train", "classes"),
+    [
+        (Value("int64"), [10, 9, 200, 9], ["9", "10", "200"]),
+        (Value("uint8"), [7, 5, 7, 6], ["5", "6", "7"]),
+        (Value("string"), ["bee", "ant", "cat", "ant"], ["ant", "bee", "cat"]),
+        (Value("large_string"), ["bee", "ant", "cat", "ant"], ["ant", "bee", "cat"]),
+    ],
+)
+def test_plain_labels_become_classes(tmp_path, label_type, train, classes):
+    folder = save(
+        tmp_path / "set",
+        train=make(train, label_type=label_type),
+        test=make(train[:2], label_type=label_type),
+    )
+    loaded = load_data(folder)
+    assert loaded.classes == classes
+    assert [classes[label] for label in loaded.train.labels] == [str(value) for value in train]
+    assert [classes[label] for label in loaded.test.labels] == [str(value) for value in train[:2]]
+
+
+def test_columns_are_found_by_type_or_named(tmp_path):
+    folder = save(tmp_path / "set", train=make(TRAIN, note=["x", "y"] * 6))
+    assert load_data(folder).label_column == "kind"  # a ClassLabel goes before a string
+    assert load_data(folder, label_column="note").classes == ["x", "y"]
+    columns = r"the columns are picture \(Image\), kind \(ClassLabel\), note \(string\)"
+    with pytest.raises(UserError, match=rf"--image_column pictre.*'picture'.*{columns}"):
+        load_data(folder, image_column="pictre")
+    with pytest.raises(UserError, match=rf"--image_column kind: .* not of type Image.*{columns}"):
+        load_data(folder, image_column="kind")
+    with pytest.raises(UserError, match=rf"--label_column picture: .* not of type.*{columns}"):
+        load_data(folder, label_column="picture")
+
+    two = make(["a"] * 12, label_type=Value("string"), note=["x", "y"] * 6)
+    with pytest.raises(UserError, match=r"there are 2 columns .* name one with --label_column"):
+        load_data(save(tmp_path / "two", train=two))
+    with pytest.raises(UserError, match=r"there are no columns .* name one with --label_column"):
+        load_data(save(tmp_path / "none", train=make(TRAIN).remove_columns("kind")))
+    with pytest.raises(UserError, match=r"there are no columns .* name one with --image_column"):
+        load_data(save(tmp_path / "blind", train=make(TRAIN).remove_columns("picture")))
+
+
+STRING = Value("string")
+BAD_LABELS = {
+    "minus one": (
+        make(TRAIN),
+        make([0, 1, -1]),
+        "image 2 of split 'test' has the label -1, .*0 to 2",
+    ),
+    "null": (make(TRAIN), make([0, None]), "image 1 of split 'test' has the label None"),
+    "unknown": (
+        make(["ant", "bee"], label_type=STRING),
+        make(["ant", "eel"], label_type=STRING),
+        "image 1 of split 'test' has the label 'eel'.*--test_split none",
+    ),
+    "missing class": (
+        make([0, 2]),
+        make(TEST),
+        "1 of 3 classes have no image in split 'train': bee",
+    ),
+    "empty": (make(TRAIN), make([]), "split 'test' is empty"),
+    "empty train": (make([]), make(TEST), "split 'train' is empty"),
+    "no column": (make(TRAIN), make(TEST).rename_column("kind", "sort"), "no column 'kind'"),
+    "other type": (
+        make(TRAIN),
+        make(["a"], label_type=STRING),
+        "'kind' is ClassLabel in train, but string in split 'test'",
+    ),
+    "other order": (
+        make(TRAIN),
+        make(TEST, label_type=ClassLabel(names=NAMES[::-1])),
+        "classes of split 'test' are not those of train",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LABELS)
+def test_bad_splits_are_named(tmp_path, case):
+    train, test, message = BAD_LABELS[case]
+    DatasetDict(train=train, test=test).save_to_disk(tmp_path / "set")
+    with pytest.raises(UserError, match=message) as caught:
+        load_data(str(tmp_path / "set"))
+    assert "\n" not in str(caught.value)
+
+
+# --- processes ---
+
+START = """
+import json, sys
+from harness.data import load_data
+from harness.pixels import decode_split
+found = {}
+for folder in sys.argv[1:]:
+    loaded = load_data(folder, val_fraction=0.25, max_train_samples=6)
+    for split in (loaded.train, loaded.val):
+        pixels = decode_split(split.dataset, loaded.image_column, 5, name=split.name)
+        chosen = pixels[split.rows].flatten(1)[:, 0].tolist()
+        found[f"{folder} {len(split)}"] = [split.dataset._fingerprint, chosen]
+print(json.dumps(found))
+"""
+
+
+def test_processes_agree_and_share_one_cache(tmp_path, cache):
+    folders = [make_folder(kind, tmp_path / kind) for kind in KINDS + KINDS_WITHOUT_SPLITS]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    starts = [
+        subprocess.Popen(
+            [sys.executable, "-c", START, *folders],
+            env=environment,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    found = [json.loads(start.communicate(timeout=120)[0]) for start in starts]
+    assert found[0] == found[1]
+    assert len(found[0]) == 2 * len(folders)
+    # A third start, later and in another process, finds every file.
+    made = sorted((cache / "pixels").glob("*.npy"))
+    times = [file.stat().st_mtime_ns for file in made]
+    assert len(made) == len({fingerprint for fingerprint, _ in found[0].values()})
+    for folder in folders:
+        loaded = load_data(folder, val_fraction=0.25, max_train_samples=6)
+        for split in (loaded.train, loaded.val):
+            decode_split(split.dataset, loaded.image_column, 5, name=split.name)
+    assert sorted((cache / "pixels").glob("*.npy")) == made
+    assert [file.stat().st_mtime_ns for file in made] == times

@@ -1,0 +1,105 @@
+"""The house: who may import whom, and that a trick stands alone."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TRICKS = sorted(path for path in (ROOT / "tricks").glob("*.py") if path.stem != "__init__")
+HARNESS = sorted((ROOT / "harness").rglob("*.py"))
+SCRIPTS = {"train", "finetune", "ensemble_eval", "gradcam"}
+HIDING_OR_NAMELESS = {"datasets", "evaluate", "accelerate", "wandb", "utils", "common"}
+
+
+def imported(path):
+    """The modules that a file imports, with a leading dot where the import is relative."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "")
+
+
+def test_there_is_a_house():
+    assert {"mixup", "cutmix", "ema", "schedule"} <= {path.stem for path in TRICKS}
+    assert "errors" in {path.stem for path in HARNESS}
+
+
+@pytest.mark.parametrize("path", TRICKS, ids=lambda path: path.stem)
+def test_a_trick_imports_torch_and_the_standard_library_only(path):
+    allowed = ({"torch", "torchvision"} | sys.stdlib_module_names) - {"argparse"}
+    modules = list(imported(path))
+    strays = {name for name in modules if name.split(".")[0] not in allowed}
+    assert modules and not strays
+
+
+def test_the_package_of_tricks_gathers_its_own_files_only():
+    for name in imported(ROOT / "tricks" / "__init__.py"):
+        assert name.startswith((".", "tricks.")), name
+
+
+@pytest.mark.parametrize("path", HARNESS, ids=lambda path: path.stem)
+def test_the_harness_imports_no_script(path):
+    assert not {name for name in imported(path) if name.split(".")[0] in SCRIPTS}
+
+
+def test_no_module_hides_a_package_or_is_a_drawer():
+    folders = ["tricks", "harness", "tests", "benchmarks", "data"]
+    modules = list(ROOT.glob("*.py"))
+    for folder in folders:
+        modules += (ROOT / folder).rglob("*.py")
+    assert len(modules) > len(TRICKS)
+    names = {path.stem for path in modules} | {path.parent.name for path in modules}
+    assert not names & HIDING_OR_NAMELESS
+
+
+@pytest.mark.parametrize("path", TRICKS, ids=lambda path: path.stem)
+def test_every_public_name_of_a_trick_has_an_example_that_runs(path):
+    module = importlib.import_module(f"tricks.{path.stem}")
+    examples = {
+        found.name.removeprefix(f"{module.__name__}."): found
+        for found in doctest.DocTestFinder(exclude_empty=True).find(module)
+        if found.examples
+    }
+    public = {name: getattr(module, name) for name in module.__all__}
+    need_one = {
+        name
+        for name, item in public.items()
+        if inspect.isfunction(item) or (inspect.isclass(item) and not issubclass(item, tuple))
+    }
+    assert need_one and not need_one - examples.keys()
+
+    runner = doctest.DocTestRunner(optionflags=doctest.FAIL_FAST)
+    for example in examples.values():
+        report = []
+        runner.run(example, out=report.append)
+        assert not runner.failures, "".join(report)
+
+
+def test_a_copied_trick_works_alone(tmp_path):
+    """Each file, copied into an empty folder of its own, imports in a fresh interpreter."""
+    for path in TRICKS:
+        folder = tmp_path / path.stem
+        folder.mkdir()
+        (folder / f"alone_{path.name}").write_bytes(path.read_bytes())
+    program = """
+import importlib, pathlib, sys
+for file in sorted(pathlib.Path.cwd().glob("*/alone_*.py")):
+    sys.path.insert(0, str(file.parent))
+    module = importlib.import_module(file.stem)
+    assert all(hasattr(module, name) for name in module.__all__), file
+    sys.path.pop(0)
+    print(file.stem)
+assert not {"tricks", "harness"} & sys.modules.keys()
+"""
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == sorted(f"alone_{path.stem}" for path in TRICKS)

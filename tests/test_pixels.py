@@ -1,0 +1,314 @@
+import collections
+import io
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from harness import pixels
+from harness.errors import UserError
+from harness.pixels import decode_image, decode_split, epoch_order, gather, native_size
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    return tmp_path / "pixels"
+
+
+def encode(image, file_format="png", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format=file_format, **options)
+    return buffer.getvalue()
+
+
+def decode(encoded, size):
+    return decode_image(io.BytesIO(encoded), size)
+
+
+def make_split(encoded):
+    cells = [None if data is None else {"bytes": data, "path": None} for data in encoded]
+    features = datasets.Features({"picture": datasets.Image()})
+    return datasets.Dataset.from_dict({"picture": cells}, features=features)
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def noisy_split(num_images, size=4):
+    return make_split(
+        [encode(Image.fromarray(noise(size, size, 3, seed=i))) for i in range(num_images)]
+    )
+
+
+# --- colours ---
+
+PALETTE = Image.new("P", (2, 2), 1)
+PALETTE.putpalette([0, 0, 0, 200, 100, 50])
+GRAY_16 = Image.fromarray(np.array([[0, 257], [128 * 257, 65535]], dtype=np.uint16))
+UNIT = Image.fromarray(np.array([[0.0, 0.2], [0.6, 1.0]], dtype=np.float32))
+WIDE = Image.fromarray(np.array([[0.0, 51.0], [153.2, 255.0]], dtype=np.float32))
+INTEGER = Image.fromarray(np.array([[0, 257], [128 * 257, 65535]], dtype=np.int32))
+CHESS = Image.fromarray(np.array([[True, False], [False, True]]))
+
+COLOURS = {
+    "RGB": (encode(Image.new("RGB", (2, 2), (1, 2, 3))), (1, 2, 3)),
+    "L": (encode(Image.new("L", (2, 2), 7)), (7, 7, 7)),
+    "LA opaque": (encode(Image.new("LA", (2, 2), (7, 255))), (7, 7, 7)),
+    "RGBA opaque": (encode(Image.new("RGBA", (2, 2), (1, 2, 3, 255))), (1, 2, 3)),
+    "RGBA clear": (encode(Image.new("RGBA", (2, 2), (1, 2, 3, 0))), (255, 255, 255)),
+    # 0.2 · colour + 0.8 · white
+    "RGBA part": (encode(Image.new("RGBA", (2, 2), (0, 100, 255, 51))), (204, 224, 255)),
+    "LA part": (encode(Image.new("LA", (2, 2), (0, 51))), (204, 204, 204)),
+    "P": (encode(PALETTE), (200, 100, 50)),
+    "P clear": (encode(PALETTE, transparency=1), (255, 255, 255)),
+    "RGB clear": (
+        encode(Image.new("RGB", (2, 2), (1, 2, 3)), transparency=(1, 2, 3)),
+        (255, 255, 255),
+    ),
+    "CMYK": (encode(Image.new("CMYK", (2, 2), (0, 255, 255, 0)), "jpeg"), (255, 0, 0)),
+    "YCbCr": (encode(Image.new("YCbCr", (2, 2), (128, 128, 128)), "jpeg"), (128, 128, 128)),
+    "GIF": (
+        encode(
+            Image.new("RGB", (2, 2), (9, 8, 7)),
+            "gif",
+            save_all=True,
+            append_images=[Image.new("RGB", (2, 2), (90, 80, 70))],
+        ),
+        (9, 8, 7),
+    ),
+}
+GRAYS = {
+    "I;16": (encode(GRAY_16), [[0, 1], [128, 255]]),
+    "I": (encode(INTEGER, "tiff"), [[0, 1], [128, 255]]),
+    "F to 1": (encode(UNIT, "tiff"), [[0, 51], [153, 255]]),
+    "F to 255": (encode(WIDE, "tiff"), [[0, 51], [153, 255]]),
+    "1": (encode(CHESS), [[255, 0], [0, 255]]),
+}
+
+
+@pytest.mark.parametrize("mode", COLOURS)
+def test_colour_modes_become_rgb(mode):
+    encoded, colour = COLOURS[mode]
+    decoded = decode(encoded, 2)
+    assert decoded.dtype == np.uint8 and decoded.shape == (3, 2, 2)
+    assert decoded.flags.c_contiguous
+    for channel, value in zip(decoded, colour, strict=True):
+        np.testing.assert_array_equal(channel, value)
+
+
+@pytest.mark.parametrize("mode", GRAYS)
+def test_gray_modes_keep_their_range(mode):
+    encoded, values = GRAYS[mode]
+    np.testing.assert_array_equal(decode(encoded, 2), np.broadcast_to(values, (3, 2, 2)))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.fromarray(np.array([[0, 70_000]], dtype=np.int32)),
+        Image.fromarray(np.array([[0.0, -0.5]], dtype=np.float32)),
+        Image.fromarray(np.array([[0.0, np.nan]], dtype=np.float32)),
+    ],
+)
+def test_values_without_a_known_range_are_refused(image):
+    with pytest.raises(ValueError, match=f"in mode {image.mode}: save it as 8-bit"):
+        decode(encode(image, "tiff"), 2)
+
+
+# --- geometry ---
+
+
+@pytest.mark.parametrize(
+    ("orientation", "turned"),
+    [
+        (2, lambda image: image[:, ::-1]),
+        (3, lambda image: image[::-1, ::-1]),
+        (6, lambda image: np.rot90(image, -1)),
+        (8, lambda image: np.rot90(image, 1)),
+    ],
+)
+def test_exif_orientation_is_applied(orientation, turned):
+    stored = noise(4, 4, 3)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    decoded = decode(encode(Image.fromarray(stored), exif=exif), 4)
+    np.testing.assert_array_equal(decoded, turned(stored).transpose(2, 0, 1))
+
+
+def test_an_image_of_the_right_size_is_not_resampled():
+    stored = noise(5, 5, 3)
+    np.testing.assert_array_equal(
+        decode(encode(Image.fromarray(stored)), 5), stored.transpose(2, 0, 1)
+    )
+
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16), (2, 6), (16, 16)])
+def test_resizing_equals_torchvisions_resize_and_centre_crop(shape):
+    image = Image.fromarray(noise(*shape, 3))
+    reference = v2.Compose([v2.Resize(8), v2.CenterCrop(8), v2.PILToTensor()])(image)
+    np.testing.assert_array_equal(decode(encode(image), 8), reference.numpy())
+
+
+def test_a_large_jpeg_is_reduced_without_visible_change():
+    smooth = Image.fromarray(noise(12, 20, 3)).resize((400, 240), Image.Resampling.BICUBIC)
+    encoded = encode(smooth, "jpeg", quality=95)
+    plain = Image.open(io.BytesIO(encoded)).convert("RGB")
+    reference = v2.Compose([v2.Resize(24), v2.CenterCrop(24), v2.PILToTensor()])(plain).numpy()
+    difference = np.abs(decode(encoded, 24).astype(int) - reference)
+    assert difference.mean() < 1.5
+
+
+def test_native_size():
+    def squares(*sizes):
+        return make_split([encode(Image.new("L", size)) for size in sizes])
+
+    assert native_size(squares((8, 8), (8, 8)), "picture") == 8
+    assert native_size(squares((64, 64)), "picture") == 64
+    assert native_size(squares((65, 65)), "picture") is None
+    assert native_size(squares((8, 9), (8, 9)), "picture") is None
+    assert native_size(squares((8, 8), (9, 9)), "picture") is None
+    assert native_size(make_split([b"junk", None]), "picture") is None
+
+
+# --- the cache ---
+
+
+def test_decodes_in_order_over_several_blocks(monkeypatch):
+    monkeypatch.setattr(pixels, "BLOCK", 3)
+    decoded = decode_split(noisy_split(10), "picture", 4, name="train")
+    expected = np.stack([noise(4, 4, 3, seed=i).transpose(2, 0, 1) for i in range(10)])
+    assert decoded.dtype == torch.uint8 and decoded.is_contiguous()
+    np.testing.assert_array_equal(decoded.numpy(), expected)
+
+
+def test_the_second_start_does_not_decode(cache, monkeypatch):
+    split = noisy_split(5)
+    first = decode_split(split, "picture", 4, name="train").clone()
+    assert [file.suffix for file in cache.iterdir() if file.suffix != ".lock"] == [".npy"]
+    monkeypatch.setattr(pixels, "decode_image", None)
+    assert torch.equal(decode_split(split, "picture", 4, name="train"), first)
+
+
+def test_another_size_selection_or_version_is_another_file(cache, monkeypatch):
+    split = noisy_split(5)
+    decode_split(split, "picture", 4, name="train")
+    decode_split(split, "picture", 3, name="train")
+    part = decode_split(split.select([3, 1]), "picture", 4, name="train")
+    np.testing.assert_array_equal(part[0].numpy(), noise(4, 4, 3, seed=3).transpose(2, 0, 1))
+    monkeypatch.setattr(pixels, "DECODE_VERSION", pixels.DECODE_VERSION + 1)
+    decode_split(split, "picture", 4, name="train")
+    assert len(list(cache.glob("*.npy"))) == 4
+
+
+@pytest.mark.parametrize("damage", ["cut short", "empty", "junk", "other shape"])
+def test_a_damaged_file_is_made_again(cache, damage):
+    split = noisy_split(5)
+    first = decode_split(split, "picture", 4, name="train").clone()
+    (file,) = cache.glob("*.npy")
+    file.with_suffix(".part").write_bytes(b"left by a killed run")
+    whole = file.read_bytes()
+    if damage == "other shape":
+        np.save(file, np.zeros((5, 3, 3, 3), dtype=np.uint8))
+    else:
+        file.write_bytes({"cut short": whole[:-1], "empty": b"", "junk": b"junk" * 99}[damage])
+    assert torch.equal(decode_split(split, "picture", 4, name="train"), first)
+    assert file.read_bytes() == whole
+    assert not list(cache.glob("*.part"))
+
+
+def test_writing_to_the_pixels_leaves_the_file_alone():
+    split = noisy_split(2)
+    decoded = decode_split(split, "picture", 4, name="train")
+    first = decoded.clone()
+    decoded.zero_()
+    assert torch.equal(decode_split(split, "picture", 4, name="train"), first)
+
+
+# --- what the user has to mend ---
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (b"junk", "not an image format"),
+        (encode(Image.fromarray(noise(40, 40, 3)))[:-400], "truncated"),
+        (None, "the cell is empty"),
+        (encode(Image.new("1", (10_000, 9_000))), "10000×9000 px is over 89,478,485 pixels"),
+    ],
+)
+def test_an_unreadable_image_is_named(cache, bad, reason, recwarn):
+    split = make_split([COLOURS["RGB"][0]] * 3 + [bad])
+    with pytest.raises(UserError, match=rf"image 3 of split 'test'.*{reason}.*mend it"):
+        decode_split(split, "picture", 2, name="test")
+    # The index is the one of the whole split.
+    with pytest.raises(UserError, match=rf"image 3 of split 'test'.*{reason}"):
+        decode_split(split.select([2, 3, 0]), "picture", 2, name="test")
+    assert not [file for file in cache.iterdir() if file.suffix != ".lock"]
+    assert not recwarn.list
+
+
+def test_the_path_of_an_unreadable_image_is_named(tmp_path):
+    file = tmp_path / "cat.png"
+    file.write_bytes(b"junk")
+    split = datasets.Dataset.from_dict({"picture": [str(file)]}).cast_column(
+        "picture", datasets.Image()
+    )
+    with pytest.raises(UserError, match=r"image 0 of split 'train' \(.*cat.png\)"):
+        decode_split(split, "picture", 2, name="train")
+
+
+def test_no_room_names_the_file_and_the_bytes(cache, monkeypatch):
+    usage = collections.namedtuple("Usage", "free")
+    monkeypatch.setattr(pixels.shutil, "disk_usage", lambda folder: usage(free=5 * 48 - 1))
+    with pytest.raises(UserError, match=rf"\(240 bytes\) to {cache}/\w+\.npy: No space left"):
+        decode_split(noisy_split(5), "picture", 4, name="train")
+    assert not list(cache.glob("*.npy"))
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file")
+    with pytest.raises(UserError, match="set HF_DATASETS_CACHE"):
+        decode_split(noisy_split(1), "picture", 4, name="train")
+
+
+# --- order and batches ---
+
+
+def test_epoch_order_is_a_function_of_seed_and_epoch():
+    order = epoch_order(101, seed=3, epoch=7)
+    assert order.dtype == torch.int64
+    assert order.sort().values.tolist() == list(range(101))
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert torch.equal(order, epoch_order(101, seed=3, epoch=7))
+    assert torch.equal(torch.get_rng_state(), before)
+    others = [epoch_order(101, seed=3, epoch=8), epoch_order(101, seed=4, epoch=7)]
+    assert not any(torch.equal(order, other) for other in others)
+    # Seed and epoch are not merely added up.
+    assert not torch.equal(epoch_order(101, 1, 2), epoch_order(101, 2, 1))
+
+
+def test_epoch_order_is_the_same_on_every_machine():
+    assert epoch_order(8, seed=42, epoch=0).tolist() == [3, 0, 6, 2, 1, 7, 4, 5]
+
+
+def test_positions_are_uniform_over_epochs():
+    first = torch.stack([epoch_order(5, 0, epoch)[0] for epoch in range(2000)])
+    # 400 each; six standard deviations are 107.
+    assert (first.bincount(minlength=5) - 400).abs().max() < 107
+
+
+def test_gather_is_a_contiguous_copy():
+    decoded = decode_split(noisy_split(6), "picture", 4, name="train")
+    rows = torch.tensor([5, 0, 5])
+    batch = gather(decoded, rows)
+    assert batch.shape == (3, 3, 4, 4) and batch.dtype == torch.uint8 and batch.is_contiguous()
+    assert torch.equal(batch, decoded[rows])
+    batch.zero_()
+    assert decoded[5].any()

@@ -1,0 +1,136 @@
+"""Train an image classifier from scratch.
+
+accelerate launch train.py                                        CIFAR-10, ResNet-18, 100 epochs
+accelerate launch train.py --config recipes/digits.yaml           a minute on a laptop
+accelerate launch --config_file accelerate_configs/multi_gpu.yaml train.py
+accelerate launch train.py --dataset path/to/folder --model resnet50 --epochs 50
+accelerate launch train.py --resume_from_checkpoint auto          continue, bit for bit
+"""
+
+from harness import flags
+
+if __name__ == "__main__":  # before torch is imported: --help and a mistyped flag answer at once
+    parser = flags.Parser(__doc__)
+    flags.data_flags(parser, dataset="cifar10")
+    flags.model_flags(parser, model="resnet18")
+    flags.optimization_flags(parser)
+    flags.augmentation_flags(parser)
+    flags.running_flags(parser)
+    flags.output_flags(parser, project="image-classification")
+    args = parser.read()
+
+import torch
+import torch.nn.functional as F
+
+from harness import models, plan
+from harness.counters import generator
+from harness.launch import make_accelerator, script
+from harness.pictures import save_train_batch
+from harness.run import Run, check_batch, check_folder, total_steps
+from harness.scoring import evaluate, score
+from harness.views import Views, decode_splits, draw_mixing, train_batches
+from tricks.ema import ModelEma
+from tricks.label_smoothing import smooth_labels, soft_cross_entropy
+from tricks.lr_groups import weight_decay_groups
+from tricks.schedule import set_lr, warmup_cosine
+
+
+def main(args):
+    accelerator, machine = make_accelerator(
+        args.mixed_precision, args.gradient_accumulation_steps, args.threads, args.seed
+    )
+    device = accelerator.device
+    folder = check_folder(args)
+
+    # data: what is where, and later its pixels, decoded once
+    data = plan.load(args)
+    size = args.image_size or data.image_size
+    mixing = args.mix_prob and (args.mixup_alpha or args.cutmix_alpha)
+    check_batch(args, accelerator.num_processes, len(data.train), mixing)
+    total = total_steps(args, len(data.train))
+
+    # model
+    model = models.build_model(
+        args.model, len(data.classes), image_size=size, stem=args.stem, dropout=args.dropout
+    )
+    initialised = models.initialise(model, args.init, generator(args.seed, "init"))
+    pretrained = models.load_pretrained(model, args.weights, args.model)
+    model.to(device, memory_format=torch.channels_last)
+
+    # tricks
+    views = Views(
+        size, data.mean, data.std, augment=args.augment, flip_prob=args.flip_prob,
+        padding=size // 8 if args.crop_padding is None else args.crop_padding,
+        erasing=args.random_erasing, ops=args.randaugment_ops,
+        magnitude=args.randaugment_magnitude,
+    )  # fmt: skip
+    ema = ModelEma(model, args.ema_decay) if args.ema_decay else None
+
+    # optimizer and schedule: the learning rate is a function of the step, nothing to save
+    groups = weight_decay_groups(model, args.weight_decay, args.norm_weight_decay)
+    fused = device.type == "cuda" and accelerator.scaler is None
+    if args.optimizer == "sgd":
+        nesterov = args.nesterov and args.momentum > 0
+        optimizer = torch.optim.SGD(groups, args.lr, args.momentum, nesterov=nesterov, fused=fused)
+    else:
+        optimizer = torch.optim.AdamW(groups, args.lr, (args.momentum, 0.999), fused=fused)
+    warmup = min(round(args.warmup_epochs * len(data.train) / args.batch_size), total // 2)
+
+    machine["weights"] = f"init {initialised}; {pretrained}"
+    accelerator.print(plan.text(args, machine, data, model, size, total, warmup))
+    if args.dry_run:
+        return
+    splits = decode_splits(data, size, progress=accelerator.is_main_process)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    run = Run(
+        args, accelerator, folder, model, optimizer, ema, train_size=len(data.train),
+        config=plan.result_config(args, data, size, "train"), identity=plan.identity(data, size),
+    )  # fmt: skip
+    batches = train_batches(
+        splits["train"], views, accelerator, batch_size=args.batch_size, seed=args.seed,
+        accumulation=args.gradient_accumulation_steps, total_steps=total,
+    )  # fmt: skip
+
+    def evaluate_epoch():
+        split = "val" if "val" in splits else "test"
+        if split not in splits:
+            return {}
+        scores = score(accelerator, model, ema, splits[split], views.evaluation)
+        return {f"{split}/{name}": value for name, value in scores.items()}
+
+    for step, batch in run.steps(batches, evaluate_epoch):
+        set_lr(optimizer, warmup_cosine(step, total, warmup))
+        mix = draw_mixing(
+            args.mixup_alpha, args.cutmix_alpha, args.mix_prob, size,
+            generator(args.seed, "mixing", step),
+        )  # fmt: skip
+        for part in batch:  # one, unless gradients are accumulated
+            with accelerator.accumulate(model):
+                images = views.train(part.images, part.draw)
+                targets = F.one_hot(part.labels, len(data.classes)).float()
+                images, targets = mix(images, targets)
+                logits = model(images)
+                loss = soft_cross_entropy(logits, smooth_labels(targets, args.label_smoothing))
+                accelerator.backward(loss)
+            # how much of its target each prediction hits: accuracy weighted by λ
+            run.count(loss, targets.gather(1, logits.argmax(1, keepdim=True)).mean())
+            if run.wants_picture():
+                save_train_batch(run.picture, views.to_pixels(images), targets, data.classes)
+        norm = accelerator.clip_grad_norm_(model.parameters(), args.clip_grad_norm or float("inf"))
+        run.agree(norm)  # a non-finite number on any process stops all, before the update
+        optimizer.step()
+        optimizer.zero_grad()
+        if ema and not accelerator.optimizer_step_was_skipped:
+            ema.update(accelerator.unwrap_model(model, keep_torch_compile=False), step)
+
+    def test_result():
+        module = accelerator.unwrap_model(model, keep_torch_compile=False)
+        return evaluate(accelerator, module, splits["test"], views.evaluation)
+
+    summary = run.finish(test_result if "test" in splits else None)
+    accelerator.print(plan.closing(summary, folder, run.tracking.line))
+
+
+if __name__ == "__main__":
+    with script("train.py"):
+        main(args)

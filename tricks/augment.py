@@ -1,0 +1,270 @@
+"""Crop, flip, resized crop, erase and normalise whole batches, each sample its own draw.
+
+What is random is drawn on the CPU for the whole batch (`draw_*`), can be sliced by sample, and is
+then applied on the device of the images (`*_batch`) without waiting for it. No function changes its
+input. Images are (n, channels, height, width), uint8 until `normalize_batch`.
+
+>>> images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+>>> generator = torch.Generator().manual_seed(0)
+>>> images = crop_batch(images, draw_crops(8, 4, generator), 4)
+>>> images = flip_batch(images, draw_flips(8, generator=generator))
+>>> images = normalize_batch(images, (0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
+>>> erase_batch(images, draw_erasing(8, 32, 32, generator=generator)).shape
+torch.Size([8, 3, 32, 32])
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+__all__ = [
+    "crop_batch",
+    "draw_crops",
+    "draw_erasing",
+    "draw_flips",
+    "draw_resized_crops",
+    "erase_batch",
+    "flip_batch",
+    "normalize_batch",
+    "resized_crop_batch",
+]
+
+TRIES = 10  # boxes drawn before giving up, as in torchvision
+
+
+def _take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return tensor.index_select(0, index.to(tensor.device, non_blocking=True))
+
+
+def draw_crops(n: int, padding: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Top and left of n crops in images padded by `padding`: int64 (n, 2), 0 to 2 · padding.
+
+    >>> draw_crops(100, 4, torch.Generator().manual_seed(0)).unique().tolist()
+    [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    """
+    return torch.randint(2 * padding + 1, (n, 2), generator=generator)
+
+
+def crop_batch(
+    images: torch.Tensor, offsets: torch.Tensor, padding: int, fill: int = 0
+) -> torch.Tensor:
+    """Pad each side with `padding` pixels of `fill`, and cut each image out at its own offset.
+
+    images: uint8 (n, C, H, W); offsets: int64 (n, 2) as from `draw_crops`, on the CPU. Returns the
+    same shape: images[i, :, y, x] comes from (y + offsets[i, 0] - padding, x + offsets[i, 1] -
+    padding). Equal to torchvision's RandomCrop((H, W), padding) at the same offset.
+
+    >>> crop_batch(torch.arange(1, 5).view(1, 1, 2, 2), torch.tensor([[0, 1]]), 1).view(2, 2)
+    tensor([[0, 0],
+            [1, 2]])
+    """
+    n, channels, height, width = images.shape
+    padded = F.pad(images, (padding,) * 4, value=fill)
+    # Every run of `width` pixels of the padded batch is a row of this view; a crop takes C × H.
+    rows = padded.flatten().unfold(0, width, 1)
+    tall, wide = padded.shape[2:]
+    corner = (torch.arange(n) * channels * tall + offsets[:, 0]) * wide + offsets[:, 1]
+    channel = torch.arange(channels).view(-1, 1) * tall * wide
+    row = corner.view(-1, 1, 1) + channel + torch.arange(height) * wide
+    return _take(rows, row.flatten()).view_as(images)
+
+
+def draw_flips(n: int, p: float = 0.5, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Whether to mirror each of n images, with probability p: bool (n,).
+
+    >>> draw_flips(1000, 0.5, torch.Generator().manual_seed(0)).float().mean().round(decimals=1)
+    tensor(0.5000)
+    """
+    return torch.rand(n, generator=generator) < p
+
+
+def flip_batch(images: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
+    """Mirror left and right where flips, bool (n,) on the CPU, is true; images (n, C, H, W).
+
+    >>> flip_batch(torch.tensor([[1, 2], [3, 4]]).view(2, 1, 1, 2), torch.tensor([True, False]))
+    tensor([[[[2, 1]]],
+    <BLANKLINE>
+    <BLANKLINE>
+            [[[3, 4]]]])
+    """
+    n = len(images)
+    return _take(torch.cat((images, images.flip(-1))), torch.arange(n) + n * flips)
+
+
+def _draw_sides(
+    n: int,
+    area: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    generator: torch.Generator | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole sides √(a·r), √(a/r) of (n, TRIES) boxes: a uniform in scale·area, r log-uniform."""
+    if not 0 <= scale[0] <= scale[1] <= 1:
+        raise ValueError(f"scale must be 0 <= low <= high <= 1, got {scale}")
+    if not 0 < ratio[0] <= ratio[1]:
+        raise ValueError(f"ratio must be 0 < low <= high, got {ratio}")
+    u, v = torch.rand((2, n, TRIES), generator=generator, dtype=torch.float64)
+    boxes = area * (scale[0] + u * (scale[1] - scale[0]))
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    ratios = (low + v * (high - low)).exp()
+    return (boxes * ratios).sqrt().round().long(), (boxes / ratios).sqrt().round().long()
+
+
+def _place(
+    sides: torch.Tensor, room: torch.Tensor, generator: torch.Generator | None
+) -> torch.Tensor:
+    """Boxes (top, left, height, width) of the given sides, anywhere in the room: (n, 4)."""
+    u = torch.rand(sides.shape, generator=generator, dtype=torch.float64)
+    return torch.cat(((u * (room - sides + 1)).long(), sides), dim=1)
+
+
+def draw_resized_crops(
+    n: int,
+    height: int,
+    width: int,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Boxes to crop from images of height × width: int64 (n, 4), top, left, height, width.
+
+    A box has a share of the image's area uniform in `scale` and a width/height log-uniform in
+    `ratio`, and lies anywhere inside. If ten boxes in a row don't fit it is the largest central one
+    of an allowed ratio. The distribution is that of torchvision's RandomResizedCrop. ValueError
+    for a range that is none. Szegedy et al. 2014, https://arxiv.org/abs/1409.4842
+
+    >>> draw_resized_crops(2, 32, 48, generator=torch.Generator().manual_seed(0)).shape
+    torch.Size([2, 4])
+    >>> draw_resized_crops(1, 10, 40, scale=(1, 1))  # no box of the whole area fits
+    tensor([[ 0, 13, 10, 13]])
+    """
+    across, down = _draw_sides(n, height * width, scale, ratio, generator)
+    fits = (across > 0) & (across <= width) & (down > 0) & (down <= height)
+    first = fits.long().argmax(1, keepdim=True)
+    sides = torch.cat((down.gather(1, first), across.gather(1, first)), dim=1)
+    boxes = _place(sides, torch.tensor([height, width]), generator)
+    h = min(height, round(width / ratio[0]))
+    w = min(width, round(height * ratio[1]))
+    central = torch.tensor([(height - h) // 2, (width - w) // 2, h, w])
+    return torch.where(fits.any(1, keepdim=True), boxes, central)
+
+
+def _resize_weights(
+    start: torch.Tensor, length: torch.Tensor, full: int, size: int
+) -> torch.Tensor:
+    """Antialiased bilinear weights (n, size, full) from source to target pixels along one side.
+
+    A triangle around each target pixel's centre in the source, as wide as one target pixel (at
+    least one source pixel) to either side, cut off at the box [start, start + length).
+    """
+    start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
+    source = torch.arange(full, device=start.device) - start
+    target = torch.arange(size, device=start.device).view(-1, 1)
+    step = length / size
+    distance = (source + 0.5 - step * (target + 0.5)).abs_()
+    weight = distance.div_(-step.clamp(min=1)).add_(1).clamp_(min=0)
+    weight.mul_((source >= 0) & (source < length))
+    return weight.div_(weight.sum(2, keepdim=True))
+
+
+def resized_crop_batch(images: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:
+    """Crop each image to its own box and resize it to size × size: bilinear, antialiased.
+
+    images: uint8 (n, C, H, W); boxes: int64 (n, 4) as from `draw_resized_crops`, on the CPU.
+    Returns uint8 (n, C, size, size). Two matrix products per image, one down and one across.
+
+    Equal to cropping and `F.interpolate(mode="bilinear", antialias=True)` in float32, rounded
+    (what torchvision's resized_crop does on a GPU) but for values that lie halfway between two
+    levels; within 1 level of its uint8 CPU kernel, which rounds twice. Where matrix products may
+    use TF32, within 1 level too.
+
+    >>> image = torch.tensor([[0, 0, 100, 200]] * 4, dtype=torch.uint8).view(1, 1, 4, 4)
+    >>> resized_crop_batch(image, torch.tensor([[1, 2, 2, 2]]), 2).view(2, 2)
+    tensor([[100, 200],
+            [100, 200]], dtype=torch.uint8)
+    """
+    height, width = images.shape[-2:]
+    top, left, h, w = boxes.to(images.device, non_blocking=True).unbind(1)
+    down = _resize_weights(top, h, height, size)
+    across = _resize_weights(left, w, width, size)
+    resized = down.unsqueeze(1) @ (images.float() @ across.mT.unsqueeze(1))
+    return resized.round_().to(torch.uint8)
+
+
+def draw_erasing(
+    n: int,
+    height: int,
+    width: int,
+    p: float = 0.25,
+    scale: tuple[float, float] = (0.02, 0.33),
+    ratio: tuple[float, float] = (0.3, 3.3),
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Boxes to erase from images of height × width: int64 (n, 4), top, left, height, width.
+
+    With probability p a box with a share of the area uniform in `scale` and a height/width
+    log-uniform in `ratio`, otherwise (or when ten boxes in a row don't fit) one of area 0. The
+    distribution is that of torchvision's RandomErasing. ValueError for a range that is none.
+    Zhong et al. 2017, https://arxiv.org/abs/1708.04896
+
+    >>> boxes = draw_erasing(1000, 32, 48, generator=torch.Generator().manual_seed(0))
+    >>> boxes.shape, 0.2 < (boxes[:, 2] > 0).float().mean() < 0.3
+    (torch.Size([1000, 4]), tensor(True))
+    """
+    erased = torch.rand((n, 1), generator=generator) < p
+    down, across = _draw_sides(n, height * width, scale, ratio, generator)
+    fits = (down < height) & (across < width)
+    first = fits.long().argmax(1, keepdim=True)
+    sides = torch.cat((down.gather(1, first), across.gather(1, first)), dim=1)
+    boxes = _place(sides, torch.tensor([height, width]), generator)
+    return torch.where(erased & fits.any(1, keepdim=True), boxes, 0)
+
+
+def erase_batch(images: torch.Tensor, boxes: torch.Tensor, value: float = 0.0) -> torch.Tensor:
+    """Set each image's box to `value` in all channels.
+
+    images: (n, C, H, W) of any dtype, whose memory format is kept; boxes: int64 (n, 4) as from
+    `draw_erasing`, on the CPU. After `normalize_batch` the value 0 is the mean colour.
+
+    >>> erase_batch(torch.ones(1, 1, 2, 3), torch.tensor([[0, 1, 2, 1]])).view(2, 3)
+    tensor([[1., 0., 1.],
+            [1., 0., 1.]])
+    """
+    chosen = (boxes[:, 2] * boxes[:, 3]).nonzero().squeeze(1)
+    top, left, height, width = boxes[chosen].view(-1, 4, 1).unbind(1)
+    y, x = torch.arange(images.shape[2]), torch.arange(images.shape[3])
+    rows = (y >= top) & (y < top + height)
+    columns = (x >= left) & (x < left + width)
+    chosen, rows, columns = (
+        t.to(images.device, non_blocking=True) for t in (chosen, rows, columns)
+    )
+    erased = images.clone()
+    inside = rows[:, None, :, None] & columns[:, None, None, :]
+    erased[chosen] = erased[chosen].masked_fill_(inside, value)
+    return erased
+
+
+def normalize_batch(
+    images: torch.Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """(images / 255 - mean) / std, per channel, in channels_last memory format.
+
+    images: uint8 (n, C, H, W); mean and std: one number a channel, for values from 0 to 1. It is
+    computed in float32 and then rounded to `dtype`. ValueError if a std is not positive.
+
+    >>> normalize_batch(torch.full((1, 1, 1, 1), 51, dtype=torch.uint8), [0.5], [0.1]).item()
+    -3.0
+    """
+    if min(std) <= 0:
+        raise ValueError(f"std must be positive, got {tuple(std)}")
+    # One multiply and one subtract: x / (255 std) - mean / std.
+    factor = torch.tensor([[1 / (255 * s)] for s in std], dtype=torch.float32).unsqueeze(2)
+    shift = torch.tensor([[m / s] for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
+    factor, shift = (t.to(images.device, non_blocking=True) for t in (factor, shift.unsqueeze(2)))
+    normalized = images.float().mul_(factor).sub_(shift).to(dtype)
+    return normalized.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,138 @@
+"""An exponential moving average of a model's weights, to evaluate and to keep.
+
+Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992; as used by
+Szegedy et al., https://arxiv.org/abs/1512.00567, section 8.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ModelEma", "decay_at", "half_life"]
+
+
+def decay_at(step: int, decay: float) -> float:
+    """The decay of the update after optimizer step `step`, counted from 0, warmed up.
+
+    min(decay, (1 + step) / (10 + step)): with 0.9999 from the start, a short run would never
+    leave its random initial weights. It reaches 0.9 at step 80, 0.99 at 890, 0.999 at 8,990.
+
+    >>> [decay_at(step, 0.999) for step in (0, 80, 8_990, 1_000_000)]
+    [0.1, 0.9, 0.999, 0.999]
+    """
+    if step < 0:
+        raise ValueError(f"steps are counted from 0, got {step}")
+    return min(decay, (1 + step) / (10 + step))
+
+
+def half_life(decay: float) -> float:
+    """After how many updates the weight of what is in the average has halved: ln ½ / ln decay.
+
+    >>> round(half_life(0.9999))
+    6931
+    """
+    if not 0 < decay < 1:
+        raise ValueError(f"decay must be in (0, 1), got {decay}")
+    return math.log(0.5) / math.log(decay)
+
+
+class ModelEma:
+    """The average a ← d·a + (1 - d)·w of all that a model's forward pass reads.
+
+    Parameters and float buffers (BatchNorm's running statistics belong to the weights they were
+    measured with) are averaged, in fp32 at least; integer buffers are copied. Tied weights are
+    held once. It holds one copy of the weights, not a second module, on the model's device.
+
+    Make it when the model has its final device, dtype and memory format, from the model itself
+    and not from what DDP or `torch.compile` wraps around it. Call `update` after real optimizer
+    steps only, not after each accumulated slice nor after a step that was skipped. The decay is a
+    function of the step (`decay_at`; `decay` itself with warmup=False), so that nothing but the
+    tensors of `state_dict` has to be saved.
+
+    Raises ValueError for a decay outside (0, 1).
+
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> _ = model.weight.data.fill_(0.0)
+    >>> ema = ModelEma(model, decay=0.999)
+    >>> _ = model.weight.data.fill_(1.0)
+    >>> ema.update(model, step=0)  # decay_at(0, 0.999) is 0.1
+    >>> with ema.applied_to(model):
+    ...     print(round(model.weight.item(), 4))
+    0.9
+    >>> model.weight.item()
+    1.0
+    """
+
+    def __init__(self, model: nn.Module, decay: float, warmup: bool = True) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(f"decay must be in (0, 1), got {decay}")
+        self.decay = decay
+        self.warmup = warmup
+        self._averages = {}
+        for name, tensor in _tensors(model).items():
+            # In 16 bits a step of (1 - d)·(w - a) would be rounded away.
+            is_half = tensor.dtype in (torch.float16, torch.bfloat16)
+            dtype = torch.float32 if is_half else tensor.dtype
+            self._averages[name] = tensor.detach().to(dtype, copy=True)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights that optimizer step `step`, counted from 0, left in the model."""
+        decay = decay_at(step, self.decay) if self.warmup else self.decay
+        averages, sources, counters, counts = [], [], [], []
+        for average, tensor in self._pairs(model):
+            if average.is_floating_point():
+                averages.append(average)
+                sources.append(tensor.to(average.dtype))
+            else:
+                counters.append(average)
+                counts.append(tensor)
+        torch._foreach_lerp_(averages, sources, 1 - decay)  # a + (1 - d)·(w - a)
+        if counters:
+            torch._foreach_copy_(counters, counts)
+
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Evaluate with the averaged weights; the raw ones, kept aside, come back bit for bit."""
+        averages, tensors = map(list, zip(*self._pairs(model), strict=True))
+        raw = [tensor.detach().clone() for tensor in tensors]
+        try:
+            with torch.no_grad():
+                torch._foreach_copy_(tensors, averages)
+            yield model
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(tensors, raw)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages by name, each contiguous, as safetensors wants them.
+
+        They may be the averages themselves: write or clone them before the next `update`.
+        """
+        return {name: average.contiguous() for name, average in self._averages.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over averages that `state_dict` gave; nothing is touched unless all of it fits."""
+        _check_same(state, self._averages, "the loaded average")
+        for name, average in self._averages.items():
+            average.copy_(state[name])
+
+    def _pairs(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        # Looked up each time, because `model.to()` and `load_state_dict(assign=True)` replace them.
+        tensors = _tensors(model)
+        _check_same(tensors, self._averages, "the model")
+        return [(average, tensors[name]) for name, average in self._averages.items()]
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _check_same(given: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
+    strays = sorted(given.keys() ^ expected.keys())
+    strays = strays or [name for name in expected if given[name].shape != expected[name].shape]
+    if strays:
+        raise ValueError(f"{what} does not fit the average in: {', '.join(strays)}")

@@ -1,0 +1,50 @@
+"""Kaiming-normal initialisation of convolutional networks.
+
+He et al., "Delving Deep into Rectifiers", ICCV 2015, https://arxiv.org/abs/1502.01852
+The last layer: Goyal et al., "Accurate, Large Minibatch SGD", 2017, section 5.1,
+https://arxiv.org/abs/1706.02677
+"""
+
+import torch
+from torch import nn
+
+__all__ = ["kaiming_normal_"]
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+@torch.no_grad()
+def kaiming_normal_(model: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Draw the weights of a ReLU network afresh, in place.
+
+    Convolutions: N(0, 2 / fan_out) with fan_out = out_channels · kernel area, which keeps the
+    gradient's variance through the layers; as in torch and torchvision, a grouped convolution
+    counts all its outputs. Normalisations: weight 1, bias 0. Linear layers: N(0, 0.01²), so that
+    training starts from nearly equal class probabilities. Biases: 0. Layers of other kinds keep
+    what they have, and buffers are not touched. Meant for convolutional networks that are trained
+    from scratch, not for transformers.
+
+    Draws in the order of `model.modules()` from `generator`, which has to be on the model's
+    device: initialise before moving, and every device starts from the same weights.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.Linear(64, 10))
+    >>> kaiming_normal_(model, torch.Generator().manual_seed(0))
+    >>> round(model[0].weight.std().item() / (2 / (64 * 9)) ** 0.5, 1)
+    1.0
+    >>> model[0].bias.count_nonzero().item(), model[1].weight.unique().item()
+    (0, 1.0)
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(
+                module.weight, mode="fan_out", nonlinearity="relu", generator=generator
+            )
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.01, generator=generator)
+        elif isinstance(module, NORMS):
+            if module.weight is not None:
+                nn.init.ones_(module.weight)
+        else:
+            continue
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
