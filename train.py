@@ -9,7 +9,8 @@ accelerate launch train.py --resume_from_checkpoint auto          continue, bit 
 
 from harness import flags
 
-if __name__ == "__main__":  # before torch is imported: --help and a mistyped flag answer at once
+
+def read_flags(argv=None):
     parser = flags.Parser(__doc__)
     flags.data_flags(parser, dataset="cifar10")
     flags.model_flags(parser, model="resnet18")
@@ -17,7 +18,11 @@ if __name__ == "__main__":  # before torch is imported: --help and a mistyped fl
     flags.augmentation_flags(parser)
     flags.running_flags(parser)
     flags.output_flags(parser, project="image-classification")
-    args = parser.read()
+    return parser.read(argv)
+
+
+if __name__ == "__main__":  # before torch is imported: --help and a mistyped flag answer at once
+    args = read_flags()
 
 import torch
 import torch.nn.functional as F

@@ -1,6 +1,5 @@
 """What is where: from the name of a data set to its splits, columns, classes and labels."""
 
-import difflib
 import json
 import re
 import socket
@@ -12,9 +11,12 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import numpy as np
+import torch
 
+from harness.counters import generator
 from harness.errors import UserError
-from harness.pixels import native_size, seeded_permutation
+from harness.flags import nearest
+from harness.pixels import native_size
 
 if TYPE_CHECKING:
     from datasets import Dataset  # otherwise imported late: a second that `--help` does not need
@@ -199,7 +201,7 @@ def stratified_order(labels, seed):
     >>> np.bincount(labels[stratified_order(labels, seed=0)[:3]]).tolist()
     [2, 1]
     """
-    shuffled = seeded_permutation(len(labels), seed, "split").numpy()
+    shuffled = torch.randperm(len(labels), generator=generator(seed, "split")).numpy()
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     counts = np.bincount(labels)
     first = np.repeat(np.cumsum(counts) - counts, counts)  # where the class of each starts
@@ -230,8 +232,8 @@ def _load(name, built_in):
     if "/" in name:
         raise UserError(f"--dataset {name}: there is no such folder")
     raise UserError(
-        f"unknown data set '{name}'{_nearest(name, BUILT_IN)}; built in are "
-        f"{', '.join(BUILT_IN)}; others are a Hub id (owner/name) or a folder"
+        f'unknown data set "{name}"{nearest(name, BUILT_IN)} (built in are {", ".join(BUILT_IN)}; '
+        "others are a Hub id, owner/name, or a folder)"
     )
 
 
@@ -377,8 +379,8 @@ def _choose_splits(stored, **wanted):
             continue
         if name not in stored:
             raise UserError(
-                f"--{role}_split {name}: there is no such split{_nearest(name, stored)}; "
-                f"the splits are {', '.join(stored)}"
+                f"--{role}_split {name}: there is no such split{nearest(name, stored)} "
+                f"(the splits are {', '.join(stored)})"
             )
         if name in chosen.values():
             raise UserError(f"--{role}_split {name}: that split already has another use")
@@ -424,8 +426,10 @@ def _find_column(features, given, candidates, flag, kind):
     """The given column if it is a candidate, or the only candidate."""
     columns = ", ".join(f"{name} ({_type_name(feature)})" for name, feature in features.items())
     if given and given not in features:
-        near = _nearest(given, features)
-        raise UserError(f"{flag} {given}: there is no such column{near}; the columns are {columns}")
+        near = nearest(given, features)
+        raise UserError(
+            f"{flag} {given}: there is no such column{near} (the columns are {columns})"
+        )
     if given and given not in candidates:
         raise UserError(f"{flag} {given}: the column is not {kind}; the columns are {columns}")
     if not given and len(candidates) != 1:
@@ -542,9 +546,3 @@ def _cut(split, max_samples, seed):
     # A data set of its own, so that a quick look at ImageNet does not decode all of it.
     dataset = split.dataset.select(split.rows[kept])
     return Split(split.name, dataset, np.arange(max_samples), split.labels[kept])
-
-
-def _nearest(name, names):
-    """ " (did you mean …?)" with the nearest of `names`, or nothing."""
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean '{near[0]}'?)" if near else ""

@@ -20,6 +20,7 @@ from filelock import FileLock
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
+from harness.counters import generator
 from harness.errors import UserError
 
 DECODE_VERSION = 1  # part of the cache key: raise it whenever decode_image's output changes
@@ -43,8 +44,8 @@ def decode_split(dataset, image_column, size, *, name, progress=True):
         progress: show a bar when decoding takes more than a second.
 
     Returns:
-        uint8 (len(dataset), 3, size, size), memory-mapped copy-on-write: writing to it does
-        not reach the file.
+        uint8 (len(dataset), 3, size, size), memory-mapped and never to be written to: the
+        mapping is read-only, and writing to it kills the process. `gather` copies.
 
     Raises:
         UserError: an image that can't be read (split, index and file named), or no room.
@@ -68,7 +69,11 @@ def decode_split(dataset, image_column, size, *, name, progress=True):
                 f"{file}: {error.strerror or error}; make room, or set HF_DATASETS_CACHE to a "
                 "folder that has it"
             ) from error
-    return torch.from_numpy(np.load(file, mmap_mode="c"))
+    # Mode "r": Linux refuses a copy-on-write mapping that is larger than the memory.
+    pixels = np.load(file, mmap_mode="r")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(pixels)
 
 
 def decode_image(file, size):
@@ -125,21 +130,9 @@ def native_size(dataset, image_column):
     return width if width == height <= SMALL_SQUARE else None
 
 
-def seeded_permutation(num_samples, *counter):
-    """A permutation of range(num_samples) that depends on `counter` (numbers, strings) alone.
-
-    >>> seeded_permutation(5, 42, "split").tolist() == seeded_permutation(5, 42, "split").tolist()
-    True
-    """
-    # Hashed, because Mersenne Twister streams of neighbouring seeds start out alike.
-    digest = hashlib.blake2b(repr(counter).encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-    return torch.randperm(num_samples, generator=generator)
-
-
 def epoch_order(num_samples, seed, epoch):
     """The order in which epoch `epoch` sees the samples: an int64 permutation, same everywhere."""
-    return seeded_permutation(num_samples, seed, "order", epoch)
+    return torch.randperm(num_samples, generator=generator(seed, "order", epoch))
 
 
 def gather(pixels, rows):

@@ -55,7 +55,11 @@ LAG = {"cpu": 0}
 
 
 def check_folder(args):
-    """The folder of this run; raises UserError where it holds another one."""
+    """The folder of this run; raises UserError where it holds another one.
+
+    Also where --report_to names no tracker: all that can be refused is, before any long work.
+    """
+    parse_report_to(args.report_to)
     dataset = re.sub(r"[^\w.-]+", "_", Path(args.dataset).name or args.dataset)
     folder = Path(args.output_dir) / (args.run_name or f"{dataset}-{args.model}-s{args.seed}")
     taken = (folder / "config.yaml").exists()
@@ -132,8 +136,10 @@ class Run:
             run_id=state and state["run_id"],
         )  # fmt: skip
         self.say(f"tracking     {self.tracking.line}")
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        self._handlers = {
+            number: signal.signal(number, self._on_signal)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
 
     # ---------------------------------------------------------------- the steps
 
@@ -223,7 +229,8 @@ class Run:
     def _stop_nonfinite(self, step, loss, norm):
         kept = sorted((self.folder / "checkpoints").glob("step-*"))
         last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
-        self.tracking.finish(exit_code=1)
+        self._bar.close()
+        self._close(exit_code=1)
         raise RunStopped(
             f"step {step}: loss is {loss:.4g}, gradient norm is {norm:.4g}; stopped before the "
             f"update, {last}; a lower --lr or --mixed_precision no may help"
@@ -365,7 +372,7 @@ class Run:
         if self.main:
             kind = {"weights": "ema" if self.ema else "raw"}
             try:
-                replace_file(self.folder / "model.safetensors", to_bytes(weights, kind))
+                replace_file(self.folder / "model.safetensors", to_bytes(weights))
                 replace_file(self.folder / "config.json", _json(self.config | kind))
             except OSError as error:
                 raise RunStopped(f"the result could not be written: {error}") from None
@@ -419,7 +426,9 @@ class Run:
         records = read_metrics(self.folder / "metrics.jsonl")
         if records:
             save_curves(self.folder / "curves.png", records)
-            self.tracking.log_image("curves", self.folder / "curves.png", self.step)
+        for picture in ("curves", "train_batch"):
+            if (self.folder / f"{picture}.png").exists():
+                self.tracking.log_image(picture, self.folder / f"{picture}.png", self.step)
 
     def _leave(self):
         """After a signal or --stop_after: the checkpoint is written, leave in good order."""
@@ -437,6 +446,8 @@ class Run:
     def _close(self, exit_code):
         self.tracking.finish(exit_code=exit_code)
         self.accelerator.wait_for_everyone()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def _on_signal(self, number, frame):
         if self._signal is None:
@@ -499,7 +510,7 @@ class Run:
 
     def _check_identity(self, path, state):
         saved = state["identity"]
-        for name in sorted(saved.keys() | self.identity.keys()):
+        for name in [*self.identity, *(saved.keys() - self.identity.keys())]:
             was, is_now = saved.get(name), self.identity.get(name)
             if was != is_now:
                 raise UserError(

@@ -148,7 +148,7 @@ def test_a_built_in_set_of_another_size_is_refused(tmp_path, monkeypatch):
 
 
 def test_unknown_names(tmp_path):
-    with pytest.raises(UserError, match=r"unknown data set 'cifr10' \(did you mean 'cifar10'\?\)"):
+    with pytest.raises(UserError, match='unknown data set "cifr10", did you mean "cifar10"'):
         load_data("cifr10")
     with pytest.raises(UserError, match="no such folder"):
         load_data("./nowhere/at/all")
@@ -236,7 +236,10 @@ def test_validation_splits(tmp_path):
 
     with pytest.raises(UserError, match="has the validation split 'validation'"):
         load_data(folder, val_fraction=0.25)
-    message = r"--test_split tset: .* \(did you mean 'test'\?\); the splits are train, validation"
+    message = (
+        r'--test_split tset: .* did you mean "test"\? \(the splits are train, validation, test\)'
+    )
+
     with pytest.raises(UserError, match=message):
         load_data(folder, test_split="tset")
     with pytest.raises(UserError, match="--test_split train: that split already has another use"):
@@ -339,7 +342,7 @@ def test_columns_are_found_by_type_or_named(tmp_path):
     assert load_data(folder).label_column == "kind"  # a ClassLabel goes before a string
     assert load_data(folder, label_column="note").classes == ["x", "y"]
     columns = r"the columns are picture \(Image\), kind \(ClassLabel\), note \(string\)"
-    with pytest.raises(UserError, match=rf"--image_column pictre.*'picture'.*{columns}"):
+    with pytest.raises(UserError, match=rf"--image_column pictre.*\"picture\".*{columns}"):
         load_data(folder, image_column="pictre")
     with pytest.raises(UserError, match=rf"--image_column kind: .* not of type Image.*{columns}"):
         load_data(folder, image_column="kind")

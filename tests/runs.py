@@ -1,0 +1,105 @@
+"""Small real runs for the tests: train.py in this process, or launched as a user would."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from accelerate.state import AcceleratorState, GradientState
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# 200 digits at 16 px, 4 steps an epoch, everything on that draws or remembers anything
+SMALL = {
+    "dataset": "digits",
+    "model": "shufflenet_v2_x0_5",
+    "image_size": 16,
+    "max_train_samples": 200,
+    "max_eval_samples": 100,
+    "batch_size": 48,
+    "epochs": 3,
+    "lr": 0.1,
+    "warmup_epochs": 1,
+    "ema_decay": 0.9,
+    "dropout": 0.2,
+    "gradient_accumulation_steps": 2,
+    "logging_steps": 3,
+    "report_to": "none",
+    "run_name": "run",
+}
+
+
+def words(flags):
+    """{"lr": 0.1, "overwrite": True} as command-line words."""
+    out = []
+    for name, value in flags.items():
+        if isinstance(value, bool):
+            out.append(f"--{'' if value else 'no_'}{name}")
+        elif value is not None:
+            out.append(f"--{name}={value}")
+    return out
+
+
+def train(output_dir, **flags):
+    """Run train.py's main in this process; returns (run folder, exit status)."""
+    import train as script
+
+    args = script.read_flags(words({**SMALL, "output_dir": output_dir, **flags}))
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    try:
+        script.main(args)
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    finally:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+    return Path(output_dir) / args.run_name, status
+
+
+def launch(output_dir, *, launcher=(), script="train.py", wait=True, env=(), **flags):
+    """Start the script through `accelerate launch`; returns CompletedProcess or Popen."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher]
+    command += [str(ROOT / script) if script == "train.py" else str(script)]
+    command += words({**SMALL, "output_dir": output_dir, **flags})
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "OMP_"))}
+    variables |= {"PYTHONPATH": str(ROOT), **dict(env)}
+    process = subprocess.Popen(
+        command, cwd=output_dir, env=variables, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    if not wait:
+        return process
+    output, _ = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+def digest(folder):
+    """sha256 of all that a resumed run must share with the uninterrupted one, by file."""
+    newest = sorted((folder / "checkpoints").iterdir())[-1]
+    files = [folder / "metrics.jsonl", *newest.glob("*.safetensors")]
+    if (folder / "model.safetensors").exists():
+        files.append(folder / "model.safetensors")
+    return {newest.name: len(files)} | {
+        f.relative_to(folder).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files
+    }
+
+
+def wait_for_step(folder, step, process, seconds=120):
+    """Block until metrics.jsonl has a record of at least `step`."""
+    import time
+
+    from harness.run import read_metrics
+
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and process.poll() is None:
+        if any(r["step"] >= step for r in read_metrics(folder / "metrics.jsonl")):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached (exit status {process.poll()})")
+
+
+SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130}

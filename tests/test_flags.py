@@ -1,0 +1,333 @@
+"""Flags: recipes, ranges, one-line errors, and that every flag of a script is read somewhere."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from harness import flags
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+def build_parser(script="train.py"):
+    """The parser that a script builds, made by the script's own lines."""
+    tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
+    (function,) = (n for n in tree.body if getattr(n, "name", None) == "read_flags")
+    *building, last = function.body
+    assert ast.unparse(last) == "return parser.read(argv)"
+    names = {"flags": flags, "__doc__": ast.get_docstring(tree)}
+    exec(compile(ast.Module(building, type_ignores=[]), script, "exec"), names)
+    return names["parser"]
+
+
+def declared(parser):
+    return {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
+
+
+@pytest.fixture
+def parser():
+    return build_parser()
+
+
+@pytest.fixture
+def read_recipe(parser, tmp_path):
+    """Read a recipe of this text, and the command line after it."""
+
+    def read(text, *argv):
+        path = tmp_path / "mine.yaml"
+        path.write_text(text, encoding="utf-8")
+        return parser.read(["--config", str(path), *argv])
+
+    return read
+
+
+@pytest.fixture
+def refused(capsys):
+    """The one line with which a call ends the script, exit status 2."""
+
+    def call(read, *args):
+        with pytest.raises(SystemExit) as ended:
+            read(*args)
+        assert ended.value.code == 2
+        out, line = capsys.readouterr()
+        assert out == "" and line.count("\n") == 1
+        return line
+
+    return call
+
+
+# --- recipes ---
+
+
+def test_a_recipe_sets_flags(read_recipe):
+    args = read_recipe("lr: 0.3\nbatch-size: 32\nmodel: resnet50\nnesterov: false\nlabel_column:\n")
+    assert (args.lr, args.batch_size, args.model, args.nesterov) == (0.3, 32, "resnet50", False)
+    assert args.label_column is None and args.momentum == 0.9
+
+
+def test_a_recipe_may_be_empty(read_recipe, parser):
+    assert read_recipe("# nothing\n").given == parser.read([]).given == {}
+
+
+def test_yaml_takes_1e_3_for_a_word_and_we_for_a_number(read_recipe):
+    assert yaml.safe_load("lr: 1e-3") == {"lr": "1e-3"}
+    assert read_recipe("lr: 1e-3\nweight_decay: 5e-4").lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("batchsize: 32", ['unknown flag "batchsize"', 'did you mean "batch_size"?']),
+        ("config: other.yaml", ['unknown flag "config"']),
+        ("help: true", ['unknown flag "help"']),
+        ("7: 8", ['unknown flag "7"']),
+        ("no_nesterov: true", ['unknown flag "no_nesterov"', '"nesterov"']),
+        ("lr: fast", ["--lr", "'fast'"]),
+        ("lr: -0.1", ["--lr", "-0.1 is not a number above 0"]),
+        ("epochs: 1.5", ["--epochs", "1.5"]),
+        ("optimizer: adam", ["--optimizer", '"adam"', 'did you mean "adamw"?']),
+        ("run_name: a/b", ["--run_name", "a/b"]),
+        ("lr: [0.1, 0.2]", ["lr", "[0.1, 0.2]", "not one value"]),
+        ("lr: {a: 1}", ["lr", "not one value"]),
+        ("epochs: true", ["epochs", "True", "not one value"]),
+        ("mixed_precision: no", ["mixed_precision"]),  # YAML's false
+        ("nesterov: 1", ["nesterov", "not true or false"]),
+        ("nesterov: 'no'", ["nesterov", "not true or false"]),
+        ("- lr\n- 0.1", ["lines of `flag: value`"]),
+        ("lr", ["lines of `flag: value`"]),
+        ("lr: [1", ["is not YAML"]),
+        ("lr: !!python/object/apply:os.getcwd []", ["is not YAML"]),
+    ],
+)
+def test_a_bad_recipe_is_named_in_one_line(read_recipe, refused, text, words):
+    line = refused(read_recipe, text)
+    for word in ["mine.yaml: ", *words]:
+        assert word in line
+
+
+def test_a_recipe_that_cannot_be_read(parser, refused, tmp_path):
+    line = refused(parser.read, ["--config", str(tmp_path / "absent.yaml")])
+    assert "absent.yaml: cannot read the recipe: No such file" in line
+    assert "cannot read" in refused(parser.read, ["--config", str(tmp_path)])
+    (tmp_path / "picture.yaml").write_bytes(b"\xff\xd8\xff\xe0")
+    assert "is not YAML" in refused(parser.read, [f"--config={tmp_path}/picture.yaml"])
+
+
+def test_an_error_on_the_command_line_is_not_blamed_on_the_recipe(read_recipe, refused):
+    line = refused(read_recipe, "lr: 0.3", "--epochs=0")
+    assert "mine.yaml" not in line and "--epochs: 0 is not a whole number at least 1" in line
+
+
+def test_the_command_line_wins_over_the_recipe_over_the_defaults(read_recipe, tmp_path):
+    text = "lr: 0.3\nepochs: 7\nnesterov: false\nmomentum: 0.9\nseed: 1"
+    args = read_recipe(text, "--epochs", "9", "--nesterov", "--seed", "42")
+    assert (args.lr, args.epochs, args.nesterov, args.seed) == (0.3, 9, True, 42)
+    # What ends at its default is not "given", whoever said it.
+    assert args.given == {"lr": str(tmp_path / "mine.yaml"), "epochs": "command line"}
+
+
+# --- the command line ---
+
+
+def test_dashes_and_underscores_are_one(parser):
+    args = parser.read(["--batch-size", "32", "--run-name=my-run", "--no-nesterov", "--dry-run"])
+    assert (args.batch_size, args.run_name, args.nesterov, args.dry_run) == (
+        32,
+        "my-run",
+        False,
+        True,
+    )
+    assert parser.read(["--no_nesterov", "--nesterov"]).nesterov
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--learningrate", "1"], ["unknown flag --learningrate"]),
+        (["--batchsize=32"], ["unknown flag --batchsize", 'did you mean "--batch_size"?']),
+        (["--batch", "32"], ["unknown flag --batch,"]),  # no abbreviations
+        (["--no_lr"], ["unknown flag --no_lr"]),
+        (["resnet50"], ["unknown flag resnet50"]),
+        (["--model"], ["--model: expected one argument"]),
+        (["--augment", "autoagument"], ['"autoagument"', 'did you mean "autoaugment"?']),
+        (["--stem", ""], ["--stem", '""']),
+        (["--checkpointing_steps", "0"], ["--checkpointing_steps", "at least 1"]),
+        (["--checkpointing_steps", "epochs"], ["--checkpointing_steps", "epoch or whole number"]),
+    ],
+)
+def test_a_mistyped_command_line_is_named_in_one_line(parser, refused, argv, words):
+    line = refused(parser.read, argv)
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("flag", "low", "high"),  # the ends that are allowed, and what lies just outside
+    [
+        ("batch_size", (1, 0), None),
+        ("gradient_accumulation_steps", (1, 0), None),
+        ("epochs", (1, 0), None),
+        ("max_steps", (1, 0), None),
+        ("lr", (1e-30, 0), None),
+        ("momentum", (0, -0.1), (0.9999, 1)),
+        ("weight_decay", (0, -1e-9), None),
+        ("warmup_epochs", (0, -1), None),
+        ("clip_grad_norm", (0, -1), None),
+        ("ema_decay", (0, -0.1), (0.999999, 1)),
+        ("label_smoothing", (0, -0.1), (0.99, 1)),
+        ("dropout", (0, -0.1), (0.99, 1)),
+        ("flip_prob", (0, -0.1), (1, 1.1)),
+        ("random_erasing", (0, -0.1), (1, 1.1)),
+        ("mix_prob", (0, -0.1), (1, 1.1)),
+        ("mixup_alpha", (0, -1), None),
+        ("cutmix_alpha", (0, -1), None),
+        ("crop_padding", (0, -1), None),
+        ("randaugment_magnitude", (0, -1), (30, 31)),
+        ("val_fraction", (0, -0.1), (0.9, 1)),
+        ("seed", (0, -1), (2**32 - 1, 2**32)),
+        ("threads", (1, 0), None),
+        ("max_checkpoints", (2, 1), None),
+    ],
+)
+def test_ranges(parser, refused, flag, low, high):
+    for allowed, outside in filter(None, (low, high)):
+        assert getattr(parser.read([f"--{flag}={allowed}"]), flag) == allowed
+        assert f"--{flag}: {outside} is not" in refused(parser.read, [f"--{flag}={outside}"])
+
+
+def test_no_number_may_be_nan_infinite_or_a_word(parser, refused):
+    numbers = [n for n, a in declared(parser).items() if a.type and a.type is not flags.run_name]
+    assert len(numbers) > 20
+    for name in numbers:
+        for value in ("nan", "inf", "-inf", "x", "", "[1]"):
+            assert f"--{name}: " in refused(parser.read, [f"--{name}={value}"])
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/", "a/b", "../up", "/tmp/x", "..\\up", "a\0b"])
+def test_a_run_name_stays_in_the_output_folder(parser, refused, name):
+    assert "is not a folder name" in refused(parser.read, [f"--run_name={name}"])
+
+
+@pytest.mark.parametrize("name", ["mine", "...", "a b", "-x", "émile", "x" * 200, "a\nb"])
+def test_other_run_names_are_one_folder(parser, name, tmp_path):
+    assert parser.read([f"--run_name={name}"]).run_name == name
+    (tmp_path / name).mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+# --- config.yaml ---
+
+WORDS = ["no", "null", "~", "true", "007", "1e-3", "1_000", "0x10", "12:30", "2024-01-01", "a: b",
+         "x #y", " x ", "'q\"", "{a}", "[b]", "*c", "ünï ₂", "- d", "%", "=", "a\nb"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        [
+            "--lr=1e-7",
+            "--weight_decay=0.1234567890123456789",
+            "--ema_decay=0.999999",
+            "--dropout=0",
+        ],
+        ["--no_nesterov", "--dry_run", "--overwrite", "--log_model", "--checkpointing_steps=7"],
+        ["--mixed_precision=no", "--augment=none", "--max_steps=5", "--crop_padding=0"],
+        *([f"--run_name={word}", f"--dataset={word}", f"--group={word}"] for word in WORDS),
+    ],
+    ids=lambda argv: " ".join(argv)[:30] or "defaults",
+)
+def test_config_yaml_repeats_the_flags_exactly(parser, read_recipe, argv):
+    args = parser.read(argv)
+    again = read_recipe(yaml.safe_dump(flags.to_recipe(args), sort_keys=True))
+    assert flags.to_recipe(again) == flags.to_recipe(args)
+    assert [type(v) for v in flags.to_recipe(again).values()] == [
+        type(v) for v in flags.to_recipe(args).values()
+    ]
+    assert again.given.keys() == args.given.keys()
+    assert flags.to_recipe(args).keys() == declared(parser).keys()
+
+
+# --- the script ---
+
+
+def args_attributes(context):
+    """Names NAME in `args.NAME` and `self.args.NAME` of the scripts and the harness."""
+    files = [ROOT / "train.py", *sorted((ROOT / "harness").glob("*.py"))]
+    return {
+        node.attr
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, context)
+        and "args" in (getattr(node.value, "id", None), getattr(node.value, "attr", None))
+    }  # fmt: skip
+
+
+def test_every_flag_is_read_and_none_is_written(parser):
+    names, read = declared(parser).keys(), args_attributes(ast.Load)
+    assert len(names) > 40 and len(read) > 40
+    assert not names - read, "declared, but never read"
+    assert not read - names - {"given"}, "read, but not declared"
+    assert not args_attributes((ast.Store, ast.Del))
+
+
+def test_what_a_resumed_run_may_change_is_flags(parser):
+    assert flags.OPERATIONAL - {"config"} <= declared(parser).keys()
+
+
+def test_every_flag_has_help_that_shows_its_default(parser):
+    text = " ".join(parser.format_help().split())
+    assert all(action.help for action in declared(parser).values())
+    assert "peak learning rate (default: 0.1)" in text
+    assert "Nesterov momentum of sgd (default: on)" in text and "(default: False)" not in text
+
+
+def test_help_answers_at_once_without_torch():
+    """Within 1.5 s on a quiet machine; a busy one gets three times that."""
+    start = time.perf_counter()
+    command = [sys.executable, str(ROOT / "train.py"), "--help"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 3 * 1.5
+    assert "accelerate launch train.py" in run.stdout and "--mixup_alpha" in run.stdout
+
+    program = """
+import runpy, sys
+sys.argv = [sys.argv[1], "--lerning_rate", "1"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as ended:
+    print(ended.code, "torch" in sys.modules, "numpy" in sys.modules)
+"""
+    command = [sys.executable, "-c", program, str(ROOT / "train.py")]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.stdout == "2 False False\n", run.stderr
+    assert "unknown flag --lerning_rate" in run.stderr
+
+
+# --- the recipes ---
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses(parser, path):
+    args = parser.read(["--config", str(path)])
+    assert set(args.given.values()) == {str(path)}
+
+
+def test_there_are_recipes():
+    assert {"digits", "cifar10_resnet18"} <= {path.stem for path in RECIPES}
+
+
+def test_the_cifar10_recipe_is_the_defaults(parser):
+    from harness.models import resolve_stem
+
+    args = parser.read(["--config", str(ROOT / "recipes/cifar10_resnet18.yaml")])
+    assert args.given.keys() == {"stem", "init"}  # the recipe says what "auto" comes to
+    assert args.stem == resolve_stem("resnet18", "auto", 32)
+    assert args.init == "kaiming"

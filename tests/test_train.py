@@ -1,0 +1,241 @@
+"""train.py as a user runs it: launched, on one and two processes, stopped, tracked."""
+
+import json
+import shutil
+
+import pytest
+import runs
+import safetensors.torch
+import torch
+
+from harness import models
+from harness.errors import RunStopped, UserError
+from harness.run import read_metrics
+
+TWO = ("--config_file", str(runs.ROOT / "accelerate_configs" / "cpu_2proc.yaml"))
+ONE = ("--config_file", str(runs.ROOT / "accelerate_configs" / "cpu.yaml"))
+# Without BatchNorm, whose statistics depend on how the batch is cut; without dropout, which is
+# drawn by each process for itself.
+PLAIN = {
+    "model": "squeezenet1_1", "image_size": 32, "dropout": 0, "mixed_precision": "no", "lr": 0.02,
+    "logging_steps": 1, "epochs": 2, "gradient_accumulation_steps": 1,
+}  # fmt: skip
+
+
+def losses(folder):
+    return {r["step"]: r["train/loss"] for r in read_metrics(folder / "metrics.jsonl")
+            if "train/loss" in r}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one_and_resume_bit_for_bit(tmp_path):
+    for name in ("two", "again", "stopped"):
+        (tmp_path / name).mkdir()
+    one, _ = runs.train(tmp_path / "one", **PLAIN)
+    two = runs.launch(tmp_path / "two", launcher=TWO, **PLAIN)
+    assert two.returncode == 0, two.stdout
+    assert "CPU × 2 processes" in two.stdout
+    ours, theirs = losses(one), losses(tmp_path / "two" / "run")
+    assert ours.keys() == theirs.keys() and len(ours) == 8
+    for step, loss in ours.items():
+        assert theirs[step] == pytest.approx(loss, abs=1e-4), f"step {step}"
+
+    stopped = runs.launch(tmp_path / "stopped", launcher=TWO, **PLAIN, stop_after=3)
+    assert stopped.returncode == 0, stopped.stdout
+    resumed = runs.launch(
+        tmp_path / "stopped", launcher=TWO, **PLAIN, resume_from_checkpoint="auto"
+    )
+    assert resumed.returncode == 0, resumed.stdout
+    assert runs.digest(tmp_path / "stopped" / "run") == runs.digest(tmp_path / "two" / "run")
+
+
+@pytest.mark.slow
+def test_two_processes_resume_bit_for_bit_with_batchnorm_dropout_and_accumulation(tmp_path):
+    for name in ("straight", "stopped"):
+        (tmp_path / name).mkdir()
+    straight = runs.launch(tmp_path / "straight", launcher=TWO)
+    assert straight.returncode == 0, straight.stdout
+    stopped = runs.launch(tmp_path / "stopped", launcher=TWO, stop_after=7)
+    assert stopped.returncode == 0, stopped.stdout
+    resumed = runs.launch(tmp_path / "stopped", launcher=TWO, resume_from_checkpoint="auto")
+    assert resumed.returncode == 0, resumed.stdout
+    assert runs.digest(tmp_path / "stopped" / "run") == runs.digest(tmp_path / "straight" / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", runs.SIGNALS, ids=lambda n: n.name)
+@pytest.mark.parametrize("launcher", [ONE, TWO], ids=["one process", "two processes"])
+def test_a_signal_publishes_a_checkpoint_and_the_resumed_run_is_the_same(
+    tmp_path, number, launcher
+):
+    import psutil
+
+    flags = {"epochs": 40, "gradient_accumulation_steps": 1, "logging_steps": 1}
+    process = runs.launch(tmp_path, launcher=launcher, wait=False, **flags)
+    folder = tmp_path / "run"
+    runs.wait_for_step(folder, 5, process)
+    workers = psutil.Process(process.pid).children()
+    workers[-1].send_signal(number)  # to one process only
+    output, _ = process.communicate(timeout=60)
+    assert f"{number.name}: a checkpoint after this step" in output or len(workers) > 1
+    assert "stopped at step" in output, output
+    assert str(runs.SIGNALS[number]) in output  # the launcher names the status it saw
+    step = int(sorted((folder / "checkpoints").iterdir())[-1].name[5:])
+    assert 5 <= step < 160
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in workers)
+
+
+@pytest.mark.slow
+def test_killing_the_launcher_stops_the_training_with_a_checkpoint(tmp_path):
+    import psutil
+
+    process = runs.launch(tmp_path, launcher=ONE, wait=False, epochs=40, logging_steps=1)
+    folder = tmp_path / "run"
+    runs.wait_for_step(folder, 3, process)
+    worker = psutil.Process(process.pid).children()[0]
+    process.terminate()
+    worker.wait(timeout=60)
+    assert len(list((folder / "checkpoints").iterdir())) >= 1
+
+
+def test_a_non_finite_loss_stops_before_the_update_with_the_step_named(tmp_path):
+    flags = {"warmup_epochs": 0, "checkpointing_steps": 1, "gradient_accumulation_steps": 1}
+    with pytest.raises(RunStopped, match=r"step (\d+): loss is .*the last good checkpoint is") as e:
+        runs.train(tmp_path, lr=1e30, mixed_precision="no", **flags)
+    step = int(str(e.value).split(":")[0].removeprefix("step "))
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert int(checkpoints[-1].name[5:]) == step - 1
+    weights = safetensors.torch.load_file(checkpoints[-1] / "optimizer.safetensors")
+    assert all(torch.isfinite(w).all() for w in weights.values())
+
+
+@pytest.mark.slow
+def test_a_non_finite_loss_on_one_process_stops_both(tmp_path):
+    script = tmp_path / "poisoned.py"
+    script.write_text(
+        "import os, torch, train\n"
+        "from harness.launch import script\n"
+        "real, calls = train.soft_cross_entropy, []\n"
+        "def poisoned(logits, targets):\n"
+        "    calls.append(1)\n"
+        "    loss = real(logits, targets)\n"
+        "    bad = os.environ['RANK'] == '1' and len(calls) == 3\n"
+        "    return loss + float('inf') if bad else loss\n"  # an inf loss with finite gradients
+        "train.soft_cross_entropy = poisoned\n"
+        "with script('poisoned.py'):\n"
+        "    train.main(train.read_flags())\n"
+    )
+    flags = {"gradient_accumulation_steps": 1, "checkpointing_steps": 1}
+    done = runs.launch(tmp_path, launcher=TWO, script=script, **flags)
+    assert done.returncode != 0
+    assert "step 3: loss is inf" in done.stdout, done.stdout
+    names = [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())]
+    assert names[-1] == "step-00000002"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run, W&B offline."""
+    output_dir = tmp_path_factory.mktemp("finished")
+    folder, status = runs.train(output_dir, report_to="wandb", group="tests", epochs=2)
+    assert status == 0
+    return folder
+
+
+def test_a_run_writes_what_the_readme_says(finished):
+    names = {p.name for p in finished.iterdir()}
+    assert names >= {
+        "config.yaml", "model.safetensors", "config.json", "summary.json", "metrics.jsonl",
+        "curves.png", "train_batch.png", "checkpoints", "wandb",
+    }  # fmt: skip
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["steps"] == 8 and summary["weights"] == "ema" and summary["split"] == "test"
+    assert summary["data"]["splits"] == {"train": 200, "test": 100}
+    assert summary["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_the_result_is_rebuilt_from_its_config_and_scores_the_same(finished):
+    config = json.loads((finished / "config.json").read_text())
+    model = models.rebuild_model(config)
+    models.load_state(model, safetensors.torch.load_file(finished / "model.safetensors"))
+    assert config["label_names"] == [str(d) for d in range(10)]
+    assert config["weights"] == "ema" and config["metric"] == "top-1 accuracy"
+    from harness.data import load_data
+    from harness.scoring import evaluate
+    from harness.views import decode_splits
+    from tricks.augment import normalize_batch
+
+    class Alone:  # an accelerator as evaluate sees it
+        device, process_index, num_processes = torch.device("cpu"), 0, 1
+
+        @staticmethod
+        def reduce(sums, how):
+            return sums
+
+    data = load_data("digits", max_eval_samples=100)
+    cfg = config["pretrained_cfg"]
+    splits = decode_splits(data, cfg["input_size"][-1], progress=False)
+    scores = evaluate(
+        Alone, model, splits["test"], lambda x: normalize_batch(x, cfg["mean"], cfg["std"])
+    )
+    summary = json.loads((finished / "summary.json").read_text())
+    assert scores["acc"] == pytest.approx(summary["accuracy"], abs=0.021)  # fp32 against bf16
+    assert scores["loss"] == pytest.approx(summary["loss"], rel=0.02)
+
+
+def test_metrics_have_every_interval_and_epoch(finished):
+    records = read_metrics(finished / "metrics.jsonl")
+    train = [r for r in records if "train/loss" in r]
+    assert [r["step"] for r in train] == [3, 6, 8]
+    assert all({"train/lr", "train/grad_norm", "train/mixed_acc"} <= r.keys() for r in train)
+    epochs = [r for r in records if "epoch/loss" in r]
+    assert [r["epoch"] for r in epochs] == [1.0, 2.0]
+    assert all({"test/acc", "test/acc_ema", "test/loss", "test/loss_ema"} <= r.keys() for r in epochs)
+
+
+def test_wandb_offline_has_the_numbers_of_metrics_jsonl(finished):
+    from test_tracking import history, read_wandb
+
+    (run,) = read_wandb(finished)
+    ours = read_metrics(finished / "metrics.jsonl")
+    theirs = [r for r in history(run) if "train/loss" in r or "epoch/loss" in r]
+    assert theirs == ours and len(ours) == 5
+
+
+def test_bad_input_is_one_line_that_names_it(tmp_path):
+    cases = [
+        ({"model": "resnet81"}, 'unknown model "resnet81".*did you mean "resnet'),
+        ({"dataset": "cifar11"}, 'unknown data set "cifar11", did you mean "cifar1'),
+        ({"batch_size": 47}, "--batch_size 47 does not divide by 1 processes × 2"),
+        ({"batch_size": 50}, "is 25 images a part, an odd number"),
+        ({"batch_size": 400}, "--batch_size 400 is over the 200 train images"),
+        ({"weights": "nope.pth"}, "no weights at nope.pth"),
+        ({"label_column": "lable"}, 'did you mean "label"'),
+        ({"report_to": "wandbb"}, "did you mean 'wandb'"),
+        ({"val_split": "tset"}, 'did you mean "test"'),
+        ({"image_size": 4, "model": "vit_b_16"}, "does not run at 4 px"),
+    ]
+    for flags, message in cases:
+        with pytest.raises(UserError, match=message):
+            runs.train(tmp_path, **flags)
+        assert not (tmp_path / "run").exists(), f"{flags} left something behind"
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
+    _, status = runs.train(tmp_path, dry_run=True)
+    out = capsys.readouterr().out
+    assert status == 0 and not any(tmp_path.iterdir())
+    for fact in ("200 train, 100 test", "352,042 parameters", "12 = 3 epochs of 4",
+                 "48 = 1 processes × 2 accumulation × 24", "half-life"):  # fmt: skip
+        assert fact in out
+
+
+def test_a_folder_in_use_by_another_process_is_refused(tmp_path, finished):
+    import fcntl
+
+    shutil.copytree(finished, tmp_path / "run")
+    with open(tmp_path / "run" / ".lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="in use by another process"):
+            runs.train(tmp_path, report_to="none", overwrite=True)
+    assert (tmp_path / "run" / "model.safetensors").exists()
