@@ -42,11 +42,14 @@ def words(flags):
     return out
 
 
-def train(output_dir, **flags):
-    """Run train.py's main in this process; returns (run folder, exit status)."""
+def train(output_dir, *, argv=(), **flags):
+    """Run train.py's main in this process; returns (run folder, exit status).
+
+    argv: words of a command line that come before the flags, which win.
+    """
     import train as script
 
-    args = script.read_flags(words({**SMALL, "output_dir": output_dir, **flags}))
+    args = script.read_flags([*argv, *words({**SMALL, "output_dir": output_dir, **flags})])
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     try:

@@ -131,8 +131,8 @@ def halve(path, older):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def lengthen(path, older):
-    path.write_bytes(path.read_bytes() + b" ")
+def extend(path, older):
+    path.write_bytes(path.read_bytes() + b"\0")
 
 
 def empty(path, older):
@@ -158,11 +158,9 @@ def make_folder(path, older):
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize(
-    "damage", [truncate, halve, lengthen, empty, zero, delete, swap, make_folder]
+    "damage", [truncate, halve, extend, empty, zero, delete, swap, make_folder]
 )
 def test_a_damaged_file_is_told_and_the_checkpoint_before_taken(two, file, damage):
-    if (file, damage) == ("manifest.json", lengthen):
-        pytest.skip("a space after the JSON says nothing else")
     older, newer = two
     damage(newer / file, older / file)
     with pytest.raises(Damaged):
@@ -233,12 +231,19 @@ def test_nothing_where_there_is_nothing(tmp_path):
     assert newest_valid(tmp_path, say) is None
 
 
-@pytest.mark.parametrize("manifest", ["[]", "{}", "null", "7", '{"files": [], "format": 1}',
-    '{"files": {}, "format": 1, "step": 1}', '{"files": 3, "format": 1, "step": 1}',
-    '{"files": {"state.json": null}, "format": 1, "step": 1}', "\ud83d".encode("utf-8", "ignore"),
-    '{"files": {"state.json": {}}, "format": 2, "step": 1}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        b"\xff", b"[]", b"{}", b"null", b"7",
+        b'{"format": 1, "step": 1, "files": []}',
+        b'{"format": 1, "step": 1, "files": 3}',
+        b'{"format": 1, "step": 1, "files": {}}',
+        b'{"format": 1, "step": 1, "files": {"state.json": null}}',
+        b'{"format": 2, "step": 1, "files": {"state.json": {}}}',
+    ],
+)  # fmt: skip
 def test_a_manifest_that_is_none(two, manifest):
-    (two[0] / "manifest.json").write_bytes(getattr(manifest, "encode", lambda: manifest)())
+    (two[0] / "manifest.json").write_bytes(manifest)
     with pytest.raises(Damaged):
         load_checkpoint(two[0])
 

@@ -190,7 +190,9 @@ def test_metrics_have_every_interval_and_epoch(finished):
     assert all({"train/lr", "train/grad_norm", "train/mixed_acc"} <= r.keys() for r in train)
     epochs = [r for r in records if "epoch/loss" in r]
     assert [r["epoch"] for r in epochs] == [1.0, 2.0]
-    assert all({"test/acc", "test/acc_ema", "test/loss", "test/loss_ema"} <= r.keys() for r in epochs)
+    assert all(
+        {"test/acc", "test/acc_ema", "test/loss", "test/loss_ema"} <= r.keys() for r in epochs
+    )
 
 
 def test_wandb_offline_has_the_numbers_of_metrics_jsonl(finished):
@@ -211,7 +213,7 @@ def test_bad_input_is_one_line_that_names_it(tmp_path):
         ({"batch_size": 400}, "--batch_size 400 is over the 200 train images"),
         ({"weights": "nope.pth"}, "no weights at nope.pth"),
         ({"label_column": "lable"}, 'did you mean "label"'),
-        ({"report_to": "wandbb"}, "did you mean 'wandb'"),
+        ({"report_to": "wandbb"}, 'did you mean "wandb"'),
         ({"val_split": "tset"}, 'did you mean "test"'),
         ({"image_size": 4, "model": "vit_b_16"}, "does not run at 4 px"),
     ]
