@@ -29,9 +29,10 @@ import torch.nn.functional as F
 
 from harness import models, plan
 from harness.counters import generator
+from harness.folder import check_folder
 from harness.launch import make_accelerator, script
 from harness.pictures import save_train_batch
-from harness.run import Run, check_batch, check_folder, total_steps
+from harness.run import Run, check_batch, total_steps
 from harness.scoring import evaluate, score
 from harness.views import Views, decode_splits, draw_mixing, train_batches
 from tricks.ema import ModelEma

@@ -15,6 +15,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,8 +23,17 @@ import time
 from pathlib import Path
 
 import torch
-from train_speed import CIFAR10, PIXELS, ROOT, environment, launch, machine, smooth_noise, spread
-from train_speed import write_folder as write_png
+from train_speed import (
+    CIFAR10,
+    PIXELS,
+    ROOT,
+    environment,
+    launch,
+    machine,
+    smooth_noise,
+    spread,
+    write_folder,
+)
 
 from harness.data import load_data
 from harness.pixels import decode_split
@@ -93,8 +103,10 @@ def main() -> None:
     rounds, share = (1, 0.01) if args.quick else (args.rounds, 1)
     sizes = {split: int(size * share) for split, size in SIZES.items()}
     with tempfile.TemporaryDirectory() as temporary:
+        os.environ["HF_DATASETS_CACHE"] = f"{temporary}/own"
         folder = f"{temporary}/cifar10"
-        write_png(folder, {s: read_images(args.data, count, s) for s, count in sizes.items()})
+        splits = {s: read_images(args.data, count, s) for s, count in sizes.items()}
+        write_folder(folder, splits)
         caches = [f"{temporary}/cache{k}" for k in range(rounds)]
         decodes = [time_decode(folder, cache) for cache in caches]
         time_start(folder, caches[-1], "none")

@@ -37,13 +37,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness.data import load_data
 from harness.models import build_model
 from harness.pixels import decode_split
 
+ROOT = Path(__file__).resolve().parents[1]
 BATCH, PIXELS = 128, 32
 CIFAR10 = ROOT.parent / "shared" / "data" / "cifar10_jpeg"
 PEERS = {"bare": "train.py / bare loop", "plain": "train.py / usual script"}
@@ -147,7 +147,7 @@ def run_peer(args: argparse.Namespace) -> dict:
     """The images/s of one peer in this process."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     make = {"bare": partial(bare, precision=args.precision), "plain": partial(plain, args.data)}
     step = make[args.peer](device)
 
@@ -218,9 +218,7 @@ def plain(folder: str, device: torch.device):
     model = build_model("resnet18", 10, image_size=PIXELS).to(device)
     average = {name: value.clone() for name, value in model.state_dict().items()}
     criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
-    optimizer = torch.optim.SGD(
-        model.parameters(), 0.01, 0.9, weight_decay=5e-4, nesterov=True
-    )  # on a GPU torch picks its foreach form
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=5e-4, nesterov=True)
 
     def endless():
         while True:
@@ -272,8 +270,9 @@ def smooth_noise(count: int) -> torch.Tensor:
 
 def write_folder(folder: str, splits: dict[str, tuple]) -> None:
     """{"train": (uint8 (N, 3, H, W), labels 0..9)} as PNG in parquet, in the Hub's layout."""
-    import datasets
+    import datasets  # late, as in harness: HF_DATASETS_CACHE is read when it is imported
 
+    Path(folder).mkdir(parents=True)
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=10))
     for split, (pixels, labels) in splits.items():
         encoded = []

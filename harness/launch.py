@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import sys
@@ -144,7 +145,7 @@ def _device_words(accelerator):
 
 @contextlib.contextmanager
 def script(name):
-    """Run a script's main: one line for a user's mistake, and the process group closed at the end.
+    """Run a script's main: one line for a user's mistake or a full disk, the process group closed.
 
     Exit status 2 for UserError, 1 for RunStopped; SystemExit (143, 130 after a signal) passes.
     """
@@ -154,6 +155,11 @@ def script(name):
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         raise SystemExit(error.status) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        print(f"{name}: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     finally:

@@ -10,69 +10,30 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import re
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import deque
-from pathlib import Path
 
 import torch
-import yaml
-from accelerate.utils import broadcast, broadcast_object_list
+from safetensors.torch import load_file
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from harness import flags
-from harness.checkpoint import (
-    Damaged,
-    load_checkpoint,
-    newest_valid,
-    replace_file,
-    save_checkpoint,
-    to_bytes,
-)
+from harness import flags, state
+from harness.checkpoint import replace_file, save_checkpoint, to_bytes
 from harness.counters import seed_of
 from harness.errors import RunStopped, UserError
+from harness.folder import claim_folder, git_commit, read_metrics, versions
 from harness.models import clean_state_dict
 from harness.pictures import save_curves
 from harness.tracking import Tracking, parse_report_to
-
-# What a run writes into its folder, and so what --overwrite may delete.
-WRITTEN = (
-    "config.yaml", "model.safetensors", "config.json", "summary.json", "metrics.jsonl",
-    "curves.png", "train_batch.png", "checkpoints", "wandb", "tensorboard",
-)  # fmt: skip
 
 SUMS = ("loss", "mixed_acc", "grad_norm")  # what is summed over the steps of an interval
 
 # On a GPU the check of step t is read while step t + 2 is queued, so that the host never waits for
 # the device; the update itself was already withheld there (see `agree`).
 LAG = {"cpu": 0}
-
-
-def check_folder(args):
-    """The folder of this run; raises UserError where it holds another one.
-
-    Also where --report_to names no tracker: all that can be refused is, before any long work.
-    """
-    parse_report_to(args.report_to)
-    dataset = re.sub(r"[^\w.-]+", "_", Path(args.dataset).name or args.dataset)
-    folder = Path(args.output_dir) / (args.run_name or f"{dataset}-{args.model}-s{args.seed}")
-    taken = (folder / "config.yaml").exists()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: choose another --run_name")
-    if folder.is_dir() and not taken and any(p.name != ".lock" for p in folder.iterdir()):
-        raise UserError(f"{folder} holds files that are not a run's: choose another --run_name")
-    if taken and not args.resume_from_checkpoint and not args.overwrite:
-        raise UserError(
-            f"{folder} holds a run already: continue it with --resume_from_checkpoint auto, "
-            "replace it with --overwrite, or choose another --run_name"
-        )
-    return folder
 
 
 def check_batch(args, processes, train_size, mixing):
@@ -115,7 +76,8 @@ class Run:
             **identity,
         }
         device = accelerator.device
-        self.step, self.seconds, self.best, self.scores = 0, 0.0, None, {}
+        self.step, self.seconds, self.images_per_second = 0, 0.0, 0.0
+        self.best, self.scores = None, {}
         self._interval = torch.zeros(len(SUMS) + 1, device=device)  # sums and their number of steps
         self._epoch = torch.zeros(len(SUMS) + 1, device=device)
         self._now = torch.zeros(2, device=device)  # loss and accuracy of the step under way
@@ -126,14 +88,14 @@ class Run:
         self.picture = folder / "train_batch.png"
         self._norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm)]
 
-        state = self._resume()
-        self._claim_folder(keep=state is not None)
-        self.first_step = self.step
+        resumed = self._resume() if args.resume_from_checkpoint else None
+        if self.main:
+            self._lock = claim_folder(folder, args, self.step if resumed else None)
         self.tracking = Tracking(
             accelerator, parse_report_to(args.report_to), folder=folder, project=args.project,
             name=folder.name, group=args.group, job_type=config["job_type"],
             tags=[config["dataset"], config["architecture"]], config=flags.to_recipe(args),
-            run_id=state and state["run_id"],
+            run_id=resumed and resumed["run_id"],
         )  # fmt: skip
         self.say(f"tracking     {self.tracking.line}")
         self._handlers = {
@@ -266,6 +228,8 @@ class Run:
             if record["train/loss_scale"] < 1:
                 self._stop_nonfinite(self.step, loss / steps, math.nan)
         self._bar.set_postfix(loss=f"{loss / steps:.3f}", refresh=False)
+        if self._bar.disable and time.perf_counter() - self._said > 30:  # no bar: a sign of life
+            self.say(f"step {self.step:>6} of {self.total}  loss {loss / steps:.4f}")
         self._record(record)
 
     def _learning_rates(self):
@@ -282,18 +246,18 @@ class Run:
         speed = self._epoch_images / training
         epoch = math.ceil(self.step / self.steps_per_epoch)
         record = {"epoch/loss": loss / steps, "epoch/mixed_acc": mixed_acc / steps}
+        scores = {}
         if epoch % self.args.eval_epochs == 0 or self.step == self.total:
             self._read_checks(0)
-            self.scores = evaluate()
-            record |= self.scores
+            self.scores = scores = evaluate()
             self._keep_best(epoch)
-        self._record(record)
+        self._record(record | scores)
         self.seconds += time.perf_counter() - self._since
         self.images_per_second = speed
         self._since, self._epoch_images = time.perf_counter(), 0
         self.say(
             f"epoch {epoch:>3}  step {self.step:>6}  loss {record['epoch/loss']:.4f}  "
-            f"mixed_acc {record['epoch/mixed_acc']:6.2%}  {score_words(self.scores)}"
+            f"mixed_acc {record['epoch/mixed_acc']:6.2%}  {score_words(scores)}"
             f"{speed:,.0f} images/s  {self.seconds:,.0f} s"
         )
 
@@ -309,6 +273,7 @@ class Run:
 
     def say(self, line):
         """One line on the main process, above the progress bar."""
+        self._said = time.perf_counter()
         if self.main:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
@@ -329,12 +294,7 @@ class Run:
     def _checkpoint(self, must):
         if not self.main:
             return
-        tensors = {
-            "model": clean_state_dict(self.module),
-            "optimizer": self._optimizer_tensors(),
-            **({"ema": self.ema.state_dict()} if self.ema else {}),
-        }
-        state = {
+        counters = {
             "step": self.step,
             "identity": self.identity,
             "interval": self._interval.tolist(),
@@ -348,22 +308,14 @@ class Run:
             "versions": versions(),
         }
         try:
-            root = self.folder / "checkpoints"
-            save_checkpoint(root, self.step, tensors, state, self.args.max_checkpoints)
+            tensors = state.gather_tensors(self.module, self.optimizer.optimizer, self.ema)
+            root, keep = self.folder / "checkpoints", self.args.max_checkpoints
+            save_checkpoint(root, self.step, tensors, counters, keep)
         except OSError as error:
             line = f"checkpoint of step {self.step} could not be written: {error}"
             if must:
                 raise RunStopped(line) from None
             self.say(f"warning: {line}; training goes on, older checkpoints are intact")
-
-    def _optimizer_tensors(self):
-        names = {id(p): name for name, p in self.module.named_parameters()}
-        return {
-            f"{names[id(p)]}//{key}": value
-            for p, values in self.optimizer.optimizer.state.items()
-            for key, value in values.items()
-            if value is not None
-        }
 
     def _save_result(self):
         """The result so far: averaged weights where there are any, and what they are."""
@@ -388,8 +340,6 @@ class Run:
         final = dict(self.scores)
         if self.best is not None and test is not None:
             self.accelerator.wait_for_everyone()
-            from safetensors.torch import load_file
-
             self.module.load_state_dict(load_file(self.folder / "model.safetensors"))
             final |= {f"test/{k}{'_ema' if self.ema else ''}": v for k, v in test().items()}
         split = "test" if any(k.startswith("test/") for k in final) else "val"
@@ -404,7 +354,7 @@ class Run:
             "steps": self.step,
             "epochs": self.step / self.steps_per_epoch,
             "seconds": round(self.seconds, 3),
-            "images_per_second": round(getattr(self, "images_per_second", 0.0), 1),
+            "images_per_second": round(self.images_per_second, 1),
             "data": self.config["data"],
             "device": str(self.accelerator.device),
             "processes": self.accelerator.num_processes,
@@ -457,101 +407,23 @@ class Run:
     # ---------------------------------------------------------------- where it was
 
     def _resume(self):
-        """Restore the state of a checkpoint if one is asked for and there; returns its JSON."""
-        asked = self.args.resume_from_checkpoint
-        if not asked:
+        """Restore the checkpoint that is asked for, if there is one; returns its state.json."""
+        say, asked = self.say, self.args.resume_from_checkpoint
+        found = state.find_checkpoint(asked, self.folder, self.accelerator, say)
+        if found is None:
+            say(f"no checkpoint yet in {self.folder}: starting from step 0")
             return None
-        found = self._read_checkpoint(asked) if self.main else None
-        path, tensors, state = self._share(found)
-        if path is None:
-            self.say(f"no checkpoint yet in {self.folder}: starting from step 0")
-            return None
-        self._check_identity(path, state)
-        expected = clean_state_dict(self.module)
-        _check_tensors(path, "model", tensors["model"], expected)
-        if bool(self.ema) != ("ema" in tensors):
-            raise UserError(f"{path} and --ema_decay differ on whether weights are averaged")
-        optimizer_state = self._optimizer_state(path, tensors["optimizer"])
-        self.module.load_state_dict(tensors["model"])
-        if self.ema:
-            self.ema.load_state_dict(tensors["ema"])
-        self.optimizer.optimizer.load_state_dict(optimizer_state)
-        if self.accelerator.scaler and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.best, self.scores = state["best"], state["scores"]
-        self._interval += torch.tensor(state["interval"], device=self._interval.device)
-        self._epoch += torch.tensor(state["epoch"], device=self._epoch.device)
-        self.say(f"resuming     {path}, step {self.step} of {self.total}")
-        return state
-
-    def _read_checkpoint(self, asked):
-        if asked == "auto":
-            return newest_valid(self.folder / "checkpoints", self.say)
-        try:
-            return Path(asked), *load_checkpoint(asked)
-        except Damaged as damage:
-            raise UserError(f"--resume_from_checkpoint {asked}: {damage}") from None
-
-    def _share(self, found):
-        """The main process's checkpoint on every process: other machines may not see its disk."""
-        if self.accelerator.num_processes == 1:
-            return found or (None, None, None)
-        path, tensors, state = found or (None, {}, None)
-        shapes = {f: {n: (t.shape, t.dtype) for n, t in g.items()} for f, g in tensors.items()}
-        path, shapes, state = broadcast_object_list([path, shapes, state])
-        shared = {}
-        for file, group in shapes.items():
-            shared[file] = {}
-            for name, (shape, dtype) in group.items():
-                tensor = tensors[file][name] if self.main else torch.empty(shape, dtype=dtype)
-                shared[file][name] = broadcast(tensor.to(self.accelerator.device)).cpu()
-        return path, shared, state
-
-    def _check_identity(self, path, state):
-        saved = state["identity"]
-        for name in [*self.identity, *(saved.keys() - self.identity.keys())]:
-            was, is_now = saved.get(name), self.identity.get(name)
-            if was != is_now:
-                raise UserError(
-                    f"{path} was written with {name} {was}, this command has {is_now}: give the "
-                    "same flags to continue it, or another --run_name to start anew"
-                )
-
-    def _optimizer_state(self, path, tensors):
-        """The optimizer's state_dict made of `tensors`, each in its parameter's memory format."""
-        parameters = dict(self.module.named_parameters())
-        state = {}
-        for name, value in tensors.items():
-            parameter, _, key = name.rpartition("//")
-            if parameter not in parameters:
-                raise UserError(f"{path}: optimizer.safetensors has {parameter}, the model not")
-            like = parameters[parameter]
-            if value.ndim:
-                _check_tensors(path, "optimizer", {name: value}, {name: like})
-                value = torch.empty_like(like, dtype=value.dtype).copy_(value)
-            state.setdefault(id(like), {})[key] = value
-        packed = self.optimizer.optimizer.state_dict()
-        order = [p for group in self.optimizer.param_groups for p in group["params"]]
-        packed["state"] = {i: state[id(p)] for i, p in enumerate(order) if id(p) in state}
-        return packed
-
-    def _claim_folder(self, keep):
-        """Lock the folder, clear it for a new run, or cut the metrics to where a resumed one is."""
-        if not self.main:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.folder)
-        if not keep:
-            for name in WRITTEN:
-                path = self.folder / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        metrics = self.folder / "metrics.jsonl"
-        kept = [r for r in read_metrics(metrics) if r["step"] <= self.step]
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        replace_file(metrics, text.encode())
-        recipe = yaml.safe_dump(flags.to_recipe(self.args), sort_keys=True)
-        replace_file(self.folder / "config.yaml", recipe.encode())
+        path, tensors, saved = found
+        state.check_identity(path, saved["identity"], self.identity)
+        state.restore_tensors(path, tensors, self.module, self.optimizer.optimizer, self.ema)
+        if self.accelerator.scaler and saved["scaler"]:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        self.step, self.seconds = saved["step"], saved["seconds"]
+        self.best, self.scores = saved["best"], saved["scores"]
+        self._interval += torch.tensor(saved["interval"], device=self._interval.device)
+        self._epoch += torch.tensor(saved["epoch"], device=self._epoch.device)
+        say(f"resuming     {path}, step {self.step} of {self.total}")
+        return saved
 
 
 def total_steps(args, train_size):
@@ -568,61 +440,6 @@ def score_words(scores):
             ema = scores.get(f"{split}/acc_ema")
             words += f" (ema {ema:.2%})  " if ema is not None else "  "
     return words
-
-
-def read_metrics(path):
-    """The records of a metrics.jsonl; a last line cut short by a kill is left out."""
-    records = []
-    if Path(path).exists():
-        for line in Path(path).read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return records
-
-
-def versions():
-    """Versions of what computes the result."""
-    from importlib.metadata import version
-
-    names = ("torch", "torchvision", "accelerate", "datasets", "safetensors")
-    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
-
-
-def git_commit():
-    """The commit of the scripts, with a + where the working tree differs; None outside git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        out = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-        return out.stdout.strip()
-    return None
-
-
-def _check_tensors(path, file, got, expected):
-    strays = sorted(got.keys() ^ expected.keys())
-    strays = strays or [k for k in expected if got[k].shape != expected[k].shape]
-    if strays:
-        raise UserError(
-            f"{path}/{file}.safetensors does not fit this model in {', '.join(strays[:3])}"
-            f"{f' and {len(strays) - 3} more' if len(strays) > 3 else ''}"
-        )
-
-
-def _lock(folder):
-    """Hold the folder until the process ends; raises UserError where another process does."""
-    handle = open(folder / ".lock", "w")  # noqa: SIM115  (held open on purpose)
-    try:
-        import fcntl
-
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows has no flock
-        pass
-    except OSError:
-        raise UserError(f"{folder} is in use by another process (pid unknown)") from None
-    handle.write(str(os.getpid()))
-    handle.flush()
-    return handle
 
 
 def _json(value):

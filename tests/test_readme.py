@@ -6,9 +6,10 @@ import subprocess
 import sys
 
 import pytest
-import runs
 
-README = (runs.ROOT / "README.md").read_text()
+import smallruns
+
+README = (smallruns.ROOT / "README.md").read_text()
 BASH = [
     line.split("  #")[0].strip()
     for block in re.findall(r"```bash\n(.*?)```", README, re.S)
@@ -36,7 +37,7 @@ def test_the_launcher_knows_every_command():
         launch = parsed(line)
         assert launch.training_script == "train.py"
         if launch.config_file:
-            load_config_from_file(str(runs.ROOT / launch.config_file))
+            load_config_from_file(str(smallruns.ROOT / launch.config_file))
 
 
 @pytest.mark.parametrize(
@@ -44,14 +45,14 @@ def test_the_launcher_knows_every_command():
 )
 def test_the_script_runs_with_the_flags_of_every_command(argv, tmp_path, monkeypatch):
     """Two steps of it, on data and a network that are at hand."""
-    monkeypatch.chdir(runs.ROOT)
-    _, status = runs.train(tmp_path, argv=shlex.split(argv), max_steps=2)
+    monkeypatch.chdir(smallruns.ROOT)
+    _, status = smallruns.train(tmp_path, argv=shlex.split(argv), max_steps=2)
     assert status == 0
 
 
 def test_make_demo_is_the_command_of_the_readme():
     shown = subprocess.run(
-        ["make", "-n", "-C", runs.ROOT, "demo"], capture_output=True, text=True, check=True
+        ["make", "-n", "-C", smallruns.ROOT, "demo"], capture_output=True, text=True, check=True
     ).stdout
     assert (
         "accelerate launch --config_file accelerate_configs/cpu.yaml train.py "
@@ -63,23 +64,23 @@ def test_the_python_runs():
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert blocks
     for block in blocks:
-        subprocess.run([sys.executable, "-c", block], check=True, cwd=runs.ROOT, timeout=60)
+        subprocess.run([sys.executable, "-c", block], check=True, cwd=smallruns.ROOT, timeout=60)
 
 
 def test_linked_files_exist():
     links = re.findall(r"\]\((?!http)([^)]+)\)", README)
     assert len(links) > 8
-    missing = [link for link in links if not (runs.ROOT / link).exists()]
+    missing = [link for link in links if not (smallruns.ROOT / link).exists()]
     assert not missing
 
 
 def test_every_trick_has_a_row():
-    files = {p.name for p in (runs.ROOT / "tricks").glob("*.py")} - {"__init__.py"}
+    files = {p.name for p in (smallruns.ROOT / "tricks").glob("*.py")} - {"__init__.py"}
     assert files and files == set(re.findall(r"\(tricks/(\w+\.py)\)", README))
 
 
 def test_the_tree_of_files_is_what_a_run_writes():
-    from harness.run import WRITTEN
+    from harness.folder import WRITTEN
 
     tree = README.split("runs/<name>/\n")[1].split("```")[0]
     named = set(re.findall(r"^  ([\w.]+)", tree, re.M))

@@ -4,16 +4,16 @@ import json
 import shutil
 
 import pytest
-import runs
 import safetensors.torch
 import torch
 
+import smallruns
 from harness import models
 from harness.errors import RunStopped, UserError
-from harness.run import read_metrics
+from harness.folder import read_metrics
 
-TWO = ("--config_file", str(runs.ROOT / "accelerate_configs" / "cpu_2proc.yaml"))
-ONE = ("--config_file", str(runs.ROOT / "accelerate_configs" / "cpu.yaml"))
+TWO = ("--config_file", str(smallruns.ROOT / "accelerate_configs" / "cpu_2proc.yaml"))
+ONE = ("--config_file", str(smallruns.ROOT / "accelerate_configs" / "cpu.yaml"))
 # Without BatchNorm, whose statistics depend on how the batch is cut; without dropout, which is
 # drawn by each process for itself.
 PLAIN = {
@@ -31,8 +31,8 @@ def losses(folder):
 def test_two_processes_give_the_losses_of_one_and_resume_bit_for_bit(tmp_path):
     for name in ("two", "again", "stopped"):
         (tmp_path / name).mkdir()
-    one, _ = runs.train(tmp_path / "one", **PLAIN)
-    two = runs.launch(tmp_path / "two", launcher=TWO, **PLAIN)
+    one, _ = smallruns.train(tmp_path / "one", **PLAIN)
+    two = smallruns.launch(tmp_path / "two", launcher=TWO, **PLAIN)
     assert two.returncode == 0, two.stdout
     assert "CPU × 2 processes" in two.stdout
     ours, theirs = losses(one), losses(tmp_path / "two" / "run")
@@ -40,30 +40,34 @@ def test_two_processes_give_the_losses_of_one_and_resume_bit_for_bit(tmp_path):
     for step, loss in ours.items():
         assert theirs[step] == pytest.approx(loss, abs=1e-4), f"step {step}"
 
-    stopped = runs.launch(tmp_path / "stopped", launcher=TWO, **PLAIN, stop_after=3)
+    stopped = smallruns.launch(tmp_path / "stopped", launcher=TWO, **PLAIN, stop_after=3)
     assert stopped.returncode == 0, stopped.stdout
-    resumed = runs.launch(
+    resumed = smallruns.launch(
         tmp_path / "stopped", launcher=TWO, **PLAIN, resume_from_checkpoint="auto"
     )
     assert resumed.returncode == 0, resumed.stdout
-    assert runs.digest(tmp_path / "stopped" / "run") == runs.digest(tmp_path / "two" / "run")
+    assert smallruns.digest(tmp_path / "stopped" / "run") == smallruns.digest(
+        tmp_path / "two" / "run"
+    )
 
 
 @pytest.mark.slow
 def test_two_processes_resume_bit_for_bit_with_batchnorm_dropout_and_accumulation(tmp_path):
     for name in ("straight", "stopped"):
         (tmp_path / name).mkdir()
-    straight = runs.launch(tmp_path / "straight", launcher=TWO)
+    straight = smallruns.launch(tmp_path / "straight", launcher=TWO)
     assert straight.returncode == 0, straight.stdout
-    stopped = runs.launch(tmp_path / "stopped", launcher=TWO, stop_after=7)
+    stopped = smallruns.launch(tmp_path / "stopped", launcher=TWO, stop_after=7)
     assert stopped.returncode == 0, stopped.stdout
-    resumed = runs.launch(tmp_path / "stopped", launcher=TWO, resume_from_checkpoint="auto")
+    resumed = smallruns.launch(tmp_path / "stopped", launcher=TWO, resume_from_checkpoint="auto")
     assert resumed.returncode == 0, resumed.stdout
-    assert runs.digest(tmp_path / "stopped" / "run") == runs.digest(tmp_path / "straight" / "run")
+    assert smallruns.digest(tmp_path / "stopped" / "run") == smallruns.digest(
+        tmp_path / "straight" / "run"
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", runs.SIGNALS, ids=lambda n: n.name)
+@pytest.mark.parametrize("number", smallruns.SIGNALS, ids=lambda n: n.name)
 @pytest.mark.parametrize("launcher", [ONE, TWO], ids=["one process", "two processes"])
 def test_a_signal_publishes_a_checkpoint_and_the_resumed_run_is_the_same(
     tmp_path, number, launcher
@@ -71,15 +75,15 @@ def test_a_signal_publishes_a_checkpoint_and_the_resumed_run_is_the_same(
     import psutil
 
     flags = {"epochs": 40, "gradient_accumulation_steps": 1, "logging_steps": 1}
-    process = runs.launch(tmp_path, launcher=launcher, wait=False, **flags)
+    process = smallruns.launch(tmp_path, launcher=launcher, wait=False, **flags)
     folder = tmp_path / "run"
-    runs.wait_for_step(folder, 5, process)
+    smallruns.wait_for_step(folder, 5, process)
     workers = psutil.Process(process.pid).children()
     workers[-1].send_signal(number)  # to one process only
     output, _ = process.communicate(timeout=60)
     assert f"{number.name}: a checkpoint after this step" in output or len(workers) > 1
     assert "stopped at step" in output, output
-    assert str(runs.SIGNALS[number]) in output  # the launcher names the status it saw
+    assert str(smallruns.SIGNALS[number]) in output  # the launcher names the status it saw
     step = int(sorted((folder / "checkpoints").iterdir())[-1].name[5:])
     assert 5 <= step < 160
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in workers)
@@ -89,9 +93,9 @@ def test_a_signal_publishes_a_checkpoint_and_the_resumed_run_is_the_same(
 def test_killing_the_launcher_stops_the_training_with_a_checkpoint(tmp_path):
     import psutil
 
-    process = runs.launch(tmp_path, launcher=ONE, wait=False, epochs=40, logging_steps=1)
+    process = smallruns.launch(tmp_path, launcher=ONE, wait=False, epochs=40, logging_steps=1)
     folder = tmp_path / "run"
-    runs.wait_for_step(folder, 3, process)
+    smallruns.wait_for_step(folder, 3, process)
     worker = psutil.Process(process.pid).children()[0]
     process.terminate()
     worker.wait(timeout=60)
@@ -101,7 +105,7 @@ def test_killing_the_launcher_stops_the_training_with_a_checkpoint(tmp_path):
 def test_a_non_finite_loss_stops_before_the_update_with_the_step_named(tmp_path):
     flags = {"warmup_epochs": 0, "checkpointing_steps": 1, "gradient_accumulation_steps": 1}
     with pytest.raises(RunStopped, match=r"step (\d+): loss is .*the last good checkpoint is") as e:
-        runs.train(tmp_path, lr=1e30, mixed_precision="no", **flags)
+        smallruns.train(tmp_path, lr=1e30, mixed_precision="no", **flags)
     step = int(str(e.value).split(":")[0].removeprefix("step "))
     checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert int(checkpoints[-1].name[5:]) == step - 1
@@ -126,7 +130,7 @@ def test_a_non_finite_loss_on_one_process_stops_both(tmp_path):
         "    train.main(train.read_flags())\n"
     )
     flags = {"gradient_accumulation_steps": 1, "checkpointing_steps": 1}
-    done = runs.launch(tmp_path, launcher=TWO, script=script, **flags)
+    done = smallruns.launch(tmp_path, launcher=TWO, script=script, **flags)
     assert done.returncode != 0
     assert "step 3: loss is inf" in done.stdout, done.stdout
     names = [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())]
@@ -137,7 +141,7 @@ def test_a_non_finite_loss_on_one_process_stops_both(tmp_path):
 def finished(tmp_path_factory):
     """A finished run, W&B offline."""
     output_dir = tmp_path_factory.mktemp("finished")
-    folder, status = runs.train(output_dir, report_to="wandb", group="tests", epochs=2)
+    folder, status = smallruns.train(output_dir, report_to="wandb", group="tests", epochs=2)
     assert status == 0
     return folder
 
@@ -219,12 +223,12 @@ def test_bad_input_is_one_line_that_names_it(tmp_path):
     ]
     for flags, message in cases:
         with pytest.raises(UserError, match=message):
-            runs.train(tmp_path, **flags)
+            smallruns.train(tmp_path, **flags)
         assert not (tmp_path / "run").exists(), f"{flags} left something behind"
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
-    _, status = runs.train(tmp_path, dry_run=True)
+    _, status = smallruns.train(tmp_path, dry_run=True)
     out = capsys.readouterr().out
     assert status == 0 and not any(tmp_path.iterdir())
     for fact in ("200 train, 100 test", "352,042 parameters", "12 = 3 epochs of 4",
@@ -239,5 +243,5 @@ def test_a_folder_in_use_by_another_process_is_refused(tmp_path, finished):
     with open(tmp_path / "run" / ".lock", "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="in use by another process"):
-            runs.train(tmp_path, report_to="none", overwrite=True)
+            smallruns.train(tmp_path, report_to="none", overwrite=True)
     assert (tmp_path / "run" / "model.safetensors").exists()

@@ -1,0 +1,112 @@
+"""The folder of a run: who may have it, what stands in it, and where the numbers came from."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+from harness import flags
+from harness.checkpoint import replace_file
+from harness.errors import UserError
+from harness.tracking import parse_report_to
+
+# What a run writes into its folder, and so what --overwrite may delete.
+WRITTEN = (
+    "config.yaml", "model.safetensors", "config.json", "summary.json", "metrics.jsonl",
+    "curves.png", "train_batch.png", "checkpoints", "wandb", "tensorboard",
+)  # fmt: skip
+
+
+def check_folder(args):
+    """The folder of this run; raises UserError where it holds another one.
+
+    Also where --report_to names no tracker: all that can be refused is, before any long work.
+    """
+    parse_report_to(args.report_to)
+    dataset = re.sub(r"[^\w.-]+", "_", Path(args.dataset).name or args.dataset)
+    folder = Path(args.output_dir) / (args.run_name or f"{dataset}-{args.model}-s{args.seed}")
+    taken = (folder / "config.yaml").exists()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another --run_name")
+    if folder.is_dir() and not taken and any(p.name != ".lock" for p in folder.iterdir()):
+        raise UserError(f"{folder} holds files that are not a run's: choose another --run_name")
+    if taken and not args.resume_from_checkpoint and not args.overwrite:
+        raise UserError(
+            f"{folder} holds a run already: continue it with --resume_from_checkpoint auto, "
+            "replace it with --overwrite, or choose another --run_name"
+        )
+    return folder
+
+
+def claim_folder(folder, args, resumed_step):
+    """Lock the folder and make it ready: cleared for a new run, cut back for a resumed one.
+
+    resumed_step: the step of the checkpoint that the run goes on from, or None for a new run.
+    Metrics of later steps are dropped, they will be written again. Returns the lock, which holds
+    until it is closed or the process ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder)
+    if resumed_step is None:
+        for name in WRITTEN:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    metrics = folder / "metrics.jsonl"
+    kept = [r for r in read_metrics(metrics) if r["step"] <= (resumed_step or 0)]
+    replace_file(metrics, "".join(json.dumps(record) + "\n" for record in kept).encode())
+    recipe = yaml.safe_dump(flags.to_recipe(args), sort_keys=True)
+    replace_file(folder / "config.yaml", recipe.encode())
+    return lock
+
+
+def read_metrics(path):
+    """The records of a metrics.jsonl; a last line cut short by a kill is left out."""
+    records = []
+    if Path(path).exists():
+        for line in Path(path).read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return records
+
+
+def versions():
+    """Versions of what computes the result."""
+
+    names = ("torch", "torchvision", "accelerate", "datasets", "safetensors")
+    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
+
+
+def git_commit():
+    """The commit of the scripts, with a + where the working tree differs; None outside git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        out = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        return out.stdout.strip()
+    return None
+
+
+def _lock(folder):
+    """Hold the folder until the process ends; raises UserError where another process does."""
+    handle = open(folder / ".lock", "w")  # noqa: SIM115  (held open on purpose)
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows has no flock
+        pass
+    except OSError:
+        raise UserError(f"{folder} is in use by another process (pid unknown)") from None
+    handle.write(str(os.getpid()))
+    handle.flush()
+    return handle

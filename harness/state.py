@@ -1,0 +1,114 @@
+"""The state of a run as tensors by name, and back into model, averages and optimizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast, broadcast_object_list
+
+from harness.checkpoint import Damaged, load_checkpoint, newest_valid
+from harness.errors import UserError
+from harness.models import clean_state_dict
+
+
+def gather_tensors(model, optimizer, ema):
+    """{"model": {name: tensor}, "optimizer": ..., "ema": ...}: what a checkpoint holds.
+
+    model: the unwrapped module; optimizer: torch's; ema: a ModelEma or None. The optimizer's
+    tensors are named "PARAMETER//KEY", so they do not depend on the order of the groups.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    moments = {
+        f"{names[id(parameter)]}//{key}": value
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+        if value is not None
+    }
+    averages = {"ema": ema.state_dict()} if ema else {}
+    return {"model": clean_state_dict(model), "optimizer": moments, **averages}
+
+
+def restore_tensors(path, tensors, model, optimizer, ema):
+    """Put what `gather_tensors` gave back; raises UserError before anything is touched."""
+    _check(path, "model", tensors["model"], clean_state_dict(model))
+    if bool(ema) != ("ema" in tensors):
+        raise UserError(f"{path} and --ema_decay differ on whether weights are averaged")
+    if ema:
+        _check(path, "ema", tensors["ema"], ema.state_dict())
+    optimizer_state = _optimizer_state(path, tensors["optimizer"], model, optimizer)
+    model.load_state_dict(tensors["model"])
+    if ema:
+        ema.load_state_dict(tensors["ema"])
+    optimizer.load_state_dict(optimizer_state)
+
+
+def find_checkpoint(asked, folder, accelerator, say):
+    """(path, tensors, state) of the checkpoint to resume from, or None; the same everywhere.
+
+    asked: "auto" for the newest valid one of this run, or a path. The main process reads it and
+    hands it to the others, which may be on machines that don't see its disk.
+    """
+    found = None
+    if accelerator.is_main_process:
+        if asked == "auto":
+            found = newest_valid(folder / "checkpoints", say)
+        else:
+            try:
+                found = Path(asked), *load_checkpoint(asked)
+            except Damaged as damage:
+                raise UserError(f"--resume_from_checkpoint {asked}: {damage}") from None
+    return found if accelerator.num_processes == 1 else _share(found, accelerator)
+
+
+def check_identity(path, saved, ours):
+    """Raise UserError, naming the first difference, unless a checkpoint is of these very flags."""
+    for name in [*ours, *(saved.keys() - ours.keys())]:
+        if saved.get(name) != ours.get(name):
+            raise UserError(
+                f"{path} was written with {name} {saved.get(name)}, this command has "
+                f"{ours.get(name)}: give the same flags to continue it, or another --run_name to "
+                "start anew"
+            )
+
+
+def _share(found, accelerator):
+    path, tensors, state = found or (None, {}, None)
+    shapes = {f: {n: (t.shape, t.dtype) for n, t in g.items()} for f, g in tensors.items()}
+    path, shapes, state = broadcast_object_list([path, shapes, state])
+    shared = {}
+    for file, group in shapes.items():
+        shared[file] = {}
+        for name, (shape, dtype) in group.items():
+            mine = tensors[file][name] if tensors else torch.empty(shape, dtype=dtype)
+            shared[file][name] = broadcast(mine.to(accelerator.device)).cpu()
+    return path and (path, shared, state)
+
+
+def _optimizer_state(path, moments, model, optimizer):
+    """The optimizer's state_dict made of `moments`, each in its parameter's memory format."""
+    parameters = dict(model.named_parameters())
+    state = {}
+    for name, value in moments.items():
+        parameter, _, key = name.rpartition("//")
+        if parameter not in parameters:
+            raise UserError(f"{path}/optimizer.safetensors has {parameter}, the model has not")
+        like = parameters[parameter]
+        if value.ndim:
+            _check(path, "optimizer", {name: value}, {name: like})
+            value = torch.empty_like(like, dtype=value.dtype).copy_(value)
+        state.setdefault(id(like), {})[key] = value
+    packed = optimizer.state_dict()
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    packed["state"] = {i: state[id(p)] for i, p in enumerate(order) if id(p) in state}
+    return packed
+
+
+def _check(path, file, got, expected):
+    strays = sorted(got.keys() ^ expected.keys())
+    strays = strays or [k for k in expected if got[k].shape != expected[k].shape]
+    if strays:
+        more = f" and {len(strays) - 3} more" if len(strays) > 3 else ""
+        raise UserError(
+            f"{path}/{file}.safetensors does not fit this model in {', '.join(strays[:3])}{more}"
+        )

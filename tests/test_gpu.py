@@ -1,0 +1,87 @@
+"""What only a GPU can show. One command checks all of it: python -m pytest tests/test_gpu.py"""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import smallruns
+from harness.folder import read_metrics
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+CONFIGS = smallruns.ROOT / "accelerate_configs"
+
+
+@pytest.mark.parametrize("name", ["single_gpu", "single_gpu_fp16", "single_gpu_compile"])
+def test_trains_and_resumes_under_the_config(tmp_path, name):
+    launcher = ("--config_file", str(CONFIGS / f"{name}.yaml"))
+    flags = {"model": "resnet18", "epochs": 10, "mixed_precision": "auto"}
+    stopped = smallruns.launch(tmp_path, launcher=launcher, **flags, stop_after=21)
+    assert stopped.returncode == 0, stopped.stdout
+    done = smallruns.launch(tmp_path, launcher=launcher, **flags, resume_from_checkpoint="auto")
+    assert done.returncode == 0, done.stdout
+    assert "(the launcher)" in done.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["device"].startswith("cuda") and summary["steps"] == 40
+    losses = [r["epoch/loss"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")
+              if "epoch/loss" in r]  # fmt: skip
+    assert len(losses) == 10 and losses[-1] < losses[0]
+    from safetensors.torch import load_file
+
+    names = load_file(tmp_path / "run" / "model.safetensors").keys()
+    assert not any("_orig_mod" in n or n.startswith("module.") for n in names)
+
+
+def test_augmentation_on_the_gpu_equals_the_cpus():
+    from harness.counters import generator
+    from harness.views import Views
+
+    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
+    for word in ("basic", "autoaugment", "randaugment", "trivialaugment"):
+        views = Views(32, (0.5,) * 3, (0.25,) * 3, augment=word, padding=4, flip_prob=0.5,
+                      erasing=0.25, ops=2, magnitude=9)  # fmt: skip
+        draw = views.draw(64, generator(0, "views", 0))
+        ours = views.train(images.cuda(), draw).cpu()
+        differ = (ours - views.train(images, draw)).abs() > 1e-5
+        assert differ.float().mean() < 0.02, word  # ties of rotated pixels, see autoaugment.py
+
+
+def test_a_fused_update_is_withheld_on_the_device():
+    weight = torch.nn.Parameter(torch.ones(4, device="cuda"))
+    optimizer = torch.optim.SGD([weight], 0.1, momentum=0.9, fused=True)
+    weight.grad = torch.full_like(weight, float("nan"))
+    optimizer.found_inf = torch.ones((), device="cuda")
+    optimizer.step()
+    assert torch.equal(weight.detach().cpu(), torch.ones(4))
+
+
+def test_a_step_never_waits_for_the_device():
+    from harness.counters import generator
+    from harness.views import Views, draw_mixing
+    from tricks.ema import ModelEma
+    from tricks.label_smoothing import smooth_labels, soft_cross_entropy
+
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(), torch.nn.Linear(8, 10),
+    ).cuda().to(memory_format=torch.channels_last)  # fmt: skip
+    ema, optimizer = ModelEma(model, 0.9), torch.optim.SGD(model.parameters(), 0.1, fused=True)
+    views = Views(32, (0.5,) * 3, (0.25,) * 3, augment="randaugment", padding=4, flip_prob=0.5,
+                  erasing=0.25, ops=2, magnitude=9)  # fmt: skip
+    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, device="cuda")
+    labels = torch.randint(0, 10, (64,), device="cuda")
+    for step in range(4):
+        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first may allocate
+        try:
+            x = views.train(images, views.draw(64, generator(0, "views", step)))
+            mix = draw_mixing(0.2, 1.0, 1.0, 32, generator(0, "mixing", step))
+            x, targets = mix(x, F.one_hot(labels, 10).float())
+            soft_cross_entropy(model(x), smooth_labels(targets, 0.1)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.update(model, step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
