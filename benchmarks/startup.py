@@ -104,6 +104,7 @@ def main() -> None:
     sizes = {split: int(size * share) for split, size in SIZES.items()}
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["HF_DATASETS_CACHE"] = f"{temporary}/own"
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
         folder = f"{temporary}/cifar10"
         splits = {s: read_images(args.data, count, s) for s, count in sizes.items()}
         write_folder(folder, splits)

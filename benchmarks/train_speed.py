@@ -1,6 +1,6 @@
 """What the tricks and the house cost: train.py against a bare loop and against the usual script.
 
-    python benchmarks/train_speed.py            about 12 minutes on two cores, fewer on a GPU
+    python benchmarks/train_speed.py            about 12 minutes on two quiet cores
     python benchmarks/train_speed.py --quick    does it run? its figures mean nothing
 
 - ours: `accelerate launch train.py` with its defaults, everything on.
@@ -110,11 +110,12 @@ def watch(metrics: Path, process: subprocess.Popen, start: float) -> dict[int, f
         time.sleep(POLL_SECONDS)
         if not metrics.exists() or metrics.stat().st_size == size:
             continue
-        lines = metrics.read_text().splitlines()
-        written = metrics.stat()  # after reading: never earlier than the newest line read
-        size = written.st_size
-        for line in lines:
-            seconds.setdefault(json.loads(line)["step"], written.st_mtime - start)
+        written = metrics.read_bytes()
+        stamp = metrics.stat().st_mtime  # after reading: never before the newest line read
+        size = len(written)
+        for line in written.splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                seconds.setdefault(json.loads(line)["step"], stamp - start)
     return seconds
 
 
@@ -312,7 +313,7 @@ def main() -> None:
         return
     rates = {"ours": [], **{peer: [] for peer in PEERS}}
     with tempfile.TemporaryDirectory() as folder:
-        data, images = str(Path(args.data).resolve()), "its images"
+        data, images = str(Path(args.data).resolve()), args.data
         if not Path(data).is_dir():
             data, images = f"{folder}/noise", "smooth noise"
             noise = smooth_noise(10_000)
@@ -328,7 +329,7 @@ def main() -> None:
             latest = ", ".join(f"{name} {values[-1]:,.0f}" for name, values in rates.items())
             print(f"round {done + 1}: {latest} images/s", file=sys.stderr, flush=True)
 
-    print(f"{machine()}; {images} of {args.data}")
+    print(f"{machine()}; images: {images}")
     print(f"ours and bare: {ours['precision']}, {ours['threads']} threads; plain: fp32")
     print(f"ResNet-18 (small stem), batch {BATCH}, {args.steps} steps after {args.warmup}\n")
     print("| figure | ours, images/s | peer, images/s | ratio (min–max) | n |")
