@@ -41,6 +41,7 @@ def save_checkpoint(root, step, tensors, state, keep):
         shutil.rmtree(left_over, ignore_errors=True)
     final = root / f"step-{step:08d}"
     writing = root / f".writing-{final.name}-{os.getpid()}"
+    replaced = root / f".writing-replaced-{os.getpid()}"
     try:
         writing.mkdir()
         files = {f"{name}.safetensors": to_bytes(t) for name, t in tensors.items()}
@@ -58,13 +59,17 @@ def save_checkpoint(root, step, tensors, state, keep):
             write_synced(writing / name, data)
         sync_folder(writing)
         if final.exists():  # the same step again, after a resume from an earlier checkpoint
-            shutil.rmtree(final)
+            os.rename(final, replaced)
         os.rename(writing, final)
         sync_folder(root)
     except BaseException:
+        if replaced.exists() and not final.exists():
+            os.rename(replaced, final)
         shutil.rmtree(writing, ignore_errors=True)
         raise
-    for old in checkpoints(root)[:-keep]:
+    shutil.rmtree(replaced, ignore_errors=True)
+    # Of those up to this step: later ones are left from before a resume from an older checkpoint
+    for old in [p for p in checkpoints(root) if int(p.name[5:]) <= step][:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 

@@ -161,7 +161,7 @@ class Parser(argparse.ArgumentParser):
     def _recipe_argv(self, path):
         """The recipe as command-line words, so that one set of checks serves both."""
         try:
-            flags = yaml.safe_load(Path(path).read_text()) or {}
+            flags = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except OSError as error:
             self.error(f"cannot read the recipe: {error.strerror}")
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -178,6 +178,8 @@ class Parser(argparse.ArgumentParser):
                 if not isinstance(value, bool):
                     self.error(f'{key}: "{value}" is not true or false')
                 argv.append(f"--{'' if value else 'no_'}{action.dest}")
+            elif value is False and "no" in (action.choices or ()):
+                argv.append(f"--{action.dest}=no")  # an unquoted no is false in YAML
             elif isinstance(value, (list, dict, bool)):
                 self.error(f'{key}: "{value}" is not one value')
             elif value is not None:

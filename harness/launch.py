@@ -35,15 +35,16 @@ def make_accelerator(mixed_precision="auto", gradient_accumulation_steps=1, thre
     """
     _follow_launcher()
     world = int(os.environ.get("WORLD_SIZE", 1))
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
-    if launched and on_cpu and world == 1 and "MASTER_PORT" in os.environ:
+    said = launcher_settings()
+    if world == 1 and int(said.get("num_processes", 1)) > 1:
         raise UserError(
-            "the launcher was asked for several CPU processes but started one (as it does for "
-            "--cpu and MULTI_CPU): launch with --config_file accelerate_configs/cpu_2proc.yaml"
+            f"the launcher was asked for {said['num_processes']} processes but started one (as it "
+            "does for --cpu and MULTI_CPU): use --config_file accelerate_configs/cpu_2proc.yaml"
         )
-    cpu = on_cpu or not torch.accelerator.is_available()
-    precision, origin = _precision(mixed_precision, cpu)
+    # With several processes the launcher hands use_cpu on to nobody
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    cpu = on_cpu or bool(said.get("use_cpu")) or not torch.accelerator.is_available()
+    precision, origin = _precision(mixed_precision, said, cpu)
     threads = _set_threads(threads)
     accelerator = Accelerator(
         cpu=cpu,
@@ -78,41 +79,45 @@ def _follow_launcher():
             ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-def _precision(asked, cpu):
+def launcher_settings():
+    """What was really written in the launcher's config file and command line: {name: value}.
+
+    Its environment variables do not tell what it was told from what it fell back to.
+    """
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return {}  # started by python or torchrun
+    try:
+        words = psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):
+        return {}
+    said = {}
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name.startswith("--"):
+            said[name[2:].replace("-", "_")] = value or following
+        elif word.endswith(".py") and os.path.basename(word) != "launch.py":
+            break  # the script; its own flags follow
+    written = {}
+    with (
+        contextlib.suppress(OSError, yaml.YAMLError),
+        open(said.get("config_file", default_config_file), encoding="utf-8") as file,
+    ):
+        written = yaml.safe_load(file) or {}
+    names = ("mixed_precision", "num_processes", "use_cpu")
+    both = {**written, **said}
+    return {name: both[name] for name in names if both.get(name) is not None}
+
+
+def _precision(asked, said, cpu):
     """(precision, who said so)."""
     if asked != "auto":
         return asked, "--mixed_precision"
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launcher != "no" or _launcher_said_no():
+    if launcher != "no" or "mixed_precision" in said:
         return launcher, "the launcher"
     if _computes_bf16(cpu):
         return "bf16", "auto: this device computes it natively"
     return "no", "auto: this device has no native bf16"
-
-
-def _launcher_said_no():
-    """Whether "no" was written in the launcher's command line or config, or is its mere default."""
-    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
-        return False
-    try:
-        words = psutil.Process().parent().cmdline()
-    except (psutil.Error, AttributeError):
-        return False
-    config = default_config_file
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        name, _, value = word.partition("=")
-        name = name.replace("-", "_")
-        if name == "__mixed_precision":
-            return True
-        if name == "__config_file":
-            config = value or following
-        if word.endswith(".py") and os.path.basename(word) != "launch.py":
-            break  # the script's own flags follow
-    try:
-        with open(config) as file:
-            return "mixed_precision" in (yaml.safe_load(file) or {})
-    except (OSError, yaml.YAMLError):
-        return False
 
 
 def _computes_bf16(cpu):
@@ -126,12 +131,11 @@ def _computes_bf16(cpu):
 
 def _set_threads(threads):
     """Give each process on this machine its share of the cores, whatever the launcher exported."""
-    exported = int(os.environ.get("OMP_NUM_THREADS", 0) or 0)
-    if threads is None and exported > 1:
-        threads = exported
     if threads is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        exported = int(os.environ.get("OMP_NUM_THREADS", 0) or 0)
+        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        threads = max(1, min(exported, cores) if exported > 1 else share)
     torch.set_num_threads(threads)
     return threads
 
@@ -152,13 +156,12 @@ def script(name):
     try:
         yield
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        _print_once(f"{name}: {' '.join(str(error).split())}")
         raise SystemExit(error.status) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
-        print(f"{name}: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        _print_once(f"{name}: {error.filename or 'writing'}: {error.strerror}")
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
@@ -166,3 +169,9 @@ def script(name):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             with contextlib.suppress(RuntimeError, ValueError):
                 torch.distributed.destroy_process_group()
+
+
+def _print_once(line):
+    """Once on each machine: a folder may be missing on the second one only."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(line, file=sys.stderr, flush=True)

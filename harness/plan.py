@@ -49,7 +49,7 @@ def text(args, machine, data, model, size, total, warmup):
         "images": f"{size}×{size}; {_augmentation(args)}",
         "model": f"{args.model}, {about['parameters']:,} parameters, head {about['head']}; "
         + machine["weights"],
-        "steps": f"{total:,} = {total / steps_per_epoch:g} epochs of {steps_per_epoch}"
+        "steps": f"{total:,} = {total / steps_per_epoch:.4g} epochs of {steps_per_epoch}"
         + f" ({len(data.train) % args.batch_size} images an epoch don't fill a batch)",
         "batch": f"{args.batch_size} = {processes} processes × {accumulation} accumulation"
         + f" × {part}",

@@ -218,7 +218,8 @@ def test_the_scripts_flag_wins_over_the_launcher(shell):
         (None, {}, CORES),
         (None, {"OMP_NUM_THREADS": 1}, CORES),  # what the launcher exports when it is not told
         (None, {"OMP_NUM_THREADS": ""}, CORES),
-        (None, {"OMP_NUM_THREADS": 3}, 3),
+        (None, {"OMP_NUM_THREADS": 2}, min(2, CORES)),
+        (None, {"OMP_NUM_THREADS": 10_000}, CORES),  # the machine's, where this process has fewer
         (None, {"LOCAL_WORLD_SIZE": 2}, max(1, CORES // 2)),
         (None, {"LOCAL_WORLD_SIZE": 10_000}, 1),
         (5, {"OMP_NUM_THREADS": 3, "LOCAL_WORLD_SIZE": 2}, 5),
@@ -267,7 +268,7 @@ def test_a_programming_error_keeps_its_traceback():
 
 def test_two_processes_say_it_once(capsys, monkeypatch):
     for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit, match="2"), script("train.py"):
             raise UserError("once")
     assert capsys.readouterr().err == "train.py: once\n"

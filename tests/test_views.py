@@ -208,6 +208,7 @@ def test_a_batch_is_a_slice_of_the_epochs_order():
         assert len(set(labels)) == len(labels)  # every sample at most once an epoch
     assert [len(labels) for labels in epochs] == [96, 96, 48]
     assert epochs[0] != epochs[1] and set(epochs[0]) != set(epochs[1])
+    assert not same(steps[0].draw, steps[4].draw)  # the same place in two epochs
     assert not torch.equal(steps[0].labels, join(run_batches(seed=6, total=1)[0]).labels)
 
 
