@@ -336,3 +336,7 @@ def test_the_cifar10_recipe_is_the_defaults(parser):
     assert args.given.keys() == {"stem", "init"}  # the recipe says what "auto" comes to
     assert args.stem == resolve_stem("resnet18", "auto", 32)
     assert args.init == "kaiming"
+
+
+def test_an_unquoted_no_in_a_recipe_is_the_word(read_recipe):
+    assert read_recipe("mixed_precision: no").mixed_precision == "no"  # YAML reads it as false
