@@ -45,7 +45,6 @@ from harness.pixels import decode_split
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, PIXELS = 128, 32
-CIFAR10 = ROOT.parent / "shared" / "data" / "cifar10_jpeg"
 PEERS = {"bare": "train.py / bare loop", "plain": "train.py / usual script"}
 POLL_SECONDS = 0.005
 
@@ -53,7 +52,7 @@ POLL_SECONDS = 0.005
 def parse_args() -> argparse.Namespace:
     on_gpu = torch.accelerator.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default=str(CIFAR10), help="folder; if missing: smooth noise")
+    parser.add_argument("--data", default="", help="folder of images; unset: smooth noise")
     parser.add_argument("--rounds", type=int, default=5, help="times that all three are run")
     parser.add_argument("--steps", type=int, default=500 if on_gpu else 30, help="timed, of each")
     parser.add_argument("--warmup", type=int, default=50 if on_gpu else 5, help="steps before them")
@@ -314,7 +313,7 @@ def main() -> None:
     rates = {"ours": [], **{peer: [] for peer in PEERS}}
     with tempfile.TemporaryDirectory() as folder:
         data, images = str(Path(args.data).resolve()), args.data
-        if not Path(data).is_dir():
+        if not args.data:
             data, images = f"{folder}/noise", "smooth noise"
             noise = smooth_noise(10_000)
             labels = torch.arange(len(noise)) % 10

@@ -46,6 +46,8 @@ def make_accelerator(mixed_precision="auto", gradient_accumulation_steps=1, thre
     cpu = on_cpu or bool(said.get("use_cpu")) or not torch.accelerator.is_available()
     precision, origin = _precision(mixed_precision, said, cpu)
     threads = _set_threads(threads)
+    if cpu:
+        _keep_freed_memory()
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=precision,
@@ -138,6 +140,21 @@ def _set_threads(threads):
         threads = max(1, min(exported, cores) if exported > 1 else share)
     torch.set_num_threads(threads)
     return threads
+
+
+def _keep_freed_memory():
+    """Let malloc keep what a step frees for the next one (glibc).
+
+    By default it gives large activations back to the system, which hands out zeroed pages at the
+    next step: 60,000 page faults a step of ResNet-18 at batch 128. Without them a step in bf16
+    takes 13 % less time, in fp32 20 %, at the same peak memory (benchmarks/malloc.py).
+    """
+    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(m_mmap_threshold, 2**31 - 1)
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_top_pad, 2**28)
 
 
 def _device_words(accelerator):

@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import signal
 import sys
 import time
 from collections import deque
 
 import torch
-from safetensors.torch import load_file
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
@@ -33,11 +33,11 @@ SUMS = ("loss", "mixed_acc", "grad_norm")  # what is summed over the steps of an
 
 # On a GPU the check of step t is read while step t + 2 is queued, so that the host never waits for
 # the device; the update itself was already withheld there (see `agree`).
-LAG = {"cpu": 0}
+GPU_LAG = 2
 
 
 def check_batch(args, processes, train_size, mixing):
-    """The part of a batch that one forward pass sees; raises UserError where it does not divide."""
+    """Raise UserError where the batch cannot be cut into equal parts, or train cannot fill it."""
     parts = processes * args.gradient_accumulation_steps
     what = f"{processes} processes × {args.gradient_accumulation_steps} accumulation steps"
     if args.batch_size % parts:
@@ -50,7 +50,6 @@ def check_batch(args, processes, train_size, mixing):
         )
     if train_size < args.batch_size:
         raise UserError(f"--batch_size {args.batch_size} is over the {train_size} train images")
-    return part
 
 
 class Run:
@@ -77,7 +76,7 @@ class Run:
         }
         device = accelerator.device
         self.step, self.seconds, self.images_per_second = 0, 0.0, 0.0
-        self.best, self.scores = None, {}
+        self.best, self._best_weights, self.scores = None, None, {}
         self._interval = torch.zeros(len(SUMS) + 1, device=device)  # sums and their number of steps
         self._epoch = torch.zeros(len(SUMS) + 1, device=device)
         self._now = torch.zeros(2, device=device)  # loss and accuracy of the step under way
@@ -91,6 +90,8 @@ class Run:
         resumed = self._resume() if args.resume_from_checkpoint else None
         if self.main:
             self._lock = claim_folder(folder, args, self.step if resumed else None)
+        if self.best:
+            self._write_result(self._best_weights)
         self.tracking = Tracking(
             accelerator, parse_report_to(args.report_to), folder=folder, project=args.project,
             name=folder.name, group=args.group, job_type=config["job_type"],
@@ -148,13 +149,14 @@ class Run:
         self._now = torch.zeros_like(self._now)
         if self.accelerator.num_processes > 1:
             vector = self._average_over_processes(vector)
+        scaler = self.accelerator.scaler
+        finite = torch.isfinite(vector[:1] if scaler else vector[:-1]).all()
+        if scaler:  # fp16 gradients overflow now and then; the scaler skips those updates
+            vector = vector.nan_to_num(nan=0.0, posinf=0.0)
         for sums in (self._interval, self._epoch):
             sums[:-1] += vector[:-1]
             sums[-1] += 1
-        checked = vector[:1] if self.accelerator.scaler else vector[:-1]  # fp16 gradients overflow
-        finite = torch.isfinite(checked).all()
-        fused = self.optimizer.optimizer.defaults.get("fused")
-        if fused and not self.accelerator.scaler:
+        if self.optimizer.optimizer.defaults.get("fused") and not scaler:
             # Fused optimizers skip the update on the device where this is 1: no host sync needed.
             self.optimizer.optimizer.found_inf = (~finite).float()
         host = torch.cat([vector, finite.float().reshape(1)])
@@ -164,7 +166,7 @@ class Run:
             event = torch.cuda.Event()
             event.record()
         self._unread.append((self.step, host, event))
-        self._read_checks(LAG.get(self.accelerator.device.type, 2))
+        self._read_checks(GPU_LAG if event else 0)
 
     def _average_over_processes(self, vector):
         buffers = [b for m in self._norms for b in (m.running_mean, m.running_var) if b is not None]
@@ -262,12 +264,14 @@ class Run:
         )
 
     def _keep_best(self, epoch):
-        key = "val/acc_ema" if self.ema else "val/acc"
-        if key in self.scores and math.isfinite(self.scores.get("val/loss_ema", 0.0)):
-            accuracy = self.scores[key]
-            if self.best is None or accuracy > self.best["accuracy"]:
-                self.best = {"accuracy": accuracy, "epoch": epoch, "step": self.step}
-                self._save_result()
+        suffix = "_ema" if self.ema else ""
+        accuracy = self.scores.get(f"val/acc{suffix}")
+        if accuracy is None or not math.isfinite(self.scores[f"val/loss{suffix}"]):
+            return
+        if self.best is None or accuracy > self.best["accuracy"]:
+            self.best = {"accuracy": accuracy, "epoch": epoch, "step": self.step}
+            self._best_weights = self._result_weights()
+            self._write_result(self._best_weights)
 
     # ---------------------------------------------------------------- what it writes
 
@@ -309,6 +313,7 @@ class Run:
         }
         try:
             tensors = state.gather_tensors(self.module, self.optimizer.optimizer, self.ema)
+            tensors |= {"best": self._best_weights} if self.best else {}
             root, keep = self.folder / "checkpoints", self.args.max_checkpoints
             save_checkpoint(root, self.step, tensors, counters, keep)
         except OSError as error:
@@ -317,17 +322,20 @@ class Run:
                 raise RunStopped(line) from None
             self.say(f"warning: {line}; training goes on, older checkpoints are intact")
 
-    def _save_result(self):
-        """The result so far: averaged weights where there are any, and what they are."""
+    def _result_weights(self):
+        """What the run would give if it ended here: the averaged weights where there are any."""
         with self.ema.applied_to(self.module) if self.ema else contextlib.nullcontext():
-            weights = {k: v.clone() for k, v in clean_state_dict(self.module).items()}
-        if self.main:
-            kind = {"weights": "ema" if self.ema else "raw"}
-            try:
-                replace_file(self.folder / "model.safetensors", to_bytes(weights))
-                replace_file(self.folder / "config.json", _json(self.config | kind))
-            except OSError as error:
-                raise RunStopped(f"the result could not be written: {error}") from None
+            return {k: v.to("cpu", copy=True) for k, v in clean_state_dict(self.module).items()}
+
+    def _write_result(self, weights):
+        if not self.main:
+            return
+        config = self.config | {"weights": "ema" if self.ema else "raw"}
+        try:
+            replace_file(self.folder / "model.safetensors", to_bytes(weights))
+            replace_file(self.folder / "config.json", _json(config))
+        except OSError as error:
+            raise RunStopped(f"the result could not be written: {error}") from None
 
     def finish(self, test=None):
         """Write the result, the summary and the curves; returns the summary.
@@ -336,11 +344,10 @@ class Run:
         with the chosen ones where a validation split chose them.
         """
         if self.best is None:
-            self._save_result()
+            self._write_result(self._result_weights())
         final = dict(self.scores)
         if self.best is not None and test is not None:
-            self.accelerator.wait_for_everyone()
-            self.module.load_state_dict(load_file(self.folder / "model.safetensors"))
+            self.module.load_state_dict(self._best_weights)
             final |= {f"test/{k}{'_ema' if self.ema else ''}": v for k, v in test().items()}
         split = "test" if any(k.startswith("test/") for k in final) else "val"
         suffix = "_ema" if self.ema else ""
@@ -398,11 +405,14 @@ class Run:
         self.accelerator.wait_for_everyone()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if self.main:
+            self._lock.close()
 
     def _on_signal(self, number, frame):
         if self._signal is None:
             self._signal = number
-            self.say(f"{signal.Signals(number).name}: a checkpoint after this step, then the end")
+            line = f"{signal.Signals(number).name}: a checkpoint after this step, then the end\n"
+            os.write(1, line.encode())  # print is not safe in a signal handler
 
     # ---------------------------------------------------------------- where it was
 
@@ -419,7 +429,8 @@ class Run:
         if self.accelerator.scaler and saved["scaler"]:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.step, self.seconds = saved["step"], saved["seconds"]
-        self.best, self.scores = saved["best"], saved["scores"]
+        self.best, self._best_weights = saved["best"], tensors.get("best")
+        self.scores = saved["scores"]
         self._interval += torch.tensor(saved["interval"], device=self._interval.device)
         self._epoch += torch.tensor(saved["epoch"], device=self._epoch.device)
         say(f"resuming     {path}, step {self.step} of {self.total}")

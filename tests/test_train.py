@@ -137,6 +137,24 @@ def test_a_non_finite_loss_on_one_process_stops_both(tmp_path):
     assert names[-1] == "step-00000002"
 
 
+def test_a_compiled_model_is_saved_under_clean_names_and_resumes(tmp_path, monkeypatch):
+    plain, _ = smallruns.train(tmp_path / "plain", epochs=1)
+    # "eager" goes the whole way through torch.compile but for a compiler, which may be missing.
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    smallruns.train(tmp_path / "compiled", epochs=1, stop_after=2)
+    folder, status = smallruns.train(tmp_path / "compiled", epochs=1, resume_from_checkpoint="auto")
+    assert status == 0
+    files = [
+        folder / "model.safetensors",
+        *sorted((folder / "checkpoints").glob("*/*.safetensors")),
+    ]
+    assert len(files) == 7
+    for file in files:
+        assert "_orig_mod" not in " ".join(safetensors.torch.load_file(file))
+    ours, theirs = (safetensors.torch.load_file(f / "model.safetensors") for f in (folder, plain))
+    assert ours.keys() == theirs.keys()
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run, W&B offline."""
