@@ -37,7 +37,7 @@ from harness.scoring import evaluate, score
 from harness.views import Views, decode_splits, draw_mixing, train_batches
 from tricks.ema import ModelEma
 from tricks.label_smoothing import smooth_labels, soft_cross_entropy
-from tricks.lr_groups import weight_decay_groups
+from tricks.lr_groups import check_groups, weight_decay_groups
 from tricks.schedule import set_lr, warmup_cosine
 
 
@@ -74,19 +74,21 @@ def main(args):
 
     # optimizer and schedule: the learning rate is a function of the step, nothing to save
     groups = weight_decay_groups(model, args.weight_decay, args.norm_weight_decay)
-    fused = device.type == "cuda" and accelerator.scaler is None
+    fused = True if device.type == "cuda" and accelerator.scaler is None else None
     if args.optimizer == "sgd":
         nesterov = args.nesterov and args.momentum > 0
         optimizer = torch.optim.SGD(groups, args.lr, args.momentum, nesterov=nesterov, fused=fused)
     else:
         optimizer = torch.optim.AdamW(groups, args.lr, (args.momentum, 0.999), fused=fused)
+    check_groups(model, optimizer.param_groups)
     warmup = min(round(args.warmup_epochs * len(data.train) / args.batch_size), total // 2)
 
     machine["weights"] = f"init {initialised}; {pretrained}"
     accelerator.print(plan.text(args, machine, data, model, size, total, warmup))
     if args.dry_run:
         return
-    splits = decode_splits(data, size, progress=accelerator.is_main_process)
+    with accelerator.local_main_process_first():
+        splits = decode_splits(data, size, progress=accelerator.is_local_main_process)
     model, optimizer = accelerator.prepare(model, optimizer)
     run = Run(
         args, accelerator, folder, model, optimizer, ema, train_size=len(data.train),
@@ -101,7 +103,7 @@ def main(args):
         split = "val" if "val" in splits else "test"
         if split not in splits:
             return {}
-        scores = score(accelerator, model, ema, splits[split], views.evaluation)
+        scores = score(accelerator, run.module, ema, splits[split], views.evaluation)
         return {f"{split}/{name}": value for name, value in scores.items()}
 
     for step, batch in run.steps(batches, evaluate_epoch):
@@ -127,11 +129,10 @@ def main(args):
         optimizer.step()
         optimizer.zero_grad()
         if ema and not accelerator.optimizer_step_was_skipped:
-            ema.update(accelerator.unwrap_model(model, keep_torch_compile=False), step)
+            ema.update(run.module, step)
 
     def test_result():
-        module = accelerator.unwrap_model(model, keep_torch_compile=False)
-        return evaluate(accelerator, module, splits["test"], views.evaluation)
+        return evaluate(accelerator, run.module, splits["test"], views.evaluation)
 
     summary = run.finish(test_result if "test" in splits else None)
     accelerator.print(plan.closing(summary, folder, run.tracking.line))

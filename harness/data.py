@@ -176,13 +176,15 @@ def load_data(
     if val_fraction:
         splits["train"], splits["val"] = _hold_out(splits["train"], val_fraction, classes, seed)
     mean, std = built_in.statistics if built_in else IMAGENET_STATISTICS
+    train = _cut(splits["train"], max_train_samples, seed)
+    _check_every_class(train, classes)
     return Data(
         name=dataset,
         source=source,
         classes=classes,
         image_column=image_column,
         label_column=label_column,
-        train=_cut(splits["train"], max_train_samples, seed),
+        train=train,
         val=_cut(splits["val"], max_eval_samples, seed),
         test=_cut(splits["test"], max_eval_samples, seed),
         image_size=native_size(stored[chosen["train"]], image_column) or 224,
@@ -507,8 +509,8 @@ def _check_every_class(train, classes):
     if missing:
         shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise UserError(
-            f"{len(missing)} of {len(classes)} classes have no image in split '{train.name}': "
-            f"{shown}"
+            f"{len(missing)} of {len(classes)} classes have no image among the {len(train):,} of "
+            f"split '{train.name}': {shown}"
         )
 
 

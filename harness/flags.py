@@ -13,6 +13,10 @@ from pathlib import Path
 
 import yaml
 
+OF_ONE_COMMAND = {
+    "config", "given", "overwrite", "dry_run", "stop_after", "resume_from_checkpoint",
+}  # fmt: skip
+
 AUGMENTS = ("none", "basic", "autoaugment", "randaugment", "trivialaugment")
 
 # Flags that change where a run is written and what it tells, never what it computes: the only ones
@@ -195,8 +199,11 @@ def _underscored(word):
 
 
 def to_recipe(args):
-    """The flags of a run as a plain dict that `--config` reads back, defaults included."""
-    return {k: v for k, v in sorted(vars(args).items()) if k not in ("config", "given")}
+    """The flags of a run as a plain dict that `--config` reads back, defaults included.
+
+    Without those that say how one command went about it: resumed, stopped early, overwriting.
+    """
+    return {k: v for k, v in sorted(vars(args).items()) if k not in OF_ONE_COMMAND}
 
 
 # fmt: off

@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from harness import flags
-from harness.checkpoint import replace_file
+from harness.checkpoint import checkpoints, replace_file
 from harness.errors import UserError
 from harness.tracking import parse_report_to
 
@@ -39,7 +39,17 @@ def check_folder(args):
         raise UserError(f"{folder} is a file: choose another --run_name")
     if folder.is_dir() and not taken and any(p.name != ".lock" for p in folder.iterdir()):
         raise UserError(f"{folder} holds files that are not a run's: choose another --run_name")
-    if taken and not args.resume_from_checkpoint and not args.overwrite:
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--output_dir {args.output_dir}: {parent} cannot be written to")
+    asked = args.resume_from_checkpoint
+    foreign = asked not in (None, "auto") and folder.resolve() not in Path(asked).resolve().parents
+    if taken and foreign and not args.overwrite:
+        raise UserError(
+            f"--resume_from_checkpoint {asked} is not of {folder}, which holds another run: "
+            "choose another --run_name, or replace that run with --overwrite"
+        )
+    if taken and not asked and not args.overwrite:
         raise UserError(
             f"{folder} holds a run already: continue it with --resume_from_checkpoint auto, "
             "replace it with --overwrite, or choose another --run_name"
@@ -51,15 +61,26 @@ def claim_folder(folder, args, resumed_step):
     """Lock the folder and make it ready: cleared for a new run, cut back for a resumed one.
 
     resumed_step: the step of the checkpoint that the run goes on from, or None for a new run.
-    Metrics of later steps are dropped, they will be written again. Returns the lock, which holds
+    Metrics of later steps are dropped, they will be written again; checkpoints of later steps are
+    set aside under another name. Returns the lock, which holds
     until it is closed or the process ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
     if resumed_step is None:
+        if (folder / "summary.json").exists() and not args.overwrite:
+            raise UserError(
+                f"{folder} holds a finished run without checkpoints to continue from: replace it "
+                "with --overwrite, or choose another --run_name"
+            )
         for name in WRITTEN:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    # Damaged ones, or those after an older one that was named: not this run's past any more
+    for late in checkpoints(folder / "checkpoints"):
+        if resumed_step is not None and int(late.name[5:]) > resumed_step:
+            shutil.rmtree(late.with_name(f"set-aside-{late.name}"), ignore_errors=True)
+            late.rename(late.with_name(f"set-aside-{late.name}"))
     metrics = folder / "metrics.jsonl"
     kept = [r for r in read_metrics(metrics) if r["step"] <= (resumed_step or 0)]
     replace_file(metrics, "".join(json.dumps(record) + "\n" for record in kept).encode())
@@ -98,15 +119,19 @@ def git_commit():
 
 def _lock(folder):
     """Hold the folder until the process ends; raises UserError where another process does."""
-    handle = open(folder / ".lock", "w")  # noqa: SIM115  (held open on purpose)
+    handle = open(folder / ".lock", "a+")  # noqa: SIM115  (held open on purpose)
     try:
         import fcntl
 
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:  # Windows has no flock
         pass
-    except OSError:
-        raise UserError(f"{folder} is in use by another process (pid unknown)") from None
+    except BlockingIOError:
+        handle.seek(0)
+        raise UserError(f"{folder} is in use by process {handle.read() or '?'}") from None
+    except OSError:  # a file system without locks
+        pass
+    handle.truncate(0)
     handle.write(str(os.getpid()))
     handle.flush()
     return handle

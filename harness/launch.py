@@ -45,6 +45,10 @@ def make_accelerator(mixed_precision="auto", gradient_accumulation_steps=1, thre
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
     cpu = on_cpu or bool(said.get("use_cpu")) or not torch.accelerator.is_available()
     precision, origin = _precision(mixed_precision, said, cpu)
+    if precision == "fp16" and cpu:
+        raise UserError(f"fp16 ({origin}) needs a GPU; on a CPU use bf16 or no")
+    if precision == "bf16" and not cpu and not torch.cuda.is_bf16_supported():
+        raise UserError(f"bf16 ({origin}) is not supported by this device; use fp16 or no")
     threads = _set_threads(threads)
     if cpu:
         _keep_freed_memory()
@@ -52,7 +56,7 @@ def make_accelerator(mixed_precision="auto", gradient_accumulation_steps=1, thre
         cpu=cpu,
         mixed_precision=precision,
         gradient_accumulation_steps=gradient_accumulation_steps,
-        # Buffers are averaged over the processes every step (Run.reduce) instead of taking rank 0's
+        # Buffers are averaged over the processes every step (Run.agree) instead of taking rank 0's
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if accelerator.num_processes != world:
@@ -176,7 +180,7 @@ def script(name):
         _print_once(f"{name}: {' '.join(str(error).split())}")
         raise SystemExit(error.status) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         _print_once(f"{name}: {error.filename or 'writing'}: {error.strerror}")
         raise SystemExit(1) from None

@@ -123,9 +123,8 @@ def closing(summary, folder, tracked):
     """The last lines: what came out, and where it is."""
     split, accuracy = summary["split"], summary["accuracy"]
     score = "nothing was evaluated" if accuracy is None else f"{split} accuracy {accuracy:.2%}"
-    chosen = summary["best"]
-    if chosen:
-        score += f" with the weights of epoch {chosen['epoch']}, the best on val"
+    if summary["best_epoch"]:
+        score += f" with the weights of epoch {summary['best_epoch']}, the best on val"
     return (
         f"\n{score} ({summary['weights']} weights) after {summary['steps']:,} steps, "
         f"{summary['seconds']:.0f} s\n"

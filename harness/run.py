@@ -17,11 +17,12 @@ import time
 from collections import deque
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from harness import flags, state
-from harness.checkpoint import replace_file, save_checkpoint, to_bytes
+from harness.checkpoint import checkpoints, replace_file, save_checkpoint, to_bytes
 from harness.counters import seed_of
 from harness.errors import RunStopped, UserError
 from harness.folder import claim_folder, git_commit, read_metrics, versions
@@ -34,6 +35,9 @@ SUMS = ("loss", "mixed_acc", "grad_norm")  # what is summed over the steps of an
 # On a GPU the check of step t is read while step t + 2 is queued, so that the host never waits for
 # the device; the update itself was already withheld there (see `agree`).
 GPU_LAG = 2
+
+# Signals as numbers whose sum over the processes still says which there were.
+STOP = {signal.SIGINT: 1.0, signal.SIGTERM: 1e6}
 
 
 def check_batch(args, processes, train_size, mixing):
@@ -88,8 +92,9 @@ class Run:
         self._norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm)]
 
         resumed = self._resume() if args.resume_from_checkpoint else None
-        if self.main:
-            self._lock = claim_folder(folder, args, self.step if resumed else None)
+        self._lock = self._on_main(
+            lambda: claim_folder(folder, args, self.step if resumed else None)
+        )
         if self.best:
             self._write_result(self._best_weights)
         self.tracking = Tracking(
@@ -112,6 +117,7 @@ class Run:
         batches: a function of the first step -> iterator of batches. evaluate: a function
         without arguments -> {"val/acc": ...}, called at the end of epochs.
         """
+        self._first_step = self.step
         self._bar = tqdm(
             total=self.total, initial=self.step, unit="step", dynamic_ncols=True,
             disable=not (self.main and sys.stderr.isatty()),
@@ -144,10 +150,11 @@ class Run:
         signal to one is a signal to all. A non-finite loss or gradient anywhere stops the run on
         every process before this step's update.
         """
-        stop = self._now.new_tensor([float(self._signal or 0)])
+        stop = self._now.new_tensor([STOP.get(self._signal, 0.0)])
         vector = torch.cat([self._now, grad_norm.detach().float().reshape(1), stop])
         self._now = torch.zeros_like(self._now)
         if self.accelerator.num_processes > 1:
+            self._check_used()
             vector = self._average_over_processes(vector)
         scaler = self.accelerator.scaler
         finite = torch.isfinite(vector[:1] if scaler else vector[:-1]).all()
@@ -167,6 +174,15 @@ class Run:
             event.record()
         self._unread.append((self.step, host, event))
         self._read_checks(GPU_LAG if event else 0)
+
+    def _check_used(self):
+        parameters = self.module.named_parameters() if self.step == self._first_step else ()
+        unused = [name for name, p in parameters if p.requires_grad and p.grad is None]
+        if unused:
+            raise UserError(
+                f"{len(unused)} parameters take no part in the loss ({', '.join(unused[:3])}): "
+                "data-parallel training would wait for their gradients; use one process"
+            )
 
     def _average_over_processes(self, vector):
         buffers = [b for m in self._norms for b in (m.running_mean, m.running_var) if b is not None]
@@ -188,10 +204,10 @@ class Run:
             if not finite:
                 self._stop_nonfinite(step + 1, loss, norm)
             if stop:
-                self._stop = self._signal or signal.SIGTERM
+                self._stop = signal.SIGTERM if stop >= STOP[signal.SIGTERM] else signal.SIGINT
 
     def _stop_nonfinite(self, step, loss, norm):
-        kept = sorted((self.folder / "checkpoints").glob("step-*"))
+        kept = checkpoints(self.folder / "checkpoints")
         last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
         self._bar.close()
         self._close(exit_code=1)
@@ -217,6 +233,7 @@ class Run:
             self._leave()
 
     def _log_interval(self):
+        self._read_checks(0)
         loss, mixed_acc, norm, steps = self._interval.tolist()
         self._interval.zero_()
         record = {
@@ -264,12 +281,12 @@ class Run:
         )
 
     def _keep_best(self, epoch):
-        suffix = "_ema" if self.ema else ""
-        accuracy = self.scores.get(f"val/acc{suffix}")
-        if accuracy is None or not math.isfinite(self.scores[f"val/loss{suffix}"]):
+        key = "val/acc_ema" if self.ema else "val/acc"
+        accuracy = self.scores.get(key)
+        if accuracy is None or not math.isfinite(self.scores[key.replace("acc", "loss")]):
             return
-        if self.best is None or accuracy > self.best["accuracy"]:
-            self.best = {"accuracy": accuracy, "epoch": epoch, "step": self.step}
+        if self.best is None or accuracy > self.best["scores"][key]:
+            self.best = {"epoch": epoch, "step": self.step, "scores": self.scores}
             self._best_weights = self._result_weights()
             self._write_result(self._best_weights)
 
@@ -296,8 +313,6 @@ class Run:
             self.tracking.log(record, self.step)
 
     def _checkpoint(self, must):
-        if not self.main:
-            return
         counters = {
             "step": self.step,
             "identity": self.identity,
@@ -308,19 +323,21 @@ class Run:
             "seconds": self.seconds + time.perf_counter() - self._since,
             "run_id": self.tracking.run_id,
             "scaler": self.accelerator.scaler and self.accelerator.scaler.state_dict(),
-            "processes": self.accelerator.num_processes,
-            "versions": versions(),
         }
-        try:
-            tensors = state.gather_tensors(self.module, self.optimizer.optimizer, self.ema)
-            tensors |= {"best": self._best_weights} if self.best else {}
+        tensors = state.gather_tensors(self.module, self.optimizer.optimizer, self.ema)
+        tensors |= {"best": self._best_weights} if self.best else {}
+
+        def save():
             root, keep = self.folder / "checkpoints", self.args.max_checkpoints
-            save_checkpoint(root, self.step, tensors, counters, keep)
-        except OSError as error:
-            line = f"checkpoint of step {self.step} could not be written: {error}"
-            if must:
-                raise RunStopped(line) from None
-            self.say(f"warning: {line}; training goes on, older checkpoints are intact")
+            try:
+                save_checkpoint(root, self.step, tensors, counters, keep)
+            except OSError as error:
+                if must:
+                    raise
+                warning = f"warning: no checkpoint of step {self.step}: {error}"
+                self.say(f"{warning}; training goes on, older checkpoints are intact")
+
+        self._on_main(save, f"the checkpoint of step {self.step} could not be written")
 
     def _result_weights(self):
         """What the run would give if it ended here: the averaged weights where there are any."""
@@ -328,14 +345,36 @@ class Run:
             return {k: v.to("cpu", copy=True) for k, v in clean_state_dict(self.module).items()}
 
     def _write_result(self, weights):
-        if not self.main:
-            return
-        config = self.config | {"weights": "ema" if self.ema else "raw"}
-        try:
+        config = self.config | {
+            "weights": "ema" if self.ema else "raw",
+            "flags": flags.to_recipe(self.args),
+            "versions": versions(),
+        }
+
+        def write():
             replace_file(self.folder / "model.safetensors", to_bytes(weights))
             replace_file(self.folder / "config.json", _json(config))
-        except OSError as error:
-            raise RunStopped(f"the result could not be written: {error}") from None
+
+        self._on_main(write, "the result could not be written")
+
+    def _on_main(self, action, failure="the run's folder could not be made ready"):
+        """Do it on the main process; where it fails there, every process stops with its reason.
+
+        Otherwise the others would wait in the next collective for a process that is gone.
+        """
+        result = error = None
+        if self.main:
+            try:
+                result = action()
+            except UserError as caught:
+                error = caught
+            except OSError as caught:
+                error = RunStopped(f"{failure}: {caught}")
+        if self.accelerator.num_processes > 1:
+            (error,) = broadcast_object_list([error])
+        if error:
+            raise error
+        return result
 
     def finish(self, test=None):
         """Write the result, the summary and the curves; returns the summary.
@@ -345,18 +384,18 @@ class Run:
         """
         if self.best is None:
             self._write_result(self._result_weights())
-        final = dict(self.scores)
+        final = dict(self.best["scores"] if self.best else self.scores)
+        suffix = "_ema" if self.ema else ""
         if self.best is not None and test is not None:
             self.module.load_state_dict(self._best_weights)
-            final |= {f"test/{k}{'_ema' if self.ema else ''}": v for k, v in test().items()}
-        split = "test" if any(k.startswith("test/") for k in final) else "val"
-        suffix = "_ema" if self.ema else ""
+            final |= {f"test/{k}{suffix}": v for k, v in test().items()}
+        split = next((s for s in ("test", "val") if f"{s}/acc" + suffix in final), None)
         summary = {
             "split": split,
             "accuracy": final.get(f"{split}/acc{suffix}"),
             "loss": final.get(f"{split}/loss{suffix}"),
             "weights": "ema" if self.ema else "raw",
-            "best": self.best,
+            "best_epoch": self.best and self.best["epoch"],
             "scores": final,
             "steps": self.step,
             "epochs": self.step / self.steps_per_epoch,
@@ -401,18 +440,20 @@ class Run:
         raise SystemExit(code)
 
     def _close(self, exit_code):
+        self.accelerator.wait_for_everyone()  # first: a tracker may take its time
         self.tracking.finish(exit_code=exit_code)
-        self.accelerator.wait_for_everyone()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        if self.main:
+        if self._lock:
             self._lock.close()
 
     def _on_signal(self, number, frame):
         if self._signal is None:
-            self._signal = number
+            self._signal, self._signalled = number, time.monotonic()
             line = f"{signal.Signals(number).name}: a checkpoint after this step, then the end\n"
             os.write(1, line.encode())  # print is not safe in a signal handler
+        elif number == signal.SIGINT and time.monotonic() - self._signalled > 10:
+            raise KeyboardInterrupt  # launchers repeat a signal at once; a person's second is later
 
     # ---------------------------------------------------------------- where it was
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 
@@ -35,15 +33,16 @@ def evaluate(accelerator, model, split, prepare):
         sums[k] = torch.stack([loss, correct.float(), loss.new_tensor(len(labels))])
     for module, training in modes:
         module.training = training
-    loss, correct, count = accelerator.reduce(sums, "sum").double().cpu().sum(0).tolist()
+    loss, correct, count = accelerator.reduce(sums, "sum").cpu().double().sum(0).tolist()
     assert count == total, f"{count} samples were scored instead of {total}"
     return {"acc": correct / total, "loss": loss / total}
 
 
 def score(accelerator, model, ema, split, prepare):
     """`acc` and `loss` with the raw weights, and `acc_ema`, `loss_ema` with the averaged ones."""
-    module = accelerator.unwrap_model(model, keep_torch_compile=False)
-    scores = evaluate(accelerator, module, split, prepare)
-    with ema.applied_to(module) if ema else contextlib.nullcontext():
-        averaged = evaluate(accelerator, module, split, prepare) if ema else {}
+    scores = evaluate(accelerator, model, split, prepare)
+    if not ema:
+        return scores
+    with ema.applied_to(model):
+        averaged = evaluate(accelerator, model, split, prepare)
     return scores | {f"{name}_ema": value for name, value in averaged.items()}

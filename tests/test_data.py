@@ -374,7 +374,7 @@ BAD_LABELS = {
     "missing class": (
         make([0, 2]),
         make(TEST),
-        "1 of 3 classes have no image in split 'train': bee",
+        "1 of 3 classes have no image among the 2 of split 'train': bee",
     ),
     "empty": (make(TRAIN), make([]), "split 'test' is empty"),
     "empty train": (make([]), make(TEST), "split 'train' is empty"),

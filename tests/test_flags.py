@@ -249,8 +249,8 @@ def test_config_yaml_repeats_the_flags_exactly(parser, read_recipe, argv):
     assert [type(v) for v in flags.to_recipe(again).values()] == [
         type(v) for v in flags.to_recipe(args).values()
     ]
-    assert again.given.keys() == args.given.keys()
-    assert flags.to_recipe(args).keys() == declared(parser).keys()
+    assert again.given.keys() == args.given.keys() - flags.OF_ONE_COMMAND
+    assert flags.to_recipe(args).keys() == declared(parser).keys() - flags.OF_ONE_COMMAND
 
 
 # --- the script ---
@@ -322,7 +322,7 @@ except SystemExit as ended:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_parses(parser, path):
     args = parser.read(["--config", str(path)])
-    assert set(args.given.values()) == {str(path)}
+    assert set(args.given.values()) <= {str(path)}  # one of them repeats the defaults
 
 
 def test_there_are_recipes():
@@ -330,12 +330,10 @@ def test_there_are_recipes():
 
 
 def test_the_cifar10_recipe_is_the_defaults(parser):
-    from harness.models import resolve_stem
-
     args = parser.read(["--config", str(ROOT / "recipes/cifar10_resnet18.yaml")])
-    assert args.given.keys() == {"stem", "init"}  # the recipe says what "auto" comes to
-    assert args.stem == resolve_stem("resnet18", "auto", 32)
-    assert args.init == "kaiming"
+    assert not args.given
+    said = yaml.safe_load((ROOT / "recipes/cifar10_resnet18.yaml").read_text())
+    assert len(said) > 20
 
 
 def test_an_unquoted_no_in_a_recipe_is_the_word(read_recipe):

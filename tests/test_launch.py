@@ -209,7 +209,9 @@ def test_the_scripts_flag_wins_over_the_launcher(shell):
     assert shell(asked="no")["precision"] == "no (--mixed_precision)"
     words = shell(asked="no", ACCELERATE_MIXED_PRECISION="bf16")
     assert words["precision"] == "no (--mixed_precision)"
-    assert shell(ACCELERATE_MIXED_PRECISION="fp16")["precision"] == "fp16 (the launcher)"
+    assert shell(ACCELERATE_MIXED_PRECISION="bf16")["precision"] == "bf16 (the launcher)"
+    with pytest.raises(UserError, match=r"fp16 \(the launcher\) needs a GPU"):
+        shell(ACCELERATE_MIXED_PRECISION="fp16")  # Accelerate would quietly train in fp32
 
 
 @pytest.mark.parametrize(

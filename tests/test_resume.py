@@ -1,6 +1,7 @@
 """Stop anywhere, resume, and get the uninterrupted run: bit for bit."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -55,12 +56,12 @@ def test_a_validation_split_chooses_the_epoch_also_across_a_resume(tmp_path):
     parts, _ = smallruns.train(tmp_path / "b", **flags, resume_from_checkpoint="auto")
     assert smallruns.digest(whole) == smallruns.digest(parts)
     summaries = [json.loads((f / "summary.json").read_text()) for f in (whole, parts)]
-    assert summaries[0]["best"] == summaries[1]["best"]
+    assert summaries[0]["best_epoch"] == summaries[1]["best_epoch"]
     assert summaries[0]["scores"] == summaries[1]["scores"]
     assert summaries[0]["split"] == "test"
     records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     on_val = [r["val/acc_ema"] for r in records if "val/acc_ema" in r]
-    assert summaries[0]["best"]["accuracy"] == max(on_val)
+    assert summaries[0]["scores"]["val/acc_ema"] == max(on_val)  # of that epoch, not the last
     assert not any("test/acc" in r for r in records)  # test is scored once, at the end
 
 
@@ -111,3 +112,34 @@ def test_a_checkpoint_of_other_data_is_refused(straight, tmp_path):
     with pytest.raises(UserError, match="max_train_samples 200, this command has 150"):
         smallruns.train(tmp_path, max_train_samples=150, resume_from_checkpoint=checkpoint)
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_path_into_another_runs_checkpoints_is_refused_where_a_run_stands(straight, tmp_path):
+    smallruns.train(tmp_path, epochs=1)
+    other = sorted((straight / "checkpoints").iterdir())[-1]
+    before = smallruns.digest(tmp_path / "run")
+    with pytest.raises(UserError, match="holds another run"):
+        smallruns.train(tmp_path, resume_from_checkpoint=other)
+    assert smallruns.digest(tmp_path / "run") == before
+
+
+def test_resuming_an_older_checkpoint_by_name_sets_the_later_ones_aside(straight, tmp_path):
+    smallruns.train(tmp_path, checkpointing_steps=3, max_checkpoints=9, stop_after=8)
+    root = tmp_path / "run" / "checkpoints"
+    older = root / "step-00000003"
+    smallruns.train(tmp_path, resume_from_checkpoint=older, checkpointing_steps=99, stop_after=5)
+    names = sorted(p.name for p in root.iterdir())
+    assert names == ["set-aside-step-00000006", "set-aside-step-00000008",
+                     "step-00000003", "step-00000005"]  # fmt: skip
+    folder, _ = smallruns.train(tmp_path, resume_from_checkpoint="auto", checkpointing_steps=5)
+    for late in root.glob("set-aside-*"):
+        shutil.rmtree(late)
+    assert smallruns.digest(folder) == smallruns.digest(straight)
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_thrown_away(tmp_path):
+    folder, _ = smallruns.train(tmp_path, epochs=1)
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(UserError, match="finished run without checkpoints"):
+        smallruns.train(tmp_path, epochs=1, resume_from_checkpoint="auto")
+    assert (folder / "model.safetensors").exists()

@@ -23,10 +23,6 @@ class Alone:
         assert reduction == "sum"
         return tensor
 
-    def unwrap_model(self, model, keep_torch_compile):
-        assert not keep_torch_compile
-        return model
-
 
 class OneOf(Alone):
     """Process `process_index` of several: `reduce` adds the partial sums of the others."""

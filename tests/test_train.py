@@ -238,6 +238,8 @@ def test_bad_input_is_one_line_that_names_it(tmp_path):
         ({"report_to": "wandbb"}, 'did you mean "wandb"'),
         ({"val_split": "tset"}, 'did you mean "test"'),
         ({"image_size": 4, "model": "vit_b_16"}, "does not run at 4 px"),
+        ({"mixed_precision": "fp16"}, r"fp16 \(--mixed_precision\) needs a GPU"),
+        ({"max_train_samples": 5, "batch_size": 2}, "classes have no image among the 5"),
     ]
     for flags, message in cases:
         with pytest.raises(UserError, match=message):
@@ -260,6 +262,6 @@ def test_a_folder_in_use_by_another_process_is_refused(tmp_path, finished):
     shutil.copytree(finished, tmp_path / "run")
     with open(tmp_path / "run" / ".lock", "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="in use by another process"):
+        with pytest.raises(UserError, match="in use by process"):
             smallruns.train(tmp_path, report_to="none", overwrite=True)
     assert (tmp_path / "run" / "model.safetensors").exists()
