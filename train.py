@@ -83,7 +83,7 @@ def main(args):
     check_groups(model, optimizer.param_groups)
     warmup = min(round(args.warmup_epochs * len(data.train) / args.batch_size), total // 2)
 
-    machine["weights"] = f"init {initialised}; {pretrained}"
+    machine |= {"weights": f"init {initialised}; {pretrained}"}
     accelerator.print(plan.text(args, machine, data, model, size, total, warmup))
     if args.dry_run:
         return

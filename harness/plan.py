@@ -57,21 +57,20 @@ def text(args, machine, data, model, size, total, warmup):
         "ema": _ema(args, steps_per_epoch, total),
         "precision": machine["precision"],
         "device": f"{machine['device']}, {machine['threads']} CPU threads a process",
-        **_given(args),
     }
     wanted = round(args.warmup_epochs * len(data.train) / args.batch_size)
     if warmup < wanted:
         rows["lr"] += f"; warm-up cut from {wanted:,} to {warmup:,} steps, half of this short run"
-    return "\n".join(f"{name:<12} {value}" for name, value in rows.items())
+    return "\n".join(f"{name:<12} {value}" for name, value in [*rows.items(), *_given(args)])
 
 
 def _given(args):
-    """The flags that are not at their defaults, by where they were said."""
-    rows = {}
+    """The flags that are not at their defaults, a row for each place where they were said."""
+    rows = []
     for place in dict.fromkeys(args.given.values()):
         said = [f"{n} {getattr(args, n)}" for n, where in args.given.items() if where == place]
-        rows["flags" if not rows else " " * (5 + len(rows))] = f"{', '.join(said)} ({place})"
-    return rows or {"flags": "all at their defaults"}
+        rows.append(("flags", f"{', '.join(said)} ({place})"))
+    return rows or [("flags", "all at their defaults")]
 
 
 def _augmentation(args):
