@@ -150,6 +150,9 @@ def load_data(
     stored, source = _load(dataset, built_in)
     if built_in:
         _check_sizes(dataset, stored, built_in.splits)
+    else:
+        built_in = _copied_built_in(dataset, stored)
+    if built_in:
         label_column = label_column or built_in.label_column
 
     chosen = _choose_splits(stored, train=train_split, val=val_split, test=test_split)
@@ -368,6 +371,20 @@ def _check_sizes(name, stored, sizes):
                 f"split '{split}' of {name} has {found:,} images, but should have {size:,}: "
                 "delete the copy in the cache of datasets and fetch it again"
             )
+
+
+def _copied_built_in(dataset, stored):
+    """The built-in that a folder is a local copy of, going by its name and its sizes, or None.
+
+    So that `--dataset ./cifar10`, which the error without a network recommends, is trained on
+    with the same normalisation and labels as `--dataset cifar10`.
+    """
+    sizes = {name: len(split) for name, split in stored.items()}
+    folder = Path(dataset).resolve().name.lower()
+    for name, known in BUILT_IN.items():
+        if folder in (name, known.id.rpartition("/")[2].lower()) and sizes == known.splits:
+            return known
+    return None
 
 
 # --- splits and columns ---

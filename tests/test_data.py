@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -444,3 +445,16 @@ def test_processes_agree_and_share_one_cache(tmp_path, cache):
             decode_split(split.dataset, loaded.image_column, 5, name=split.name)
     assert sorted((cache / "pixels").glob("*.npy")) == made
     assert [file.stat().st_mtime_ns for file in made] == times
+
+
+def test_a_local_copy_of_a_built_in_is_normalised_and_labelled_as_it(tmp_path):
+
+    for name in ("digits", "mine"):
+        (tmp_path / name).mkdir()
+        for file in Path(BUILT_IN["digits"].id).glob("*.parquet"):
+            shutil.copy(file, tmp_path / name)
+    built_in, copy, other = (
+        load_data(str(name)) for name in ("digits", tmp_path / "digits", tmp_path / "mine")
+    )
+    assert (copy.mean, copy.std) == (built_in.mean, built_in.std)
+    assert other.mean != built_in.mean  # by another name it is anybody's
