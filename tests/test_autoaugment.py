@@ -54,7 +54,8 @@ def sample_images(channels: int, height: int, width: int) -> torch.Tensor:
 def torchvision_op(images: torch.Tensor, name: str, m: float, fill: int | None = None):
     """One operation of torchvision's, on an image or on all images of a batch."""
     transform = v2.RandAugment(fill=fill)
-    return transform._apply_image_or_video_transform(images, name, m, "nearest", transform._fill)
+    nearest = v2.InterpolationMode.NEAREST
+    return transform._apply_image_or_video_transform(images, name, m, nearest, transform._fill)
 
 
 def magnitudes(space: str, name: str, height: int, width: int) -> list[float]:
