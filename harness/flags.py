@@ -217,8 +217,8 @@ def data_flags(parser, dataset):
     g.add_argument("--image_column", help="only where it cannot be inferred")
     g.add_argument("--label_column", help="only where it cannot be inferred")
     g.add_argument("--train_split", help="only where it is not called train")
-    g.add_argument("--val_split", help="only where it is not called validation, valid, val or dev")
-    g.add_argument("--test_split", help="only where it is not called test")
+    g.add_argument("--val_split", help="unset: validation, valid, val or dev; none: without")
+    g.add_argument("--test_split", help="unset: test; none: without")
     g.add_argument("--val_fraction", type=number(0, 0.9), default=0.0,
                    help="hold out this stratified part of train, keep the epoch that is best on "
                    "it; 0: train on all, the last weights are the result")
