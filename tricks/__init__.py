@@ -21,9 +21,10 @@ from .autoaugment import (
 )
 from .cutmix import box_around, cutmix_batch, draw_cutmix
 from .ema import ModelEma, decay_at, half_life
+from .freeze import freeze_except, frozen_digest, unfreeze
 from .init import kaiming_normal_
 from .label_smoothing import smooth_labels, soft_cross_entropy
-from .lr_groups import check_groups, weight_decay_groups
+from .lr_groups import check_groups, layer_decay_rates, prefix_groups, weight_decay_groups
 from .mixup import draw_mixup, mixup_batch, neighbour_pairs
 from .schedule import set_lr, warmup_cosine
 
@@ -48,15 +49,20 @@ __all__ = [
     "draw_trivialaugment",
     "erase_batch",
     "flip_batch",
+    "freeze_except",
+    "frozen_digest",
     "half_life",
     "kaiming_normal_",
+    "layer_decay_rates",
     "mixup_batch",
     "neighbour_pairs",
     "normalize_batch",
+    "prefix_groups",
     "resized_crop_batch",
     "set_lr",
     "smooth_labels",
     "soft_cross_entropy",
+    "unfreeze",
     "warmup_cosine",
     "weight_decay_groups",
 ]

@@ -5,7 +5,7 @@ Szegedy et al., https://arxiv.org/abs/1512.00567, section 8.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -79,11 +79,17 @@ class ModelEma:
             self._averages[name] = tensor.detach().to(dtype, copy=True)
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights that optimizer step `step`, counted from 0, left in the model."""
+    def update(self, model: nn.Module, step: int, names: Collection[str] | None = None) -> None:
+        """Take in the weights that optimizer step `step`, counted from 0, left in the model.
+
+        names: the parameters and buffers that can have changed, where the rest is frozen and its
+        average therefore equal to it; None for all.
+        """
         decay = decay_at(step, self.decay) if self.warmup else self.decay
         averages, sources, counters, counts = [], [], [], []
-        for average, tensor in self._pairs(model):
+        for name, (average, tensor) in zip(self._averages, self._pairs(model), strict=True):
+            if names is not None and name not in names:
+                continue
             if average.is_floating_point():
                 averages.append(average)
                 sources.append(tensor.to(average.dtype))

@@ -1,17 +1,23 @@
-"""Parameter groups for the optimizer: which weights decay, and a check that none is forgotten.
+"""Parameter groups for the optimizer: which weights decay, how fast each part learns, and a check
+that none is forgotten.
 
 No decay for norms and biases: He et al., "Bag of Tricks for Image Classification with
 Convolutional Neural Networks", CVPR 2019, section 3.1, https://arxiv.org/abs/1812.01187
+A rate for each layer, smaller towards the input: Howard and Ruder, "Universal Language Model
+Fine-tuning for Text Classification", ACL 2018, section 3.2, https://arxiv.org/abs/1801.06146; in
+transformers: Clark et al., "ELECTRA", ICLR 2020, https://arxiv.org/abs/2003.10555
 """
 
+import difflib
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, combinations
 from typing import Any
 
 from torch import nn
 
-__all__ = ["check_groups", "weight_decay_groups"]
+__all__ = ["check_groups", "layer_decay_rates", "prefix_groups", "weight_decay_groups"]
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
@@ -36,33 +42,120 @@ def weight_decay_groups(
     weight 1 0.0005
     norm_and_bias 3 0.0
     """
-    for value in (weight_decay, norm_weight_decay):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"weight decay must be finite and ≥ 0, got {value}")
-    in_norms = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, NORMS)
-        for parameter in module.parameters(recurse=False)
-    }
-    weights, norms_and_biases = [], []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        is_bias = name.rpartition(".")[2] == "bias"
-        spared = is_bias or parameter.ndim <= 1 or id(parameter) in in_norms
-        (norms_and_biases if spared else weights).append(parameter)
-    if not weights and not norms_and_biases:
+    _check_decays(weight_decay, norm_weight_decay)
+    spared = _norms_and_biases(model)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
         raise ValueError("the model has no trainable parameter")
     groups = [
-        {"name": "weight", "params": weights, "weight_decay": weight_decay},
+        {
+            "name": "weight",
+            "params": [parameter for parameter in trainable if id(parameter) not in spared],
+            "weight_decay": weight_decay,
+        },
         {
             "name": "norm_and_bias",
-            "params": norms_and_biases,
+            "params": [parameter for parameter in trainable if id(parameter) in spared],
             "weight_decay": norm_weight_decay,
         },
     ]
     return [group for group in groups if group["params"]]
+
+
+def prefix_groups(
+    model: nn.Module,
+    rates: Mapping[str, float],
+    weight_decay: float,
+    norm_weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Split a model's trainable parameters by the part they are in, each with a rate of its own.
+
+    The keys of `rates` are names as in `named_modules` and `named_parameters`: "layer4" is
+    everything in layer4, and not layer40; "class_token" is that parameter. In the order of
+    `rates`, each gives up to two groups for any torch optimizer, the weights (`weight_decay`) and
+    the norms and biases (`norm_weight_decay`) by the rule of `weight_decay_groups`. A group has
+    "name" ("layer4" and "layer4 (norm, bias)"), "label" ("layer4" in both), "lr", "weight_decay"
+    and "params". Each trainable parameter is in exactly one group, a tied one under the first of
+    its names that has a rate; frozen ones are left out, and so is a group that would be empty.
+
+    Raises ValueError, with the names, for a key that is not the model's or has nothing trainable,
+    for a key under another one, for trainable parameters without a rate, for a rate that is not
+    finite and > 0, and for a decay that is negative or not finite.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 2))
+    >>> for group in prefix_groups(model, {"0": 0.001, "1": 0.001, "2": 0.01}, 5e-4):
+    ...     print(group["name"], group["lr"], group["weight_decay"], len(group["params"]))
+    0 0.001 0.0005 1
+    0 (norm, bias) 0.001 0.0 1
+    1 (norm, bias) 0.001 0.0 2
+    2 0.01 0.0005 1
+    2 (norm, bias) 0.01 0.0 1
+    """
+    _check_decays(weight_decay, norm_weight_decay)
+    for prefix, lr in rates.items():
+        if not 0 < lr < math.inf:
+            raise ValueError(f"the rate of {prefix!r} must be finite and > 0, got {lr}")
+    for one, other in combinations(rates, 2):
+        if _under(one, other) or _under(other, one):
+            raise ValueError(f"{one!r} and {other!r} overlap: a parameter has one rate")
+    _check_prefixes(model, rates)
+
+    owners: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        for prefix in rates:
+            if _under(name, prefix):
+                owners.setdefault(id(parameter), prefix)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError("the model has no trainable parameter")
+    strays = [name for name, parameter in trainable.items() if id(parameter) not in owners]
+    if strays:
+        raise ValueError(f"parameter groups: no rate for: {', '.join(strays)}")
+
+    spared = _norms_and_biases(model)
+    groups = []
+    for prefix, lr in rates.items():
+        own = [parameter for parameter in trainable.values() if owners[id(parameter)] == prefix]
+        groups += [
+            {
+                "name": prefix,
+                "label": prefix,
+                "lr": lr,
+                "weight_decay": weight_decay,
+                "params": [parameter for parameter in own if id(parameter) not in spared],
+            },
+            {
+                "name": f"{prefix} (norm, bias)",
+                "label": prefix,
+                "lr": lr,
+                "weight_decay": norm_weight_decay,
+                "params": [parameter for parameter in own if id(parameter) in spared],
+            },
+        ]
+    return [group for group in groups if group["params"]]
+
+
+def layer_decay_rates(blocks: Sequence[str], lr: float, decay: float) -> dict[str, float]:
+    """A learning rate for each block, smaller towards the input: `rates` of `prefix_groups`.
+
+        rate of block i = lr · decay^(n - 1 - i)
+
+    with the n names of `blocks` in order from the input to the head, which gets `lr`. ULMFiT uses
+    a decay of 1 / 2.6 from layer to layer, ELECTRA 0.8; 1 is one rate for all.
+
+    Raises ValueError unless `lr` is finite and > 0, 0 < `decay` ≤ 1, and there are blocks, each
+    named once.
+
+    >>> layer_decay_rates(["stem", "layer1", "layer2", "head"], lr=0.8, decay=0.5)
+    {'stem': 0.1, 'layer1': 0.2, 'layer2': 0.4, 'head': 0.8}
+    """
+    if not 0 < lr < math.inf:
+        raise ValueError(f"the rate must be finite and > 0, got {lr}")
+    if not 0 < decay <= 1:
+        raise ValueError(f"decay must be in (0, 1], got {decay}")
+    if not blocks or len(set(blocks)) < len(blocks):
+        raise ValueError(f"blocks must be names, each once, got {blocks!r}")
+    return {block: lr * decay ** (len(blocks) - 1 - i) for i, block in enumerate(blocks)}
 
 
 def check_groups(model: nn.Module, groups: Iterable[dict[str, Any]]) -> None:
@@ -90,3 +183,42 @@ def check_groups(model: nn.Module, groups: Iterable[dict[str, Any]]) -> None:
     if any(strays.values()):
         lines = [f"{fault}: {', '.join(found)}" for fault, found in strays.items() if found]
         raise ValueError(f"parameter groups: {'; '.join(lines)}")
+
+
+def _check_decays(*decays: float) -> None:
+    for value in decays:
+        if not 0 <= value < math.inf:
+            raise ValueError(f"weight decay must be finite and ≥ 0, got {value}")
+
+
+def _norms_and_biases(model: nn.Module) -> set[int]:
+    """The ids of the parameters that are spared: norms', biases, of at most one dimension."""
+    in_norms = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, NORMS)
+        for parameter in module.parameters(recurse=False)
+    }
+    return in_norms | {
+        id(parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.ndim <= 1 or name.rpartition(".")[2] == "bias"
+    }
+
+
+def _under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+def _check_prefixes(model: nn.Module, prefixes: Iterable[str]) -> None:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    # the parameters, and what they are in
+    names = [part for name in parameters for part in accumulate(name.split("."), "{}.{}".format)]
+    for prefix in prefixes:
+        if prefix not in names:
+            near = difflib.get_close_matches(prefix, names, n=1)
+            parts = ", ".join(dict.fromkeys(name for name in names if "." not in name))
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {parts}"
+            raise ValueError(f"no parameter of the model is in {prefix!r}; {hint}")
+        if not any(p.requires_grad for name, p in parameters.items() if _under(name, prefix)):
+            raise ValueError(f"{prefix!r} has a rate, and all of its parameters are frozen")
