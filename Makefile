@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-quick setup lint clean
+.PHONY: demo flowers test test-quick setup lint clean
 
 demo: $(VENV)/demo
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train.py --config recipes/digits.yaml
+
+flowers: $(VENV)/demo    # feature extraction, staged, full, from scratch, over seeds: wants a GPU
+	$(BIN)/python benchmarks/transfer.py
 
 test: setup
 	$(BIN)/python -m pytest

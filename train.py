@@ -32,9 +32,10 @@ from harness.counters import generator
 from harness.folder import check_folder
 from harness.launch import make_accelerator, script
 from harness.pictures import save_train_batch
-from harness.run import Run, check_batch, total_steps
+from harness.run import Run, check_batch
 from harness.scoring import evaluate, score
 from harness.views import Views, decode_splits, draw_mixing, train_batches
+from harness.weights import find_weights, load_pretrained, stored_size
 from tricks.ema import ModelEma
 from tricks.label_smoothing import smooth_labels, soft_cross_entropy
 from tricks.lr_groups import check_groups, weight_decay_groups
@@ -48,27 +49,30 @@ def main(args):
     device = accelerator.device
     folder = check_folder(args)
 
-    # data: what is where, and later its pixels, decoded once
+    # data: what is where, and later its pixels, decoded once; weights say how they want them
     data = plan.load(args)
-    size = args.image_size or data.image_size
+    pretrained = find_weights(args.weights, args.model, args.stem)
+    look = plan.preprocessing(args, data, pretrained)
+    stem = models.resolve_stem(args.model, pretrained.stem or args.stem, look.size)
     mixing = args.mix_prob and (args.mixup_alpha or args.cutmix_alpha)
     check_batch(args, accelerator.num_processes, len(data.train), mixing)
-    total = total_steps(args, len(data.train))
+    per_epoch = len(data.train) // args.batch_size  # the images that don't fill a batch are left
+    total = args.max_steps or args.epochs * per_epoch
 
     # model
     model = models.build_model(
-        args.model, len(data.classes), image_size=size, stem=args.stem, dropout=args.dropout
+        args.model, len(data.classes), image_size=look.size, stem=stem, dropout=args.dropout
     )
     initialised = models.initialise(model, args.init, generator(args.seed, "init"))
-    pretrained = models.load_pretrained(model, args.weights, args.model)
+    loaded = load_pretrained(model, pretrained, data.classes)
     model.to(device, memory_format=torch.channels_last)
 
     # tricks
     views = Views(
-        size, data.mean, data.std, augment=args.augment, flip_prob=args.flip_prob,
-        padding=size // 8 if args.crop_padding is None else args.crop_padding,
+        look.size, look.mean, look.std, augment=args.augment, flip_prob=args.flip_prob,
+        padding=look.size // 8 if args.crop_padding is None else args.crop_padding,
         erasing=args.random_erasing, ops=args.randaugment_ops,
-        magnitude=args.randaugment_magnitude,
+        magnitude=args.randaugment_magnitude, stored=stored_size(look), crop_scale=args.crop_scale,
     )  # fmt: skip
     ema = ModelEma(model, args.ema_decay) if args.ema_decay else None
 
@@ -83,16 +87,21 @@ def main(args):
     check_groups(model, optimizer.param_groups)
     warmup = min(round(args.warmup_epochs * len(data.train) / args.batch_size), total // 2)
 
-    machine |= {"weights": f"init {initialised}; {pretrained}"}
-    accelerator.print(plan.text(args, machine, data, model, size, total, warmup))
+    machine |= {"weights": f"init {initialised}; {loaded}"}
+    rows = {"lr": plan.rates(args, len(data.train), total, warmup)}
+    accelerator.print(plan.text(args, machine, data, model, look, total, rows))
     if args.dry_run:
         return
     with accelerator.local_main_process_first():
-        splits = decode_splits(data, size, progress=accelerator.is_local_main_process)
+        splits = decode_splits(
+            data, stored_size(look), interpolation=look.interpolation,
+            progress=accelerator.is_local_main_process,
+        )  # fmt: skip
     model, optimizer = accelerator.prepare(model, optimizer)
     run = Run(
-        args, accelerator, folder, model, optimizer, ema, train_size=len(data.train),
-        config=plan.result_config(args, data, size, "train"), identity=plan.identity(data, size),
+        args, accelerator, folder, model, optimizer, ema, total=total, per_epoch=per_epoch,
+        config=plan.result_config(args, data, look, stem, "train"),
+        identity=plan.identity(data, look),
     )  # fmt: skip
     batches = train_batches(
         splits["train"], views, accelerator, batch_size=args.batch_size, seed=args.seed,
@@ -103,13 +112,16 @@ def main(args):
         split = "val" if "val" in splits else "test"
         if split not in splits:
             return {}
-        scores = score(accelerator, run.module, ema, splits[split], views.evaluation)
-        return {f"{split}/{name}": value for name, value in scores.items()}
+
+        def once():
+            return evaluate(accelerator, run.module, splits[split], views.evaluation)
+
+        return {f"{split}/{name}": value for name, value in score(run.module, ema, once).items()}
 
     for step, batch in run.steps(batches, evaluate_epoch):
         set_lr(optimizer, warmup_cosine(step, total, warmup))
         mix = draw_mixing(
-            args.mixup_alpha, args.cutmix_alpha, args.mix_prob, size,
+            args.mixup_alpha, args.cutmix_alpha, args.mix_prob, look.size,
             generator(args.seed, "mixing", step),
         )  # fmt: skip
         for part in batch:  # one, unless gradients are accumulated

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import math
 import sys
 from pathlib import Path
@@ -17,7 +18,16 @@ OF_ONE_COMMAND = {
     "config", "given", "overwrite", "dry_run", "stop_after", "resume_from_checkpoint",
 }  # fmt: skip
 
+STRATEGIES = ("feature_extraction", "staged", "full", "auto")
+
 AUGMENTS = ("none", "basic", "autoaugment", "randaugment", "trivialaugment")
+
+# Flags that a stage of a fine-tune may have of its own.
+STAGE_FLAGS = {
+    "warmup_epochs", "layer_decay", "bn_mode", "views", "augment", "crop_scale", "crop_padding",
+    "flip_prob", "randaugment_ops", "randaugment_magnitude", "random_erasing", "mixup_alpha",
+    "cutmix_alpha", "mix_prob", "label_smoothing",
+}  # fmt: skip
 
 # Flags that change where a run is written and what it tells, never what it computes: the only ones
 # that may differ between a checkpoint and the command that resumes it.
@@ -172,6 +182,10 @@ class Parser(argparse.ArgumentParser):
             self.error(f"is not YAML: {' '.join(str(error).split())}")
         if not isinstance(flags, dict):
             self.error("a recipe is lines of `flag: value`")
+        return self._argv(flags)
+
+    def _argv(self, flags):
+        """{"lr": 0.1} as command-line words; names that are no flag are refused."""
         known = {a.dest: a for a in self._actions}
         argv = []
         for key, value in flags.items():
@@ -184,11 +198,63 @@ class Parser(argparse.ArgumentParser):
                 argv.append(f"--{'' if value else 'no_'}{action.dest}")
             elif value is False and "no" in (action.choices or ()):
                 argv.append(f"--{action.dest}=no")  # an unquoted no is false in YAML
+            elif isinstance(value, list) and action.type == self.stages:
+                argv.append(f"--{action.dest}={json.dumps(value)}")
             elif isinstance(value, (list, dict, bool)):
                 self.error(f'{key}: "{value}" is not one value')
             elif value is not None:
                 argv.append(f"--{action.dest}={value}")
         return argv
+
+    def stages(self, text):
+        """An argparse type: the stages of a fine-tune, YAML (or JSON) text -> a list of dicts.
+
+        Each has "epochs" and "train" ({module prefix: learning rate}), perhaps a "name", and any
+        of STAGE_FLAGS, checked as on the command line.
+        """
+        try:
+            stages = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise argparse.ArgumentTypeError(f"not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(stages, list) or not stages:
+            raise argparse.ArgumentTypeError("wants a list of stages, [{epochs: …, train: …}, …]")
+        return [self._stage(n, stage) for n, stage in enumerate(stages, start=1)]
+
+    def _stage(self, n, stage):
+        known = ("name", "epochs", "train", *sorted(STAGE_FLAGS))
+        if not isinstance(stage, dict):
+            raise argparse.ArgumentTypeError(f"stage {n}: wants lines of `key: value`")
+        for key in stage:
+            if key not in known:
+                raise argparse.ArgumentTypeError(
+                    f'stage {n}: unknown key "{key}"{nearest(key, known)} '
+                    f"(a stage has {', '.join(known)})"
+                )
+        missing = [key for key in ("epochs", "train") if key not in stage]
+        if missing:
+            raise argparse.ArgumentTypeError(f"stage {n}: {' and '.join(missing)} missing")
+        if not isinstance(stage["train"], dict) or not stage["train"]:
+            raise argparse.ArgumentTypeError(
+                f"stage {n}: train: wants lines of `module: learning rate`, at least one"
+            )
+        try:
+            convert, key, value = whole(1), "epochs", stage["epochs"]
+            epochs = convert(str(value))
+            convert, rates = number(above=0), {}
+            for key, value in stage["train"].items():
+                rates[str(key)] = convert(str(value))
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"stage {n}: {key}: {error}") from None
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f'stage {n}: {key}: "{value}" is not a {convert.__name__}'
+            ) from None
+        own = {key: value for key, value in stage.items() if key in STAGE_FLAGS}
+        before, self.where = self.where, f"{self.where}stage {n}: "
+        own = vars(self._said(self._argv(own)))
+        self.where = before
+        name = {"name": str(stage["name"])} if stage.get("name") else {}
+        return {**name, "epochs": epochs, "train": rates, **own}
 
 
 def _underscored(word):
@@ -242,6 +308,28 @@ def model_flags(parser, model):
                    help="probability before the head, 0: off; unset: the model's own")
 
 
+def transfer_flags(parser):
+    g = parser.add_argument_group("transfer")
+    g.add_argument("--strategy", choices=STRATEGIES, default="staged",
+                   help="feature_extraction: a new head on the frozen network; staged: unfrozen "
+                   "from the head down; full: everything from the first step; auto: measures, "
+                   "then chooses")
+    g.add_argument("--head", choices=("linear", "mlp"), default="linear",
+                   help="mlp: Dropout 0.5, Linear 256, ReLU, Dropout 0.3, Linear")
+    g.add_argument("--stages", type=parser.stages, metavar="YAML",
+                   help="of staged: a list of {epochs: …, train: {module: lr}}, best in a recipe; "
+                   "unset: head; + last blocks; everything")
+    g.add_argument("--layer_decay", type=number(high=1, above=0),
+                   help="factor on a block's learning rate for each block between it and the "
+                   "end; 1: off; unset: 0.75 for full, 1 for staged")
+    g.add_argument("--bn_mode", choices=("auto", "eval", "train"), default="auto",
+                   help="auto: BatchNorm of frozen parts stays as it is, of trained parts adapts; "
+                   "eval: none adapts; train: all do, frozen or not")
+    g.add_argument("--views", type=whole(0), default=2,
+                   help="augmented views of each image whose features are kept while only the "
+                   "head trains; 1: no augmentation; 0: the network runs anew every step")
+
+
 def optimization_flags(parser):
     g = parser.add_argument_group("optimization")
     g.add_argument("--batch_size", type=whole(1), default=128,
@@ -272,6 +360,9 @@ def augmentation_flags(parser):
     g.add_argument("--augment", choices=AUGMENTS, default="randaugment",
                    help="basic: crop + flip; the others add their operations to it")
     g.add_argument("--flip_prob", type=number(0, 1), default=0.5, help="horizontal flip; 0: off")
+    g.add_argument("--crop_scale", type=number(0, 1), default=0.0,
+                   help="random resized crop of at least this share of the area; 0: the padded "
+                   "crop instead")
     g.add_argument("--crop_padding", type=whole(0),
                    help="pixels; 0: no random crop; unset: an eighth of the image")
     g.add_argument("--randaugment_ops", type=whole(1), default=2, help="operations an image")

@@ -1,4 +1,4 @@
-"""Classifiers: built by name, fitted to small images, filled with weights, rebuilt from JSON.
+"""Classifiers: built by name, fitted to small images, cut into blocks, rebuilt from JSON.
 
 torchvision's classifiers by their names, timm's where timm is installed; on equal names
 torchvision wins. What their code does not say of itself stands in one table, FAMILIES.
@@ -7,12 +7,9 @@ torchvision wins. What their code does not say of itself stands in one table, FA
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-import safetensors.torch
 import torch
 import torchvision
 from torch import nn
@@ -29,53 +26,65 @@ class Family:
 
     stem_conv: the first convolution; the small stem makes it 3×3, stride 1, padding 1.
     stem_pool: the max-pool after it, which the small stem removes.
+    stem_kernel: side of the standard stem's kernel; if it is not 3, weights show their stem by it.
+    trunk: the container whose children are the blocks of the network; "" is the network itself.
     arguments: what the constructor has to be told for images of so many pixels a side.
+    colours: the mean and the std that published weights expect, where not those of the metadata.
     """
 
     stem_conv: str | None = None
     stem_pool: str | None = None
+    stem_kernel: int = 3
+    trunk: str = ""
     arguments: Callable[[int], dict] = lambda pixels: {}
+    colours: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
 def _without_auxiliary_heads(pixels):
-    """So that googlenet and inception return a tensor in training too.
-
-    Their published weights expect pixels normalised with mean = std = 0.5, whatever torchvision's
-    metadata says (its builder sets `transform_input`, which comes to the same).
-    """
+    """So that googlenet and inception return a tensor in training too."""
     return {"aux_logits": False, "init_weights": False}
 
+
+# torchvision's builder of googlenet and inception sets `transform_input` with published weights:
+# it turns the normalisation that the metadata names into this one. Ours sets nothing.
+HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 # The longest key that a name starts with is its family. A family without `stem_conv` has no small
 # stem: it starts at stride 1 (vgg), counts its positions in patches (vit, swin, maxvit), or ends
 # in pools made for 224 px (alexnet, squeezenet).
 FAMILIES = {
-    "alexnet": Family(),
-    "convnext": Family("features.0.0"),
-    "densenet": Family("features.conv0", "features.pool0"),
-    "efficientnet": Family("features.0.0"),
-    "googlenet": Family("conv1.conv", "maxpool1", _without_auxiliary_heads),
-    "inception": Family("Conv2d_1a_3x3.conv", "maxpool1", _without_auxiliary_heads),
-    "maxvit": Family(arguments=lambda pixels: {"input_size": (pixels, pixels)}),
-    "mnasnet": Family("layers.0"),
-    "mobilenet": Family("features.0.0"),
-    "regnet": Family("stem.0"),
-    "resnet": Family("conv1", "maxpool"),
-    "resnext": Family("conv1", "maxpool"),
+    "alexnet": Family(trunk="features"),
+    "convnext": Family("features.0.0", stem_kernel=4, trunk="features"),
+    "densenet": Family("features.conv0", "features.pool0", stem_kernel=7, trunk="features"),
+    "efficientnet": Family("features.0.0", trunk="features"),
+    "googlenet": Family(
+        "conv1.conv",
+        "maxpool1",
+        stem_kernel=7,
+        arguments=_without_auxiliary_heads,
+        colours=HALVES,
+    ),
+    "inception": Family(
+        "Conv2d_1a_3x3.conv", "maxpool1", arguments=_without_auxiliary_heads, colours=HALVES
+    ),
+    "maxvit": Family(trunk="blocks", arguments=lambda pixels: {"input_size": (pixels, pixels)}),
+    "mnasnet": Family("layers.0", trunk="layers"),
+    "mobilenet": Family("features.0.0", trunk="features"),
+    "regnet": Family("stem.0", trunk="trunk_output"),
+    "resnet": Family("conv1", "maxpool", stem_kernel=7),
+    "resnext": Family("conv1", "maxpool", stem_kernel=7),
     "shufflenet": Family("conv1.0", "maxpool"),
-    "squeezenet": Family(),
-    "swin": Family(),
-    "vgg": Family(),
-    "vit": Family(arguments=lambda pixels: {"image_size": pixels}),
-    "wide_resnet": Family("conv1", "maxpool"),
+    "squeezenet": Family(trunk="features"),
+    "swin": Family(trunk="features"),
+    "vgg": Family(trunk="features"),
+    "vit": Family(trunk="encoder.layers", arguments=lambda pixels: {"image_size": pixels}),
+    "wide_resnet": Family("conv1", "maxpool", stem_kernel=7),
 }
 
-# Names in torchvision's older weight files -> names in its models now.
-OLD_KEYS = (
-    (re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\."), r"\1\2."),
-    (re.compile(r"\.mlp\.linear_1\."), ".mlp.0."),
-    (re.compile(r"\.mlp\.linear_2\."), ".mlp.3."),
-)
+# Where timm's networks keep their blocks; those with none of these keep them at the top.
+TIMM_TRUNKS = ("blocks", "stages", "layers", "features")
+
+HEADS = ("linear", "mlp")
 
 
 class DropoutLinear(nn.Linear):
@@ -90,24 +99,41 @@ class DropoutLinear(nn.Linear):
         return f"{super().extra_repr()}, dropout={self.p}"
 
 
+class MlpHead(nn.Sequential):
+    """A head of two linear layers, with dropout before each and 256 features between them."""
+
+    def __init__(self, in_features, num_classes):
+        super().__init__(
+            nn.Dropout(0.5),
+            nn.Linear(in_features, 256),
+            nn.ReLU(inplace=True),
+            nn.Dropout(0.3),
+            nn.Linear(256, num_classes),
+        )
+
+
 # -- build ---------------------------------------------------------------------------------------
 
 
 def build_model(
-    name, num_classes, *, image_size, stem="auto", dropout=None, library=None
+    name, num_classes, *, image_size, stem="auto", dropout=None, head="linear", library=None
 ) -> nn.Module:
     """A classifier (N, 3, image_size, image_size) -> logits (N, num_classes), weights random.
 
     stem: see `resolve_stem`. dropout: probability before the head; None leaves the model's own,
     a number replaces it, where the family has none too, without changing the state's keys.
+    head: "linear", the model's own last layer, or "mlp", an `MlpHead` in its place.
     library: "torchvision" or "timm", where a name is in both.
 
-    Raises UserError for an unknown name, a stem the family lacks, or an image size at which the
-    model does not run (seen from one forward pass of a zero image, which draws nothing).
+    Raises UserError for an unknown name, a stem the family lacks, an mlp where the last layer is
+    no linear one or where `dropout` would act nowhere, or an image size at which the model does
+    not run (seen from one forward pass of a zero image, which draws nothing).
     """
+    if head not in HEADS:
+        raise UserError(f'unknown head "{head}": {" or ".join(HEADS)}')
     library = library_of(name, library)
     stem = resolve_stem(name, stem, image_size, library)
-    arguments = (name, library, num_classes, stem, dropout)
+    arguments = (name, library, num_classes, stem, dropout, head)
     model, error = _try_build(*arguments, image_size)
     if error is None:
         return model
@@ -118,7 +144,7 @@ def build_model(
             hint = f"the nearest size seen to work is --image_size {pixels}"
             break
     else:
-        hint = _one_line(error)
+        hint = one_line(error)
     raise UserError(f"{name} ({stem} stem) does not run at {image_size} px: {hint}")
 
 
@@ -140,13 +166,14 @@ def library_of(name, library=None) -> str:
     raise UserError(f'unknown model "{name}" in {library or "torchvision and timm"}{hint}')
 
 
-def resolve_stem(name, stem, image_size, library="torchvision") -> str:
+def resolve_stem(name, stem, image_size, library=None) -> str:
     """ "small" or "standard", from "auto" too: small up to 64 px where the family has one.
 
     The small stem is one 3×3 convolution of stride 1 and no max-pool in place of the family's own
     (of total stride 4 in resnet, densenet and convnext, 2 in mobilenet and efficientnet).
     """
-    has_small = library == "torchvision" and _family(name).stem_conv is not None
+    library = library_of(name, library)
+    has_small = library == "torchvision" and family_of(name).stem_conv is not None
     if stem == "auto":
         return "small" if has_small and image_size <= SMALL_IMAGE else "standard"
     if stem == "small" and not has_small:
@@ -156,15 +183,66 @@ def resolve_stem(name, stem, image_size, library="torchvision") -> str:
 
 
 def head(model) -> tuple[str, nn.Module]:
-    """(name, module) of the last layer, which gives the logits: Linear, or squeezenet's Conv2d."""
+    """(name, module) of what gives the logits: Linear, squeezenet's Conv2d, or an MlpHead."""
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if isinstance(module, MlpHead):
+            return name, module
     name = getattr(model, "pretrained_cfg", {}).get("classifier")  # timm says it itself
-    if isinstance(name, str) and name in dict(model.named_modules()):
-        return name, model.get_submodule(name)
+    if isinstance(name, str) and name in modules:
+        return name, modules[name]
     for kind in (nn.Linear, nn.Conv2d):
-        found = [(name, m) for name, m in model.named_modules() if isinstance(m, kind)]
+        found = [(name, module) for name, module in modules.items() if isinstance(module, kind)]
         if found:
             return found[-1]
     raise ValueError(f"{type(model).__name__} has neither a linear nor a convolutional layer")
+
+
+def blocks(model, name, library=None) -> list[tuple[str, ...]]:
+    """The blocks of the network from the input to the head, each as names of what is in it.
+
+    The names are those of modules and parameters, and together they hold every parameter once.
+    What comes before the family's trunk is the first block, each child of the trunk is one, and so
+    is each layer between trunk and head; but what has only norms and biases (parameters of one
+    dimension) goes with the block before it. The last block is the head alone.
+
+    model: from `build_model`; name, library: what it was built by.
+    """
+    if library_of(name, library) == "torchvision":
+        trunk = family_of(name).trunk
+    else:
+        children = dict(model.named_children())
+        trunk = next((child for child in TIMM_TRUNKS if child in children), "")
+    head_name, _ = head(model)
+    found, stem = [], True
+    for part, parameters in _parts(model, {trunk, *_parents(trunk), *_parents(head_name)}):
+        if part == head_name or not parameters:
+            continue
+        in_trunk = not trunk or part.startswith(f"{trunk}.")
+        if found and (all(p.ndim <= 1 for p in parameters) or (stem and not in_trunk)):
+            found[-1] += (part,)
+        else:
+            found.append((part,))
+        stem = stem and not in_trunk
+    return [*found, (head_name,)]
+
+
+def _parts(module, opened, prefix=""):
+    """(name, its parameters) of what is in a module, in order; those in `opened` by their parts."""
+    for name, parameter in module.named_parameters(prefix, recurse=False):
+        yield name, [parameter]
+    for name, child in module.named_children():
+        name = f"{prefix}.{name}" if prefix else name
+        if name in opened:
+            yield from _parts(child, opened, name)
+        else:
+            yield name, list(child.parameters())
+
+
+def _parents(name):
+    """The names of the modules that a module is in, but for the network itself."""
+    words = name.split(".")
+    return [".".join(words[:n]) for n in range(1, len(words))]
 
 
 def initialise(model, how="auto", generator=None) -> str:
@@ -187,31 +265,37 @@ def initialise(model, how="auto", generator=None) -> str:
 
 
 def describe(model) -> dict:
-    """What the plan prints: counts of parameters, and the head as "fc: 512 → 10"."""
+    """What the plan prints: counts of parameters, and the head as "fc: 512 → 256 → 10"."""
     name, last = head(model)
-    outputs, inputs = last.weight.shape[:2]
+    layers = [m.weight for m in last.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    widths = [layers[0].shape[1], *(weight.shape[0] for weight in layers)]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "head": f"{name}: {inputs} → {outputs}",
+        "head": f"{name}: {' → '.join(map(str, widths))}",
     }
 
 
-def _family(name):
+def family_of(name) -> Family:
+    """The facts about the family of one of torchvision's classifiers."""
     return FAMILIES[max((key for key in FAMILIES if name.startswith(key)), key=len)]
 
 
-def _try_build(name, library, num_classes, stem, dropout, image_size):
+def _try_build(name, library, num_classes, stem, dropout, kind, image_size):
     """(model, None), or (None, the error) where it can't be built for or run at this size."""
     try:
         if library == "timm":
             model = _build_timm(name, num_classes, dropout, image_size)
         else:
             model = _build_torchvision(name, num_classes, stem, dropout, image_size)
+        if kind == "mlp":
+            _set_mlp(model, name, num_classes)
         model.eval()
         with torch.no_grad():
-            image = torch.zeros(1, 3, image_size, image_size, device=head(model)[1].weight.device)
-            logits = model(image)
+            device = next(model.parameters()).device
+            logits = model(torch.zeros(1, 3, image_size, image_size, device=device))
+    except UserError:
+        raise
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         return None, error
     if not isinstance(logits, torch.Tensor) or logits.shape != (1, num_classes):
@@ -220,7 +304,7 @@ def _try_build(name, library, num_classes, stem, dropout, image_size):
 
 
 def _build_torchvision(name, num_classes, stem, dropout, image_size):
-    family = _family(name)
+    family = family_of(name)
     model = torchvision.models.get_model(
         name, weights=None, num_classes=num_classes, **family.arguments(image_size)
     )
@@ -261,16 +345,42 @@ def _set_dropout(model, p):
         model.set_submodule(name, new)
 
 
+def _set_mlp(model, architecture, num_classes):
+    name, last = head(model)
+    if not isinstance(last, nn.Linear):
+        kind = type(last).__name__
+        raise UserError(f"--head mlp: {architecture}'s last layer is a {kind}, not a linear one")
+    if isinstance(last, DropoutLinear):
+        raise UserError(
+            f"--dropout with --head mlp: {architecture} has no dropout of its own, and the mlp's "
+            "is 0.5 and 0.3"
+        )
+    with last.weight.device:
+        model.set_submodule(name, MlpHead(last.in_features, num_classes))
+
+
 # -- config.json ---------------------------------------------------------------------------------
 
 
 def model_config(
-    architecture, classes, image_size, mean, std, *, stem, dropout=None, library="torchvision"
+    architecture,
+    classes,
+    image_size,
+    mean,
+    std,
+    *,
+    stem,
+    dropout=None,
+    head="linear",
+    library="torchvision",
+    crop_pct=1.0,
+    interpolation="bilinear",
 ) -> dict:
     """What `config.json` says of the model: enough for `rebuild_model`, in timm's words.
 
     classes: names in the order of the ids. mean, std: per channel, of pixels in [0, 1].
-    stem: as resolved. A torchvision ResNet with its standard stem can be loaded by timm itself.
+    stem: as resolved. crop_pct: what the network sees of the side of the resized image.
+    A torchvision ResNet with its standard stem and a linear head can be loaded by timm itself.
     """
     return {
         "architecture": architecture,
@@ -278,8 +388,8 @@ def model_config(
         "label_names": list(classes),
         "pretrained_cfg": {
             "input_size": [3, image_size, image_size],
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
+            "interpolation": interpolation,
+            "crop_pct": float(crop_pct),
             "mean": [float(m) for m in mean],
             "std": [float(s) for s in std],
             "num_classes": len(classes),
@@ -287,6 +397,7 @@ def model_config(
         "library": library,
         "stem": stem,
         "dropout": dropout,
+        "head": head,
     }
 
 
@@ -299,150 +410,13 @@ def rebuild_model(config) -> nn.Module:
             image_size=config["pretrained_cfg"]["input_size"][-1],
             stem=config["stem"],
             dropout=config["dropout"],
+            head=config.get("head", "linear"),  # older folders don't say it
             library=config["library"],
         )
     except (KeyError, TypeError, IndexError) as error:
         raise UserError(f"config.json is not one of this project's ({error!r})") from None
 
 
-# -- weights -------------------------------------------------------------------------------------
-
-
-def clean_state_dict(model) -> dict[str, torch.Tensor]:
-    """The state by the plain model's names (no compile or DDP prefix), contiguous for safetensors.
-
-    safetensors refuses channels_last tensors, so those are copied; the others share memory.
-    """
-    return {_plain(k): v.detach().contiguous() for k, v in model.state_dict().items()}
-
-
-def load_state(model, state, source="weights"):
-    """Copy `state` into `model`, all of it or nothing; either may carry wrappers' prefixes.
-
-    Only BatchNorm's batch counters may be missing, as they are from torchvision's older files.
-    Raises UserError that names `source` and the missing, unexpected and mismatched keys.
-    """
-    own = model.state_dict()  # keeps the version marks that torch's modules look for
-    names = {_plain(key): key for key in own}
-    state = {_known(_plain(key), names): value for key, value in state.items()}
-    missing = [k for k in names.keys() - state if not k.endswith("num_batches_tracked")]
-    other = [
-        f"{k} {tuple(state[k].shape)} for {tuple(own[names[k]].shape)}"
-        for k in names.keys() & state
-        if state[k].shape != own[names[k]].shape
-    ]
-    faults = {"missing": missing, "unexpected": state.keys() - names, "another shape": other}
-    if any(faults.values()):
-        lists = "; ".join(f"{what}: {_first(keys)}" for what, keys in faults.items() if keys)
-        raise UserError(f"{source} does not fit {type(model).__name__}: {lists}")
-    for key in names.keys() & state:
-        own[names[key]] = state[key]
-    model.load_state_dict(own)
-
-
-def load_weights(path) -> dict[str, torch.Tensor]:
-    """The state in a run folder, a .safetensors or a .pth file. Nothing is ever unpickled.
-
-    A .pth may also hold the state under "state_dict" or "model". Raises UserError naming the file.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "model.safetensors"
-    if not path.is_file():
-        raise UserError(f"no weights at {path}")
-    if path.suffix not in (".safetensors", ".pth", ".pt"):
-        raise UserError(f"{path}: weights are read from .safetensors or .pth files")
-    try:
-        if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign file: torch alone raises six kinds for damaged ones
-        raise UserError(
-            f"{path} can't be read as plain tensors, and nothing in it was run ({_one_line(error)})"
-        ) from None
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and torch.is_tensor(value) for key, value in state.items()
-    ):
-        raise UserError(f"{path} is not a state dict (names of tensors)")
-    return state
-
-
-def resolve_weights(spec, name):
-    """The state and a label for `--weights`, or (None, "none").
-
-    spec: "none", "default", the name of weights that torchvision publishes, a run folder, or a
-    file. torchvision's own download and cache are used; a filled cache needs no network.
-    """
-    if spec == "none":
-        return None, "none"
-    if spec != "default" and (Path(spec).exists() or Path(spec).suffix or "/" in spec):
-        return load_weights(spec), spec
-    if library_of(name) == "timm":
-        raise UserError(f"--weights {spec}: timm's {name} takes a run folder or a file")
-    published = torchvision.models.get_model_weights(name)
-    if spec != "default" and spec not in published.__members__:
-        hint = nearest(spec, published.__members__)
-        raise UserError(f"{name} has no weights {spec}{hint} (and no file is called so)")
-    weights = published.DEFAULT if spec == "default" else published[spec]
-    try:  # torch.hub would unpickle a cached file freely, so say weights_only here
-        state = weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
-    except Exception as error:  # no network, no space, a damaged or hostile file in the cache
-        cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
-        raise UserError(
-            f"{weights} could not be loaded ({_one_line(error)}): they belong at {cached}; where "
-            f"there is a network, python -c 'from torchvision.models import *; "
-            f"{weights}.get_state_dict(check_hash=True)' puts them there"
-        ) from None
-    auxiliary = ("aux1.", "aux2.", "AuxLogits.")  # heads that we build googlenet, inception without
-    return {k: v for k, v in state.items() if not k.startswith(auxiliary)}, str(weights)
-
-
-def load_pretrained(model, spec, name) -> str:
-    """Load `--weights` into the model and return the line that says what was loaded.
-
-    A head for another number of classes stays as `model` has it, and the line says so. Any other
-    mismatch is a UserError that lists the keys.
-    """
-    state, label = resolve_weights(spec, name)
-    if state is None:
-        return "no pretrained weights"
-    state = {_plain(key): value for key, value in state.items()}
-    own, (head_name, _) = clean_state_dict(model), head(model)
-    weight, bias = f"{head_name}.weight", f"{head_name}.bias"
-    theirs, ours = state.get(weight, own[weight]).shape, own[weight].shape
-    message = f"weights {label}"
-    if theirs[1:] == ours[1:] and theirs[:1] != ours[:1]:
-        state |= {key: own[key] for key in (weight, bias) if key in own}
-        message += f"; head {head_name} is new: {theirs[0]} classes there, {ours[0]} here"
-    load_state(model, state, label)
-    return message
-
-
-def _plain(key):
-    """A state key without the prefixes of torch.compile and DDP."""
-    key = key.replace("_orig_mod.", "")
-    while key.startswith("module."):
-        key = key.removeprefix("module.")
-    return key
-
-
-def _known(key, names):
-    """The key, or what it is called now where `names` does not know it."""
-    for old, new in OLD_KEYS:
-        key = key if key in names else old.sub(new, key)
-    return key
-
-
-def _first(keys):
-    """The first three of some keys and how many more there are."""
-    keys = sorted(keys)
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-
-
-def _one_line(error):
+def one_line(error):
     """The kind of an error and the start of its first line."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"

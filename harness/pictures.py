@@ -162,7 +162,9 @@ def save_curves(path, records):
     from matplotlib.figure import Figure
 
     records = [record for record in records if record.get("epoch") is not None]
-    keys = sorted({k for record in records for k in record if k.split("/")[:2] == ["train", "lr"]})
+    # In the order of the record that has the most: from the stem to the head
+    named = [[k for k in record if k.split("/")[:2] == ["train", "lr"]] for record in records]
+    keys = dict.fromkeys(key for group in sorted(named, key=len, reverse=True) for key in group)
     palette = (GREEN, PINK, ORANGE, SKY, BLUE, VERMILION, GREY)
     rates = {key: (palette[n % len(palette)], "-") for n, key in enumerate(keys)}
     panels = SCORES | {"learning rate": rates}
@@ -178,8 +180,11 @@ def save_curves(path, records):
 
 
 def _draw_panel(ax, title, series, records):
+    any_of_them = [r for r in records if any(r.get(key) is not None for key in series)]
     for key, (colour, style) in series.items():
         points = [(r["epoch"], r[key]) for r in records if r.get(key) is not None]
+        if title == "learning rate":  # a group that does not train in a stage has no line there
+            points = [(r["epoch"], r.get(key, math.nan)) for r in any_of_them]
         finite = [value for _, value in points if math.isfinite(value)]
         if not finite:
             continue
@@ -192,6 +197,10 @@ def _draw_panel(ax, title, series, records):
             markersize=3,
             label=f"{key}  {finite[-1]:.4g}",
         )
+    if title == "learning rate" and len(ax.lines) > 1:  # groups lie factors of ten apart
+        ax.set_yscale("log")
+        top = max(value for key in series for r in records if (value := r.get(key)) is not None)
+        ax.set_ylim(top * 1e-5, top * 2)  # a cosine ends near 0
     ax.set_ylabel(title)
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)

@@ -12,6 +12,7 @@ import os
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,25 +23,29 @@ from tqdm.auto import tqdm
 
 from harness.counters import generator
 from harness.errors import UserError
+from harness.flags import nearest
 
 DECODE_VERSION = 1  # part of the cache key: raise it whenever decode_image's output changes
 MAX_PIXELS = 89_478_485  # what Pillow calls a decompression bomb: a quarter GiB as RGB
 BLOCK = 256  # images a thread decodes at a time
 SMALL_SQUARE = 64  # native sizes up to this many px are trained at as they are
 
+FILTERS = {word.name.lower(): word for word in Image.Resampling}  # "bilinear", "bicubic", ...
 
-def decode_split(dataset, image_column, size, *, name, progress=True):
+
+def decode_split(dataset, image_column, size, *, name, interpolation="bilinear", progress=True):
     """Decode every image of `dataset` to RGB pixels of one size, or find them in the cache.
 
-    The cache key is the data set's fingerprint, the column, the size and `DECODE_VERSION`, so
-    a second start, another process or another run finds the file. Any number of processes may
-    call this at once: one of them decodes while the others wait for its lock.
+    The cache key is the data set's fingerprint, the column, the size, the interpolation and
+    `DECODE_VERSION`, so a second start, another process or another run finds the file. Any number
+    of processes may call this at once: one of them decodes while the others wait for its lock.
 
     Args:
         dataset: a `datasets.Dataset`; its rows are decoded in order.
         image_column: the name of its `Image` column.
         size: side of the square result in px, see `decode_image`.
         name: what the split is called in messages.
+        interpolation: Pillow's filter, see `decode_image`.
         progress: show a bar when decoding takes more than a second.
 
     Returns:
@@ -48,12 +53,18 @@ def decode_split(dataset, image_column, size, *, name, progress=True):
         mapping is read-only, and writing to it kills the process. `gather` copies.
 
     Raises:
-        UserError: an image that can't be read (split, index and file named), or no room.
+        UserError: an image that can't be read (split, index and file named), no room, or an
+            unknown interpolation.
     """
     import datasets  # a second of import that `--help` does not need
 
+    if interpolation not in FILTERS:
+        raise UserError(
+            f'unknown interpolation "{interpolation}"{nearest(interpolation, FILTERS)}; there are '
+            + ", ".join(FILTERS)
+        )
     # The fingerprint names the content, after select() too; `datasets` shows it nowhere else.
-    recipe = (dataset._fingerprint, image_column, size, DECODE_VERSION)
+    recipe = (dataset._fingerprint, image_column, size, interpolation, DECODE_VERSION)
     key = hashlib.blake2b(repr(recipe).encode(), digest_size=12).hexdigest()
     file = Path(datasets.config.HF_DATASETS_CACHE) / "pixels" / f"{key}.npy"
     shape = (len(dataset), 3, size, size)
@@ -62,7 +73,8 @@ def decode_split(dataset, image_column, size, *, name, progress=True):
             file.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{file}.lock"):
                 if not _is_whole(file, shape):  # nobody else made it while we waited
-                    _write_pixels(file, shape, dataset, image_column, name, progress)
+                    decode = partial(decode_image, size=size, interpolation=interpolation)
+                    _write_pixels(file, shape, dataset, image_column, decode, name, progress)
         except OSError as error:
             raise UserError(
                 f"cannot write the decoded images of split '{name}' ({np.prod(shape):,} bytes) to "
@@ -76,14 +88,14 @@ def decode_split(dataset, image_column, size, *, name, progress=True):
         return torch.from_numpy(pixels)
 
 
-def decode_image(file, size):
+def decode_image(file, size, interpolation="bilinear"):
     """One image file as uint8 RGB (3, size, size): its largest centred square, resized.
 
     In this order: the EXIF orientation is applied; colours become 8-bit RGB; the largest
-    centred square is resized to size×size with Pillow's antialiased bilinear filter (nothing
-    is resampled if the image has that size). That is a resize of the shorter side to `size`
-    and a centre crop, in one step. Large JPEGs are first reduced by their decoder to no less
-    than 2·size, the gap at which Pillow calls the result "almost indistinguishable".
+    centred square is resized to size×size with one of Pillow's antialiased filters (nothing is
+    resampled if the image has that size). That is a resize of the shorter side to `size` and a
+    centre crop, in one step. Large JPEGs are first reduced by their decoder to no less than
+    2·size, the gap at which Pillow calls the result "almost indistinguishable".
 
     Transparency is laid on white. 16-bit gray is divided by 257 (so 65535 is 255), mode I is
     read as 16-bit, mode F as 0..1 if no value exceeds 1 and as 0..255 otherwise. CMYK, palette,
@@ -92,6 +104,7 @@ def decode_image(file, size):
     Args:
         file: a path, or a binary file object.
         size: side of the result in px.
+        interpolation: the name of the filter, a key of `FILTERS`.
 
     Raises:
         ValueError: more than `MAX_PIXELS` (found before decoding), or values out of range.
@@ -107,7 +120,7 @@ def decode_image(file, size):
         side = min(rgb.size)
         left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
         box = (left, top, left + side, top + side)
-        rgb = rgb.resize((size, size), Image.Resampling.BILINEAR, box=box)
+        rgb = rgb.resize((size, size), FILTERS[interpolation], box=box)
     return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
 
 
@@ -149,7 +162,7 @@ def _is_whole(file, shape):
     return pixels.shape == shape and pixels.dtype == np.uint8
 
 
-def _write_pixels(file, shape, dataset, image_column, name, progress):
+def _write_pixels(file, shape, dataset, image_column, decode, name, progress):
     """Decode into a file beside `file` and rename it when it is complete and on the disk."""
     part = file.with_suffix(".part")
     num_bytes = int(np.prod(shape))
@@ -162,7 +175,7 @@ def _write_pixels(file, shape, dataset, image_column, name, progress):
             # map it would be a SIGBUS later.
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(handle.fileno(), 0, os.fstat(handle.fileno()).st_size)
-            _decode_into(pixels, dataset, image_column, name, progress)
+            _decode_into(pixels, dataset, image_column, decode, name, progress)
             pixels.flush()
             os.fsync(handle.fileno())
         os.replace(part, file)
@@ -170,16 +183,15 @@ def _write_pixels(file, shape, dataset, image_column, name, progress):
         part.unlink(missing_ok=True)
 
 
-def _decode_into(pixels, dataset, image_column, name, progress):
+def _decode_into(pixels, dataset, image_column, decode, name, progress):
     """Fill `pixels` with all images, in blocks over as many threads as this process has cores."""
     images = _encoded(dataset, image_column)
-    size = pixels.shape[-1]
 
     def decode_block(start):
         block = images[start : start + BLOCK][image_column].to_pylist()
         for row, image in enumerate(block, start):
             try:
-                pixels[row] = decode_image(_source(image), size)
+                pixels[row] = decode(_source(image))
             except Exception as error:  # Pillow's readers raise a dozen types for a bad file
                 raise UserError(_unreadable(dataset, name, row, image, error)) from error
         return len(block)

@@ -6,8 +6,11 @@ import hashlib
 
 from harness import models
 from harness.data import load_data
+from harness.weights import Preprocessing, stored_size
 from tricks.ema import half_life
 from tricks.schedule import warmup_cosine
+
+CROP_PCT = 0.875  # of the stored pixels, what the network sees, where random crops need more
 
 
 def load(args):
@@ -31,37 +34,66 @@ def sizes(data):
     return {r: len(getattr(data, r)) for r in ("train", "val", "test") if getattr(data, r)}
 
 
-def text(args, machine, data, model, size, total, warmup):
-    """What is about to happen, a fact a line."""
-    steps_per_epoch = len(data.train) // args.batch_size
+def preprocessing(args, data, pretrained):
+    """How images are prepared: as the weights say of themselves, else by the data set's facts.
+
+    pretrained: from harness.weights.find_weights. --image_size wins over the weights' own.
+    """
+    if pretrained.preprocessing:
+        own = pretrained.preprocessing
+        return own._replace(size=args.image_size or own.size)
+    # A random resized crop enlarges what it cuts out, so it cuts from more pixels
+    return Preprocessing(
+        size=args.image_size or data.image_size,
+        crop_pct=CROP_PCT if args.crop_scale else 1.0,
+        interpolation="bilinear", mean=data.mean, std=data.std,
+    )  # fmt: skip
+
+
+def text(args, machine, data, model, look, total, rows):
+    """What is about to happen, a fact a line.
+
+    machine: words of make_accelerator, and "weights". look: Preprocessing. total: steps. rows:
+    {name: words} that only the script knows, with its "lr".
+    """
+    per_epoch = len(data.train) // args.batch_size
     about = models.describe(model)
     accumulation = args.gradient_accumulation_steps
     processes = machine["processes"]
     part = args.batch_size // (processes * accumulation)
-    points = (0, warmup, total // 2, total * 3 // 4, total - 1)
-    rates = ", ".join(
-        f"{args.lr * warmup_cosine(s, total, warmup):.3g} at {s}" for s in sorted(set(points))
-    )
+    larger = stored_size(look) != look.size
+    stored = f" from {stored_size(look)}×{stored_size(look)}" if larger else ""
+    colours = ", ".join(f"{m:.3g}±{s:.3g}" for m, s in zip(look.mean, look.std, strict=True))
     rows = {
         "data": f"{data.name} ({data.source}): "
         + ", ".join(f"{n:,} {role}" for role, n in sizes(data).items())
         + f"; {len(data.classes)} classes",
-        "images": f"{size}×{size}; {_augmentation(args)}",
+        "images": f"{look.size}×{look.size}{stored} {look.interpolation}, {colours}; "
+        + _augmentation(args),
         "model": f"{args.model}, {about['parameters']:,} parameters, head {about['head']}; "
         + machine["weights"],
-        "steps": f"{total:,} = {total / steps_per_epoch:.4g} epochs of {steps_per_epoch}"
+        "steps": f"{total:,} = {total / per_epoch:.4g} epochs of {per_epoch}"
         + f" ({len(data.train) % args.batch_size} images an epoch don't fill a batch)",
         "batch": f"{args.batch_size} = {processes} processes × {accumulation} accumulation"
         + f" × {part}",
-        "lr": f"{args.optimizer}: {rates}",
-        "ema": _ema(args, steps_per_epoch, total),
+        **rows,
+        "ema": _ema(args, per_epoch, total),
         "precision": machine["precision"],
         "device": f"{machine['device']}, {machine['threads']} CPU threads a process",
     }
-    wanted = round(args.warmup_epochs * len(data.train) / args.batch_size)
-    if warmup < wanted:
-        rows["lr"] += f"; warm-up cut from {wanted:,} to {warmup:,} steps, half of this short run"
     return "\n".join(f"{name:<12} {value}" for name, value in [*rows.items(), *_given(args)])
+
+
+def rates(args, train_size, total, warmup):
+    """The learning rate at the points of its schedule."""
+    points = (0, warmup, total // 2, total * 3 // 4, total - 1)
+    words = ", ".join(
+        f"{args.lr * warmup_cosine(s, total, warmup):.3g} at {s}" for s in sorted(set(points))
+    )
+    wanted = round(args.warmup_epochs * train_size / args.batch_size)
+    if warmup < wanted:
+        words += f"; warm-up cut from {wanted:,} to {warmup:,} steps, half of this short run"
+    return f"{args.optimizer}: {words}"
 
 
 def _given(args):
@@ -75,6 +107,8 @@ def _given(args):
 
 def _augmentation(args):
     words = [args.augment]
+    if args.augment != "none" and args.crop_scale:
+        words += [f"random resized crop from {args.crop_scale:.0%}"]
     words += [f"erasing {args.random_erasing:g}"] if args.random_erasing else []
     mixed = {"mixup": args.mixup_alpha, "CutMix": args.cutmix_alpha} if args.mix_prob else {}
     words += [f"{name} α {alpha:g}" for name, alpha in mixed.items() if alpha]
@@ -93,14 +127,16 @@ def _ema(args, steps_per_epoch, total):
     return line
 
 
-def result_config(args, data, size, job_type):
-    """config.json: all that another script needs to use the result."""
-    library = models.library_of(args.model)
+def result_config(args, data, look, stem, job_type, head="linear"):
+    """config.json: all that another script needs to use the result.
+
+    look: Preprocessing. stem: as resolved. head: "linear" or "mlp".
+    """
     return {
         **models.model_config(
-            args.model, data.classes, size, data.mean, data.std,
-            stem=models.resolve_stem(args.model, args.stem, size, library),
-            dropout=args.dropout, library=library,
+            args.model, data.classes, look.size, look.mean, look.std, stem=stem,
+            dropout=args.dropout, library=models.library_of(args.model),
+            head=head, crop_pct=look.crop_pct, interpolation=look.interpolation,
         ),
         "job_type": job_type,
         "dataset": data.name,
@@ -109,21 +145,28 @@ def result_config(args, data, size, job_type):
     }  # fmt: skip
 
 
-def identity(data, size):
+def identity(data, look):
     """Facts about the data that a resumed run must share with the one it continues."""
     labels = hashlib.sha256()
     for split in (data.train, data.val, data.test):
         if split is not None:
             labels.update(split.rows.tobytes() + split.labels.tobytes())
-    return {"data_sha256": labels.hexdigest(), "pixels": size, "split_sizes": sizes(data)}
+    return {
+        "data_sha256": labels.hexdigest(),
+        "pixels": [list(v) if isinstance(v, tuple) else v for v in look],
+        "split_sizes": sizes(data),
+    }
 
 
 def closing(summary, folder, tracked):
     """The last lines: what came out, and where it is."""
     split, accuracy = summary["split"], summary["accuracy"]
     score = "nothing was evaluated" if accuracy is None else f"{split} accuracy {accuracy:.2%}"
+    splits = summary["data"]["splits"]
+    if accuracy is not None:
+        score += f" of {splits[split]:,} images, trained on {splits['train']:,}"
     if summary["best_epoch"]:
-        score += f" with the weights of epoch {summary['best_epoch']}, the best on val"
+        score += f"; epoch {summary['best_epoch']}, the best on {splits['val']:,} val images"
     return (
         f"\n{score} ({summary['weights']} weights) after {summary['steps']:,} steps, "
         f"{summary['seconds']:.0f} s\n"

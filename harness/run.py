@@ -26,9 +26,9 @@ from harness.checkpoint import checkpoints, replace_file, save_checkpoint, to_by
 from harness.counters import seed_of
 from harness.errors import RunStopped, UserError
 from harness.folder import claim_folder, git_commit, read_metrics, versions
-from harness.models import clean_state_dict
 from harness.pictures import save_curves
 from harness.tracking import Tracking, parse_report_to
+from harness.weights import clean_state_dict
 
 SUMS = ("loss", "mixed_acc", "grad_norm")  # what is summed over the steps of an interval
 
@@ -59,20 +59,22 @@ def check_batch(args, processes, train_size, mixing):
 class Run:
     """One training run of one script.
 
-    args: the parsed flags. folder: from `check_folder`. model and optimizer: prepared; ema: a
-    ModelEma or None. train_size: images in train. config: what the result is (config.json).
-    identity: facts about the data that a resumed run must share.
+    args: the parsed flags. folder: from `check_folder`. model and optimizer: prepared or plain;
+    the optimizer holds every parameter that will ever be trained. ema: a ModelEma or None.
+    total: optimizer steps; per_epoch: those of one epoch. config: what the result is
+    (config.json). identity: facts about the data that a resumed run must share.
     """
 
     def __init__(
-        self, args, accelerator, folder, model, optimizer, ema, *, train_size, config, identity
-    ):
+        self, args, accelerator, folder, model, optimizer, ema, *, total, per_epoch, config,
+        identity,
+    ):  # fmt: skip
         self.args, self.accelerator, self.folder = args, accelerator, folder
-        self.model, self.optimizer, self.ema = model, optimizer, ema
-        self.config, self.main = config, accelerator.is_main_process
+        self.ema, self.config, self.main = ema, config, accelerator.is_main_process
+        self.optimizer = getattr(optimizer, "optimizer", optimizer)
         self.module = accelerator.unwrap_model(model, keep_torch_compile=False)
-        self.steps_per_epoch = train_size // args.batch_size
-        self.total = total_steps(args, train_size)
+        self.total, self.steps_per_epoch = total, per_epoch
+        self.stage = None  # what the records say, where there are several
         self.identity = {
             **{k: v for k, v in flags.to_recipe(args).items() if k not in flags.OPERATIONAL},
             "mixed_precision": accelerator.mixed_precision,
@@ -81,6 +83,7 @@ class Run:
         device = accelerator.device
         self.step, self.seconds, self.images_per_second = 0, 0.0, 0.0
         self.best, self._best_weights, self.scores = None, None, {}
+        self._best_is_written = True
         self._interval = torch.zeros(len(SUMS) + 1, device=device)  # sums and their number of steps
         self._epoch = torch.zeros(len(SUMS) + 1, device=device)
         self._now = torch.zeros(2, device=device)  # loss and accuracy of the step under way
@@ -95,8 +98,7 @@ class Run:
         self._lock = self._on_main(
             lambda: claim_folder(folder, args, self.step if resumed else None)
         )
-        if self.best:
-            self._write_result(self._best_weights)
+        self._write_best()
         self.tracking = Tracking(
             accelerator, parse_report_to(args.report_to), folder=folder, project=args.project,
             name=folder.name, group=args.group, job_type=config["job_type"],
@@ -108,23 +110,23 @@ class Run:
             number: signal.signal(number, self._on_signal)
             for number in (signal.SIGTERM, signal.SIGINT)
         }
+        self._bar = tqdm(
+            total=total, initial=self.step, unit="step", dynamic_ncols=True,
+            disable=not (self.main and sys.stderr.isatty()),
+        )  # fmt: skip
+        self._since = self._checkpointed = time.perf_counter()
 
     # ---------------------------------------------------------------- the steps
 
-    def steps(self, batches, evaluate):
-        """Yield (step, parts of the batch) for every optimizer step that is still to do.
+    def steps(self, batches, evaluate, spacing=0):
+        """Yield (step, parts of the batch) for every optimizer step that `batches` has.
 
         batches: a function of the first step -> iterator of batches. evaluate: a function
-        without arguments -> {"val/acc": ...}, called at the end of epochs.
+        without arguments -> {"val/acc": ...}, called at the end of epochs. spacing: seconds that
+        lie between checkpoints at the least, where an epoch takes less than writing one.
         """
-        self._first_step = self.step
-        self._bar = tqdm(
-            total=self.total, initial=self.step, unit="step", dynamic_ncols=True,
-            disable=not (self.main and sys.stderr.isatty()),
-        )  # fmt: skip
-        self.module.train()
-        self._since = time.perf_counter()
-        self._epoch_images = 0
+        self._first_step, self._spacing = self.step, spacing
+        self._epoch_began, self._epoch_images = time.perf_counter(), 0
         for batch in batches(self.step):
             # Dropout and whatever else the step draws on the device
             torch.manual_seed(
@@ -136,7 +138,6 @@ class Run:
             self._bar.update()
             self._after_step(evaluate)
         self._read_checks(0)
-        self._bar.close()
 
     def count(self, loss, mixed_acc):
         """Add one part of the batch: its mean loss and mean accuracy, tensors on the device."""
@@ -163,9 +164,9 @@ class Run:
         for sums in (self._interval, self._epoch):
             sums[:-1] += vector[:-1]
             sums[-1] += 1
-        if self.optimizer.optimizer.defaults.get("fused") and not scaler:
+        if self.optimizer.defaults.get("fused") and not scaler:
             # Fused optimizers skip the update on the device where this is 1: no host sync needed.
-            self.optimizer.optimizer.found_inf = (~finite).float()
+            self.optimizer.found_inf = (~finite).float()
         host = torch.cat([vector, finite.float().reshape(1)])
         event = None
         if host.device.type == "cuda":
@@ -185,7 +186,8 @@ class Run:
             )
 
     def _average_over_processes(self, vector):
-        buffers = [b for m in self._norms for b in (m.running_mean, m.running_var) if b is not None]
+        moving = [m for m in self._norms if m.training]  # the others must not move by a bit
+        buffers = [b for m in moving for b in (m.running_mean, m.running_var) if b is not None]
         flat = torch.cat([vector, *(b.float().flatten() for b in buffers)])
         torch.distributed.all_reduce(flat)
         stop = flat[len(vector) - 1].clone()
@@ -224,7 +226,9 @@ class Run:
         if end_of_epoch:
             self._end_epoch(evaluate)
         every = args.checkpointing_steps
-        due = end_of_epoch if every == "epoch" else self.step % every == 0
+        due = every != "epoch" and self.step % every == 0
+        if every == "epoch" and end_of_epoch:
+            due = time.perf_counter() - self._checkpointed >= self._spacing
         stopping = self._stop or self.step == args.stop_after
         if due or stopping or self.step == self.total:
             self._read_checks(0)
@@ -254,15 +258,14 @@ class Run:
     def _learning_rates(self):
         groups = self.optimizer.param_groups
         rates = {g["lr"] for g in groups}
-        if len(rates) == 1:
+        if len(rates) == 1 and not self.stage:
             return {"train/lr": rates.pop()}
-        return {f"train/lr/{g['name']}": g["lr"] for g in groups}
+        return {f"train/lr/{g.get('label', g['name'])}": g["lr"] for g in groups}
 
     def _end_epoch(self, evaluate):
         loss, mixed_acc, _, steps = self._epoch.tolist()  # waits for the device
         self._epoch.zero_()
-        training = time.perf_counter() - self._since
-        speed = self._epoch_images / training
+        speed = self._epoch_images / (time.perf_counter() - self._epoch_began)
         epoch = math.ceil(self.step / self.steps_per_epoch)
         record = {"epoch/loss": loss / steps, "epoch/mixed_acc": mixed_acc / steps}
         scores = {}
@@ -273,10 +276,12 @@ class Run:
         self._record(record | scores)
         self.seconds += time.perf_counter() - self._since
         self.images_per_second = speed
-        self._since, self._epoch_images = time.perf_counter(), 0
+        self._since = self._epoch_began = time.perf_counter()
+        self._epoch_images = 0
+        words = score_words(scores, self.config["data"]["splits"])
         self.say(
             f"epoch {epoch:>3}  step {self.step:>6}  loss {record['epoch/loss']:.4f}  "
-            f"mixed_acc {record['epoch/mixed_acc']:6.2%}  {score_words(scores)}"
+            f"mixed_acc {record['epoch/mixed_acc']:6.2%}  {words}"
             f"{speed:,.0f} images/s  {self.seconds:,.0f} s"
         )
 
@@ -287,8 +292,7 @@ class Run:
             return
         if self.best is None or accuracy > self.best["scores"][key]:
             self.best = {"epoch": epoch, "step": self.step, "scores": self.scores}
-            self._best_weights = self._result_weights()
-            self._write_result(self._best_weights)
+            self._best_weights, self._best_is_written = self._result_weights(), False
 
     # ---------------------------------------------------------------- what it writes
 
@@ -306,7 +310,9 @@ class Run:
         return wanted
 
     def _record(self, record):
-        record = {"step": self.step, "epoch": self.step / self.steps_per_epoch, **record}
+        stage = {"stage": self.stage} if self.stage else {}
+        place = {"step": self.step, "epoch": self.step / self.steps_per_epoch, **stage}
+        record = place | record
         if self.main:
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -324,7 +330,7 @@ class Run:
             "run_id": self.tracking.run_id,
             "scaler": self.accelerator.scaler and self.accelerator.scaler.state_dict(),
         }
-        tensors = state.gather_tensors(self.module, self.optimizer.optimizer, self.ema)
+        tensors = state.gather_tensors(self.module, self.optimizer, self.ema)
         tensors |= {"best": self._best_weights} if self.best else {}
 
         def save():
@@ -338,11 +344,18 @@ class Run:
                 self.say(f"{warning}; training goes on, older checkpoints are intact")
 
         self._on_main(save, f"the checkpoint of step {self.step} could not be written")
+        self._write_best()
+        self._checkpointed = time.perf_counter()
 
     def _result_weights(self):
         """What the run would give if it ended here: the averaged weights where there are any."""
         with self.ema.applied_to(self.module) if self.ema else contextlib.nullcontext():
             return {k: v.to("cpu", copy=True) for k, v in clean_state_dict(self.module).items()}
+
+    def _write_best(self):
+        if not self._best_is_written:
+            self._write_result(self._best_weights)
+        self._best_is_written = True
 
     def _write_result(self, weights):
         config = self.config | {
@@ -376,14 +389,17 @@ class Run:
             raise error
         return result
 
-    def finish(self, test=None):
+    def finish(self, test=None, facts=None):
         """Write the result, the summary and the curves; returns the summary.
 
         test: a function without arguments -> {"acc", "loss"} of the weights in the model, called
-        with the chosen ones where a validation split chose them.
+        with the chosen ones where a validation split chose them. facts: what else the summary
+        should say.
         """
+        self._bar.close()
         if self.best is None:
             self._write_result(self._result_weights())
+        self._write_best()
         final = dict(self.best["scores"] if self.best else self.scores)
         suffix = "_ema" if self.ema else ""
         if self.best is not None and test is not None:
@@ -401,6 +417,7 @@ class Run:
             "epochs": self.step / self.steps_per_epoch,
             "seconds": round(self.seconds, 3),
             "images_per_second": round(self.images_per_second, 1),
+            **(facts or {}),
             "data": self.config["data"],
             "device": str(self.accelerator.device),
             "processes": self.accelerator.num_processes,
@@ -466,11 +483,12 @@ class Run:
             return None
         path, tensors, saved = found
         state.check_identity(path, saved["identity"], self.identity)
-        state.restore_tensors(path, tensors, self.module, self.optimizer.optimizer, self.ema)
+        state.restore_tensors(path, tensors, self.module, self.optimizer, self.ema)
         if self.accelerator.scaler and saved["scaler"]:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.best, self._best_weights = saved["best"], tensors.get("best")
+        self._best_is_written = self.best is None
         self.scores = saved["scores"]
         self._interval += torch.tensor(saved["interval"], device=self._interval.device)
         self._epoch += torch.tensor(saved["epoch"], device=self._epoch.device)
@@ -478,19 +496,15 @@ class Run:
         return saved
 
 
-def total_steps(args, train_size):
-    """Optimizer steps of the whole run; an epoch drops the images that don't fill a batch."""
-    return args.max_steps or args.epochs * (train_size // args.batch_size)
-
-
-def score_words(scores):
-    """`test 93.10 % (ema 94.02 %)  ` for the epoch line; empty where nothing was evaluated."""
+def score_words(scores, sizes):
+    """`test 93.10% (ema 94.02%) of 10,000  ` for the epoch line; empty if nothing was scored."""
     words = ""
     for split in ("val", "test"):
         if f"{split}/acc" in scores:
             words += f"{split} {scores[f'{split}/acc']:.2%}"
             ema = scores.get(f"{split}/acc_ema")
-            words += f" (ema {ema:.2%})  " if ema is not None else "  "
+            words += f" (ema {ema:.2%})" if ema is not None else ""
+            words += f" of {sizes[split]:,}  "
     return words
 
 

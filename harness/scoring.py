@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-BATCH = 512
+BATCH = (64, 512)  # fewest and most samples of an evaluation batch
+BATCH_PIXELS = 2**21  # and between them as many as have so many pixels
+
+
+def batch_starts(split) -> range:
+    """Where the evaluation batches of Samples start; the same however many processes share them."""
+    pixels = split.pixels[0].numel() // 3
+    step = min(max(BATCH_PIXELS // max(pixels, 1), BATCH[0]), BATCH[1])
+    return range(0, len(split.labels), step)
 
 
 @torch.inference_mode()
@@ -20,14 +28,16 @@ def evaluate(accelerator, model, split, prepare):
     and the result does not depend on how many processes shared the work.
     """
     total = len(split.labels)
-    starts = range(0, total, BATCH)
+    starts = batch_starts(split)
     sums = torch.zeros(len(starts), 3, device=accelerator.device)  # loss, correct, samples
     modes = [(module, module.training) for module in model.modules()]  # frozen parts stay in eval
     model.eval()
     for k in range(accelerator.process_index, len(starts), accelerator.num_processes):
-        index = torch.arange(starts[k], min(starts[k] + BATCH, total))
+        index = torch.arange(starts[k], min(starts[k] + starts.step, total))
         images, labels = split.take(index, accelerator.device)
-        logits = model(prepare(images)).float()
+        with accelerator.autocast():
+            logits = model(prepare(images))
+        logits = logits.float()
         correct = (logits.argmax(1) == labels).sum()
         loss = F.cross_entropy(logits, labels, reduction="sum")
         sums[k] = torch.stack([loss, correct.float(), loss.new_tensor(len(labels))])
@@ -38,11 +48,14 @@ def evaluate(accelerator, model, split, prepare):
     return {"acc": correct / total, "loss": loss / total}
 
 
-def score(accelerator, model, ema, split, prepare):
-    """`acc` and `loss` with the raw weights, and `acc_ema`, `loss_ema` with the averaged ones."""
-    scores = evaluate(accelerator, model, split, prepare)
+def score(model, ema, evaluate):
+    """`acc` and `loss` with the raw weights, and `acc_ema`, `loss_ema` with the averaged ones.
+
+    evaluate: a function without arguments -> {"acc", "loss"} of the weights in `model`.
+    """
+    scores = evaluate()
     if not ema:
         return scores
     with ema.applied_to(model):
-        averaged = evaluate(accelerator, model, split, prepare)
+        averaged = evaluate()
     return scores | {f"{name}_ema": value for name, value in averaged.items()}

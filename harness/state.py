@@ -9,7 +9,7 @@ from accelerate.utils import broadcast, broadcast_object_list
 
 from harness.checkpoint import Damaged, load_checkpoint, newest_valid
 from harness.errors import UserError
-from harness.models import clean_state_dict
+from harness.weights import clean_state_dict
 
 
 def gather_tensors(model, optimizer, ema):

@@ -29,14 +29,22 @@ class Samples(NamedTuple):
         return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-def decode_splits(data, size, progress):
-    """{"train": Samples, "val": ..., "test": ...} of the splits that `data` has."""
+def decode_splits(data, size, progress, interpolation="bilinear"):
+    """{"train": Samples, "val": ..., "test": ...} of the splits that `data` has.
+
+    size: side of the stored pixels in px. interpolation: see `harness.pixels.decode_image`.
+    """
     splits = {}
     for role in ("train", "val", "test"):
         split = getattr(data, role)
         if split is not None:
             pixels = decode_split(
-                split.dataset, data.image_column, size, name=split.name, progress=progress
+                split.dataset,
+                data.image_column,
+                size,
+                name=split.name,
+                interpolation=interpolation,
+                progress=progress,
             )
             splits[role] = Samples(
                 pixels, torch.from_numpy(split.rows), torch.from_numpy(split.labels)
@@ -57,17 +65,43 @@ class Views:
 
     augment: a word of flags.AUGMENTS. padding: pixels of the random crop, 0 for none. flip_prob
     and erasing: probabilities. ops and magnitude: RandAugment's. mean and std: a number a channel.
+    size: pixels a side that the network sees; stored: of the images that come in, None for `size`.
+    crop_scale: the least share of the area in a random resized crop, which takes the place of the
+    padded crop; 0: the padded crop. Without a resized crop, larger images are cut to their centre.
+
+    Raises ValueError where fewer pixels are stored than seen.
     """
 
-    def __init__(self, size, mean, std, *, augment, padding, flip_prob, erasing, ops, magnitude):
+    def __init__(
+        self,
+        size,
+        mean,
+        std,
+        *,
+        augment,
+        padding,
+        flip_prob,
+        erasing,
+        ops,
+        magnitude,
+        stored=None,
+        crop_scale=0.0,
+    ):
         self.size, self.mean, self.std = size, mean, std
         self.augment, self.padding, self.flip_prob = augment, padding, flip_prob
         self.erasing, self.ops, self.magnitude = erasing, ops, magnitude
+        self.stored, self.crop_scale = stored or size, crop_scale
+        if self.stored < size:
+            raise ValueError(f"stored must be at least the size, {size}, got {stored}")
 
     def draw(self, n, rng):
         """Draw for a whole batch of n, on the CPU: tensors (or tuples of them) of length n."""
         size, draw = self.size, {}
-        if self.augment != "none" and self.padding:
+        if self.augment != "none" and self.crop_scale:
+            draw["resized"] = augment.draw_resized_crops(
+                n, self.stored, self.stored, (self.crop_scale, 1.0), generator=rng
+            )
+        elif self.augment != "none" and self.padding:
             draw["crop"] = augment.draw_crops(n, self.padding, rng)
         if self.augment != "none" and self.flip_prob:
             draw["flip"] = augment.draw_flips(n, self.flip_prob, rng)
@@ -85,21 +119,28 @@ class Views:
         return draw
 
     def train(self, images, draw):
-        """The augmented, normalised batch (n, 3, H, W), float32, channels_last."""
+        """The augmented, normalised batch (n, 3, size, size), float32, channels_last."""
+        if "resized" in draw:
+            images = augment.resized_crop_batch(images, draw["resized"], self.size)
+        images = self._centre(images)
         if "crop" in draw:
             images = augment.crop_batch(images, draw["crop"], self.padding)
         if "flip" in draw:
             images = augment.flip_batch(images, draw["flip"])
         if "ops" in draw:
             images = autoaugment.apply_ops(images, draw["ops"])
-        images = self.evaluation(images)
+        images = augment.normalize_batch(images, self.mean, self.std)
         if "erasing" in draw:
             images = augment.erase_batch(images, draw["erasing"])
         return images
 
     def evaluation(self, images):
-        """The normalised batch, nothing drawn."""
-        return augment.normalize_batch(images, self.mean, self.std)
+        """The centre of the images, normalised; nothing drawn."""
+        return augment.normalize_batch(self._centre(images), self.mean, self.std)
+
+    def _centre(self, images):
+        start = round((images.shape[-1] - self.size) / 2)  # as torchvision's center_crop
+        return images[..., start : start + self.size, start : start + self.size]
 
     def to_pixels(self, images):
         """Back from normalised to uint8 pixels on the CPU, for pictures."""

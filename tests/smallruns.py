@@ -1,6 +1,7 @@
 """Small real runs for the tests: train.py in this process, or launched as a user would."""
 
 import hashlib
+import importlib
 import os
 import signal
 import subprocess
@@ -42,13 +43,21 @@ def words(flags):
     return out
 
 
-def train(output_dir, *, argv=(), **flags):
-    """Run train.py's main in this process; returns (run folder, exit status).
+# The same network in three stages: on kept features, on a part of it, on all of it
+STAGES = """[
+    {name: head, epochs: 1, train: {head: 0.01}, warmup_epochs: 0.5},
+    {name: late, epochs: 1, train: {conv5: 0.001, head: 0.01}, mix_prob: 1, random_erasing: 0.25},
+    {epochs: 1, train: {all: 0.002}, layer_decay: 0.8},
+]"""
+FINETUNE = {"weights": "none", "stages": STAGES, "lr": None, "epochs": None, "dropout": None}
+
+
+def train(output_dir, *, argv=(), script="train", **flags):
+    """Run a script's main in this process; returns (run folder, exit status).
 
     argv: words of a command line that come before the flags, which win.
     """
-    import train as script
-
+    script = importlib.import_module(script)
     args = script.read_flags([*argv, *words({**SMALL, "output_dir": output_dir, **flags})])
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
@@ -63,11 +72,18 @@ def train(output_dir, *, argv=(), **flags):
     return Path(output_dir) / args.run_name, status
 
 
+def finetune(output_dir, **flags):
+    """The same with finetune.py, in stages."""
+    return train(output_dir, script="finetune", **{**FINETUNE, **flags})
+
+
 def launch(output_dir, *, launcher=(), script="train.py", wait=True, env=(), **flags):
     """Start the script through `accelerate launch`; returns CompletedProcess or Popen."""
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher]
-    command += [str(ROOT / script) if script == "train.py" else str(script)]
-    command += words({**SMALL, "output_dir": output_dir, **flags})
+    own = ROOT / str(script)
+    command += [str(own if own.exists() else script)]
+    small = SMALL | (FINETUNE if script == "finetune.py" else {})
+    command += words({**small, "output_dir": output_dir, **flags})
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "OMP_"))}
     variables |= {"PYTHONPATH": str(ROOT), **dict(env)}
     process = subprocess.Popen(

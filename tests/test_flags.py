@@ -15,6 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
+SCRIPTS = sorted(p.name for p in ROOT.glob("*.py"))
+
+
 def build_parser(script="train.py"):
     """The parser that a script builds, made by the script's own lines."""
     tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
@@ -256,17 +259,33 @@ def test_config_yaml_repeats_the_flags_exactly(parser, read_recipe, argv):
 # --- the script ---
 
 
-def args_attributes(context):
-    """Names NAME in `args.NAME` and `self.args.NAME` of the script and the harness.
+def standing_on(script):
+    """The script's file and the files of the harness that it imports, directly or not."""
+    todo, found = [ROOT / script], []
+    while todo:
+        path = todo.pop()
+        if path in found or not path.exists():
+            continue
+        found.append(path)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("harness"):
+                names = [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
+                todo += [ROOT / f"{name.replace('.', '/')}.py" for name in names]
+    return found
+
+
+def args_attributes(script, context):
+    """Names NAME in `args.NAME` and `self.args.NAME` of a script and what it stands on.
 
     What plan.py prints is left out: a flag that is shown must also act.
     """
     names = set()
-    for path in [ROOT / "train.py", *sorted((ROOT / "harness").glob("*.py"))]:
+    for path in standing_on(script):
         body = ast.parse(path.read_text(encoding="utf-8")).body
         if path.name == "plan.py":
-            body = [node for node in body if getattr(node, "name", None) == "load"]
-            assert body
+            acting = ("load", "preprocessing")
+            body = [node for node in body if getattr(node, "name", None) in acting]
+            assert len(body) == len(acting)
         for node in ast.walk(ast.Module(body, type_ignores=[])):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, context):
                 owner = getattr(node.value, "id", None) or getattr(node.value, "attr", None)
@@ -274,12 +293,14 @@ def args_attributes(context):
     return names
 
 
-def test_every_flag_is_read_and_none_is_written(parser):
-    names, read = declared(parser).keys(), args_attributes(ast.Load)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_read_and_none_is_written(script):
+    names = declared(build_parser(script)).keys()
+    read = args_attributes(script, ast.Load)
     assert len(names) > 40 and len(read) > 40
     assert not names - read, "declared, but never read"
     assert not read - names - {"given"}, "read, but not declared"
-    assert not args_attributes((ast.Store, ast.Del))
+    assert not args_attributes(script, (ast.Store, ast.Del))
 
 
 def test_what_a_resumed_run_may_change_is_flags(parser):
@@ -293,13 +314,14 @@ def test_every_flag_has_help_that_shows_its_default(parser):
     assert "Nesterov momentum of sgd (default: on)" in text and "(default: False)" not in text
 
 
-def test_help_answers_at_once_without_torch():
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_answers_at_once_without_torch(script):
     """Within 1.5 s on a quiet machine; a busy one gets three times that."""
     start = time.perf_counter()
-    command = [sys.executable, str(ROOT / "train.py"), "--help"]
+    command = [sys.executable, str(ROOT / script), "--help"]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert time.perf_counter() - start < 3 * 1.5
-    assert "accelerate launch train.py" in run.stdout and "--mixup_alpha" in run.stdout
+    assert f"accelerate launch {script}" in run.stdout and "--mixup_alpha" in run.stdout
 
     program = """
 import runpy, sys
@@ -309,7 +331,7 @@ try:
 except SystemExit as ended:
     print(ended.code, "torch" in sys.modules, "numpy" in sys.modules)
 """
-    command = [sys.executable, "-c", program, str(ROOT / "train.py")]
+    command = [sys.executable, "-c", program, str(ROOT / script)]
     environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.stdout == "2 False False\n", run.stderr
@@ -320,20 +342,26 @@ except SystemExit as ended:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_parses(parser, path):
-    args = parser.read(["--config", str(path)])
+def test_every_recipe_parses(path):
+    """With the script whose defaults it starts from: finetune.py's have stages."""
+    script = "finetune.py" if "stages" in yaml.safe_load(path.read_text()) else "train.py"
+    args = build_parser(script).read(["--config", str(path)])
     assert set(args.given.values()) <= {str(path)}  # one of them repeats the defaults
 
 
 def test_there_are_recipes():
-    assert {"digits", "cifar10_resnet18"} <= {path.stem for path in RECIPES}
+    assert {"digits", "cifar10_resnet18", "flowers102_resnet50"} <= {p.stem for p in RECIPES}
 
 
-def test_the_cifar10_recipe_is_the_defaults(parser):
-    args = parser.read(["--config", str(ROOT / "recipes/cifar10_resnet18.yaml")])
-    assert not args.given
-    said = yaml.safe_load((ROOT / "recipes/cifar10_resnet18.yaml").read_text())
-    assert len(said) > 20
+@pytest.mark.parametrize(
+    ("script", "recipe"), [("train.py", "cifar10_resnet18"), ("finetune.py", "flowers102_resnet50")]
+)
+def test_a_recipe_that_says_so_is_the_defaults(script, recipe):
+    """Stages have no default as flags: tests/test_stages.py compares what comes of them."""
+    path = ROOT / f"recipes/{recipe}.yaml"
+    args = build_parser(script).read(["--config", str(path)])
+    assert set(args.given) == ({"stages"} if script == "finetune.py" else set())
+    assert len(yaml.safe_load(path.read_text())) > 13
 
 
 def test_an_unquoted_no_in_a_recipe_is_the_word(read_recipe):

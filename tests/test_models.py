@@ -1,17 +1,17 @@
 """Classifiers: every family builds, runs, keeps its keys, and comes back from its JSON."""
 
 import json
-import pickle
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 import torchvision
 from torch import nn
+from torchvision.transforms.functional import normalize
 
 from harness import models
 from harness.errors import UserError
+from harness.weights import clean_state_dict, find_weights, load_state
 
 # name: (image size, the side of the last feature map before the pool at that size).
 # One of every family; the small stem up to 64 px where there is one.
@@ -59,15 +59,6 @@ def tiny(classes=7, **flags):
     return models.build_model("shufflenet_v2_x0_5", classes, image_size=32, **flags)
 
 
-def filled(model, start=1.0):
-    """The state of a model with every floating-point tensor set to a value of its own."""
-    state = model.state_dict()
-    return {
-        key: torch.full_like(v, start + i) if v.is_floating_point() else v.clone()
-        for i, (key, v) in enumerate(state.items())
-    }
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_builds_runs_and_is_rebuilt(name):
     size, side = FAMILIES[name]
@@ -94,7 +85,7 @@ def test_every_family_builds_runs_and_is_rebuilt(name):
     config = models.model_config(name, classes, size, (0.5,) * 3, (0.2,) * 3, stem=stem)
     with device_of(model):
         again = models.rebuild_model(json.loads(json.dumps(config)))
-    models.load_state(again, model.state_dict())
+    load_state(again, model.state_dict())
 
 
 def test_every_torchvision_classifier_has_a_family():
@@ -117,6 +108,8 @@ def test_small_stem_is_one_3x3_convolution_of_stride_1(name):
     assert convolution.stride > (1, 1)
     assert shapes(model).keys() <= shapes(standard).keys()  # some have auxiliary heads there
     assert models.resolve_stem(name, "auto", 65) == "standard"
+    kernel = models.family_of(name).stem_kernel
+    assert convolution.kernel_size == (kernel, kernel)
 
 
 def test_resnet18_with_the_small_stem_is_the_cifar_network():
@@ -180,7 +173,7 @@ def test_dropout_acts_in_training_only_and_changes_no_key(name):
     plain = models.build_model(name, 7, image_size=64, dropout=0.0)
     heavy = models.build_model(name, 7, image_size=64, dropout=0.9)
     assert shapes(heavy) == shapes(plain)
-    models.load_state(heavy, plain.state_dict())
+    load_state(heavy, plain.state_dict())
     images = torch.rand(3, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(plain.eval()(images), heavy.eval()(images))
@@ -216,6 +209,142 @@ def test_dropout_zeroes_a_share_of_the_heads_input():
     assert not head(torch.ones(2, head.in_features)).any()
 
 
+def kinds(module):
+    return [(type(m).__name__, getattr(m, "p", None)) for m in module]
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("resnet18", "fc: 512 → 256 → 7"),
+        ("vgg11_bn", "classifier.6: 4096 → 256 → 7"),
+        ("mobilenet_v3_small", "classifier.3: 1024 → 256 → 7"),
+        ("vit_b_16", "heads.head: 768 → 256 → 7"),
+        ("maxvit_t", "classifier.5: 512 → 256 → 7"),
+    ],
+)
+def test_an_mlp_takes_the_place_of_the_last_layer(name, line):
+    size = FAMILIES[name][0]
+    linear = shapes_only(name, image_size=size)
+    model = shapes_only(name, image_size=size, head="mlp")
+    assert models.describe(model)["head"] == line
+    where, last = models.head(model)
+    assert where == models.head(linear)[0] and last is model.get_submodule(where)
+    assert kinds(last) == [
+        ("Dropout", 0.5), ("Linear", None), ("ReLU", None), ("Dropout", 0.3), ("Linear", None)
+    ]  # fmt: skip
+    assert model(torch.zeros(2, 3, size, size, device=device_of(model))).shape == (2, 7)
+    assert {device_of(model)} == {p.device for p in model.parameters()}
+    others = {key: shape for key, shape in shapes(model).items() if not key.startswith(where)}
+    assert others.items() <= shapes(linear).items()
+    config = models.model_config(
+        name, list("abcdefg"), size, (0.5,) * 3, (0.2,) * 3, stem=models.resolve_stem(
+            name, "auto", size
+        ), head="mlp",
+    )  # fmt: skip
+    with device_of(model):
+        load_state(models.rebuild_model(json.loads(json.dumps(config))), model.state_dict())
+
+
+def test_what_an_mlp_cannot_be():
+    with pytest.raises(UserError, match="squeezenet1_1's last layer is a Conv2d"):
+        shapes_only("squeezenet1_1", image_size=64, head="mlp")
+    with pytest.raises(UserError, match="--dropout with --head mlp: resnet18 has no dropout"):
+        shapes_only("resnet18", image_size=32, head="mlp", dropout=0.3)
+    with pytest.raises(UserError, match='unknown head "mpl"'):
+        shapes_only("resnet18", image_size=32, head="mpl")
+
+
+def test_dropout_leaves_the_mlps_own():
+    model = shapes_only("mobilenet_v3_small", image_size=32, head="mlp", dropout=0.1)
+    assert [m.p for m in model.classifier.modules() if isinstance(m, nn.Dropout)] == [0.1, 0.5, 0.3]
+    model = shapes_only("resnet18", image_size=32, head="mlp", dropout=0.0)
+    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.5, 0.3]
+
+
+# -- blocks --------------------------------------------------------------------------------------
+
+
+def owners(model, found):
+    """For each parameter, in the model's order, the numbers of the blocks it is in."""
+    return {
+        name: [
+            i
+            for i, block in enumerate(found)
+            for prefix in block
+            if name == prefix or name.startswith(f"{prefix}.")
+        ]
+        for name, _ in model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [*((name, "linear") for name in FAMILIES), ("vgg11_bn", "mlp"), ("googlenet", "mlp")],
+)
+def test_blocks_hold_every_parameter_once_from_the_input_to_the_head(name, head):
+    model = shapes_only(name, image_size=FAMILIES[name][0], head=head)
+    found = models.blocks(model, name)
+    numbers = owners(model, found)
+    assert {len(number) for number in numbers.values()} == {1}
+    order = [number for [number] in numbers.values()]
+    assert order == sorted(order) and len(found) >= 5
+    assert found[-1] == (models.head(model)[0],)
+    first = next(n for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    assert numbers[f"{first}.weight"] == [0]
+    # none is of norms and biases alone
+    matrices = {numbers[key][0] for key, p in model.named_parameters() if p.ndim > 1}
+    assert matrices == set(range(len(found)))
+
+
+def steps(text, numbers):
+    return [(f"{text}.{n}",) for n in numbers]
+
+
+RESNET = [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",), ("fc",)]
+BLOCKS = {
+    "resnet50": RESNET,
+    "vit_b_16": [
+        ("class_token", "conv_proj", "encoder.pos_embedding"),
+        *[(f"encoder.layers.encoder_layer_{n}",) for n in range(11)],
+        ("encoder.layers.encoder_layer_11", "encoder.ln"),
+        ("heads.head",),
+    ],
+    "vgg16": [
+        *steps("features", (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)),
+        *steps("classifier", (0, 3, 6)),
+    ],
+    "densenet121": [
+        ("features.conv0", "features.norm0"),
+        ("features.denseblock1",),
+        ("features.transition1",),
+        ("features.denseblock2",),
+        ("features.transition2",),
+        ("features.denseblock3",),
+        ("features.transition3",),
+        ("features.denseblock4", "features.norm5"),
+        ("classifier",),
+    ],
+    "mobilenet_v3_small": [*steps("features", range(13)), *steps("classifier", (0, 3))],
+    "convnext_tiny": [
+        *steps("features", range(7)),
+        ("features.7", "classifier.0"),
+        ("classifier.2",),
+    ],
+    "swin_t": [*steps("features", range(7)), ("features.7", "norm"), ("head",)],
+    "regnet_y_400mf": [("stem",), *steps("trunk_output", ("block1", "block2", "block3", "block4")),
+                       ("fc",)],
+    "maxvit_t": [("stem",), *steps("blocks", range(3)), ("blocks.3", "classifier.2"),
+                 ("classifier.3",), ("classifier.5",)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_of(name):
+    model = shapes_only(name, image_size=FAMILIES.get(name, (32,))[0])
+    assert models.blocks(model, name) == BLOCKS[name]
+
+
 def test_initialise_says_what_it_did():
     model = tiny()
     before = model.state_dict()["conv1.0.weight"].clone()
@@ -239,166 +368,46 @@ def test_a_foreign_config_is_refused():
         models.rebuild_model(config | {"architecture": "resnet81"})
 
 
-# -- weights -------------------------------------------------------------------------------------
+def test_the_config_says_how_images_are_prepared_and_which_head():
+    facts = {"stem": "small", "crop_pct": 7 / 8, "interpolation": "bicubic"}
+    config = models.model_config("resnet18", "ab", 32, (0.5,) * 3, (0.2,) * 3, **facts)
+    cfg = config["pretrained_cfg"]
+    assert (cfg["crop_pct"], cfg["interpolation"], config["head"]) == (0.875, "bicubic", "linear")
+    plain = models.model_config("resnet18", "ab", 32, (0.5,) * 3, (0.2,) * 3, stem="small")
+    cfg = plain["pretrained_cfg"]
+    assert (cfg["crop_pct"], cfg["interpolation"]) == (1.0, "bilinear")
+    del plain["head"]  # as older folders have it
+    with torch.device("meta"):
+        assert type(models.rebuild_model(plain).fc) is nn.Linear
 
 
-class Wrapper(nn.Module):
-    """What DDP and torch.compile do to the names of a state."""
-
-    def __init__(self, module, name):
-        super().__init__()
-        self.add_module(name, module)
+class Seen(Exception):
+    """What the first convolution of a network was about to take."""
 
 
-def test_saved_names_are_the_plain_models_and_tensors_contiguous(tmp_path):
-    model = tiny().to(memory_format=torch.channels_last)
-    wrapped = Wrapper(Wrapper(model, "_orig_mod"), "module")
-    state = models.clean_state_dict(wrapped)
-    assert state.keys() == model.state_dict().keys()
-    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
-    read = models.load_weights(tmp_path)  # a run folder
-    assert all(torch.equal(read[key], value) for key, value in model.state_dict().items())
+def first_input(model, images):
+    def stop(module, inputs):
+        raise Seen(inputs[0])
+
+    next(m for m in model.modules() if isinstance(m, nn.Conv2d)).register_forward_pre_hook(stop)
+    with pytest.raises(Seen) as seen:
+        model(images)
+    return seen.value.args[0]
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-def test_load_state_knows_prefixes_on_both_sides(prefix):
-    model = tiny()
-    state = filled(model)
-    models.load_state(model, {prefix + key: value for key, value in state.items()})
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    models.load_state(Wrapper(model, "_orig_mod"), {k: v + 1 for k, v in state.items()})
-    assert all(torch.equal(value, state[key] + 1) for key, value in model.state_dict().items())
-
-
-def test_a_state_that_does_not_fit_names_keys_and_changes_nothing():
-    model = tiny()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    state = filled(model)
-    for key in [key for key in state if key.startswith("stage2.0")]:
-        del state[key]
-    state |= {"conv9.weight": torch.ones(1), "fc.weight": torch.ones(7, 3)}
-    with pytest.raises(UserError) as error:
-        models.load_state(model, state, "old.pth")
-    said = str(error.value)
-    assert said.startswith(
-        "old.pth does not fit ShuffleNetV2: missing: stage2.0.branch1.0.weight, "
-    )
-    assert "more; unexpected: conv9.weight; another shape: fc.weight (7, 3) for (7, 1024)" in said
-    assert "\n" not in said and len(said) < 300
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-def test_older_files_lack_batch_counters_and_use_older_names():
-    model = shapes_only("densenet121", image_size=32)
-    old = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
-    for word in ("norm", "conv"):
-        for i in "12":
-            old = {k.replace(f".{word}{i}.", f".{word}.{i}."): v for k, v in old.items()}
-    assert "features.denseblock1.denselayer1.norm.1.weight" in old
-    models.load_state(model, old)
-    model = shapes_only("vit_b_16", image_size=32)
-    old = {
-        k.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2."): v
-        for k, v in model.state_dict().items()
-    }
-    assert old.keys() != model.state_dict().keys()
-    models.load_state(model, old)
-
-
-class Hostile:
-    """An object whose unpickling writes a file."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return Path.touch, (self.marker,)
-
-
-def test_a_hostile_file_is_refused_and_nothing_in_it_runs(tmp_path, monkeypatch):
-    marker = tmp_path / "executed"
-    pickle.loads(pickle.dumps(Hostile(marker)))
-    assert marker.exists()  # it would
-    marker.unlink()
-    torch.save({"fc.weight": Hostile(marker)}, tmp_path / "zip.pth")
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Hostile(marker), protocol=2))
-    for name in ("zip.pth", "plain.pth"):
-        with pytest.raises(UserError, match=f"{name}.*nothing in it was run") as error:
-            models.load_weights(tmp_path / name)
-        assert "\n" not in str(error.value)
-    # And in torchvision's cache, whose files torch.hub would by default unpickle freely.
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    cached = tmp_path / "hub/checkpoints/resnet18-f37072fd.pth"
-    cached.parent.mkdir(parents=True)
-    torch.save({"fc.weight": Hostile(marker)}, cached)
-    with pytest.raises(UserError, match="could not be loaded"):
-        models.resolve_weights("IMAGENET1K_V1", "resnet18")
-    assert not marker.exists()
-
-
-def test_bad_weight_files_are_named(tmp_path):
-    (tmp_path / "torn.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
-    (tmp_path / "torn.pth").write_bytes(b"PK\x03\x04 no")
-    (tmp_path / "notes.txt").write_text("hello")
-    torch.save([torch.ones(2)], tmp_path / "list.pth")
-    torch.save({0: torch.ones(2)}, tmp_path / "numbered.pth")
-    (tmp_path / "empty").mkdir()
-    names = "torn.safetensors torn.pth notes.txt list.pth numbered.pth empty absent.pth"
-    for name in names.split():
-        with pytest.raises(UserError, match=name) as error:
-            models.load_weights(tmp_path / name)
-        assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("nested", [None, "state_dict", "model"])
-def test_a_pth_file_of_tensors_is_read(tmp_path, nested):
-    state = {"fc.weight": torch.arange(6.0).reshape(2, 3)}
-    torch.save(state if nested is None else {nested: state, "epoch": 3}, tmp_path / "w.pth")
-    assert torch.equal(models.load_weights(tmp_path / "w.pth")["fc.weight"], state["fc.weight"])
-
-
-def test_a_head_of_another_size_is_replaced_and_said(tmp_path):
-    other = tiny(5)
-    path = tmp_path / "model.safetensors"
-    safetensors.torch.save_file(filled(other), path)
-    model = tiny(7)
-    new = model.fc.weight.clone()
-    said = models.load_pretrained(model, str(tmp_path), "shufflenet_v2_x0_5")
-    assert said == f"weights {tmp_path}; head fc is new: 5 classes there, 7 here"
-    assert torch.equal(model.fc.weight, new)
-    assert model.conv1[0].weight.unique().item() == 1.0
-    assert models.load_pretrained(tiny(5), str(path), "shufflenet_v2_x0_5") == f"weights {path}"
-    assert models.load_pretrained(model, "none", "shufflenet_v2_x0_5") == "no pretrained weights"
-    with pytest.raises(UserError, match="another shape"):
-        wider = models.build_model("shufflenet_v2_x1_0", 7, image_size=32)
-        models.load_pretrained(wider, str(path), "shufflenet_v2_x1_0")
-
-
-def test_published_weights_come_from_torchvisions_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    name = "googlenet"
-    file = Path(torchvision.models.GoogLeNet_Weights.IMAGENET1K_V1.url).name
-    (tmp_path / "hub/checkpoints").mkdir(parents=True)
-    published = torchvision.models.googlenet(num_classes=1000, init_weights=False)
-    torch.save(filled(published), tmp_path / "hub/checkpoints" / file)
-    model = models.build_model(name, 7, image_size=224)
-    said = models.load_pretrained(model, "default", name)
-    assert said.startswith("weights GoogLeNet_Weights.IMAGENET1K_V1; head fc is new: 1000 classes")
-    assert model.conv1.conv.weight.unique().item() == 1.0
-
-
-def test_weights_that_are_not_there(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(UserError, match="IMAGENET1K_V9, did you mean"):
-        models.resolve_weights("IMAGENET1K_V9", "resnet50")
-
-    def no_network(*args, **kwargs):
-        raise OSError("Network is unreachable")
-
-    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
-    with pytest.raises(UserError, match=r"ResNet18_Weights\.IMAGENET1K_V1.*unreachable") as error:
-        models.resolve_weights("default", "resnet18")
-    assert str(tmp_path / "hub/checkpoints/resnet18-f37072fd.pth") in str(error.value)
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_published_weights_that_expect_other_colours_than_their_metadata_says(name):
+    """torchvision's own model, as its builder makes it for published weights, on its transforms."""
+    images = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    published = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    with torch.device("meta"):
+        theirs = torchvision.models.get_model(name, transform_input=True, init_weights=False)
+        ours = models.build_model(name, 7, image_size=96, stem="standard")
+    normalised = normalize(images, published.mean, published.std)
+    expected = first_input(theirs, normalised)
+    mean, std = models.family_of(name).colours
+    torch.testing.assert_close(first_input(ours, normalize(images, mean, std)), expected)
+    assert not torch.allclose(normalised, expected, atol=0.1)
 
 
 # -- timm ----------------------------------------------------------------------------------------
@@ -414,14 +423,55 @@ def test_timm_models_by_name_at_their_size():
     model = models.build_model("vit_tiny_patch16_224", 7, image_size=48)
     assert model(torch.zeros(2, 3, 48, 48)).shape == (2, 7)
     with pytest.raises(UserError, match="timm's resnet10t takes a run folder or a file"):
-        models.load_pretrained(model, "default", "resnet10t")
+        find_weights("default", "resnet10t")
     with pytest.raises(UserError, match="timm's resnet10t has none"):
         models.build_model("resnet10t", 7, image_size=32, stem="small")
+    assert models.resolve_stem("mixer_s32_224", "auto", 32) == "standard"
     facts = {"stem": "standard", "library": "timm"}
     config = models.model_config(
         "vit_tiny_patch16_224", "abcdefg", 48, (0.5,) * 3, (0.2,) * 3, **facts
     )
-    models.load_state(models.rebuild_model(config), model.state_dict())
+    load_state(models.rebuild_model(config), model.state_dict())
+
+
+TIMM_BLOCKS = {
+    "resnet10t": RESNET,
+    "vit_tiny_patch16_224": [
+        ("cls_token", "pos_embed", "patch_embed"),
+        *steps("blocks", range(11)),
+        ("blocks.11", "norm"),
+        ("head",),
+    ],
+    "convnext_atto": [
+        ("stem",),
+        *steps("stages", range(3)),
+        ("stages.3", "head.norm"),
+        ("head.fc",),
+    ],
+    "mobilenetv3_small_050": [
+        ("conv_stem", "bn1"),
+        *steps("blocks", range(6)),
+        ("conv_head",),
+        ("classifier",),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", TIMM_BLOCKS)
+def test_blocks_of_timms(name):
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=7)
+    found = models.blocks(model, name)
+    assert found == TIMM_BLOCKS[name]
+    assert all(len(number) == 1 for number in owners(model, found).values())
+
+
+def test_an_mlp_in_timms_model():
+    pytest.importorskip("timm")
+    model = models.build_model("convnext_atto", 7, image_size=32, head="mlp")
+    assert models.describe(model)["head"] == "head.fc: 320 → 256 → 7"
+    assert models.blocks(model, "convnext_atto") == TIMM_BLOCKS["convnext_atto"]
 
 
 def test_timm_loads_a_standard_resnet_from_its_folder(tmp_path):
@@ -430,7 +480,7 @@ def test_timm_loads_a_standard_resnet_from_its_folder(tmp_path):
     config = models.model_config(
         "resnet18", "abcdefg", 64, (0.5,) * 3, (0.2,) * 3, stem="standard", dropout=0.2
     )
-    safetensors.torch.save_file(models.clean_state_dict(model), tmp_path / "model.safetensors")
+    safetensors.torch.save_file(clean_state_dict(model), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
     theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     images = torch.rand(2, 3, 64, 64)

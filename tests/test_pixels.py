@@ -154,6 +154,14 @@ def test_resizing_equals_torchvisions_resize_and_centre_crop(shape):
     np.testing.assert_array_equal(decode(encode(image), 8), reference.numpy())
 
 
+@pytest.mark.parametrize("name", ["nearest", "bilinear", "bicubic", "lanczos"])
+def test_the_filter_is_the_one_that_is_named(name):
+    image = Image.fromarray(noise(21, 21, 3))
+    reference = v2.Compose([v2.Resize(8, v2.InterpolationMode(name)), v2.PILToTensor()])(image)
+    decoded = decode_image(io.BytesIO(encode(image)), 8, name)
+    np.testing.assert_array_equal(decoded, reference.numpy())
+
+
 def test_a_large_jpeg_is_reduced_without_visible_change():
     smooth = Image.fromarray(noise(12, 20, 3)).resize((400, 240), Image.Resampling.BICUBIC)
     encoded = encode(smooth, "jpeg", quality=95)
@@ -194,15 +202,18 @@ def test_the_second_start_does_not_decode(cache, monkeypatch):
     assert torch.equal(decode_split(split, "picture", 4, name="train"), first)
 
 
-def test_another_size_selection_or_version_is_another_file(cache, monkeypatch):
+def test_another_size_selection_filter_or_version_is_another_file(cache, monkeypatch):
     split = noisy_split(5)
     decode_split(split, "picture", 4, name="train")
     decode_split(split, "picture", 3, name="train")
     part = decode_split(split.select([3, 1]), "picture", 4, name="train")
     np.testing.assert_array_equal(part[0].numpy(), noise(4, 4, 3, seed=3).transpose(2, 0, 1))
+    bilinear = decode_split(split, "picture", 3, name="train", interpolation="bilinear")
+    bicubic = decode_split(split, "picture", 3, name="train", interpolation="bicubic")
+    assert not torch.equal(bilinear, bicubic)
     monkeypatch.setattr(pixels, "DECODE_VERSION", pixels.DECODE_VERSION + 1)
     decode_split(split, "picture", 4, name="train")
-    assert len(list(cache.glob("*.npy"))) == 4
+    assert len(list(cache.glob("*.npy"))) == 5
 
 
 @pytest.mark.parametrize("damage", ["cut short", "empty", "junk", "other shape"])
@@ -257,6 +268,12 @@ def test_the_path_of_an_unreadable_image_is_named(tmp_path):
     )
     with pytest.raises(UserError, match=r"image 0 of split 'train' \(.*cat.png\)"):
         decode_split(split, "picture", 2, name="train")
+
+
+def test_an_unknown_filter_is_named(cache):
+    with pytest.raises(UserError, match=r'"bicubik", did you mean "bicubic".*lanczos'):
+        decode_split(noisy_split(1), "picture", 4, name="train", interpolation="bicubik")
+    assert not cache.exists()
 
 
 def test_no_room_names_the_file_and_the_bytes(cache, monkeypatch):

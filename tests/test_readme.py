@@ -16,12 +16,15 @@ BASH = [
     for line in block.splitlines()
     if line.strip()
 ]
+SCRIPTS = {path.name for path in smallruns.ROOT.glob("*.py")}
 LAUNCHES = [line for line in BASH if line.startswith("accelerate launch")]
 
 
 def test_there_are_commands():
     assert len(LAUNCHES) >= 12
-    assert {line for line in BASH if line not in LAUNCHES} == {"make demo", "make test"}
+    others = {line for line in BASH if line not in LAUNCHES}
+    assert others == {"make demo", "make test", "make flowers"}
+    assert {parsed(line).training_script for line in LAUNCHES} == SCRIPTS
 
 
 def parsed(line):
@@ -35,18 +38,21 @@ def test_the_launcher_knows_every_command():
 
     for line in LAUNCHES:
         launch = parsed(line)
-        assert launch.training_script == "train.py"
+        assert launch.training_script in SCRIPTS
         if launch.config_file:
             load_config_from_file(str(smallruns.ROOT / launch.config_file))
 
 
 @pytest.mark.parametrize(
-    "argv", sorted({" ".join(parsed(c).training_script_args) for c in LAUNCHES})
+    ("script", "argv"),
+    sorted({(p.training_script, " ".join(p.training_script_args)) for p in map(parsed, LAUNCHES)}),
 )
-def test_the_script_runs_with_the_flags_of_every_command(argv, tmp_path, monkeypatch):
-    """Two steps of it, on data and a network that are at hand."""
+def test_the_script_runs_with_the_flags_of_every_command(script, argv, tmp_path, monkeypatch):
+    """Three steps of it, on data and a network that are at hand."""
     monkeypatch.chdir(smallruns.ROOT)
-    _, status = smallruns.train(tmp_path, argv=shlex.split(argv), max_steps=2)
+    more = {"stages": None} if script == "finetune.py" else {}
+    run = smallruns.finetune if script == "finetune.py" else smallruns.train
+    _, status = run(tmp_path, argv=shlex.split(argv), max_steps=3, **more)
     assert status == 0
 
 

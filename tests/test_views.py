@@ -1,14 +1,20 @@
 """Views and batches: the same numbers from (seed, step), however the work is shared."""
 
+import io
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
+from PIL import Image
+from torchvision.transforms.functional import center_crop, normalize, resized_crop
 
 from harness.counters import generator
 from harness.flags import AUGMENTS
+from harness.pixels import decode_image
 from harness.views import Part, Samples, Views, _cut, draw_mixing, train_batches
+from harness.weights import find_weights, stored_size
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -20,9 +26,9 @@ def make_views(augment="randaugment", **changes):
     return Views(SIZE, MEAN, STD, augment=augment, **{**settings, **changes})
 
 
-def random_images(n, seed=0):
+def random_images(n, seed=0, size=SIZE):
     rng = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (n, 3, SIZE, SIZE), generator=rng, dtype=torch.uint8)
+    return torch.randint(0, 256, (n, 3, size, size), generator=rng, dtype=torch.uint8)
 
 
 def same(one, other):
@@ -58,6 +64,9 @@ def test_draws_are_a_function_of_seed_and_step(augment):
         ("autoaugment", {"flip_prob": 0}, {"crop", "ops", "erasing"}),
         ("randaugment", {"padding": 0}, {"flip", "ops", "erasing"}),
         ("trivialaugment", {}, {"crop", "flip", "ops", "erasing"}),
+        ("basic", {"crop_scale": 0.35}, {"resized", "flip", "erasing"}),
+        ("randaugment", {"crop_scale": 0.35, "padding": 0}, {"resized", "flip", "ops", "erasing"}),
+        ("none", {"crop_scale": 0.35}, {"erasing"}),
     ],
 )
 def test_only_what_is_switched_on_is_drawn(augment, changes, names):
@@ -67,9 +76,17 @@ def test_only_what_is_switched_on_is_drawn(augment, changes, names):
     assert set(lengths) <= {BATCH}
 
 
-@pytest.mark.parametrize("augment", AUGMENTS)
-def test_views_of_parts_are_parts_of_the_views(augment):
-    views, images = make_views(augment, flip_prob=0.3, erasing=0.5), random_images(BATCH)
+LARGER = {"stored": 17, "crop_scale": 0.35}
+
+
+@pytest.mark.parametrize(
+    ("augment", "changes"),
+    [*((word, {}) for word in AUGMENTS), ("basic", LARGER), ("randaugment", LARGER),
+     ("basic", {"stored": 17}), ("none", LARGER)],
+)  # fmt: skip
+def test_views_of_parts_are_parts_of_the_views(augment, changes):
+    views = make_views(augment, flip_prob=0.3, erasing=0.5, **changes)
+    images = random_images(BATCH, size=changes.get("stored", SIZE))
     draw = views.draw(BATCH, generator(42, "views", 3))
     whole = views.train(images, draw)
     assert not torch.equal(whole, views.evaluation(images))
@@ -88,6 +105,94 @@ def test_what_the_network_takes(augment):
     assert batch.shape == (5, 3, SIZE, SIZE) and batch.dtype == torch.float32
     assert batch.is_contiguous(memory_format=torch.channels_last) and batch.isfinite().all()
     assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("changes", [LARGER, {"stored": 17}, {"crop_scale": 0.35}])
+@pytest.mark.parametrize("augment", AUGMENTS)
+def test_what_the_network_takes_of_larger_images(augment, changes):
+    views = make_views(augment, **changes)
+    images = random_images(5, size=changes.get("stored", SIZE))
+    before = images.clone()
+    for batch in (
+        views.train(images, views.draw(5, generator(0, "views", 0))),
+        views.evaluation(images),
+    ):
+        assert batch.shape == (5, 3, SIZE, SIZE) and batch.dtype == torch.float32
+        assert batch.is_contiguous(memory_format=torch.channels_last) and batch.isfinite().all()
+    assert torch.equal(images, before)
+
+
+def as_pixels(images):
+    """What `Views.train` makes of uint8 images that nothing else is done to."""
+    return normalize(images.float() / 255, MEAN, STD)
+
+
+def test_a_random_resized_crop_is_torchvisions_of_the_same_box():
+    views, images = make_views("basic", flip_prob=0, erasing=0, **LARGER), random_images(64, 1, 17)
+    draw = views.draw(64, generator(0, "views", 0))
+    batch = views.to_pixels(views.train(images, draw))
+    for image, box, view in zip(images, draw["resized"].tolist(), batch, strict=True):
+        top, left, height, width = box
+        assert 0 <= top <= 17 - height and 0 <= left <= 17 - width
+        assert height * width / 17**2 > 0.35 - 0.06  # whole pixels: √0.35 · 17 is 10.06 a side
+        expected = resized_crop(image, *box, [SIZE, SIZE], antialias=True)
+        assert (view.int() - expected.int()).abs().max() <= 1  # it rounds twice
+    assert len(draw["resized"].unique(dim=0)) > 50
+
+
+@pytest.mark.parametrize("stored", range(SIZE, SIZE + 6))
+def test_without_a_resized_crop_the_centre_is_taken(stored):
+    images = random_images(5, size=stored)
+    centre = center_crop(images, [SIZE, SIZE])
+    views, whole = make_views("basic", stored=stored), make_views("basic")
+    torch.testing.assert_close(views.evaluation(images), as_pixels(centre))
+    assert torch.equal(views.evaluation(images), whole.evaluation(centre))
+    draw = views.draw(5, generator(0, "views", 0))
+    assert same(draw, whole.draw(5, generator(0, "views", 0)))
+    assert torch.equal(views.train(images, draw), whole.train(centre, draw))
+    plain = make_views("none", stored=stored, crop_scale=0.35, erasing=0)
+    assert torch.equal(plain.train(images, {}), views.evaluation(images))
+
+
+def test_fewer_pixels_stored_than_seen_are_refused():
+    with pytest.raises(ValueError, match="at least the size, 12, got 11"):
+        make_views(stored=11)
+
+
+@pytest.mark.parametrize(
+    ("name", "resized", "filter_name"),
+    [("resnet50", 232, "bilinear"), ("efficientnet_b0", 256, "bicubic")],
+)
+@pytest.mark.parametrize(
+    ("shape", "detail", "tolerance"),
+    [((300, 400), 150, 2), ((400, 300), 150, 2), ((2, 3), 1, 0), ((3, 2), 1, 0)],
+)
+def test_evaluation_is_torchvisions_own_preprocessing(
+    name, resized, filter_name, shape, detail, tolerance, monkeypatch
+):
+    """Decoded at the stored size, then the evaluation view: of random values `detail` px apart.
+
+    torchvision rounds the longer side and its crop to whole pixels, which ours does not, so of
+    300×400 the two lie part of a pixel apart. Where the sides divide (2×3 stands for twice and
+    three times the resized side), all is equal.
+    """
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", lambda *a, **k: {})
+    look = find_weights("default", name).preprocessing
+    assert (stored_size(look), look.size, look.interpolation) == (resized, 224, filter_name)
+    height, width = (side * resized if side < 10 else side for side in shape)
+    rough = random_images(1, size=800)[0, :, : height // detail, : width // detail]
+    photo = Image.fromarray((rough // 2 + 64).permute(1, 2, 0).numpy())
+    photo = photo.resize((width, height), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    photo.save(file, "png")
+    pixels = torch.from_numpy(decode_image(file, stored_size(look), look.interpolation))
+    views = Views(look.size, look.mean, look.std, augment="none", padding=0, flip_prob=0, ops=1,
+                  erasing=0, magnitude=0, stored=stored_size(look))  # fmt: skip
+    [view] = views.evaluation(pixels.unsqueeze(0))
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    expected = weights.transforms()(photo)
+    levels = (view - expected).abs() * torch.tensor(look.std).view(-1, 1, 1) * 255
+    assert expected.std() > 0.2 and levels.max().round() <= tolerance
 
 
 def test_to_pixels_undoes_the_normalisation_exactly():

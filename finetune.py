@@ -1,0 +1,232 @@
+"""Fine-tune a pretrained image classifier.
+
+accelerate launch finetune.py                                     Flowers102, ResNet-50, in three stages
+accelerate launch finetune.py --strategy feature_extraction       a new head on the frozen network
+accelerate launch finetune.py --strategy auto --dataset path/to/folder
+accelerate launch finetune.py --weights runs/cifar10-resnet18-s42 --model resnet18 --dataset cifar100
+accelerate launch finetune.py --dry_run                           what trains when, at which rate
+accelerate launch finetune.py --resume_from_checkpoint auto       continue in the middle of any stage
+"""
+
+from harness import flags
+
+
+def read_flags(argv=None):
+    parser = flags.Parser(__doc__)
+    flags.data_flags(parser, dataset="flowers102")
+    flags.model_flags(parser, model="resnet50")
+    flags.transfer_flags(parser)
+    flags.optimization_flags(parser)
+    flags.augmentation_flags(parser)
+    flags.running_flags(parser)
+    flags.output_flags(parser, project="image-classification")
+    parser.set_defaults(
+        weights="default", epochs=None, batch_size=32, optimizer="adamw", lr=None,
+        weight_decay=0.01, warmup_epochs=1.0, ema_decay=0.99, crop_scale=0.35, random_erasing=0.0,
+        mix_prob=0.0, logging_steps=10,
+    )  # fmt: skip
+    return parser.read(argv)
+
+
+if __name__ == "__main__":  # before torch is imported: --help and a mistyped flag answer at once
+    args = read_flags()
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from harness import features, models, plan
+from harness import stages as staging
+from harness.counters import generator
+from harness.folder import check_folder
+from harness.launch import make_accelerator, script
+from harness.pictures import save_train_batch
+from harness.run import Run, check_batch
+from harness.scoring import evaluate, score
+from harness.views import Views, decode_splits, draw_mixing, train_batches
+from harness.weights import find_weights, load_pretrained, stored_size
+from tricks.ema import ModelEma
+from tricks.freeze import frozen_digest, unfreeze
+from tricks.label_smoothing import smooth_labels, soft_cross_entropy
+from tricks.lr_groups import check_groups
+from tricks.schedule import set_lr, warmup_cosine
+
+
+def main(args):
+    accelerator, machine = make_accelerator(
+        args.mixed_precision, args.gradient_accumulation_steps, args.threads, args.seed
+    )
+    device, first = accelerator.device, accelerator.is_local_main_process
+    folder = check_folder(args)
+
+    # data, and how the weights want to see it
+    data = plan.load(args)
+    pretrained = find_weights(args.weights, args.model, args.stem)
+    look = plan.preprocessing(args, data, pretrained)
+    stem = models.resolve_stem(args.model, pretrained.stem or args.stem, look.size)
+    own = [{**vars(args), **stage} for stage in args.stages or [{}]]
+    mixing = any(s["mix_prob"] and (s["mixup_alpha"] or s["cutmix_alpha"]) for s in own)
+    check_batch(args, accelerator.num_processes, len(data.train), mixing)
+    per_epoch = len(data.train) // args.batch_size
+
+    # model: a new head on loaded weights
+    model = models.build_model(
+        args.model, len(data.classes), image_size=look.size, stem=stem, dropout=args.dropout,
+        head=args.head,
+    )  # fmt: skip
+    how = "own" if args.init == "auto" and pretrained.state else args.init
+    initialised = models.initialise(model, how, generator(args.seed, "init"))
+    loaded = load_pretrained(model, pretrained, data.classes)
+    model.to(device, memory_format=torch.channels_last)
+
+    # strategy: a list of stages, each a function of the optimizer step
+    def decode():
+        with accelerator.local_main_process_first():
+            return decode_splits(
+                data, stored_size(look), interpolation=look.interpolation, progress=first
+            )
+
+    strategy, reason, splits, known = args.strategy, "as asked", None, {}
+    if strategy == "auto":
+        splits = decode()
+        views = make_views(args, look)
+        strategy, reason = features.choose(
+            accelerator, model, splits, views, len(data.classes), args.seed, known
+        )
+    blocks = models.blocks(model, args.model)
+    stages = staging.make_stages(args, strategy, model, blocks, per_epoch)
+    total = stages[-1].end
+    cached = [stage.name for stage in stages if features.serves(stage, model, look.size)]
+
+    machine |= {"weights": f"{loaded} (else init {initialised})"}
+    rows = {"strategy": f"{strategy}: {reason}", "lr": f"{args.optimizer}: see the stages"}
+    accelerator.print(plan.text(args, machine, data, model, look, total, rows))
+    accelerator.print(staging.table(model, stages, per_epoch, cached))
+    if args.dry_run:
+        return
+    splits = splits or decode()
+    ema = ModelEma(model, args.ema_decay) if args.ema_decay else None
+
+    # one optimizer for all stages: each gives it other groups
+    unfreeze(model)
+    fused = True if device.type == "cuda" and accelerator.scaler is None else None
+    if args.optimizer == "sgd":
+        nesterov = args.nesterov and args.momentum > 0
+        optimizer = torch.optim.SGD(
+            model.parameters(), 1.0, args.momentum, nesterov=nesterov, fused=fused
+        )
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), 1.0, (args.momentum, 0.999), fused=fused)
+    optimizer = accelerator.prepare(optimizer)
+    identity = plan.identity(data, look) | {
+        "strategy": strategy, "stages": [[s.name, s.rates, s.start, s.end] for s in stages]
+    }  # fmt: skip
+    run = Run(
+        args, accelerator, folder, model, optimizer, ema, total=total, per_epoch=per_epoch,
+        config=plan.result_config(args, data, look, stem, "finetune", args.head),
+        identity=identity,
+    )  # fmt: skip
+
+    for stage in stages:
+        if run.step < stage.end:
+            train_stage(run, stage, optimizer, splits, look, data.classes, known)
+        else:
+            known.clear()  # what the probe found does not hold after a stage
+
+    def test_result():
+        views = make_views(args, look)
+        return evaluate(accelerator, run.module, splits["test"], views.evaluation)
+
+    facts = {
+        "strategy": strategy,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": staging.trained_parameters(model, stages),
+    }
+    summary = run.finish(test_result if "test" in splits else None, facts)
+    accelerator.print(plan.closing(summary, folder, run.tracking.line))
+
+
+def make_views(args, look):
+    return Views(
+        look.size, look.mean, look.std, augment=args.augment, flip_prob=args.flip_prob,
+        padding=look.size // 8 if args.crop_padding is None else args.crop_padding,
+        erasing=args.random_erasing, ops=args.randaugment_ops,
+        magnitude=args.randaugment_magnitude, stored=stored_size(look), crop_scale=args.crop_scale,
+    )  # fmt: skip
+
+
+def train_stage(run, stage, optimizer, splits, look, classes, known):
+    """Train what the stage trains, on images, or on kept features where only the head trains.
+
+    known: features kept so far, by split and view; they hold until another part has trained.
+    """
+    accelerator, args, model = run.accelerator, stage.args, run.module
+    run.stage = stage.name
+    staging.set_groups(optimizer.optimizer, staging.enter(model, stage))
+    check_groups(model, optimizer.param_groups)
+    frozen = frozen_digest(model)
+    views, network, changing = make_views(args, look), model, None
+    cached = features.serves(stage, model, look.size)
+    if cached:
+        if run.wants_picture():
+            view = min(1, args.views - 1)
+            images, labels = features.view_batch(splits["train"], views, 0, view, args.seed)
+            targets = F.one_hot(labels, len(classes))
+            save_train_batch(run.picture, views.to_pixels(images), targets, classes)
+        network = features.cut_at_head(model).tail
+        splits = features.extract_splits(accelerator, model, splits, views, args, known)
+        views = features.CachedViews(args.views)
+        changing = {name for name, p in model.named_parameters() if p.requires_grad}
+    else:
+        known.clear()
+    # DDP looks at what requires a gradient when it wraps, so every stage wraps anew. In a shell,
+    # because Accelerate marks what it has prepared and passes it by the next time
+    wrapped = accelerator.prepare(torch.nn.Sequential(network))
+    batches = train_batches(
+        splits["train"], views, accelerator, batch_size=args.batch_size, seed=args.seed,
+        accumulation=args.gradient_accumulation_steps, total_steps=stage.end,
+    )  # fmt: skip
+
+    def evaluate_epoch():
+        split = "val" if "val" in splits else "test"
+        if split not in splits:
+            return {}
+
+        def once():
+            return evaluate(accelerator, network, splits[split], views.evaluation)
+
+        return {f"{split}/{name}": value for name, value in score(model, run.ema, once).items()}
+
+    for step, batch in run.steps(batches, evaluate_epoch, spacing=30 if cached else 0):
+        set_lr(optimizer, warmup_cosine(step - stage.start, stage.end - stage.start, stage.warmup))
+        mix = draw_mixing(
+            args.mixup_alpha, args.cutmix_alpha, 0 if cached else args.mix_prob, look.size,
+            generator(args.seed, "mixing", step),
+        )  # fmt: skip
+        for part in batch:  # one, unless gradients are accumulated
+            with accelerator.accumulate(wrapped):
+                images = views.train(part.images, part.draw)
+                targets = F.one_hot(part.labels, len(classes)).float()
+                images, targets = mix(images, targets)
+                logits = wrapped(images)
+                loss = soft_cross_entropy(logits, smooth_labels(targets, args.label_smoothing))
+                accelerator.backward(loss)
+            # how much of its target each prediction hits: accuracy weighted by λ
+            run.count(loss, targets.gather(1, logits.argmax(1, keepdim=True)).mean())
+            if not cached and run.wants_picture():
+                save_train_batch(run.picture, views.to_pixels(images), targets, classes)
+        norm = accelerator.clip_grad_norm_(network.parameters(), args.clip_grad_norm or math.inf)
+        run.agree(norm)  # a non-finite number on any process stops all, before the update
+        optimizer.step()
+        optimizer.zero_grad()
+        if run.ema and not accelerator.optimizer_step_was_skipped:
+            run.ema.update(model, step, changing)
+        if (step + 1) % run.steps_per_epoch == 0 or step + 1 == stage.end:
+            staging.check_frozen(model, frozen, stage)
+    accelerator._models.clear()  # the wrapper's buckets of gradients can go
+
+
+if __name__ == "__main__":
+    with script("finetune.py"):
+        main(args)

@@ -1,0 +1,271 @@
+"""Features of the frozen part, computed once: what a head that trains alone learns from.
+
+Where only the head trains, the rest of the network gives the same output for the same pixels every
+time. So each image's features are computed for a few augmented views, and every epoch draws one of
+them for every image.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torchvision.ops import StochasticDepth
+from accelerate.utils import broadcast_object_list
+from tqdm.auto import tqdm
+
+from harness.counters import generator
+from harness.data import stratified_order
+from harness.errors import UserError
+from harness.models import DropoutLinear, head
+from harness.scoring import batch_starts
+from harness.stages import choose_strategy, enter
+from harness.views import Samples
+
+PROBE_IMAGES = 5000  # train images that the probe is fitted to at most
+PROBE_HELD_OUT = 0.2  # of them, to score it where there is no validation split
+
+
+class Cut(NamedTuple):
+    """Where a network is cut: `tail` maps to logits what `entry`, its first module, receives."""
+
+    entry: nn.Module
+    tail: nn.Module
+
+
+class CachedViews:
+    """In the place of `harness.views.Views` for samples that are features (n, views, ...)."""
+
+    def __init__(self, views):
+        self.views = views
+
+    def draw(self, n, rng):
+        """Draw which view each of n samples shows."""
+        return {"view": torch.randint(self.views, (n,), generator=rng)}
+
+    def train(self, features, draw):
+        """The drawn view of each sample (n, ...)."""
+        view = draw["view"].to(features.device, non_blocking=True)
+        return features[torch.arange(len(features), device=features.device), view]
+
+    def evaluation(self, features):
+        """The first view, which is not augmented."""
+        return features[:, 0]
+
+
+def cut_at_head(model) -> Cut:
+    """The head with the parameter-free layers before it (dropout, flatten), and what leads there."""
+    name, last = head(model)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if type(parent) is not nn.Sequential:
+        return Cut(last, last)
+    children = list(parent)
+    first = children.index(last)
+    while first and not any(True for _ in children[first - 1].parameters()):
+        first -= 1
+    return Cut(children[first], nn.Sequential(*children[first:]))
+
+
+@torch.no_grad()
+def can_cache(model, size, cut) -> bool:
+    """Whether, with the model's present modes, its logits are `cut.tail` of constant features.
+
+    Not so where something outside the tail trains, draws at random or adapts, or where the
+    network goes on after its head (squeezenet).
+    """
+    inside = {id(module) for module in cut.tail.modules()}
+    for module in model.modules():
+        random = isinstance(module, _DropoutNd | StochasticDepth | DropoutLinear) and module.p
+        if (
+            id(module) not in inside
+            and module.training
+            and (random or isinstance(module, _BatchNorm))
+        ):
+            return False
+    trained = {id(p) for p in cut.tail.parameters()}
+    if any(p.requires_grad and id(p) not in trained for p in model.parameters()):
+        return False
+    device = next(model.parameters()).device
+    image = torch.linspace(-1, 1, 3 * size * size, device=device).view(1, 3, size, size)
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = False
+    logits, features = _run(model, image, cut)
+    again = cut.tail(features)
+    for module, training in modes:
+        module.training = training
+    return again.shape == logits.shape and torch.equal(again, logits)
+
+
+def serves(stage, model, size) -> bool:
+    """Whether the stage trains on kept features. Leaves the model in that stage."""
+    enter(model, stage)
+    return bool(stage.args.views) and can_cache(model, size, cut_at_head(model))
+
+
+def extract_splits(accelerator, model, splits, views, args, known):
+    """{role: Samples of features} of train (args.views views) and what the epochs evaluate."""
+    evaluated = "val" if "val" in splits else "test"
+    wanted = {"train": args.views, evaluated: 1}
+    return {
+        role: extract(accelerator, model, splits[role], views, number, args.seed, known, role)
+        for role, number in wanted.items()
+        if role in splits
+    }
+
+
+def view_batch(samples, views, start, view, seed, device="cpu"):
+    """The evaluation batch that starts at `start` as view `view` shows it, and its labels."""
+    step, total = batch_starts(samples).step, len(samples.labels)
+    index = torch.arange(start, min(start + step, total))
+    images, labels = samples.take(index, torch.device(device))
+    if view == 0:
+        return views.evaluation(images), labels
+    draw = views.draw(len(index), generator(seed, "features", view, start))
+    return views.train(images, draw), labels
+
+
+@torch.no_grad()
+def extract(accelerator, model, samples, views, number, seed, known, name):
+    """Samples whose "pixels" are features (n, number, ...): view 0 as in evaluation, others drawn.
+
+    model: the unwrapped module, its frozen part in eval mode. samples, views: harness.views.
+    known: a dict {(name, view): features} that is read and added to, so that nothing is computed
+    twice. The batches are dealt to the processes, and all get all of them.
+
+    Raises UserError where the features would take more than half of the memory left.
+    """
+    starts, total = batch_starts(samples), len(samples.labels)
+    cut, progress = cut_at_head(model), accelerator.is_local_main_process
+    todo = [view for view in range(number) if (name, view) not in known]
+    bar = tqdm(
+        total=total * len(todo), desc=f"features of {name}", unit=" images", delay=1, leave=False,
+        disable=not progress,
+    )  # fmt: skip
+    for view in todo:
+        features = None
+        for k in range(accelerator.process_index, len(starts), accelerator.num_processes):
+            images, _ = view_batch(samples, views, starts[k], view, seed, accelerator.device)
+            with accelerator.autocast():
+                _, found = _run(model, images, cut)
+            if features is None:
+                _check_memory(total * number, found[0])
+                features = found.new_zeros(total, *found.shape[1:], device="cpu")
+            features[starts[k] : starts[k] + len(found)] = found.cpu()
+            bar.update(min(len(found) * accelerator.num_processes, bar.total - bar.n))
+        known[name, view] = _from_all(accelerator, features)
+    bar.close()
+    stacked = torch.stack([known[name, view] for view in range(number)], dim=1)
+    return Samples(stacked, torch.arange(total), samples.labels)
+
+
+def _check_memory(number, one):
+    wanted, free = number * one.numel() * one.element_size(), psutil.virtual_memory().available
+    if wanted > free / 2:
+        raise UserError(
+            f"the features of {number:,} views would take {wanted / 2**30:.1f} GiB of "
+            f"{free / 2**30:.1f} GiB of free memory: fewer --views, or 0 for none kept"
+        )
+
+
+def _run(model, images, cut):
+    """(logits, what the entry of the tail received)."""
+    seen = []
+    handle = cut.entry.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    try:
+        logits = model(images)
+    finally:
+        handle.remove()
+    return logits, seen[-1]
+
+
+def _from_all(accelerator, features):
+    """Each sample was computed by one process and is zero on the others: their sum is exact."""
+    if accelerator.num_processes == 1:
+        return features
+    # A process that had no batch does not know the shape
+    shapes = [None] * accelerator.num_processes
+    mine = None if features is None else (features.shape, features.dtype)
+    torch.distributed.all_gather_object(shapes, mine)
+    shape, dtype = next(shape for shape in shapes if shape)
+    features = torch.zeros(shape, dtype=dtype) if features is None else features
+    return accelerator.reduce(features.to(accelerator.device), "sum").cpu()
+
+
+def choose(accelerator, model, splits, views, classes, seed, known):
+    """(strategy, reason) for `--strategy auto`: see harness.stages.choose_strategy.
+
+    Fits a linear probe to the frozen features of train and scores it on val, or on a part of
+    train that is held out; test is not looked at. known: as for `extract`.
+    """
+    model.eval()
+    roles = [role for role in ("train", "val") if role in splits]
+    found = {
+        role: extract(accelerator, model, splits[role], views, 1, seed, known, role)
+        for role in roles
+    }
+    accuracy = probe_accuracy(found["train"], found.get("val"), classes, seed)
+    if accelerator.num_processes > 1:  # one opinion for all, whatever their last digits are
+        (accuracy,) = broadcast_object_list([accuracy])
+    return choose_strategy(len(splits["train"].labels) / classes, accuracy, classes)
+
+
+def probe_accuracy(train, val, classes, seed) -> float:
+    """Accuracy on held-out images of a linear classifier fitted to frozen features.
+
+    train, val: Samples of features (view 0 is used); without val, PROBE_HELD_OUT of train is held
+    out, stratified. At most PROBE_IMAGES are fitted to.
+    """
+    order = torch.from_numpy(stratified_order(train.labels.numpy(), seed))
+    if val is None:
+        held_out = max(1, round(PROBE_HELD_OUT * len(order)))
+        val = _subset(train, order[:held_out])
+        order = order[held_out:]
+    fitted = _subset(train, order[:PROBE_IMAGES])
+    predict = linear_probe(_pooled(fitted), fitted.labels, classes)
+    scores = predict(_pooled(val))
+    return (scores.argmax(1) == val.labels).double().mean().item()
+
+
+def linear_probe(features, labels, classes):
+    """Multinomial logistic regression with an L2 penalty of ½‖W‖² (C = 1), by L-BFGS.
+
+    features: (n, d), standardised here. labels: int64 (n,). Returns a function (m, d) -> scores
+    (m, classes), float64 on the CPU: equal to scikit-learn's LogisticRegression on standardised
+    features.
+    """
+    features = features.double()
+    std, mean = torch.std_mean(features, dim=0, correction=0)
+    std = torch.where(std > 0, std, 1.0)
+    x = (features - mean) / std
+    weight = torch.zeros(x.shape[1], classes, dtype=x.dtype, requires_grad=True)
+    bias = torch.zeros(classes, dtype=x.dtype, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=300, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(x @ weight + bias, labels) + weight.square().sum() / (2 * len(x))
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    weight, bias = weight.detach(), bias.detach()
+    return lambda new: (new.double() - mean) / std @ weight + bias
+
+
+def _pooled(samples):
+    """View 0 as vectors (n, d): averaged over space where it has more than one position."""
+    features = samples.pixels[:, 0].double()
+    return features.flatten(2).mean(2) if features.ndim > 2 else features
+
+
+def _subset(samples, index):
+    return Samples(samples.pixels[index], torch.arange(len(index)), samples.labels[index])

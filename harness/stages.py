@@ -1,0 +1,244 @@
+"""The stages of a fine-tune: what trains when, at which rate, and the table that says so.
+
+Every strategy is a list of stages, and a stage is a pure function of the optimizer step: nothing
+of it is saved, and a run that resumes in the middle of one builds it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import NamedTuple
+
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from harness.errors import RunStopped, UserError
+from tricks.freeze import freeze_except, frozen_digest
+from tricks.lr_groups import layer_decay_rates, prefix_groups
+
+# Peak learning rates where the flags name none (AdamW)
+HEAD_LR, FULL_LR, FULL_DECAY = 1e-3, 5e-4, 0.75
+PROBE_LR = 5e-3  # of a head that trains alone all along
+EPOCHS = {"feature_extraction": 30, "full": 30}  # staged: 5 + 10 + 15
+STEM_LR = 1e-6
+STAGED_LR = (1e-5, 1e-5, 5e-5, 1e-4)  # of the quarters of the network, from the stem to the head
+
+# The table of `auto`: (enough images a class, the probe does well) -> strategy
+MANY_IMAGES, GOOD_PROBE = 100, 0.7
+CHOICES = {
+    (False, True): ("feature_extraction", "few images that the features already tell apart"),
+    (False, False): ("staged", "few images, and different ones: unfreeze from the head down"),
+    (True, True): ("staged", "many images, similar ones: fine-tune from the head down"),
+    (True, False): ("full", "many images, and different ones: train every layer"),
+}
+
+
+class Stage(NamedTuple):
+    """Some epochs in which the same part of the network trains at the same rates."""
+
+    name: str
+    rates: dict[str, float]  # module or parameter prefix -> peak learning rate
+    args: argparse.Namespace  # the run's flags, with the stage's own in their place
+    start: int  # the first optimizer step
+    end: int  # the one after the last
+    warmup: int  # steps
+
+
+def choose_strategy(images_per_class, accuracy, classes):
+    """(strategy, reason) by the table of CHOICES.
+
+    images_per_class: mean number of train images. accuracy: of a linear probe on frozen features,
+    on images it was not fitted to. What counts is its skill, (accuracy - chance) / (1 - chance).
+    """
+    chance = 1 / classes
+    skill = max(0.0, (accuracy - chance) / (1 - chance))
+    strategy, why = CHOICES[images_per_class >= MANY_IMAGES, skill >= GOOD_PROBE]
+    many = "≥" if images_per_class >= MANY_IMAGES else "<"
+    good = "≥" if skill >= GOOD_PROBE else "<"
+    return strategy, (
+        f"{why} ({images_per_class:.0f} images a class {many} {MANY_IMAGES}; probe accuracy "
+        f"{accuracy:.1%}, skill over chance {skill:.2f} {good} {GOOD_PROBE})"
+    )
+
+
+def make_stages(args, strategy, model, blocks, per_epoch):
+    """The stages of a run, those without a step left out.
+
+    blocks: from harness.models.blocks. per_epoch: optimizer steps. --epochs and --max_steps are
+    shared out over the stages in proportion to their own epochs.
+
+    Raises UserError for flags that the strategy has no use for, and, naming the stage, for a
+    prefix that matches nothing or lies under another one. Leaves the model in the last stage.
+    """
+    _refuse_idle(args, strategy)
+    if strategy == "staged":
+        wanted = args.stages or default_stages(blocks)
+    else:
+        rates = {"head": PROBE_LR} if strategy == "feature_extraction" else {"all": FULL_LR}
+        rates = {prefix: args.lr or rate for prefix, rate in rates.items()}
+        wanted = [{"epochs": args.epochs or EPOCHS[strategy], "train": rates}]
+    decay = args.layer_decay or (FULL_DECAY if strategy == "full" else 1.0)
+
+    own_epochs = sum(stage["epochs"] for stage in wanted)
+    total = args.max_steps or (args.epochs or own_epochs) * per_epoch
+    stages, passed = [], 0
+    for n, stage in enumerate(wanted, start=1):
+        own = {k: v for k, v in stage.items() if k not in ("name", "epochs", "train")}
+        own_args = argparse.Namespace(**{**vars(args), "layer_decay": decay, **own})
+        start, passed = round(total * passed / own_epochs), passed + stage["epochs"]
+        end = round(total * passed / own_epochs)
+        name = f"{n} {stage.get('name') or _name(stage['train'])}"
+        warmup = min(round(own_args.warmup_epochs * per_epoch), (end - start) // 2)
+        try:
+            rates = _rates(stage["train"], own_args.layer_decay, blocks)
+            stage = Stage(name, rates, own_args, start, end, warmup)
+            enter(model, stage)
+        except ValueError as error:
+            raise UserError(f"stage {name}: {error}") from None
+        if end > start:
+            stages.append(stage)
+    return stages
+
+
+def default_stages(blocks):
+    """The chapter's three: the head; the last blocks too; everything, slower towards the stem.
+
+    For ResNets: fc 1e-3; layer4 1e-4 and fc 1e-3; conv1 and bn1 1e-6, layer1 and layer2 1e-5,
+    layer3 5e-5, layer4 1e-4, fc 5e-4. In other families the quarters of the network take the
+    places of the four layers.
+    """
+    stem, *body, _ = blocks
+    quarters = [3 - 4 * (len(body) - 1 - k) // len(body) for k in range(len(body))]
+    late = [block for block, quarter in zip(body, quarters, strict=True) if quarter == 3]
+    late_rates = {prefix: STAGED_LR[3] for block in late for prefix in block}
+    everything = {prefix: STEM_LR for prefix in stem} | {
+        prefix: STAGED_LR[quarter]
+        for block, quarter in zip(body, quarters, strict=True)
+        for prefix in block
+    }
+    late_name = " to ".join(dict.fromkeys((late[0][0], late[-1][-1]))) if late else "body"
+    return [
+        {"name": "head", "epochs": 5, "train": {"head": HEAD_LR}},
+        {"name": f"{late_name}, head", "epochs": 10, "train": {**late_rates, "head": HEAD_LR}},
+        {"name": "everything", "epochs": 15, "train": {**everything, "head": HEAD_LR / 2}},
+    ]
+
+
+def enter(model, stage):
+    """Freeze and unfreeze for a stage; returns the optimizer's groups (see prefix_groups)."""
+    args = stage.args
+    freeze_except(model, list(stage.rates), args.bn_mode)
+    return prefix_groups(model, stage.rates, args.weight_decay, args.norm_weight_decay)
+
+
+def set_groups(optimizer, groups):
+    """Give a torch optimizer other groups. What trains on keeps its moments, others lose theirs."""
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    optimizer.param_groups.clear()
+    for group in groups:
+        optimizer.add_param_group(group)
+    for parameter in [p for p in optimizer.state if id(p) not in trained]:
+        del optimizer.state[parameter]
+
+
+def check_frozen(model, digest, stage):
+    """Raise RunStopped where anything of the frozen part differs from its digest."""
+    if frozen_digest(model) != digest:
+        raise RunStopped(
+            f"stage {stage.name}: weights or buffers that are frozen have changed; the last "
+            "checkpoint is from before"
+        )
+
+
+def table(model, stages, per_epoch, cached):
+    """What trains when, a row for each of the optimizer's groups and one for what is frozen.
+
+    cached: names of the stages that train on kept features. Leaves the model in the last stage.
+    """
+    rows = []
+    for stage in stages:
+        groups = enter(model, stage)
+        how = (
+            f"features kept, {stage.args.views} views an image"
+            if stage.name in cached
+            else "images"
+        )
+        rows.append(
+            f"stage {stage.name}: {(stage.end - stage.start) / per_epoch:.4g} epochs, steps "
+            f"{stage.start:,} to {stage.end:,}, warm-up {stage.warmup:,}; {how}"
+        )
+        rows.append(_row("group", "parameters", "lr", "decay", "", "BatchNorm"))
+        for group in groups:
+            count = sum(p.numel() for p in group["params"])
+            mode = _norm_mode(model, lambda name, at=group["label"]: _under(name, at))
+            lr, decay = f"{group['lr']:.3g}", f"{group['weight_decay']:.3g}"
+            rows.append(_row(group["name"], f"{count:,}", lr, decay, "trained", mode))
+        frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+        if frozen:
+            mode = _norm_mode(model, lambda name: not any(_under(name, at) for at in stage.rates))
+            rows.append(_row("(the rest)", f"{frozen:,}", "", "", "frozen", mode))
+    return "\n".join(rows)
+
+
+def trained_parameters(model, stages):
+    """How many parameters are trained in any of the stages."""
+    names = set()
+    for stage in stages:
+        enter(model, stage)
+        names |= {name for name, p in model.named_parameters() if p.requires_grad}
+    return sum(p.numel() for name, p in model.named_parameters() if name in names)
+
+
+def _row(name, count, lr, decay, state, norm):
+    return f"  {name:<32} {count:>12} {lr:>9} {decay:>7}  {state:<8} {norm}".rstrip()
+
+
+def _norm_mode(model, chosen):
+    """How the BatchNorm layers whose name is chosen behave: "adapts", "as it is" or "-"."""
+    modes = {
+        m.training for n, m in model.named_modules() if isinstance(m, _BatchNorm) and chosen(n)
+    }
+    words = {frozenset(): "-", frozenset({True}): "adapts", frozenset({False}): "as it is"}
+    return words.get(frozenset(modes), "mixed")
+
+
+def _refuse_idle(args, strategy):
+    """Flags that would silently do nothing."""
+    if args.strategy == "auto":
+        return
+    idle = {
+        "staged": {"lr": "its stages have their own (train: {module: lr})"},
+        "feature_extraction": {
+            "stages": "it has one, the head's", "layer_decay": "only the head trains",
+        },
+        "full": {"stages": "it has one, everything"},
+    }  # fmt: skip
+    for name, why in idle[strategy].items():
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} has no effect with --strategy {strategy}: {why}")
+
+
+def _rates(train, decay, blocks):
+    """{prefix: peak rate}, with "head" and "all" resolved and the layer decay applied."""
+    factors = layer_decay_rates([block[0] for block in blocks], 1.0, decay)
+    inner = {prefix: factors[block[0]] for block in blocks for prefix in block}
+    rates = {}
+    for asked, rate in train.items():
+        prefix = blocks[-1][0] if asked == "head" else asked
+        inside = list(inner) if prefix == "all" else [p for p in inner if _under(p, prefix)]
+        parts = inside if prefix == "all" or (inside and decay != 1) else [prefix]
+        for part in parts:
+            if part in rates:
+                raise ValueError(f"{part} is in it twice: {asked} covers it too")
+            # A part of no block is a mistake, which freeze_except names
+            factor = next((f for p, f in inner.items() if _under(part, p)), 1.0)
+            rates[part] = rate * factor
+    return rates
+
+
+def _name(train):
+    names = ["everything" if name == "all" else name for name in train]
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} to {names[-1]}"
+
+
+def _under(name, prefix):
+    return name == prefix or name.startswith(f"{prefix}.")

@@ -1,0 +1,336 @@
+"""Weights: found by what `--weights` says, read without unpickling, loaded into a model.
+
+Where they come from also says how they want their images, and which classes their head knows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+import torchvision
+from torchvision.models.vision_transformer import interpolate_embeddings
+
+from harness.errors import UserError
+from harness.flags import nearest
+from harness.models import Family, family_of, head, library_of, one_line
+from harness.pixels import FILTERS
+
+# Names in torchvision's older weight files -> names in its models now.
+OLD_KEYS = (
+    (re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\."), r"\1\2."),
+    (re.compile(r"\.mlp\.linear_1\."), ".mlp.0."),
+    (re.compile(r"\.mlp\.linear_2\."), ".mlp.3."),
+)
+AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads that we build googlenet, inception without
+
+
+class Preprocessing(NamedTuple):
+    """How images become what a network sees.
+
+    The shorter side is resized to `stored_size`, the centre of `size` is cut out, and its pixels
+    in [0, 1] are normalised.
+    """
+
+    size: int  # px a side that the network sees
+    crop_pct: float  # the part of the resized side that this is, in (0, 1]
+    interpolation: str  # a key of harness.pixels.FILTERS
+    mean: tuple[float, ...]  # per channel
+    std: tuple[float, ...]
+
+
+class Pretrained(NamedTuple):
+    """Weights, and what is known of them; None where it is not."""
+
+    state: dict[str, torch.Tensor] | None = None
+    label: str = "none"
+    architecture: str | None = None
+    stem: str | None = None  # "small" or "standard"
+    classes: list[str] | None = None  # in the order of the ids
+    preprocessing: Preprocessing | None = None
+
+
+def stored_size(preprocessing) -> int:
+    """Pixels a side to which images are resized before the centre crop."""
+    return round(preprocessing.size / preprocessing.crop_pct)
+
+
+# -- states --------------------------------------------------------------------------------------
+
+
+def clean_state_dict(model) -> dict[str, torch.Tensor]:
+    """The state by the plain model's names (no compile or DDP prefix), contiguous for safetensors.
+
+    safetensors refuses channels_last tensors, so those are copied; the others share memory.
+    """
+    return {_plain(k): v.detach().contiguous() for k, v in model.state_dict().items()}
+
+
+def load_state(model, state, source="weights"):
+    """Copy `state` into `model`, all of it or nothing; either may carry wrappers' prefixes.
+
+    Only BatchNorm's batch counters may be missing, as they are from torchvision's older files.
+    Raises UserError that names `source` and the missing, unexpected and mismatched keys.
+    """
+    own = model.state_dict()  # keeps the version marks that torch's modules look for
+    names = {_plain(key): key for key in own}
+    state = {_known(_plain(key), names): value for key, value in state.items()}
+    missing = [k for k in names.keys() - state if not k.endswith("num_batches_tracked")]
+    other = [
+        f"{k} {tuple(state[k].shape)} for {tuple(own[names[k]].shape)}"
+        for k in names.keys() & state
+        if state[k].shape != own[names[k]].shape
+    ]
+    faults = {"missing": missing, "unexpected": state.keys() - names, "another shape": other}
+    if any(faults.values()):
+        lists = "; ".join(f"{what}: {_first(keys)}" for what, keys in faults.items() if keys)
+        raise UserError(f"{source} does not fit {type(model).__name__}: {lists}")
+    for key in names.keys() & state:
+        own[names[key]] = state[key]
+    model.load_state_dict(own)
+
+
+def load_weights(path) -> dict[str, torch.Tensor]:
+    """The state in a run folder, a .safetensors or a .pth file. Nothing is ever unpickled.
+
+    A .pth may also hold the state under "state_dict" or "model". Raises UserError naming the file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"no weights at {path}")
+    if path.suffix not in (".safetensors", ".pth", ".pt"):
+        raise UserError(f"{path}: weights are read from .safetensors or .pth files")
+    try:
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign file: torch alone raises six kinds for damaged ones
+        raise UserError(
+            f"{path} can't be read as plain tensors, and nothing in it was run ({one_line(error)})"
+        ) from None
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and torch.is_tensor(value) for key, value in state.items()
+    ):
+        raise UserError(f"{path} is not a state dict (names of tensors)")
+    return state
+
+
+def load_pretrained(model, pretrained, classes=None) -> str:
+    """Load what `find_weights` found into the model, and return the line that says what was.
+
+    classes: names of the model's classes in the order of the ids. The model keeps its own head
+    where the loaded one is of another shape or kind, or where both know their classes and those
+    are others; the line says so. Position embeddings of torchvision's vit are resized to the
+    model's. Any other mismatch is a UserError that lists the keys.
+    """
+    if pretrained.state is None:
+        return "no pretrained weights"
+    state = {_plain(key): value for key, value in pretrained.state.items()}
+    message = f"weights {pretrained.label}"
+    name, _ = head(model)
+    theirs, ours = (
+        {key: value for key, value in keys.items() if key.startswith(f"{name}.")}
+        for keys in (state, clean_state_dict(model))
+    )
+    if why := _head_is_new(theirs, ours, pretrained.classes, classes):
+        state = {key: value for key, value in state.items() if key not in theirs} | ours
+        message += f"; head {name} is new: {why}"
+    state, resized = _resize_positions(model, state)
+    load_state(model, state, pretrained.label)
+    return message + resized
+
+
+def _head_is_new(theirs, ours, their_classes, our_classes):
+    """Why the head has to be the model's own, or None: both are states of heads."""
+    if not theirs:
+        return "none there"
+    there, here = (
+        # The last matrix gives the logits; keys of one head differ in one digit at most
+        max(((k, len(v)) for k, v in head.items() if v.ndim > 1), default=(None, None))[1]
+        for head in (theirs, ours)
+    )
+    if there and there != here:
+        return f"{there} classes there, {here} here"
+    if {k: v.shape for k, v in theirs.items()} != {k: v.shape for k, v in ours.items()}:
+        return "another kind there"
+    known = their_classes is not None and our_classes is not None
+    if known and len(their_classes) == len(our_classes) and list(our_classes) != their_classes:
+        return "other classes"
+    return None
+
+
+def _resize_positions(model, state):
+    """The state with a vit's position embedding of the model's size, and words if it was not."""
+    positions = state.get("encoder.pos_embedding")
+    if not isinstance(model, torchvision.models.VisionTransformer) or positions is None:
+        return state, ""
+    there = positions.shape[1] - 1 if positions.ndim == 3 else 0  # one is the class token's
+    old, new = math.isqrt(max(there, 0)), model.image_size // model.patch_size
+    if old in (0, new) or old**2 != there:
+        return state, ""
+    state = interpolate_embeddings(model.image_size, model.patch_size, dict(state))
+    return state, f"; position embedding resized from {old}×{old} to {new}×{new}"
+
+
+# -- where they come from ------------------------------------------------------------------------
+
+
+def find_weights(spec, name, stem="auto") -> Pretrained:
+    """What `--weights` names, for the model `name`.
+
+    spec: "none", "default", the name of weights that torchvision publishes, a run folder, or a
+    file. torchvision's own download and cache are used; a filled cache needs no network. Published
+    weights know all about themselves; of a run folder, timm's too, `config.json` is read; of other
+    files the stem is known, from their shapes. stem: `--stem`, which wins where it can.
+
+    Raises UserError, besides weights that can't be had, for a folder of another architecture and
+    for weights that have another stem than asked.
+    """
+    if spec == "none":
+        return Pretrained()
+    library = library_of(name)
+    if spec != "default" and (Path(spec).exists() or Path(spec).suffix or "/" in spec):
+        found = _stored(spec, name)
+    elif library == "timm":
+        raise UserError(f"--weights {spec}: timm's {name} takes a run folder or a file")
+    else:
+        found = _published(spec, name)
+    state = {_plain(key): value for key, value in found.state.items()}
+    state = {key: value for key, value in state.items() if not key.startswith(AUXILIARY)}
+    found = found._replace(state=state)
+    family = family_of(name) if library == "torchvision" else Family()
+    return found._replace(stem=_stem(found, family, stem))
+
+
+def _stem(found, family, asked):
+    """The stem to build for these weights: theirs, or what is asked where they fit both."""
+    kernel = found.state.get(f"{family.stem_conv}.weight")
+    seen = None
+    if kernel is not None and family.stem_kernel != 3:
+        seen = "small" if kernel.shape[2:] == (3, 3) else "standard"
+    if asked == "auto":
+        return seen or found.stem or "standard"
+    if seen not in (None, asked):
+        raise UserError(f"--stem {asked}: {found.label} has the {seen} stem (leave --stem out)")
+    return asked
+
+
+def _stored(spec, name):
+    """The weights in a file or a folder, with what a config.json beside them says."""
+    path, config = Path(spec), {}
+    if path.is_dir() or path.name == "model.safetensors":
+        file = (path if path.is_dir() else path.parent) / "config.json"
+        config = _read_config(file)
+    architecture = config.get("architecture")
+    if architecture not in (None, name):
+        raise UserError(f"{spec} holds a {architecture}: add --model {architecture}")
+    classes, stem = config.get("label_names"), config.get("stem")
+    return Pretrained(
+        load_weights(spec),
+        spec,
+        architecture,
+        stem if stem in ("small", "standard") else None,
+        [str(label) for label in classes] if isinstance(classes, list) else None,
+        _preprocessing(config["pretrained_cfg"], file) if "pretrained_cfg" in config else None,
+    )
+
+
+def _read_config(file):
+    """config.json as a dict, empty where there is none."""
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not JSON ({one_line(error)})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is not a JSON object")
+    return config
+
+
+def _preprocessing(cfg, file):
+    """The preprocessing in timm's words, or None where one of them is missing."""
+    checks = {
+        "input_size": lambda v: v[0] == 3 and v[1] == v[2] > 0 and isinstance(v[2], int),
+        "crop_pct": lambda v: 0 < v <= 1,
+        "interpolation": lambda v: v in FILTERS,
+        "mean": lambda v: len(v) == 3 and all(abs(float(x)) < float("inf") for x in v),
+        "std": lambda v: len(v) == 3 and all(0 < float(x) < float("inf") for x in v),
+    }
+    if not isinstance(cfg, dict) or any(cfg.get(key) is None for key in checks):
+        return None
+    for key, check in checks.items():
+        try:
+            fits = check(cfg[key])
+        except (TypeError, ValueError, LookupError):
+            fits = False
+        if not fits:
+            raise UserError(f"{file}: pretrained_cfg has no usable {key}: {cfg[key]!r}")
+    mean, std = (tuple(float(x) for x in cfg[key]) for key in ("mean", "std"))
+    return Preprocessing(
+        cfg["input_size"][2], float(cfg["crop_pct"]), cfg["interpolation"], mean, std
+    )
+
+
+def _published(spec, name):
+    """The weights that torchvision publishes under a name, from its cache or the network."""
+    published = torchvision.models.get_model_weights(name)
+    if spec != "default" and spec not in published.__members__:
+        hint = nearest(spec, published.__members__)
+        raise UserError(f"{name} has no weights {spec}{hint} (and no file is called so)")
+    weights = published.DEFAULT if spec == "default" else published[spec]
+    if not weights.meta.get("categories"):  # vgg16's IMAGENET1K_FEATURES: its classifier is NaN
+        whole = ", ".join(w.name for w in published if w.meta.get("categories"))
+        raise UserError(f"{weights} has convolutions only, no classifier: take {whole}")
+    try:  # torch.hub would unpickle a cached file freely, so say weights_only here
+        state = weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
+    except Exception as error:  # no network, no space, a damaged or hostile file in the cache
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
+        raise UserError(
+            f"{weights} could not be loaded ({one_line(error)}): they belong at {cached}; where "
+            f"there is a network, python -c 'from torchvision.models import *; "
+            f"{weights}.get_state_dict(check_hash=True)' puts them there"
+        ) from None
+    own = weights.transforms()
+    mean, std = family_of(name).colours or (own.mean, own.std)
+    size, resized = own.crop_size[0], own.resize_size[0]
+    return Pretrained(
+        state,
+        str(weights),
+        name,
+        "standard",
+        list(weights.meta["categories"]),
+        Preprocessing(size, size / resized, own.interpolation.value, tuple(mean), tuple(std)),
+    )
+
+
+def _plain(key):
+    """A state key without the prefixes of torch.compile and DDP."""
+    key = key.replace("_orig_mod.", "")
+    while key.startswith("module."):
+        key = key.removeprefix("module.")
+    return key
+
+
+def _known(key, names):
+    """The key, or what it is called now where `names` does not know it."""
+    for old, new in OLD_KEYS:
+        key = key if key in names else old.sub(new, key)
+    return key
+
+
+def _first(keys):
+    """The first three of some keys and how many more there are."""
+    keys = sorted(keys)
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

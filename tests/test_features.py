@@ -1,0 +1,213 @@
+"""Kept features: equal to running the network, only where that holds; the probe of auto."""
+
+import types
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from harness import features
+from harness.counters import generator
+from harness.errors import UserError
+from harness.views import Samples, Views
+from tricks.freeze import freeze_except
+
+SIZE = 32
+
+
+class Alone:
+    """What `extract` uses of an Accelerator, for one of several processes."""
+
+    device = torch.device("cpu")
+    is_local_main_process = False
+
+    def __init__(self, index=0, processes=1):
+        self.process_index, self.num_processes = index, processes
+
+    def autocast(self):
+        return torch.autocast("cpu", enabled=False)
+
+
+def samples(n=70, seed=0):
+    rng = generator(seed, "test")
+    pixels = torch.randint(0, 256, (n, 3, SIZE, SIZE), dtype=torch.uint8, generator=rng)
+    labels = torch.randint(0, 3, (n,), generator=rng)
+    return Samples(pixels, torch.arange(n).flip(0), labels)
+
+
+def views(augment="basic"):
+    return Views(SIZE, (0.5,) * 3, (0.25,) * 3, augment=augment, padding=4, flip_prob=0.5,
+                 erasing=0.0, ops=2, magnitude=9)  # fmt: skip
+
+
+def small(name="shufflenet_v2_x0_5"):
+    torch.manual_seed(0)
+    return torchvision.models.get_model(name, weights=None, num_classes=3)
+
+
+HEADS = {
+    "resnet18": "fc",
+    "densenet121": "classifier",
+    "mobilenet_v3_small": "classifier.3",
+    "efficientnet_b0": "classifier.1",
+    "convnext_tiny": "classifier.2",
+    "vgg11_bn": "classifier.6",
+    "swin_t": "head",
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_tail_of_the_features_is_the_network(name):
+    model = small(name)
+    freeze_except(model, [HEADS[name]])
+    cut = features.cut_at_head(model)
+    assert features.can_cache(model, SIZE, cut)
+    assert {id(p) for p in cut.tail.parameters()} == {
+        id(p) for n, p in model.named_parameters() if n.startswith(HEADS[name])
+    }
+    # Dropout before the head stays with the head and goes on acting
+    kinds = [type(module).__name__ for module in cut.tail.modules()]
+    wanted = name in ("mobilenet_v3_small", "efficientnet_b0", "vgg11_bn")
+    assert ("Dropout" in kinds) == wanted
+    assert all(m.training for m in cut.tail.modules() if isinstance(m, nn.Dropout))
+
+
+def test_can_cache_leaves_the_model_as_it_was():
+    model = small()
+    freeze_except(model, ["fc"])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    assert features.can_cache(model, SIZE, features.cut_at_head(model))
+    assert modes == [m.training for m in model.modules()]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "trained", "mode"),
+    [
+        ("shufflenet_v2_x0_5", ["conv5", "fc"], "auto"),  # more than the head trains
+        ("shufflenet_v2_x0_5", ["fc"], "train"),  # BatchNorm of the frozen part adapts
+        ("googlenet", ["fc"], "auto"),  # its dropout stands outside of the tail
+        ("squeezenet1_1", ["classifier.1"], "auto"),  # it goes on after its head
+    ],
+)
+def test_what_is_not_constant_is_not_kept(name, trained, mode):
+    size = 64
+    arguments = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
+    model = torchvision.models.get_model(name, weights=None, num_classes=3, **arguments)
+    freeze_except(model, trained, mode)
+    assert not features.can_cache(model, size, features.cut_at_head(model))
+
+
+def test_kept_features_give_the_logits_of_the_network():
+    model, split, look = small(), samples(), views()
+    freeze_except(model, ["fc"])
+    kept = features.extract(Alone(), model, split, look, 3, 7, {}, "train")
+    assert kept.pixels.shape == (70, 3, 1024) and torch.equal(kept.labels, split.labels)
+    every = torch.arange(70)
+    tail = features.cut_at_head(model).tail
+    with torch.no_grad():
+        images, labels = split.take(every, torch.device("cpu"))
+        expected = model(look.evaluation(images))
+        torch.testing.assert_close(tail(kept.pixels[:, 0]), expected)
+        # Another view is the augmented one
+        drawn, _ = features.view_batch(split, look, 0, 2, 7)
+        torch.testing.assert_close(tail(kept.pixels[: len(drawn), 2]), model(drawn))
+    assert not torch.equal(kept.pixels[:, 0], kept.pixels[:, 1])
+    assert not torch.equal(kept.pixels[:, 1], kept.pixels[:, 2])
+    taken, taken_labels = kept.take(torch.tensor([5, 3]), torch.device("cpu"))
+    assert torch.equal(taken, kept.pixels[[5, 3]]) and torch.equal(taken_labels, labels[[5, 3]])
+
+
+def test_every_epoch_draws_a_view_of_every_image():
+    kept = torch.arange(4 * 3).view(4, 3, 1).float()
+    cached = features.CachedViews(3)
+    draw = cached.draw(4, generator(0, "views", 1))
+    assert torch.equal(cached.train(kept, draw).squeeze(1), kept[range(4), draw["view"], 0])
+    assert torch.equal(cached.evaluation(kept), kept[:, 0])
+    counts = torch.bincount(cached.draw(3000, generator(0, "views", 2))["view"], minlength=3)
+    assert counts.min() > 900
+
+
+def test_nothing_is_computed_twice():
+    model, split, known = small().eval(), samples(8), {}
+    features.extract(Alone(), model, split, views(), 1, 7, known, "train")
+    calls = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    kept = features.extract(Alone(), model, split, views(), 2, 7, known, "train")
+    assert len(calls) == 1 and kept.pixels.shape[1] == 2
+    features.extract(Alone(), model, split, views(), 2, 7, known, "train")
+    assert len(calls) == 1
+    handle.remove()
+
+
+def test_the_batches_of_two_processes_are_those_of_one(monkeypatch):
+    """Each computes its own, and the sum that joins them is exact."""
+    model, split = small().eval(), samples(150)
+    monkeypatch.setattr("harness.scoring.BATCH", (64, 64))
+    alone = features.extract(Alone(), model, split, views(), 2, 7, {}, "train").pixels
+    halves = []
+    monkeypatch.setattr(features, "_from_all", lambda accelerator, found: found)
+    for index in range(2):
+        half = features.extract(Alone(index, 2), model, split, views(), 2, 7, {}, "train").pixels
+        halves.append(half)
+    owners = (halves[0].abs().sum((1, 2)) > 0).int() + 2 * (halves[1].abs().sum((1, 2)) > 0).int()
+    assert owners.tolist() == [1] * 64 + [2] * 64 + [1] * 22
+    assert torch.equal(halves[0] + halves[1], alone)
+
+
+def test_features_that_do_not_fit_in_memory_are_refused(monkeypatch):
+    memory = types.SimpleNamespace(available=70 * 1024 * 4 * 2 - 1)
+    monkeypatch.setattr(features.psutil, "virtual_memory", lambda: memory)
+    model = small().eval()
+    with pytest.raises(UserError, match="features of 140 views would take .* fewer --views"):
+        features.extract(Alone(), model, samples(), views(), 2, 7, {}, "train")
+
+
+# --- the probe ---
+
+
+def blobs(n, classes=4, width=20, noise=2.0, seed=0):
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(1).normal(size=(classes, width)) * 2
+    labels = rng.integers(0, classes, n)
+    x = centres[labels] + rng.normal(size=(n, width)) * noise
+    return torch.from_numpy(x).float(), torch.from_numpy(labels)
+
+
+def test_the_probe_is_logistic_regression():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    x, labels = blobs(200)
+    new, _ = blobs(50, seed=3)
+    std, mean = x.double().std(0, correction=0), x.double().mean(0)
+    theirs = linear_model.LogisticRegression(C=1.0, max_iter=2000, tol=1e-10)
+    theirs.fit(((x - mean) / std).numpy(), labels.numpy())
+    ours = features.linear_probe(x, labels, 4)(new).softmax(1)
+    wanted = theirs.predict_proba(((new - mean) / std).numpy())
+    np.testing.assert_allclose(ours.numpy(), wanted, atol=1e-4)
+
+
+def as_samples(x, labels):
+    return Samples(x.unsqueeze(1), torch.arange(len(x)), labels)
+
+
+def test_the_probe_is_scored_on_what_it_was_not_fitted_to():
+    easy = as_samples(*blobs(400, noise=0.5))
+    assert features.probe_accuracy(easy, None, 4, seed=0) > 0.95
+    noise = torch.randn(200, 150, generator=generator(0, "noise"))
+    labels = torch.arange(200) % 4
+    # 150 numbers fit 160 images of pure noise perfectly; held-out images tell
+    assert features.probe_accuracy(as_samples(noise, labels), None, 4, seed=0) < 0.5
+    val = as_samples(*blobs(100, noise=0.5, seed=5))
+    assert features.probe_accuracy(easy, val, 4, seed=0) > 0.95
+    swapped = Samples(val.pixels, val.rows, (val.labels + 1) % 4)
+    assert features.probe_accuracy(easy, swapped, 4, seed=0) < 0.05
+
+
+def test_a_constant_feature_does_no_harm():
+    x, labels = blobs(100)
+    x[:, 0] = 3.0
+    assert features.linear_probe(x, labels, 4)(x).isfinite().all()

@@ -1,0 +1,263 @@
+"""finetune.py as its user runs it: stages, resume in each, one and two processes, frozen bytes."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+import smallruns
+from harness import models
+from harness.folder import read_metrics
+from harness.weights import load_state, load_weights
+
+TWO = ("--config_file", str(smallruns.ROOT / "accelerate_configs/cpu_2proc.yaml"))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run of three stages of four steps each, never stopped."""
+    folder, status = smallruns.finetune(tmp_path_factory.mktemp("straight"))
+    assert status == 0
+    return folder
+
+
+def losses(folder):
+    return [r["train/loss"] for r in read_metrics(folder / "metrics.jsonl") if "train/loss" in r]
+
+
+# --- what a run is ---
+
+
+def test_the_records_name_the_stages_and_the_rate_of_every_group(straight):
+    records = [r for r in read_metrics(straight / "metrics.jsonl") if "train/loss" in r]
+    stages = {r["step"]: r["stage"] for r in records}
+    assert stages == {3: "1 head", 6: "2 late", 9: "3 everything", 12: "3 everything"}
+    rates = {r["step"]: {k[9:] for k in r if k.startswith("train/lr")} for r in records}
+    assert rates[3] == {"fc"} and rates[6] == {"conv5", "fc"}
+    assert rates[9] == rates[12] == {"conv1", "stage2", "stage3", "stage4", "conv5", "fc"}
+    summary = json.loads((straight / "summary.json").read_text())
+    assert summary["strategy"] == "staged"
+    assert summary["trained_parameters"] == summary["parameters"]
+    config = json.loads((straight / "config.json").read_text())
+    assert config["job_type"] == "finetune" and config["head"] == "linear"
+    assert {"curves.png", "train_batch.png"} <= {p.name for p in straight.iterdir()}
+
+
+def test_the_result_is_rebuilt_from_its_config(straight):
+    config = json.loads((straight / "config.json").read_text())
+    model = models.rebuild_model(config)
+    state = safetensors.torch.load_file(straight / "model.safetensors")
+    assert model.load_state_dict(state, strict=True)
+
+
+# --- frozen is frozen ---
+
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_feature_extraction_changes_the_head_alone(tmp_path, views):
+    """Bytes of weights and BatchNorm statistics, in the averaged weights too."""
+    start, _ = smallruns.train(tmp_path / "start", max_steps=4, dropout=None)
+    folder, status = smallruns.finetune(
+        tmp_path, stages=None, strategy="feature_extraction", weights=start, epochs=2, views=views,
+        lr=0.01, gradient_accumulation_steps=1,
+    )  # fmt: skip
+    assert status == 0
+    before = safetensors.torch.load_file(start / "model.safetensors")
+    after = safetensors.torch.load_file(folder / "model.safetensors")
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert changed == {"fc.weight", "fc.bias"}
+
+
+def test_bn_mode_train_moves_the_statistics_of_frozen_parts(tmp_path):
+    start, _ = smallruns.train(tmp_path / "start", max_steps=4, dropout=None)
+    folder, _ = smallruns.finetune(
+        tmp_path, stages=None, strategy="feature_extraction", weights=start, epochs=1, lr=0.01,
+        bn_mode="train",
+    )  # fmt: skip
+    before = safetensors.torch.load_file(start / "model.safetensors")
+    after = safetensors.torch.load_file(folder / "model.safetensors")
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert "conv1.1.running_mean" in changed and "conv1.0.weight" not in changed
+
+
+def test_kept_features_train_the_head_as_recomputed_ones_do(tmp_path):
+    """Without augmentation both ways see the same, but for the last digits of other batch sizes."""
+    flags = {
+        "stages": None, "strategy": "feature_extraction", "epochs": 3, "lr": 0.01,
+        "augment": "none", "random_erasing": 0, "mix_prob": 0, "mixed_precision": "no",
+    }  # fmt: skip
+    kept, _ = smallruns.finetune(tmp_path / "kept", views=1, **flags)
+    plain, _ = smallruns.finetune(tmp_path / "plain", views=0, **flags)
+    one, other = (
+        [{k: v for k, v in r.items() if k != "stage"} for r in read_metrics(f / "metrics.jsonl")]
+        for f in (kept, plain)
+    )
+    assert len(one) == len(other) > 6
+    for a, b in zip(one, other, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    weights = [safetensors.torch.load_file(f / "model.safetensors") for f in (kept, plain)]
+    torch.testing.assert_close(weights[0]["fc.weight"], weights[1]["fc.weight"])
+
+
+def test_an_mlp_head_trains_and_is_rebuilt(tmp_path):
+    folder, status = smallruns.finetune(
+        tmp_path, stages=None, strategy="feature_extraction", head="mlp", epochs=2, lr=0.01
+    )
+    assert status == 0
+    config = json.loads((folder / "config.json").read_text())
+    assert config["head"] == "mlp"
+    load_state(models.rebuild_model(config), load_weights(folder))
+
+
+def test_published_weights_come_from_torchvisions_cache_with_their_preprocessing(
+    tmp_path, monkeypatch, capsys
+):
+    """As a newcomer runs it offline: the file lies where torchvision would have put it."""
+    from torchvision.models import ShuffleNet_V2_X0_5_Weights as Weights
+    from torchvision.models import shufflenet_v2_x0_5
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    published = shufflenet_v2_x0_5()
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    name = Path(Weights.DEFAULT.url).name
+    torch.save(published.state_dict(), tmp_path / "hub/checkpoints" / name)
+    folder, status = smallruns.finetune(
+        tmp_path, stages=None, strategy="feature_extraction", weights="default", image_size=None,
+        max_train_samples=60, max_eval_samples=20, epochs=1, lr=0.01,
+    )  # fmt: skip
+    assert status == 0
+    out = capsys.readouterr().out
+    assert "224×224 from 256×256 bilinear, 0.485±0.229" in out
+    assert "head fc is new: 1000 classes there, 10 here" in out
+    config = json.loads((folder / "config.json").read_text())
+    assert config["stem"] == "standard"
+    cfg = config["pretrained_cfg"]
+    assert cfg["input_size"] == [3, 224, 224] and cfg["crop_pct"] == 0.875
+    after = safetensors.torch.load_file(folder / "model.safetensors")
+    for key, value in published.state_dict().items():
+        assert key.startswith("fc.") or torch.equal(after[key], value), key
+
+
+def test_wandb_has_the_numbers_of_metrics_jsonl_and_the_job_type(tmp_path):
+    from test_tracking import history, read_wandb
+
+    folder, _ = smallruns.finetune(tmp_path, report_to="wandb", stages=smallruns.STAGES)
+    (run,) = read_wandb(folder)
+    ours = read_metrics(folder / "metrics.jsonl")
+    theirs = [r for r in history(run) if "train/loss" in r or "epoch/loss" in r]
+    assert theirs == ours and {r["stage"] for r in ours} == {"1 head", "2 late", "3 everything"}
+    assert next(r["run"]["job_type"] for r in run if r["type"] == "run") == "finetune"
+
+
+# --- resume ---
+
+
+@pytest.mark.parametrize("stop", range(1, 12))
+def test_stopping_after_any_step_of_any_stage_changes_nothing(straight, tmp_path, stop):
+    """At the ends of stages too (4, 8), where the next one starts with other groups."""
+    folder, status = smallruns.finetune(tmp_path, stop_after=stop)
+    assert status == 0
+    smallruns.finetune(tmp_path, resume_from_checkpoint="auto")
+    assert smallruns.digest(folder) == smallruns.digest(straight)
+
+
+def test_other_stages_are_refused_at_resume(straight, tmp_path):
+    from harness.errors import UserError
+
+    smallruns.finetune(tmp_path, stop_after=6)
+    with pytest.raises(UserError, match="stages"):
+        smallruns.finetune(
+            tmp_path, stages=smallruns.STAGES.replace("0.001", "0.002"),
+            resume_from_checkpoint="auto",
+        )  # fmt: skip
+
+
+# --- processes ---
+
+
+@pytest.mark.slow
+def test_two_processes_train_every_stage_as_one_does(tmp_path):
+    """BatchNorm in eval mode, so that the batch each process sees does not matter."""
+    flags = {
+        "bn_mode": "eval", "mixed_precision": "no", "logging_steps": 1,
+        "gradient_accumulation_steps": 1,
+    }  # fmt: skip
+    one, _ = smallruns.finetune(tmp_path / "one", **flags)
+    (tmp_path / "two").mkdir()
+    done = smallruns.launch(tmp_path / "two", launcher=TWO, script="finetune.py", **flags)
+    assert done.returncode == 0, done.stdout
+    two = tmp_path / "two" / "run"
+    assert len(losses(one)) == 12
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
+    weights = [safetensors.torch.load_file(f / "model.safetensors") for f in (one, two)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=2e-3, rtol=1e-2, msg=name)
+    # Stopped in the second stage and resumed, both processes
+    (tmp_path / "again").mkdir()
+    for more in ({"stop_after": 6}, {"resume_from_checkpoint": "auto"}):
+        done = smallruns.launch(
+            tmp_path / "again", launcher=TWO, script="finetune.py", **flags, **more
+        )
+        assert done.returncode == 0, done.stdout
+    assert smallruns.digest(tmp_path / "again" / "run") == smallruns.digest(two)
+
+
+# --- auto, plan, errors ---
+
+
+def test_auto_measures_chooses_and_trains(tmp_path, capsys):
+    folder, status = smallruns.finetune(
+        tmp_path, strategy="auto", stages=None, epochs=1, weights="none"
+    )
+    assert status == 0
+    line = next(li for li in capsys.readouterr().out.splitlines() if li.startswith("strategy"))
+    numbers = re.search(r"(\w+): .*\(20 images a class < 100; probe accuracy ([\d.]+)%", line)
+    assert numbers and numbers[1] in ("feature_extraction", "staged")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["strategy"] == numbers[1]
+
+
+def test_dry_run_prints_the_table_and_writes_nothing(tmp_path, capsys):
+    _, status = smallruns.finetune(tmp_path, dry_run=True)
+    assert status == 0 and not list(tmp_path.iterdir())
+    out = capsys.readouterr().out
+    for word in ("stage 1 head", "stage 2 late", "(the rest)", "frozen", "as it is", "strategy"):
+        assert word in out
+
+
+def test_bad_input_is_one_line(tmp_path):
+    (tmp_path / "torn.safetensors").write_bytes(b"no")
+    wrong = smallruns.ROOT / "data"
+    for flags, said in (
+        ({"stages": "[{epochs: 1, train: {layer9: 1}}]"}, "layer9"),
+        ({"weights": str(tmp_path / "torn.safetensors")}, "torn.safetensors"),
+        ({"weights": str(wrong)}, "no weights at"),
+    ):
+        done = smallruns.launch(tmp_path, script="finetune.py", **flags)
+        lines = [li for li in done.stdout.splitlines() if li.startswith("finetune.py:")]
+        assert done.returncode != 0 and len(lines) == 1 and said in lines[0], done.stdout
+        assert "Traceback" not in done.stdout.split("finetune.py:")[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_timm_loads_a_fine_tuned_resnet_from_its_folder(tmp_path):
+    timm = pytest.importorskip("timm")
+    folder, status = smallruns.finetune(
+        tmp_path, model="resnet18", stem="standard", image_size=32, max_steps=6,
+        stages="[{epochs: 1, train: {head: 0.01}}, {epochs: 1, train: {layer4: 0.001, fc: 0.01}}]",
+    )  # fmt: skip
+    assert status == 0
+    config = json.loads((folder / "config.json").read_text())
+    ours = models.rebuild_model(config).eval()
+    load_state(ours, load_weights(folder))
+    theirs = timm.create_model(
+        "resnet18", num_classes=10, checkpoint_path=str(folder / "model.safetensors")
+    ).eval()
+    by_folder = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(images), ours(images))
+        torch.testing.assert_close(by_folder(images), ours(images))
