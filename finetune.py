@@ -1,11 +1,11 @@
 """Fine-tune a pretrained image classifier.
 
-accelerate launch finetune.py                                     Flowers102, ResNet-50, in three stages
-accelerate launch finetune.py --strategy feature_extraction       a new head on the frozen network
+accelerate launch finetune.py                                   Flowers102, ResNet-50, in stages
+accelerate launch finetune.py --strategy feature_extraction     a new head on the frozen network
 accelerate launch finetune.py --strategy auto --dataset path/to/folder
-accelerate launch finetune.py --weights runs/cifar10-resnet18-s42 --model resnet18 --dataset cifar100
-accelerate launch finetune.py --dry_run                           what trains when, at which rate
-accelerate launch finetune.py --resume_from_checkpoint auto       continue in the middle of any stage
+accelerate launch finetune.py --model resnet18 --weights runs/x --dataset cifar100
+accelerate launch finetune.py --dry_run                         what trains when, at which rate
+accelerate launch finetune.py --resume_from_checkpoint auto     continue in the middle of a stage
 """
 
 from harness import flags
@@ -65,8 +65,7 @@ def main(args):
     pretrained = find_weights(args.weights, args.model, args.stem)
     look = plan.preprocessing(args, data, pretrained)
     stem = models.resolve_stem(args.model, pretrained.stem or args.stem, look.size)
-    own = [{**vars(args), **stage} for stage in args.stages or [{}]]
-    mixing = any(s["mix_prob"] and (s["mixup_alpha"] or s["cutmix_alpha"]) for s in own)
+    mixing = args.mix_prob or any(stage.get("mix_prob") for stage in args.stages or [])
     check_batch(args, accelerator.num_processes, len(data.train), mixing)
     per_epoch = len(data.train) // args.batch_size
 

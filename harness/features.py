@@ -12,11 +12,11 @@ from typing import NamedTuple
 import psutil
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import StochasticDepth
-from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from harness.counters import generator
@@ -59,7 +59,7 @@ class CachedViews:
 
 
 def cut_at_head(model) -> Cut:
-    """The head with the parameter-free layers before it (dropout, flatten), and what leads there."""
+    """Cut before the head and the parameter-free layers that lead to it (dropout, flatten)."""
     name, last = head(model)
     parent = model.get_submodule(name.rpartition(".")[0])
     if type(parent) is not nn.Sequential:

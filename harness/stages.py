@@ -169,12 +169,12 @@ def table(model, stages, per_epoch, cached):
         rows.append(_row("group", "parameters", "lr", "decay", "", "BatchNorm"))
         for group in groups:
             count = sum(p.numel() for p in group["params"])
-            mode = _norm_mode(model, lambda name, at=group["label"]: _under(name, at))
+            mode = _norm_mode(model, [group["label"]])
             lr, decay = f"{group['lr']:.3g}", f"{group['weight_decay']:.3g}"
             rows.append(_row(group["name"], f"{count:,}", lr, decay, "trained", mode))
         frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
         if frozen:
-            mode = _norm_mode(model, lambda name: not any(_under(name, at) for at in stage.rates))
+            mode = _norm_mode(model, stage.rates, outside=True)
             rows.append(_row("(the rest)", f"{frozen:,}", "", "", "frozen", mode))
     return "\n".join(rows)
 
@@ -192,10 +192,12 @@ def _row(name, count, lr, decay, state, norm):
     return f"  {name:<32} {count:>12} {lr:>9} {decay:>7}  {state:<8} {norm}".rstrip()
 
 
-def _norm_mode(model, chosen):
-    """How the BatchNorm layers whose name is chosen behave: "adapts", "as it is" or "-"."""
+def _norm_mode(model, prefixes, outside=False):
+    """How the BatchNorm layers under some prefixes (or outside of them) behave, in a word."""
     modes = {
-        m.training for n, m in model.named_modules() if isinstance(m, _BatchNorm) and chosen(n)
+        module.training
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and outside != any(_under(name, p) for p in prefixes)
     }
     words = {frozenset(): "-", frozenset({True}): "adapts", frozenset({False}): "as it is"}
     return words.get(frozenset(modes), "mixed")

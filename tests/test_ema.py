@@ -171,6 +171,28 @@ def test_tied_weights_are_held_and_updated_once():
     torch.testing.assert_close(model[0].weight.detach(), start + 1)
 
 
+def test_naming_what_changes_gives_the_same_average():
+    """Where the rest stands still; what is not named is not looked at."""
+    model = make_model()
+    head = ["4.weight", "4.bias"]
+    named, whole = ModelEma(model, 0.9), ModelEma(model, 0.9)
+    for step in range(3):
+        with torch.no_grad():
+            for name in head:
+                model.get_parameter(name).add_(step + 0.5)
+        named.update(model, step, head)
+        whole.update(model, step)
+    assert_same_bits(named.state_dict(), whole.state_dict())
+    assert not torch.equal(named.state_dict()["4.bias"], model[4].bias)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    before = {name: value.clone() for name, value in named.state_dict().items()}
+    named.update(model, 3, head)
+    assert torch.equal(named.state_dict()["0.weight"], before["0.weight"])
+    with pytest.raises(KeyError):
+        named.update(model, 4, ["4.wieght"])
+
+
 def test_the_model_may_replace_its_tensors():
     model = make_model()
     ema = ModelEma(model, 0.9)

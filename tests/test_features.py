@@ -163,7 +163,7 @@ def test_features_that_do_not_fit_in_memory_are_refused(monkeypatch):
     memory = types.SimpleNamespace(available=70 * 1024 * 4 * 2 - 1)
     monkeypatch.setattr(features.psutil, "virtual_memory", lambda: memory)
     model = small().eval()
-    with pytest.raises(UserError, match="features of 140 views would take .* fewer --views"):
+    with pytest.raises(UserError, match=r"features of 140 views would take .* fewer --views"):
         features.extract(Alone(), model, samples(), views(), 2, 7, {}, "train")
 
 

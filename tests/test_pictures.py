@@ -219,6 +219,20 @@ def test_curves_of_groups_and_stages(tmp_path, panels):
     assert starts == [1.0, 3.0]
 
 
+def test_a_group_has_no_line_in_a_stage_where_it_does_not_train(tmp_path, panels):
+    """And the rates of the groups, factors of ten apart, are all to be seen."""
+    place = [{"step": s, "epoch": float(s)} for s in (1, 2, 3)]
+    head, body = "train/lr/fc", "train/lr/layer1"
+    rates = [{head: 1e-3, body: 1e-6}, {head: 1e-3}, {body: 1e-6, head: 5e-4}]
+    save_curves(tmp_path / "curves.png", [a | b for a, b in zip(place, rates, strict=True)])
+    drawn = lines(panels[2])
+    assert drawn.keys() == {head, body}
+    assert [math.isnan(y) for _, y in drawn[body]] == [False, True, False]
+    assert panels[2].get_yscale() == "log"
+    low, high = panels[2].get_ylim()
+    assert low < 1e-6 and high > 1e-3
+
+
 @pytest.mark.parametrize(
     "records",
     [

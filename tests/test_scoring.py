@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from harness.scoring import evaluate, score
+from harness.scoring import batch_starts, evaluate, score
 from harness.views import Samples
 from tricks.ema import ModelEma
 
@@ -18,6 +18,7 @@ class Alone:
     """What evaluation uses of an Accelerator, in one process."""
 
     device, num_processes, process_index = CPU, 1, 0
+    autocast = contextlib.nullcontext
 
     def reduce(self, tensor, reduction):
         assert reduction == "sum"
@@ -142,7 +143,7 @@ def test_score_uses_the_averaged_weights_and_gives_the_raw_ones_back(network):
     raw = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     before = modes(network)
 
-    scores = score(Alone(), network, ema, split, prepare)
+    scores = score(network, ema, lambda: evaluate(Alone(), network, split, prepare))
 
     assert modes(network) == before
     for name, tensor in network.state_dict().items():
@@ -159,4 +160,16 @@ def test_score_uses_the_averaged_weights_and_gives_the_raw_ones_back(network):
 def test_score_without_an_average(network):
     split = make_split(9)
     plain = evaluate(Alone(), network, split, prepare)
-    assert score(Alone(), network, None, split, prepare) == plain
+    assert score(network, None, lambda: evaluate(Alone(), network, split, prepare)) == plain
+
+
+def test_batches_are_of_as_many_images_as_have_so_many_pixels():
+    def sizes(pixels):
+        split = Samples(torch.empty(600, 3, pixels, pixels, dtype=torch.uint8), None, range(600))
+        return list(batch_starts(split))
+
+    assert sizes(32) == [0, 512]
+    assert sizes(128) == [0, 128, 256, 384, 512]
+    assert sizes(224) == list(range(0, 600, 64))
+    features = Samples(torch.empty(600, 2, 2048), None, range(600))
+    assert list(batch_starts(features)) == [0, 512]

@@ -4,12 +4,12 @@ import pytest
 import torch
 import torchvision
 import yaml
+from test_flags import build_parser
 from torch import nn
 
 import smallruns
 from harness import flags, models, stages
 from harness.errors import RunStopped, UserError
-from test_flags import build_parser
 from tricks.freeze import frozen_digest
 from tricks.lr_groups import check_groups
 
@@ -182,7 +182,7 @@ def test_frozen_parts_that_move_stop_the_run():
     model.fc.weight.data.add_(1)
     stages.check_frozen(model, digest, made[0])
     model.layer1[0].bn1.running_mean[0] += 1e-7
-    with pytest.raises(RunStopped, match="1 head: .*frozen have changed"):
+    with pytest.raises(RunStopped, match=r"1 head: .*frozen have changed"):
         stages.check_frozen(model, digest, made[0])
 
 

@@ -83,13 +83,12 @@ class ModelEma:
         """Take in the weights that optimizer step `step`, counted from 0, left in the model.
 
         names: the parameters and buffers that can have changed, where the rest is frozen and its
-        average therefore equal to it; None for all.
+        average stands still; None for all.
         """
         decay = decay_at(step, self.decay) if self.warmup else self.decay
         averages, sources, counters, counts = [], [], [], []
-        for name, (average, tensor) in zip(self._averages, self._pairs(model), strict=True):
-            if names is not None and name not in names:
-                continue
+        pairs = self._pairs(model) if names is None else self._some_pairs(model, names)
+        for average, tensor in pairs:
             if average.is_floating_point():
                 averages.append(average)
                 sources.append(tensor.to(average.dtype))
@@ -131,6 +130,15 @@ class ModelEma:
         tensors = _tensors(model)
         _check_same(tensors, self._averages, "the model")
         return [(average, tensors[name]) for name, average in self._averages.items()]
+
+
+    def _some_pairs(
+        self, model: nn.Module, names: Collection[str]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        # A walk over all modules would take longer than a step of a small head
+        for name in names:
+            module, _, leaf = name.rpartition(".")
+            yield self._averages[name], getattr(model.get_submodule(module), leaf)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
