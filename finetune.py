@@ -44,7 +44,7 @@ from harness.launch import make_accelerator, script
 from harness.pictures import save_train_batch
 from harness.run import Run, check_batch
 from harness.scoring import evaluate, score
-from harness.views import Views, decode_splits, draw_mixing, train_batches
+from harness.views import Views, decode_splits, draw_mixing, mixes, train_batches
 from harness.weights import find_weights, load_pretrained, stored_size
 from tricks.ema import ModelEma
 from tricks.freeze import frozen_digest, unfreeze
@@ -62,11 +62,11 @@ def main(args):
 
     # data, and how the weights want to see it
     data = plan.load(args)
-    pretrained = find_weights(args.weights, args.model, args.stem)
+    with accelerator.local_main_process_first():  # one download
+        pretrained = find_weights(args.weights, args.model, args.stem)
     look = plan.preprocessing(args, data, pretrained)
     stem = models.resolve_stem(args.model, pretrained.stem or args.stem, look.size)
-    mixing = args.mix_prob or any(stage.get("mix_prob") for stage in args.stages or [])
-    check_batch(args, accelerator.num_processes, len(data.train), mixing)
+    check_batch(args, accelerator.num_processes, len(data.train), mixing=False)
     per_epoch = len(data.train) // args.batch_size
 
     # model: a new head on loaded weights
@@ -96,7 +96,11 @@ def main(args):
     blocks = models.blocks(model, args.model)
     stages = staging.make_stages(args, strategy, model, blocks, per_epoch)
     total = stages[-1].end
-    cached = [stage.name for stage in stages if features.serves(stage, model, look.size)]
+    for stage in stages:
+        check_batch(args, accelerator.num_processes, len(data.train), mixes(stage.args))
+    cached = features.kept_in(stages, model, look.size)
+    idle = staging.idle_flags(args, strategy)
+    reason += f"; {', '.join(idle)} not used" if idle else ""
 
     machine |= {"weights": f"{loaded} (else init {initialised})"}
     rows = {"strategy": f"{strategy}: {reason}", "lr": f"{args.optimizer}: see the stages"}
@@ -129,9 +133,8 @@ def main(args):
 
     for stage in stages:
         if run.step < stage.end:
-            train_stage(run, stage, optimizer, splits, look, data.classes, known)
-        else:
-            known.clear()  # what the probe found does not hold after a stage
+            kept = known if stage.name in cached else None
+            train_stage(run, stage, optimizer, splits, look, data.classes, kept)
 
     def test_result():
         views = make_views(args, look)
@@ -156,9 +159,9 @@ def make_views(args, look):
 
 
 def train_stage(run, stage, optimizer, splits, look, classes, known):
-    """Train what the stage trains, on images, or on kept features where only the head trains.
+    """Train what the stage trains, on images (known: None) or a head on kept features.
 
-    known: features kept so far, by split and view; they hold until another part has trained.
+    known: the features kept so far, which this adds to.
     """
     accelerator, args, model = run.accelerator, stage.args, run.module
     run.stage = stage.name
@@ -166,7 +169,7 @@ def train_stage(run, stage, optimizer, splits, look, classes, known):
     check_groups(model, optimizer.param_groups)
     frozen = frozen_digest(model)
     views, network, changing = make_views(args, look), model, None
-    cached = features.serves(stage, model, look.size)
+    cached = known is not None
     if cached:
         if run.wants_picture():
             view = min(1, args.views - 1)
@@ -177,8 +180,6 @@ def train_stage(run, stage, optimizer, splits, look, classes, known):
         splits = features.extract_splits(accelerator, model, splits, views, args, known)
         views = features.CachedViews(args.views)
         changing = {name for name, p in model.named_parameters() if p.requires_grad}
-    else:
-        known.clear()
     # DDP looks at what requires a gradient when it wraps, so every stage wraps anew. In a shell,
     # because Accelerate marks what it has prepared and passes it by the next time
     wrapped = accelerator.prepare(torch.nn.Sequential(network))
@@ -200,7 +201,7 @@ def train_stage(run, stage, optimizer, splits, look, classes, known):
     for step, batch in run.steps(batches, evaluate_epoch, spacing=30 if cached else 0):
         set_lr(optimizer, warmup_cosine(step - stage.start, stage.end - stage.start, stage.warmup))
         mix = draw_mixing(
-            args.mixup_alpha, args.cutmix_alpha, 0 if cached else args.mix_prob, look.size,
+            args.mixup_alpha, args.cutmix_alpha, args.mix_prob, look.size,
             generator(args.seed, "mixing", step),
         )  # fmt: skip
         for part in batch:  # one, unless gradients are accumulated
@@ -222,7 +223,9 @@ def train_stage(run, stage, optimizer, splits, look, classes, known):
         if run.ema and not accelerator.optimizer_step_was_skipped:
             run.ema.update(model, step, changing)
         if (step + 1) % run.steps_per_epoch == 0 or step + 1 == stage.end:
-            staging.check_frozen(model, frozen, stage)
+            moved = torch.tensor(float(frozen_digest(model) != frozen), device=accelerator.device)
+            if accelerator.reduce(moved, "sum").item():
+                run.fail(f"stage {stage.name}: weights or buffers that are frozen have changed")
     accelerator._models.clear()  # the wrapper's buckets of gradients can go
 
 

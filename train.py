@@ -34,7 +34,7 @@ from harness.launch import make_accelerator, script
 from harness.pictures import save_train_batch
 from harness.run import Run, check_batch
 from harness.scoring import evaluate, score
-from harness.views import Views, decode_splits, draw_mixing, train_batches
+from harness.views import Views, decode_splits, draw_mixing, mixes, train_batches
 from harness.weights import find_weights, load_pretrained, stored_size
 from tricks.ema import ModelEma
 from tricks.label_smoothing import smooth_labels, soft_cross_entropy
@@ -54,8 +54,7 @@ def main(args):
     pretrained = find_weights(args.weights, args.model, args.stem)
     look = plan.preprocessing(args, data, pretrained)
     stem = models.resolve_stem(args.model, pretrained.stem or args.stem, look.size)
-    mixing = args.mix_prob and (args.mixup_alpha or args.cutmix_alpha)
-    check_batch(args, accelerator.num_processes, len(data.train), mixing)
+    check_batch(args, accelerator.num_processes, len(data.train), mixes(args))
     per_epoch = len(data.train) // args.batch_size  # the images that don't fill a batch are left
     total = args.max_steps or args.epochs * per_epoch
 

@@ -7,6 +7,7 @@ them for every image.
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import psutil
@@ -25,7 +26,7 @@ from harness.errors import UserError
 from harness.models import DropoutLinear, head
 from harness.scoring import batch_starts
 from harness.stages import choose_strategy, enter
-from harness.views import Samples
+from harness.views import Samples, mixes
 
 PROBE_IMAGES = 5000  # train images that the probe is fitted to at most
 PROBE_HELD_OUT = 0.2  # of them, to score it where there is no validation split
@@ -78,6 +79,10 @@ def can_cache(model, size, cut) -> bool:
     Not so where something outside the tail trains, draws at random or adapts, or where the
     network goes on after its head (squeezenet).
     """
+    if getattr(model, "drop_rate", 0) and not any(
+        isinstance(m, _DropoutNd) for m in cut.tail.modules()
+    ):
+        return False  # timm's networks may call dropout as a function
     inside = {id(module) for module in cut.tail.modules()}
     for module in model.modules():
         random = isinstance(module, _DropoutNd | StochasticDepth | DropoutLinear) and module.p
@@ -96,16 +101,26 @@ def can_cache(model, size, cut) -> bool:
     for module, _ in modes:
         module.training = False
     logits, features = _run(model, image, cut)
-    again = cut.tail(features)
+    again = cut.tail(features.clone())
     for module, training in modes:
         module.training = training
     return again.shape == logits.shape and torch.equal(again, logits)
 
 
-def serves(stage, model, size) -> bool:
-    """Whether the stage trains on kept features. Leaves the model in that stage."""
-    enter(model, stage)
-    return bool(stage.args.views) and can_cache(model, size, cut_at_head(model))
+def kept_in(stages, model, size) -> list[str]:
+    """The names of the stages that train on kept features: the first ones, if only a head trains.
+
+    Not a later one, whose frozen part has been trained: the averaged weights would want features
+    of their own. Nor one that mixes images. Leaves the model in one of the stages.
+    """
+    names = []
+    for stage in stages:
+        enter(model, stage)
+        wanted = stage.args.views and not mixes(stage.args)
+        if not wanted or not can_cache(model, size, cut_at_head(model)):
+            break
+        names.append(stage.name)
+    return names
 
 
 def extract_splits(accelerator, model, splits, views, args, known):
@@ -135,20 +150,22 @@ def extract(accelerator, model, samples, views, number, seed, known, name):
     """Samples whose "pixels" are features (n, number, ...): view 0 as in evaluation, others drawn.
 
     model: the unwrapped module, its frozen part in eval mode. samples, views: harness.views.
-    known: a dict {(name, view): features} that is read and added to, so that nothing is computed
-    twice. The batches are dealt to the processes, and all get all of them.
+    known: a dict of features that is read and added to, so that nothing is computed twice. The
+    batches are dealt to the processes, and all get all of them.
 
-    Raises UserError where the features would take more than half of the memory left.
+    Raises UserError where the features would take more than the memory left.
     """
     starts, total = batch_starts(samples), len(samples.labels)
+    drawn = repr(sorted(vars(views).items()))
+    keys = [(name, view, drawn if view else None) for view in range(number)]
     cut, progress = cut_at_head(model), accelerator.is_local_main_process
-    todo = [view for view in range(number) if (name, view) not in known]
+    todo = [key for key in keys if key not in known]
     bar = tqdm(
         total=total * len(todo), desc=f"features of {name}", unit=" images", delay=1, leave=False,
         disable=not progress,
     )  # fmt: skip
-    for view in todo:
-        features = None
+    for key in todo:
+        features, view = None, key[1]
         for k in range(accelerator.process_index, len(starts), accelerator.num_processes):
             images, _ = view_batch(samples, views, starts[k], view, seed, accelerator.device)
             with accelerator.autocast():
@@ -158,15 +175,18 @@ def extract(accelerator, model, samples, views, number, seed, known, name):
                 features = found.new_zeros(total, *found.shape[1:], device="cpu")
             features[starts[k] : starts[k] + len(found)] = found.cpu()
             bar.update(min(len(found) * accelerator.num_processes, bar.total - bar.n))
-        known[name, view] = _from_all(accelerator, features)
+        known[key] = _from_all(accelerator, features)
     bar.close()
-    stacked = torch.stack([known[name, view] for view in range(number)], dim=1)
+    stacked = torch.stack([known[key] for key in keys], dim=1)
     return Samples(stacked, torch.arange(total), samples.labels)
 
 
 def _check_memory(number, one):
-    wanted, free = number * one.numel() * one.element_size(), psutil.virtual_memory().available
-    if wanted > free / 2:
+    # Every process of this machine holds all views, and once more while they are put together
+    copies = 2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    wanted = copies * number * one.numel() * one.element_size()
+    free = psutil.virtual_memory().available
+    if wanted > free:
         raise UserError(
             f"the features of {number:,} views would take {wanted / 2**30:.1f} GiB of "
             f"{free / 2**30:.1f} GiB of free memory: fewer --views, or 0 for none kept"
@@ -174,9 +194,9 @@ def _check_memory(number, one):
 
 
 def _run(model, images, cut):
-    """(logits, what the entry of the tail received)."""
+    """(logits, what the entry of the tail received), a copy: an activation may work in place."""
     seen = []
-    handle = cut.entry.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    handle = cut.entry.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
     try:
         logits = model(images)
     finally:

@@ -69,7 +69,7 @@ def text(args, machine, data, model, look, total, rows):
         + ", ".join(f"{n:,} {role}" for role, n in sizes(data).items())
         + f"; {len(data.classes)} classes",
         "images": f"{look.size}×{look.size}{stored} {look.interpolation}, {colours}; "
-        + _augmentation(args),
+        + augmentation(args),
         "model": f"{args.model}, {about['parameters']:,} parameters, head {about['head']}; "
         + machine["weights"],
         "steps": f"{total:,} = {total / per_epoch:.4g} epochs of {per_epoch}"
@@ -105,7 +105,8 @@ def _given(args):
     return rows or [("flags", "all at their defaults")]
 
 
-def _augmentation(args):
+def augmentation(args):
+    """What is drawn anew for every image, in words."""
     words = [args.augment]
     if args.augment != "none" and args.crop_scale:
         words += [f"random resized crop from {args.crop_scale:.0%}"]

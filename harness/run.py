@@ -211,12 +211,16 @@ class Run:
     def _stop_nonfinite(self, step, loss, norm):
         kept = checkpoints(self.folder / "checkpoints")
         last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
-        self._bar.close()
-        self._close(exit_code=1)
-        raise RunStopped(
+        self.fail(
             f"step {step}: loss is {loss:.4g}, gradient norm is {norm:.4g}; stopped before the "
             f"update, {last}; a lower --lr or --mixed_precision no may help"
         )
+
+    def fail(self, reason):
+        """Leave in good order with an error; on all processes, or on none."""
+        self._bar.close()
+        self._close(exit_code=1)
+        raise RunStopped(reason)
 
     def _after_step(self, evaluate):
         args = self.args
@@ -228,13 +232,20 @@ class Run:
         every = args.checkpointing_steps
         due = every != "epoch" and self.step % every == 0
         if every == "epoch" and end_of_epoch:
-            due = time.perf_counter() - self._checkpointed >= self._spacing
+            due = not self._spacing or self._long_enough()
         stopping = self._stop or self.step == args.stop_after
         if due or stopping or self.step == self.total:
             self._read_checks(0)
             self._checkpoint(must=bool(stopping))
         if stopping and self.step < self.total:
             self._leave()
+
+    def _long_enough(self):
+        """Whether the last checkpoint is `spacing` seconds old: by one clock, for all processes."""
+        answer = [time.perf_counter() - self._checkpointed >= self._spacing]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(answer)
+        return answer[0]
 
     def _log_interval(self):
         self._read_checks(0)

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from harness.errors import RunStopped, UserError
-from tricks.freeze import freeze_except, frozen_digest
+from harness.errors import UserError
+from harness.plan import augmentation
+from tricks.freeze import freeze_except
 from tricks.lr_groups import layer_decay_rates, prefix_groups
 
 # Peak learning rates where the flags name none (AdamW)
@@ -69,7 +70,10 @@ def make_stages(args, strategy, model, blocks, per_epoch):
     Raises UserError for flags that the strategy has no use for, and, naming the stage, for a
     prefix that matches nothing or lies under another one. Leaves the model in the last stage.
     """
-    _refuse_idle(args, strategy)
+    idle = idle_flags(args, strategy)
+    if idle and args.strategy != "auto":  # auto could not know; the plan says it
+        flag, why = next(iter(idle.items()))
+        raise UserError(f"{flag} has no effect with --strategy {strategy}: {why}")
     if strategy == "staged":
         wanted = args.stages or default_stages(blocks)
     else:
@@ -83,20 +87,24 @@ def make_stages(args, strategy, model, blocks, per_epoch):
     stages, passed = [], 0
     for n, stage in enumerate(wanted, start=1):
         own = {k: v for k, v in stage.items() if k not in ("name", "epochs", "train")}
-        own_args = argparse.Namespace(**{**vars(args), "layer_decay": decay, **own})
+        flags = argparse.Namespace(**{**vars(args), "layer_decay": decay, **own})
+        name = f"{n} {stage.get('name') or _name(stage['train'])}"
         start, passed = round(total * passed / own_epochs), passed + stage["epochs"]
         end = round(total * passed / own_epochs)
-        name = f"{n} {stage.get('name') or _name(stage['train'])}"
-        warmup = min(round(own_args.warmup_epochs * per_epoch), (end - start) // 2)
         try:
-            rates = _rates(stage["train"], own_args.layer_decay, blocks)
-            stage = Stage(name, rates, own_args, start, end, warmup)
+            stage = _stage(flags, name, stage["train"], (start, end), per_epoch, blocks)
             enter(model, stage)
         except ValueError as error:
             raise UserError(f"stage {name}: {error}") from None
         if end > start:
             stages.append(stage)
     return stages
+
+
+def _stage(args, name, train, bounds, per_epoch, blocks):
+    start, end = bounds
+    warmup = min(round(args.warmup_epochs * per_epoch), (end - start) // 2)
+    return Stage(name, _rates(train, args.layer_decay, blocks), args, start, end, warmup)
 
 
 def default_stages(blocks):
@@ -140,15 +148,6 @@ def set_groups(optimizer, groups):
         del optimizer.state[parameter]
 
 
-def check_frozen(model, digest, stage):
-    """Raise RunStopped where anything of the frozen part differs from its digest."""
-    if frozen_digest(model) != digest:
-        raise RunStopped(
-            f"stage {stage.name}: weights or buffers that are frozen have changed; the last "
-            "checkpoint is from before"
-        )
-
-
 def table(model, stages, per_epoch, cached):
     """What trains when, a row for each of the optimizer's groups and one for what is frozen.
 
@@ -157,11 +156,10 @@ def table(model, stages, per_epoch, cached):
     rows = []
     for stage in stages:
         groups = enter(model, stage)
-        how = (
-            f"features kept, {stage.args.views} views an image"
-            if stage.name in cached
-            else "images"
-        )
+        how = augmentation(stage.args)
+        if stage.name in cached:
+            drawn = f", the others {how}" if stage.args.views > 1 else ""
+            how = f"features kept: {stage.args.views} views an image, the first as it is{drawn}"
         rows.append(
             f"stage {stage.name}: {(stage.end - stage.start) / per_epoch:.4g} epochs, steps "
             f"{stage.start:,} to {stage.end:,}, warm-up {stage.warmup:,}; {how}"
@@ -203,20 +201,16 @@ def _norm_mode(model, prefixes, outside=False):
     return words.get(frozenset(modes), "mixed")
 
 
-def _refuse_idle(args, strategy):
-    """Flags that would silently do nothing."""
-    if args.strategy == "auto":
-        return
+def idle_flags(args, strategy):
+    """{flag: why} of those that were given and that this strategy has no use for."""
     idle = {
         "staged": {"lr": "its stages have their own (train: {module: lr})"},
         "feature_extraction": {
             "stages": "it has one, the head's", "layer_decay": "only the head trains",
         },
-        "full": {"stages": "it has one, everything"},
+        "full": {"stages": "it has one, everything", "views": "no head trains alone"},
     }  # fmt: skip
-    for name, why in idle[strategy].items():
-        if getattr(args, name) is not None:
-            raise UserError(f"--{name} has no effect with --strategy {strategy}: {why}")
+    return {f"--{name}": why for name, why in idle[strategy].items() if name in args.given}
 
 
 def _rates(train, decay, blocks):

@@ -150,6 +150,11 @@ class Views:
         return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
+def mixes(args):
+    """Whether these flags mix images at all."""
+    return args.mix_prob > 0 and (args.mixup_alpha > 0 or args.cutmix_alpha > 0)
+
+
 def draw_mixing(mixup_alpha, cutmix_alpha, prob, size, rng):
     """This step's mixing, as a function (images, targets) -> (images, targets).
 

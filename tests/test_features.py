@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from test_flags import build_parser
 from torch import nn
 
-from harness import features
+from harness import features, models, stages
 from harness.counters import generator
 from harness.errors import UserError
 from harness.views import Samples, Views
@@ -92,12 +93,17 @@ def test_can_cache_leaves_the_model_as_it_was():
         ("shufflenet_v2_x0_5", ["fc"], "train"),  # BatchNorm of the frozen part adapts
         ("googlenet", ["fc"], "auto"),  # its dropout stands outside of the tail
         ("squeezenet1_1", ["classifier.1"], "auto"),  # it goes on after its head
+        ("timm", ["fc"], "auto"),  # its dropout is a function
     ],
 )
 def test_what_is_not_constant_is_not_kept(name, trained, mode):
     size = 64
     arguments = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
-    model = torchvision.models.get_model(name, weights=None, num_classes=3, **arguments)
+    if name == "timm":
+        timm = pytest.importorskip("timm")
+        model = timm.create_model("resnet10t", num_classes=3, drop_rate=0.2)
+    else:
+        model = torchvision.models.get_model(name, weights=None, num_classes=3, **arguments)
     freeze_except(model, trained, mode)
     assert not features.can_cache(model, size, features.cut_at_head(model))
 
@@ -144,6 +150,31 @@ def test_nothing_is_computed_twice():
     handle.remove()
 
 
+def test_other_augmentation_is_another_view():
+    """But the first view is the same whatever the augmentation is."""
+    model, split, known = small().eval(), samples(8), {}
+    basic = features.extract(Alone(), model, split, views(), 2, 7, known, "train").pixels
+    none = features.extract(Alone(), model, split, views("none"), 2, 7, known, "train").pixels
+    assert torch.equal(basic[:, 0], none[:, 0]) and not torch.equal(basic[:, 1], none[:, 1])
+    torch.testing.assert_close(none[:, 1], none[:, 0])
+
+
+def test_features_are_kept_until_another_part_trains():
+    model, blocks = small(), models.blocks(small(), "shufflenet_v2_x0_5")
+    text = (
+        "--stages=[{epochs: 1, train: {head: 1}}, {epochs: 1, train: {head: 1}, augment: none},"
+        "{epochs: 1, train: {all: 1}}, {epochs: 1, train: {head: 1}}]"
+    )
+
+    def kept(*argv):
+        args = build_parser("finetune.py").read([text, *argv])
+        return features.kept_in(stages.make_stages(args, "staged", model, blocks, 9), model, SIZE)
+
+    assert kept() == ["1 head", "2 head"]
+    assert kept("--views=0") == [] == kept("--mix_prob=1")
+    assert kept("--mix_prob=1", "--mixup_alpha=0", "--cutmix_alpha=0") == ["1 head", "2 head"]
+
+
 def test_the_batches_of_two_processes_are_those_of_one(monkeypatch):
     """Each computes its own, and the sum that joins them is exact."""
     model, split = small().eval(), samples(150)
@@ -160,9 +191,12 @@ def test_the_batches_of_two_processes_are_those_of_one(monkeypatch):
 
 
 def test_features_that_do_not_fit_in_memory_are_refused(monkeypatch):
-    memory = types.SimpleNamespace(available=70 * 1024 * 4 * 2 - 1)
+    """Two copies of two views, on each of the processes that share the machine."""
+    memory = types.SimpleNamespace(available=2 * 140 * 1024 * 4)
     monkeypatch.setattr(features.psutil, "virtual_memory", lambda: memory)
     model = small().eval()
+    features.extract(Alone(), model, samples(), views(), 2, 7, {}, "train")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"features of 140 views would take .* fewer --views"):
         features.extract(Alone(), model, samples(), views(), 2, 7, {}, "train")
 

@@ -28,6 +28,12 @@ def losses(folder):
     return [r["train/loss"] for r in read_metrics(folder / "metrics.jsonl") if "train/loss" in r]
 
 
+def raw_weights(folder, step):
+    """All that a checkpoint has of the model, as one vector."""
+    file = folder / f"checkpoints/step-{step:08d}/model.safetensors"
+    return torch.cat([v.double().flatten() for v in safetensors.torch.load_file(file).values()])
+
+
 # --- what a run is ---
 
 
@@ -164,6 +170,85 @@ def test_stopping_after_any_step_of_any_stage_changes_nothing(straight, tmp_path
     assert smallruns.digest(folder) == smallruns.digest(straight)
 
 
+# Two stages on kept features, of which the second is not augmented, and a head alone once more,
+# when averaged and raw weights of what is frozen are no longer the same
+HEADS = """[
+    {epochs: 1, train: {head: 0.01}},
+    {epochs: 1, train: {head: 0.01}, augment: none},
+    {epochs: 1, train: {all: 0.002}},
+    {epochs: 1, train: {head: 0.01}},
+]"""
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"val_fraction": 0.2}, {"ema_decay": 0, "eval_epochs": 2, "checkpointing_steps": 3}],
+    ids=["test", "val", "no ema"],
+)
+def test_other_orders_of_stages_resume_too(tmp_path, flags):
+    flags = {**flags, "stages": HEADS, "mixed_precision": "no"}
+    folder, status = smallruns.finetune(tmp_path / "straight", **flags)
+    assert status == 0
+    per_epoch = 3 if "val_fraction" in flags else 4
+    for stop in (per_epoch - 1, 2 * per_epoch - 1, 3 * per_epoch, 4 * per_epoch - 1):
+        again = tmp_path / str(stop)
+        smallruns.finetune(again, stop_after=stop, **flags)
+        stopped, _ = smallruns.finetune(again, resume_from_checkpoint="auto", **flags)
+        assert smallruns.digest(stopped) == smallruns.digest(folder), stop
+
+
+def test_the_accuracy_that_is_told_is_that_of_the_weights_that_are_kept(tmp_path):
+    """With averaged weights, a backbone that has trained, and a head alone at the end."""
+    folder, _ = smallruns.finetune(tmp_path, stages=HEADS, mixed_precision="no", lr=None)
+    config = json.loads((folder / "config.json").read_text())
+    model = models.rebuild_model(config).eval()
+    load_state(model, load_weights(folder))
+    from harness.data import load_data
+    from harness.views import decode_splits
+
+    cfg = config["pretrained_cfg"]
+    size = cfg["input_size"][-1]
+    stored = round(size / cfg["crop_pct"])
+    data = load_data("digits", max_eval_samples=100)
+    images, labels = decode_splits(data, stored, False)["test"].take(
+        torch.arange(100), torch.device("cpu")
+    )
+    edge = (stored - size) // 2
+    images = images[..., edge : edge + size, edge : edge + size] / 255
+    mean, std = (torch.tensor(cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        logits = model((images - mean) / std)
+    summary = json.loads((folder / "summary.json").read_text())
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert summary["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_a_frozen_part_that_moves_stops_the_run(tmp_path, monkeypatch):
+    import finetune
+    from harness.errors import RunStopped
+
+    evaluate = finetune.evaluate
+
+    def disturb(accelerator, model, *rest):
+        for module in finetune_model:
+            module.running_mean[0] += 1e-6
+        return evaluate(accelerator, model, *rest)
+
+    finetune_model = []
+    unfreeze = finetune.unfreeze
+
+    def remember(model):
+        finetune_model.append(model.conv1[1])
+        unfreeze(model)
+
+    monkeypatch.setattr(finetune, "unfreeze", remember)
+    monkeypatch.setattr(finetune, "evaluate", disturb)
+    with pytest.raises(RunStopped, match="stage 1 head: weights or buffers that are frozen"):
+        smallruns.finetune(
+            tmp_path, stages="[{epochs: 3, train: {head: 0.01}}]", views=0, mixed_precision="no"
+        )
+
+
 def test_other_stages_are_refused_at_resume(straight, tmp_path):
     from harness.errors import UserError
 
@@ -192,9 +277,9 @@ def test_two_processes_train_every_stage_as_one_does(tmp_path):
     two = tmp_path / "two" / "run"
     assert len(losses(one)) == 12
     assert losses(two) == pytest.approx(losses(one), abs=1e-4)
-    weights = [safetensors.torch.load_file(f / "model.safetensors") for f in (one, two)]
-    for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, atol=2e-3, rtol=1e-2, msg=name)
+    ends = [raw_weights(f, 12) for f in (one, two)]
+    moved = torch.linalg.vector_norm(ends[0] - raw_weights(one, 8))
+    assert torch.linalg.vector_norm(ends[1] - ends[0]) < 0.02 * moved
     # Stopped in the second stage and resumed, both processes
     (tmp_path / "again").mkdir()
     for more in ({"stop_after": 6}, {"resume_from_checkpoint": "auto"}):
@@ -228,19 +313,57 @@ def test_dry_run_prints_the_table_and_writes_nothing(tmp_path, capsys):
         assert word in out
 
 
-def test_bad_input_is_one_line(tmp_path):
-    (tmp_path / "torn.safetensors").write_bytes(b"no")
-    wrong = smallruns.ROOT / "data"
-    for flags, said in (
-        ({"stages": "[{epochs: 1, train: {layer9: 1}}]"}, "layer9"),
-        ({"weights": str(tmp_path / "torn.safetensors")}, "torn.safetensors"),
-        ({"weights": str(wrong)}, "no weights at"),
-    ):
-        done = smallruns.launch(tmp_path, script="finetune.py", **flags)
-        lines = [li for li in done.stdout.splitlines() if li.startswith("finetune.py:")]
-        assert done.returncode != 0 and len(lines) == 1 and said in lines[0], done.stdout
-        assert "Traceback" not in done.stdout.split("finetune.py:")[0]
-    assert not (tmp_path / "run").exists()
+class Hostile:
+    """An object whose unpickling writes a file."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"stages": "[{epochs: 1, train: {layer9: 1}}]"}, "stage 1 layer9: .*layer9"),
+        ({"stages": "[{epochs: 1, train: {maxpool: 1}}]"}, "stage 1 maxpool: .*maxpool"),
+        ({"stages": "[{epochs: 1, train: {conv1: 1, conv1.0: 1}}]"}, "conv1.0.*conv1"),
+        ({"weights": "torn.safetensors"}, r"torn\.safetensors can't be read"),
+        ({"weights": "hostile.pth"}, r"hostile\.pth can't be read .*nothing in it was run"),
+        ({"weights": "absent.pth"}, r"no weights at .*absent\.pth"),
+        ({"weights": "other.pth"}, r"other\.pth does not fit .*another shape: conv5"),
+        ({"weights": "run"}, "holds a resnet18: add --model resnet18"),
+        ({"weights": "IMAGENET1K_V9"}, "no weights IMAGENET1K_V9"),
+        ({"lr": 0.1}, "--lr has no effect with --strategy staged"),
+        ({"model": "resnet18", "stages": None, "batch_size": 47}, "47"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, monkeypatch, flags, said):
+    from torchvision.models import shufflenet_v2_x1_0
+
+    from harness.errors import UserError
+
+    monkeypatch.chdir(tmp_path)
+    Path("torn.safetensors").write_bytes(b"no")
+    torch.save({"fc.weight": Hostile(tmp_path / "executed")}, "hostile.pth")
+    torch.save(shufflenet_v2_x1_0(num_classes=10).state_dict(), "other.pth")
+    Path("run").mkdir()
+    Path("run/config.json").write_text('{"architecture": "resnet18"}')
+    if "weights" in flags and not flags["weights"].startswith("IMAGENET"):
+        flags = {"weights": f"./{flags['weights']}"}
+    with pytest.raises(UserError, match=said) as error:
+        smallruns.finetune(tmp_path / "out", **flags)
+    assert "\n" not in str(error.value)
+    assert not Path("out").exists() and not Path("executed").exists()
+
+
+def test_an_error_ends_the_launched_script_with_its_line(tmp_path):
+    stages = "[{epochs: 1, train: {layer9: 1}}]"
+    done = smallruns.launch(tmp_path, script="finetune.py", stages=stages)
+    lines = [li for li in done.stdout.splitlines() if li.startswith("finetune.py:")]
+    assert done.returncode != 0 and len(lines) == 1 and "layer9" in lines[0], done.stdout
 
 
 def test_timm_loads_a_fine_tuned_resnet_from_its_folder(tmp_path):

@@ -34,6 +34,38 @@ def test_trains_and_resumes_under_the_config(tmp_path, name):
     assert not any("_orig_mod" in n or n.startswith("module.") for n in names)
 
 
+@pytest.mark.parametrize("name", ["single_gpu", "single_gpu_fp16", "single_gpu_compile"])
+def test_fine_tunes_in_stages_and_resumes_under_the_config(tmp_path, name):
+    """Stopped in the second of three stages; the first trains on kept features."""
+    launcher = ("--config_file", str(CONFIGS / f"{name}.yaml"))
+    stages = smallruns.STAGES.replace("conv5", "layer4")
+    flags = {
+        "script": "finetune.py", "model": "resnet18", "mixed_precision": "auto", "stages": stages
+    }  # fmt: skip
+    stopped = smallruns.launch(tmp_path, launcher=launcher, **flags, stop_after=6)
+    assert stopped.returncode == 0, stopped.stdout
+    done = smallruns.launch(tmp_path, launcher=launcher, **flags, resume_from_checkpoint="auto")
+    assert done.returncode == 0, done.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["device"].startswith("cuda") and summary["steps"] == 12
+    losses = [r["train/loss"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")
+              if "train/loss" in r]  # fmt: skip
+    assert len(losses) == 4 and all(loss < 20 for loss in losses)
+
+
+def test_kept_features_on_the_gpu_train_as_recomputed_ones(tmp_path):
+    flags = {
+        "stages": None, "strategy": "feature_extraction", "epochs": 3, "lr": 0.01,
+        "augment": "none", "random_erasing": 0, "mix_prob": 0, "mixed_precision": "no",
+    }  # fmt: skip
+    final = []
+    for views in (0, 1):
+        folder, status = smallruns.finetune(tmp_path / str(views), views=views, **flags)
+        assert status == 0
+        final.append(json.loads((folder / "summary.json").read_text())["loss"])
+    assert final[0] == pytest.approx(final[1], rel=1e-2)  # TF32
+
+
 def test_augmentation_on_the_gpu_equals_the_cpus():
     from harness.counters import generator
     from harness.views import Views

@@ -131,7 +131,6 @@ class ModelEma:
         _check_same(tensors, self._averages, "the model")
         return [(average, tensors[name]) for name, average in self._averages.items()]
 
-
     def _some_pairs(
         self, model: nn.Module, names: Collection[str]
     ) -> Iterator[tuple[Tensor, Tensor]]:
