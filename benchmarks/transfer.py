@@ -2,6 +2,7 @@
 
     python benchmarks/transfer.py                       Flowers102, ResNet-50, three seeds (a GPU)
     python benchmarks/transfer.py --dataset FOLDER --model resnet18 --weights runs/x --sizes 64 128
+                                                        runs/x: trained with --stem standard
     python benchmarks/transfer.py --show                the table of what is there already
 
 Every row is `accelerate launch finetune.py` with one strategy and the seeds; runs that are there
@@ -60,6 +61,8 @@ def parse_args():
 
 def main():
     args, passed_on = parse_args()
+    if not args.model.startswith(("resnet", "resnext", "wide_resnet")):
+        del STRATEGIES["staged, rates × 10"]  # its stages are ResNet's
     plan = [(size, s, n) for n in args.seeds for size in args.sizes for s in STRATEGIES]
     for count, (size, strategy, seed) in enumerate(plan, start=1):
         folder = args.output_dir / run_name(size, strategy, seed)
@@ -99,7 +102,7 @@ def show(args):
                 args.output_dir / run_name(size, strategy, seed) / "summary.json"
                 for seed in args.seeds
             ]
-            done = [json.loads(file.read_text()) for file in files if file.exists()]
+            done = [read(file, args) for file in files if file.exists()]
             if done:
                 rows.append((size, strategy, done))
     if not rows:
@@ -122,6 +125,20 @@ def show(args):
     (args.output_dir / "table.md").write_text(text + "\n")
     print(text, flush=True)
     draw(args.output_dir / "transfer.png", rows, f"{lines[0]}")
+
+
+def read(file, args):
+    """A finished run's summary; the script ends where it is another experiment's."""
+    summary = json.loads(file.read_text())
+    flags = json.loads((file.parent / "config.json").read_text())["flags"]
+    for name in ("dataset", "model", "epochs"):
+        if flags[name] != getattr(args, name):
+            sys.exit(
+                f"{file.parent} was run with {name} {flags[name]}: choose another --output_dir"
+            )
+    if summary["split"] != "test":
+        sys.exit(f"{file.parent} has no test accuracy: {args.dataset} needs a test split")
+    return summary
 
 
 def accuracies(done):

@@ -181,15 +181,15 @@ def test_what_trains_on_keeps_its_moments_and_the_rest_loses_them():
     ("images", "accuracy", "classes", "strategy"),
     [
         (10, 0.95, 102, "feature_extraction"),
-        (10, 0.40, 102, "staged"),
+        (10, 0.40, 102, "full"),
         (5000, 0.95, 10, "staged"),
         (5000, 0.40, 10, "full"),
         (99.9, 0.70 + 0.03, 10, "feature_extraction"),  # skill over chance is exactly 0.7
-        (99.9, 0.72, 10, "staged"),
+        (99.9, 0.72, 10, "full"),
         (100, 0.73, 10, "staged"),
-        (10, 0.84, 2, "staged"),  # of two classes half is chance: skill 0.68
+        (10, 0.84, 2, "full"),  # of two classes half is chance: skill 0.68
         (10, 0.86, 2, "feature_extraction"),
-        (10, 0.2, 2, "staged"),
+        (10, 0.2, 2, "full"),
     ],
 )
 def test_auto_follows_its_table_and_says_its_numbers(images, accuracy, classes, strategy):

@@ -42,6 +42,8 @@ RECORDS = [
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
     """No credentials, no user settings, no state of an earlier test."""
+    wandb.teardown()
+    os.environ.pop("WANDB_SERVICE", None)  # or it would come back after this, and lead to no one
     for name in [name for name in os.environ if name.startswith("WANDB_") or "proxy" in name]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
