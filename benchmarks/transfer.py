@@ -110,7 +110,8 @@ def show(args):
     splits = rows[0][2][0]["data"]["splits"]
     sizes = ", ".join(f"{count:,} {name}" for name, count in splits.items())
     lines = [
-        f"{args.model}, {args.dataset} ({sizes}), {args.epochs} epochs, weights {args.weights}",
+        f"{args.model}, {Path(args.dataset).name} ({sizes}), {args.epochs} epochs, "
+        f"weights {Path(args.weights).name}",
         "",
         "| pixels | strategy | test accuracy, mean ± s.d. (n) | trained parameters | time, s |",
         "|---|---|---|---|---|",
