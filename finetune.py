@@ -40,11 +40,11 @@ from harness import features, models, plan
 from harness import stages as staging
 from harness.counters import generator
 from harness.folder import check_folder
-from harness.launch import make_accelerator, script
+from harness.launch import in_turn, make_accelerator, script
 from harness.pictures import save_train_batch
 from harness.run import Run, check_batch
 from harness.scoring import evaluate, score
-from harness.views import Views, decode_splits, draw_mixing, mixes, train_batches
+from harness.views import decode_splits, draw_mixing, make_views, mixes, train_batches
 from harness.weights import find_weights, load_pretrained, stored_size
 from tricks.ema import ModelEma
 from tricks.freeze import frozen_digest, unfreeze
@@ -57,13 +57,12 @@ def main(args):
     accelerator, machine = make_accelerator(
         args.mixed_precision, args.gradient_accumulation_steps, args.threads, args.seed
     )
-    device, first = accelerator.device, accelerator.is_local_main_process
+    device = accelerator.device
     folder = check_folder(args)
 
     # data, and how the weights want to see it
     data = plan.load(args)
-    with accelerator.local_main_process_first():  # one download
-        pretrained = find_weights(args.weights, args.model, args.stem)
+    pretrained = in_turn(accelerator, lambda: find_weights(args.weights, args.model, args.stem))
     look = plan.preprocessing(args, data, pretrained)
     stem = models.resolve_stem(args.model, pretrained.stem or args.stem, look.size)
     check_batch(args, accelerator.num_processes, len(data.train), mixing=False)
@@ -81,10 +80,10 @@ def main(args):
 
     # strategy: a list of stages, each a function of the optimizer step
     def decode():
-        with accelerator.local_main_process_first():
-            return decode_splits(
-                data, stored_size(look), interpolation=look.interpolation, progress=first
-            )
+        return in_turn(accelerator, lambda: decode_splits(
+            data, stored_size(look), interpolation=look.interpolation,
+            progress=accelerator.is_local_main_process,
+        ))  # fmt: skip
 
     strategy, reason, splits, known = args.strategy, "as asked", None, {}
     if strategy == "auto":
@@ -102,7 +101,7 @@ def main(args):
     idle = staging.idle_flags(args, strategy)
     reason += f"; {', '.join(idle)} not used" if idle else ""
 
-    machine |= {"weights": f"{loaded} (else init {initialised})"}
+    machine |= {"weights": f"{loaded}; what is new: init {initialised}"}
     rows = {"strategy": f"{strategy}: {reason}", "lr": f"{args.optimizer}: see the stages"}
     accelerator.print(plan.text(args, machine, data, model, look, total, rows))
     accelerator.print(staging.table(model, stages, per_epoch, cached))
@@ -147,15 +146,6 @@ def main(args):
     }
     summary = run.finish(test_result if "test" in splits else None, facts)
     accelerator.print(plan.closing(summary, folder, run.tracking.line))
-
-
-def make_views(args, look):
-    return Views(
-        look.size, look.mean, look.std, augment=args.augment, flip_prob=args.flip_prob,
-        padding=look.size // 8 if args.crop_padding is None else args.crop_padding,
-        erasing=args.random_erasing, ops=args.randaugment_ops,
-        magnitude=args.randaugment_magnitude, stored=stored_size(look), crop_scale=args.crop_scale,
-    )  # fmt: skip
 
 
 def train_stage(run, stage, optimizer, splits, look, classes, known):

@@ -30,11 +30,11 @@ import torch.nn.functional as F
 from harness import models, plan
 from harness.counters import generator
 from harness.folder import check_folder
-from harness.launch import make_accelerator, script
+from harness.launch import in_turn, make_accelerator, script
 from harness.pictures import save_train_batch
 from harness.run import Run, check_batch
 from harness.scoring import evaluate, score
-from harness.views import Views, decode_splits, draw_mixing, mixes, train_batches
+from harness.views import decode_splits, draw_mixing, make_views, mixes, train_batches
 from harness.weights import find_weights, load_pretrained, stored_size
 from tricks.ema import ModelEma
 from tricks.label_smoothing import smooth_labels, soft_cross_entropy
@@ -51,7 +51,7 @@ def main(args):
 
     # data: what is where, and later its pixels, decoded once; weights say how they want them
     data = plan.load(args)
-    pretrained = find_weights(args.weights, args.model, args.stem)
+    pretrained = in_turn(accelerator, lambda: find_weights(args.weights, args.model, args.stem))
     look = plan.preprocessing(args, data, pretrained)
     stem = models.resolve_stem(args.model, pretrained.stem or args.stem, look.size)
     check_batch(args, accelerator.num_processes, len(data.train), mixes(args))
@@ -67,12 +67,7 @@ def main(args):
     model.to(device, memory_format=torch.channels_last)
 
     # tricks
-    views = Views(
-        look.size, look.mean, look.std, augment=args.augment, flip_prob=args.flip_prob,
-        padding=look.size // 8 if args.crop_padding is None else args.crop_padding,
-        erasing=args.random_erasing, ops=args.randaugment_ops,
-        magnitude=args.randaugment_magnitude, stored=stored_size(look), crop_scale=args.crop_scale,
-    )  # fmt: skip
+    views = make_views(args, look)
     ema = ModelEma(model, args.ema_decay) if args.ema_decay else None
 
     # optimizer and schedule: the learning rate is a function of the step, nothing to save
@@ -91,11 +86,10 @@ def main(args):
     accelerator.print(plan.text(args, machine, data, model, look, total, rows))
     if args.dry_run:
         return
-    with accelerator.local_main_process_first():
-        splits = decode_splits(
-            data, stored_size(look), interpolation=look.interpolation,
-            progress=accelerator.is_local_main_process,
-        )  # fmt: skip
+    splits = in_turn(accelerator, lambda: decode_splits(
+        data, stored_size(look), interpolation=look.interpolation,
+        progress=accelerator.is_local_main_process,
+    ))  # fmt: skip
     model, optimizer = accelerator.prepare(model, optimizer)
     run = Run(
         args, accelerator, folder, model, optimizer, ema, total=total, per_epoch=per_epoch,

@@ -77,6 +77,25 @@ def make_accelerator(mixed_precision="auto", gradient_accumulation_steps=1, thre
     return accelerator, words
 
 
+def in_turn(accelerator, action):
+    """What `action()` gives: done by one process of each machine first, then by the others.
+
+    So that the others find in a cache what the first has put there. Its UserError is kept until
+    nobody waits for anybody, and met by the others in their turn.
+    """
+    result = error = None
+    for first in (True, False):
+        if accelerator.is_local_main_process == first:
+            try:
+                result = action()
+            except UserError as caught:
+                error = caught
+        accelerator.wait_for_everyone()
+    if error:
+        raise error
+    return result
+
+
 def _follow_launcher():
     """When the launcher dies, this process gets SIGTERM (Linux): a kill reaches the training."""
     if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:

@@ -58,7 +58,7 @@ def choose_strategy(images_per_class, accuracy, classes):
     good = "≥" if skill >= GOOD_PROBE else "<"
     return strategy, (
         f"{why} ({images_per_class:.0f} images a class {many} {MANY_IMAGES}; probe accuracy "
-        f"{accuracy:.1%}, skill over chance {skill:.2f} {good} {GOOD_PROBE})"
+        f"{accuracy:.1%}, skill over chance {skill:.3f} {good} {GOOD_PROBE})"
     )
 
 

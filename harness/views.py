@@ -9,6 +9,7 @@ import torch
 
 from harness.counters import generator
 from harness.pixels import decode_split, epoch_order, gather
+from harness.weights import stored_size
 from tricks import augment, autoaugment
 from tricks.cutmix import cutmix_batch, draw_cutmix
 from tricks.mixup import draw_mixup, mixup_batch, neighbour_pairs
@@ -148,6 +149,16 @@ class Views:
         mean = torch.tensor(self.mean).view(-1, 1, 1)
         std = torch.tensor(self.std).view(-1, 1, 1)
         return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def make_views(args, look):
+    """The Views of these flags, for images prepared as `look`, a Preprocessing, says."""
+    return Views(
+        look.size, look.mean, look.std, augment=args.augment, flip_prob=args.flip_prob,
+        padding=look.size // 8 if args.crop_padding is None else args.crop_padding,
+        erasing=args.random_erasing, ops=args.randaugment_ops,
+        magnitude=args.randaugment_magnitude, stored=stored_size(look), crop_scale=args.crop_scale,
+    )  # fmt: skip
 
 
 def mixes(args):

@@ -367,6 +367,14 @@ def test_an_error_ends_the_launched_script_with_its_line(tmp_path):
     assert done.returncode != 0 and len(lines) == 1 and "layer9" in lines[0], done.stdout
 
 
+def test_two_processes_say_an_error_once_and_end(tmp_path):
+    """Weights are looked for by one process first: the other one must not wait for it for ever."""
+    done = smallruns.launch(tmp_path, launcher=TWO, script="finetune.py", weights="./absent.pth")
+    assert done.returncode != 0
+    own = done.stdout.split("ChildFailedError")[0]  # after it, the launcher tells of its own error
+    assert own.count("finetune.py: no weights at absent.pth") == 1 and "[rank" not in own
+
+
 def test_timm_loads_a_fine_tuned_resnet_from_its_folder(tmp_path):
     timm = pytest.importorskip("timm")
     folder, status = smallruns.finetune(
