@@ -27,7 +27,7 @@ STAGED_LR = (1e-5, 1e-5, 5e-5, 1e-4)  # of the quarters of the network, from the
 MANY_IMAGES, GOOD_PROBE = 100, 0.7
 CHOICES = {
     (False, True): ("feature_extraction", "few images that the features already tell apart"),
-    # benchmarks/RESULTS.md: 60 images a class, skill 0.6: full is 7 to 10 points above staged
+    # benchmarks/RESULTS.md: 60 images a class, skill 0.6: full is 7 to 11 points above staged
     (False, False): ("full", "few images, and different ones: every layer has to move"),
     (True, True): ("staged", "many images, similar ones: fine-tune from the head down"),
     (True, False): ("full", "many images, and different ones: train every layer"),
