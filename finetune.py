@@ -42,7 +42,7 @@ from harness.counters import generator
 from harness.folder import check_folder
 from harness.launch import in_turn, make_accelerator, script
 from harness.pictures import save_train_batch
-from harness.run import Run, check_batch
+from harness.run import Run, check_batch, make_optimizer
 from harness.scoring import evaluate, score
 from harness.views import decode_splits, draw_mixing, make_views, mixes, train_batches
 from harness.weights import find_weights, load_pretrained, stored_size
@@ -112,14 +112,7 @@ def main(args):
 
     # one optimizer for all stages: each gives it other groups
     unfreeze(model)
-    fused = True if device.type == "cuda" and accelerator.scaler is None else None
-    if args.optimizer == "sgd":
-        nesterov = args.nesterov and args.momentum > 0
-        optimizer = torch.optim.SGD(
-            model.parameters(), 1.0, args.momentum, nesterov=nesterov, fused=fused
-        )
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), 1.0, (args.momentum, 0.999), fused=fused)
+    optimizer = make_optimizer(args, model.parameters(), accelerator, lr=1.0)
     optimizer = accelerator.prepare(optimizer)
     identity = plan.identity(data, look) | {
         "strategy": strategy, "stages": [[s.name, s.rates, s.start, s.end] for s in stages]

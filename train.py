@@ -32,7 +32,7 @@ from harness.counters import generator
 from harness.folder import check_folder
 from harness.launch import in_turn, make_accelerator, script
 from harness.pictures import save_train_batch
-from harness.run import Run, check_batch
+from harness.run import Run, check_batch, make_optimizer
 from harness.scoring import evaluate, score
 from harness.views import decode_splits, draw_mixing, make_views, mixes, train_batches
 from harness.weights import find_weights, load_pretrained, stored_size
@@ -72,12 +72,7 @@ def main(args):
 
     # optimizer and schedule: the learning rate is a function of the step, nothing to save
     groups = weight_decay_groups(model, args.weight_decay, args.norm_weight_decay)
-    fused = True if device.type == "cuda" and accelerator.scaler is None else None
-    if args.optimizer == "sgd":
-        nesterov = args.nesterov and args.momentum > 0
-        optimizer = torch.optim.SGD(groups, args.lr, args.momentum, nesterov=nesterov, fused=fused)
-    else:
-        optimizer = torch.optim.AdamW(groups, args.lr, (args.momentum, 0.999), fused=fused)
+    optimizer = make_optimizer(args, groups, accelerator, args.lr)
     check_groups(model, optimizer.param_groups)
     warmup = min(round(args.warmup_epochs * len(data.train) / args.batch_size), total // 2)
 

@@ -295,7 +295,8 @@ def data_flags(parser, dataset):
 def model_flags(parser, model):
     g = parser.add_argument_group("model")
     g.add_argument("--model", default=model, help="any torchvision (or installed timm) classifier")
-    g.add_argument("--image_size", type=whole(4), help="pixels a side; unset: the data set's own")
+    g.add_argument("--image_size", type=whole(4),
+                   help="pixels a side; unset: the weights' own, else the data set's")
     g.add_argument("--stem", choices=("auto", "small", "standard"), default="auto",
                    help="small: 3x3 without max-pool; auto: small up to 64 pixels")
     g.add_argument("--weights", default="none",
@@ -313,7 +314,8 @@ def transfer_flags(parser):
     g.add_argument("--strategy", choices=STRATEGIES, default="staged",
                    help="feature_extraction: a new head on the frozen network; staged: unfrozen "
                    "from the head down; full: everything from the first step; auto: measures, "
-                   "then chooses")
+                   "then chooses. Each has epochs and rates of its own where --epochs and --lr "
+                   "are unset")
     g.add_argument("--head", choices=("linear", "mlp"), default="linear",
                    help="mlp: Dropout 0.5, Linear 256, ReLU, Dropout 0.3, Linear")
     g.add_argument("--stages", type=parser.stages, metavar="YAML",

@@ -56,6 +56,19 @@ def check_batch(args, processes, train_size, mixing):
         raise UserError(f"--batch_size {args.batch_size} is over the {train_size} train images")
 
 
+def make_optimizer(args, parameters, accelerator, lr):
+    """torch's optimizer of these flags over parameters or groups, not yet prepared.
+
+    Fused on a GPU, but where a gradient scaler has to look at the gradients first (fp16). lr: of
+    the groups that have none of their own.
+    """
+    fused = True if accelerator.device.type == "cuda" and accelerator.scaler is None else None
+    if args.optimizer == "sgd":
+        nesterov = args.nesterov and args.momentum > 0
+        return torch.optim.SGD(parameters, lr, args.momentum, nesterov=nesterov, fused=fused)
+    return torch.optim.AdamW(parameters, lr, (args.momentum, 0.999), fused=fused)
+
+
 class Run:
     """One training run of one script.
 
