@@ -16,7 +16,10 @@ from tricks.mixup import draw_mixup, mixup_batch, neighbour_pairs
 
 
 class Samples(NamedTuple):
-    """A split, decoded: sample i is pixels[rows[i]] with labels[i]."""
+    """A split, decoded: sample i is pixels[rows[i]] with labels[i].
+
+    harness.features keeps features (N, views, ...) in the place of the pixels.
+    """
 
     pixels: torch.Tensor  # uint8 (N, 3, H, W), memory-mapped, of the whole stored split
     rows: torch.Tensor  # int64 (n,)
@@ -56,7 +59,7 @@ def decode_splits(data, size, progress, interpolation="bilinear"):
 class Part(NamedTuple):
     """The slice of a step's batch that one forward pass of one process sees, on its device."""
 
-    images: torch.Tensor  # uint8 (n, 3, H, W)
+    images: torch.Tensor  # uint8 (n, 3, H, W), or kept features (n, views, ...)
     labels: torch.Tensor  # int64 (n,)
     draw: dict  # what the training views drew for these images
 
