@@ -135,14 +135,14 @@ def newest_valid(root, say):
     return None
 
 
-def to_bytes(tensors):
-    """Tensors as the bytes of a safetensors file (CPU, contiguous, metadata format=pt).
+def to_bytes(tensors, metadata=None):
+    """Tensors as the bytes of a safetensors file (CPU, contiguous, metadata {"format": "pt"}).
 
     One key of metadata and no more: safetensors writes several in a random order, and then the
     same tensors would not be the same bytes.
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    return safetensors.torch.save(tensors, metadata={"format": "pt"})
+    return safetensors.torch.save(tensors, metadata=metadata or {"format": "pt"})
 
 
 def write_synced(path, data):

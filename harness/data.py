@@ -179,7 +179,7 @@ def load_data(
     if val_fraction:
         splits["train"], splits["val"] = _hold_out(splits["train"], val_fraction, classes, seed)
     mean, std = built_in.statistics if built_in else IMAGENET_STATISTICS
-    train = _cut(splits["train"], max_train_samples, seed)
+    train = cut(splits["train"], max_train_samples, seed)
     _check_every_class(train, classes)
     return Data(
         name=dataset,
@@ -188,8 +188,8 @@ def load_data(
         image_column=image_column,
         label_column=label_column,
         train=train,
-        val=_cut(splits["val"], max_eval_samples, seed),
-        test=_cut(splits["test"], max_eval_samples, seed),
+        val=cut(splits["val"], max_eval_samples, seed),
+        test=cut(splits["test"], max_eval_samples, seed),
         image_size=native_size(stored[chosen["train"]], image_column) or 224,
         mean=mean,
         std=std,
@@ -557,7 +557,7 @@ def _hold_out(train, fraction, classes, seed):
     return rest, val
 
 
-def _cut(split, max_samples, seed):
+def cut(split, max_samples, seed):
     """The first of a split's samples in a seeded stratified order, if it has too many."""
     if split is None or max_samples is None or max_samples >= len(split):
         return split
@@ -565,3 +565,11 @@ def _cut(split, max_samples, seed):
     # A data set of its own, so that a quick look at ImageNet does not decode all of it.
     dataset = split.dataset.select(split.rows[kept])
     return Split(split.name, dataset, np.arange(max_samples), split.labels[kept])
+
+
+def stored_rows(split):
+    """The numbers of a split's samples in the stored split, before any cut: int64 (n,)."""
+    indices = split.dataset._indices
+    return (
+        split.rows if indices is None else indices.column(0).to_numpy()[split.rows].astype(np.int64)
+    )

@@ -165,12 +165,16 @@ class Parser(argparse.ArgumentParser):
         """Only what `argv` says: argparse fills no default where an attribute exists already."""
         unsaid = object()
         namespace = argparse.Namespace(**{action.dest: unsaid for action in self._actions})
-        namespace, unknown = self.parse_known_args(argv, namespace)
+        positional = any(not action.option_strings for action in self._actions)
+        parse = self.parse_known_intermixed_args if positional else self.parse_known_args
+        namespace, unknown = parse(argv, namespace)
         if unknown:
             options = [o for a in self._actions for o in a.option_strings if o.startswith("--")]
             name = unknown[0].split("=")[0]
             self.error(f"unknown flag {name}{nearest(name, options)}")
-        return argparse.Namespace(**{k: v for k, v in vars(namespace).items() if v is not unsaid})
+        # No words at all for a positional argument are said by nobody
+        said = {k: v for k, v in vars(namespace).items() if v is not unsaid and v != []}
+        return argparse.Namespace(**said)
 
     def _recipe_argv(self, path):
         """The recipe as command-line words, so that one set of checks serves both."""
@@ -198,6 +202,10 @@ class Parser(argparse.ArgumentParser):
                 argv.append(f"--{'' if value else 'no_'}{action.dest}")
             elif value is False and "no" in (action.choices or ()):
                 argv.append(f"--{action.dest}=no")  # an unquoted no is false in YAML
+            elif isinstance(value, list) and not action.option_strings:
+                argv += [str(one) for one in value]
+            elif isinstance(value, list) and action.type == shares:
+                argv.append(f"--{action.dest}={','.join(map(str, value))}")
             elif isinstance(value, list) and action.type == self.stages:
                 argv.append(f"--{action.dest}={json.dumps(value)}")
             elif isinstance(value, (list, dict, bool)):
@@ -270,6 +278,11 @@ def to_recipe(args):
     Without those that say how one command went about it: resumed, stopped early, overwriting.
     """
     return {k: v for k, v in sorted(vars(args).items()) if k not in OF_ONE_COMMAND}
+
+
+def to_yaml(args) -> bytes:
+    """config.yaml: `to_recipe` as YAML."""
+    return yaml.safe_dump(to_recipe(args), sort_keys=True, allow_unicode=True).encode()
 
 
 # fmt: off
@@ -378,6 +391,36 @@ def augmentation_flags(parser):
                    help="part of the steps that mix (mixup or CutMix at even odds); 0: off")
 
 
+def ensemble_flags(parser):
+    g = parser.add_argument_group("members")
+    g.add_argument("members", nargs="*", metavar="RUN", help="folders of trained runs")
+    g.add_argument("--average", choices=("probabilities", "logits"), default="probabilities",
+                   help="what the members' average is of")
+    g.add_argument("--member_weights", type=shares, metavar="W,W,…",
+                   help="one a member, scaled to the sum 1; unset: fitted on validation images")
+    g.add_argument("--soup", action=Switch, default=True,
+                   help="average the weights, too, of members that share an architecture")
+    g.add_argument("--tta", default="none", metavar="VIEWS",
+                   help="none, flip, shift, crops:N, random:N; several with commas: the first is "
+                   "what the combinations see, each is compared with none")
+    g = parser.add_argument_group("data (unset: as the members were trained)")
+    g.add_argument("--dataset", help="where the data set is now, or another one of the same "
+                   "classes")
+    g.add_argument("--image_column", help="only where it has another name than in training")
+    g.add_argument("--label_column", help="only where it has another name than in training")
+    g.add_argument("--split", choices=("test", "val"),
+                   help="scored images; unset: test where there is one, else val")
+    g.add_argument("--max_eval_samples", type=whole(2), help="images; cut for a quick look")
+
+
+def shares(text):
+    """An argparse type: numbers of at least 0, not all 0, scaled to the sum 1."""
+    values = [number(0)(word) for word in text.split(",")]
+    if not sum(values):
+        raise argparse.ArgumentTypeError(f"{text}: at least one must be above 0")
+    return [value / sum(values) for value in values]
+
+
 def running_flags(parser):
     g = parser.add_argument_group("running")
     g.add_argument("--mixed_precision", choices=("auto", "no", "bf16", "fp16"), default="auto",
@@ -389,14 +432,19 @@ def running_flags(parser):
     g.add_argument("--dry_run", action=Switch, help="print the plan and stop")
 
 
-def output_flags(parser, project):
+def report_flags(parser, project, name="DATASET-MODEL-sSEED"):
     g = parser.add_argument_group("output")
     g.add_argument("--output_dir", default="runs", help="folder that holds the runs")
-    g.add_argument("--run_name", type=run_name, help="unset: DATASET-MODEL-sSEED")
-    g.add_argument("--overwrite", action=Switch, help="replace the run of that name")
+    g.add_argument("--run_name", type=run_name, help=f"unset: {name}")
     g.add_argument("--report_to", default="wandb", help="wandb,tensorboard or none")
     g.add_argument("--project", default=project, help="the trackers' project")
     g.add_argument("--group", help="the trackers' group, for runs that belong together")
+    return g
+
+
+def output_flags(parser, project):
+    g = report_flags(parser, project)
+    g.add_argument("--overwrite", action=Switch, help="replace the run of that name")
     g.add_argument("--log_model", action=Switch, help="upload the result as a W&B artifact")
     g.add_argument("--logging_steps", type=whole(1), default=50, help="steps between metrics")
     g.add_argument("--eval_epochs", type=whole(1), default=1,

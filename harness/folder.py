@@ -12,8 +12,6 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import yaml
-
 from harness import flags
 from harness.checkpoint import checkpoints, replace_file
 from harness.errors import UserError
@@ -22,8 +20,29 @@ from harness.tracking import parse_report_to
 # What a run writes into its folder, and so what --overwrite may delete.
 WRITTEN = (
     "config.yaml", "model.safetensors", "config.json", "summary.json", "metrics.jsonl",
-    "curves.png", "train_batch.png", "checkpoints", "wandb", "tensorboard",
+    "curves.png", "train_batch.png", "checkpoints", "predictions", "wandb", "tensorboard",
 )  # fmt: skip
+
+
+def report_folder(args, name):
+    """The folder of a report, `name` without --run_name; a report that is there is replaced.
+
+    Raises UserError where it holds anything else, or can't be written.
+    """
+    parse_report_to(args.report_to)
+    folder = Path(args.output_dir) / (args.run_name or name)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another --run_name")
+    if folder.is_dir() and not (folder / "report.json").exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds files that are not a report's: choose another --run_name")
+    _check_writable(args, folder)
+    return folder
+
+
+def _check_writable(args, folder):
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--output_dir {args.output_dir}: {parent} cannot be written to")
 
 
 def check_folder(args):
@@ -39,9 +58,7 @@ def check_folder(args):
         raise UserError(f"{folder} is a file: choose another --run_name")
     if folder.is_dir() and not taken and any(p.name != ".lock" for p in folder.iterdir()):
         raise UserError(f"{folder} holds files that are not a run's: choose another --run_name")
-    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"--output_dir {args.output_dir}: {parent} cannot be written to")
+    _check_writable(args, folder)
     asked = args.resume_from_checkpoint
     foreign = asked not in (None, "auto") and folder.resolve() not in Path(asked).resolve().parents
     if taken and foreign and not args.overwrite:
@@ -84,8 +101,7 @@ def claim_folder(folder, args, resumed_step):
     metrics = folder / "metrics.jsonl"
     kept = [r for r in read_metrics(metrics) if r["step"] <= (resumed_step or 0)]
     replace_file(metrics, "".join(json.dumps(record) + "\n" for record in kept).encode())
-    recipe = yaml.safe_dump(flags.to_recipe(args), sort_keys=True)
-    replace_file(folder / "config.yaml", recipe.encode())
+    replace_file(folder / "config.yaml", flags.to_yaml(args))
     return lock
 
 

@@ -28,9 +28,25 @@ def save_train_batch(path, images, targets, classes):
     images: (N, 1 or 3, H, W), uint8 or float, in 0..255 (normalisation undone), any device.
     targets: (N, K), rows that sum to 1. classes: K names in any script.
     """
+    captions = [
+        [
+            (drawable(str(classes[index]), index), f" {weight:.2f}")
+            for index, weight in _largest_two(row)
+        ]
+        for row in targets[: math.prod(GRID)].detach().cpu().float().tolist()
+    ]
+    save_tiles(path, images[: len(captions)], captions)
+
+
+def save_tiles(path, images, captions):
+    """A grid of images, each with lines of text below it.
+
+    images: (N, 1 or 3, H, W), uint8 or float, in 0..255, any device. captions: for each image a
+    list of (text, end): the text is shortened where the line is too long, its end is not.
+    """
     from PIL import Image, ImageDraw
 
-    images = images[: math.prod(GRID)].detach().cpu()
+    images = images.detach().cpu()
     if images.is_floating_point():
         images = images.float().round().clamp(0, 255).byte()
     images = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
@@ -44,19 +60,19 @@ def save_train_batch(path, images, targets, classes):
 
     columns = min(GRID[1], count)
     rows = math.ceil(count / columns)
-    step = (cell + GAP, size[1] + 2 * LINE + GAP)
+    lines = max(len(caption) for caption in captions)
+    step = (cell + GAP, size[1] + lines * LINE + GAP)
     canvas = Image.new("RGB", (columns * step[0] + GAP, rows * step[1] + GAP), "white")
     draw = ImageDraw.Draw(canvas)
-    for n, (pixels, row) in enumerate(zip(images, targets.detach().cpu().float(), strict=False)):
+    for n, (pixels, caption) in enumerate(zip(images, captions, strict=True)):
         x, y = GAP + n % columns * step[0], GAP + n // columns * step[1]
         tile = Image.fromarray(pixels).resize(size, method)
         canvas.paste(tile, (x + (cell - size[0]) // 2, y))
-        for line, (index, weight) in enumerate(_largest_two(row.tolist())):
-            name, value = _drawable(str(classes[index]), index), f" {weight:.2f}"
-            text = _shortened(name, cell - _length(value)) + value
+        for line, (text, end) in enumerate(caption):
+            text = _shortened(text, cell - _length(end)) + end
             at = (x + (cell - _length(text)) / 2, y + size[1] + LINE * (line + 1) - 3)
             _draw_text(draw, at, text)
-    _save(path, lambda file: canvas.save(file, "PNG"))
+    save_picture(path, lambda file: canvas.save(file, "PNG"))
 
 
 def _largest_two(target):
@@ -98,7 +114,13 @@ def _font_of(character):
     return None
 
 
-def _drawable(name, index):
+def font_families(text):
+    """matplotlib's font families for a text, in the order in which it should try them."""
+    fonts = {font for font in map(_font_of, text) if font}
+    return list(dict.fromkeys(["DejaVu Sans", *sorted(font.getname()[0] for font in fonts)]))
+
+
+def drawable(name, index):
     """The name with "?" for what no font has, or the class's number where nothing is left."""
     name = " ".join(name.split())
     shown = "".join(c if _font_of(c) else "?" for c in name)
@@ -176,7 +198,7 @@ def save_curves(path, records):
             _draw_panel(ax, title, series, records)
         _mark_stages(axes, records)
         axes[-1].set_xlabel("epoch")
-        _save(path, lambda file: figure.savefig(file, format="png"))
+        save_picture(path, lambda file: figure.savefig(file, format="png"))
 
 
 def _draw_panel(ax, title, series, records):
@@ -228,7 +250,7 @@ def _mark_stages(axes, records):
             )
 
 
-def _save(path, write):
+def save_picture(path, write):
     file = io.BytesIO()
     write(file)
     replace_file(path, file.getvalue())

@@ -108,7 +108,7 @@ class Tracking:
             lines.append(self._start_wandb(folder, flatten(config), about))
         if "tensorboard" in report_to:
             lines.append(self._start_tensorboard(folder, flatten(config)))
-        self.line = " · ".join(lines) or "not tracked (--report_to none); metrics.jsonl has it all"
+        self.line = " · ".join(lines) or "not tracked (--report_to none)"
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
 
@@ -119,6 +119,10 @@ class Tracking:
     def log_image(self, key: str, path: Path, step: int) -> None:
         """A picture file, read a little later: don't delete it (replacing it is fine)."""
         self._put(partial(_log_image, key=key, path=Path(path), step=step))
+
+    def log_table(self, key: str, columns: list[str], rows: list[list]) -> None:
+        """A table; a Path in it is a picture file, which W&B shows and TensorBoard names."""
+        self._put(partial(_log_table, key=key, columns=list(columns), rows=list(rows)))
 
     def summary(self, values: dict) -> None:
         """The run's final numbers (W&B only; TensorBoard has no place for them)."""
@@ -304,6 +308,18 @@ def _log_image(tracker, key: str, path: Path, step: int) -> None:
 
         pixels = np.asarray(Image.open(path).convert("RGB"))
         tracker.writer.add_image(key, pixels, global_step=step, dataformats="HWC")
+
+
+def _log_table(tracker, key: str, columns: list[str], rows: list[list]) -> None:
+    if tracker.name == "wandb":
+        import wandb
+
+        shown = [[wandb.Image(str(c)) if isinstance(c, Path) else c for c in row] for row in rows]
+        tracker.log({key: wandb.Table(columns=columns, data=shown)})
+    else:
+        lines = [columns, ["---"] * len(columns), *rows]
+        text = "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+        tracker.writer.add_text(key, text)
 
 
 def _set_summary(tracker, values: dict) -> None:

@@ -38,22 +38,20 @@ def decode_splits(data, size, progress, interpolation="bilinear"):
 
     size: side of the stored pixels in px. interpolation: see `harness.pixels.decode_image`.
     """
-    splits = {}
-    for role in ("train", "val", "test"):
-        split = getattr(data, role)
-        if split is not None:
-            pixels = decode_split(
-                split.dataset,
-                data.image_column,
-                size,
-                name=split.name,
-                interpolation=interpolation,
-                progress=progress,
-            )
-            splits[role] = Samples(
-                pixels, torch.from_numpy(split.rows), torch.from_numpy(split.labels)
-            )
-    return splits
+    return {
+        role: decode(split, data.image_column, size, progress, interpolation)
+        for role in ("train", "val", "test")
+        if (split := getattr(data, role)) is not None
+    }
+
+
+def decode(split, image_column, size, progress, interpolation="bilinear"):
+    """Samples of one harness.data.Split; see `decode_splits`."""
+    pixels = decode_split(
+        split.dataset, image_column, size, name=split.name, interpolation=interpolation,
+        progress=progress,
+    )  # fmt: skip
+    return Samples(pixels, torch.from_numpy(split.rows), torch.from_numpy(split.labels))
 
 
 class Part(NamedTuple):

@@ -231,7 +231,7 @@ def _stored(spec, name):
     path, config = Path(spec), {}
     if path.is_dir() or path.name == "model.safetensors":
         file = (path if path.is_dir() else path.parent) / "config.json"
-        config = _read_config(file)
+        config = read_config(file)
     architecture = config.get("architecture")
     if architecture not in (None, name):
         raise UserError(f"{spec} holds a {architecture}: add --model {architecture}")
@@ -242,11 +242,11 @@ def _stored(spec, name):
         architecture,
         stem if stem in ("small", "standard") else None,
         [str(label) for label in classes] if isinstance(classes, list) else None,
-        _preprocessing(config["pretrained_cfg"], file) if "pretrained_cfg" in config else None,
+        preprocessing_of(config["pretrained_cfg"], file) if "pretrained_cfg" in config else None,
     )
 
 
-def _read_config(file):
+def read_config(file) -> dict:
     """config.json as a dict, empty where there is none."""
     if not file.is_file():
         return {}
@@ -259,7 +259,7 @@ def _read_config(file):
     return config
 
 
-def _preprocessing(cfg, file):
+def preprocessing_of(cfg, file) -> Preprocessing | None:
     """The preprocessing in timm's words, or None where one of them is missing."""
     checks = {
         "input_size": lambda v: v[0] == 3 and v[1] == v[2] > 0 and isinstance(v[2], int),

@@ -57,8 +57,13 @@ def train(output_dir, *, argv=(), script="train", **flags):
 
     argv: words of a command line that come before the flags, which win.
     """
+    return run(script, [*argv, *words({**SMALL, "output_dir": output_dir, **flags})])
+
+
+def run(script, argv):
+    """Run a script's main in this process; returns (its folder, exit status)."""
     script = importlib.import_module(script)
-    args = script.read_flags([*argv, *words({**SMALL, "output_dir": output_dir, **flags})])
+    args = script.read_flags(argv)
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     try:
@@ -69,7 +74,15 @@ def train(output_dir, *, argv=(), script="train", **flags):
     finally:
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
-    return Path(output_dir) / args.run_name, status
+    return Path(args.output_dir) / args.run_name, status
+
+
+def ensemble(output_dir, *members, **flags):
+    """The same with ensemble_eval.py, on the folders of trained runs; returns its folder."""
+    flags = {"report_to": "none", "run_name": "ensemble", "output_dir": output_dir, **flags}
+    folder, status = run("ensemble_eval", [*map(str, members), *words(flags)])
+    assert status == 0
+    return folder
 
 
 def finetune(output_dir, **flags):
@@ -77,12 +90,15 @@ def finetune(output_dir, **flags):
     return train(output_dir, script="finetune", **{**FINETUNE, **flags})
 
 
-def launch(output_dir, *, launcher=(), script="train.py", wait=True, env=(), **flags):
-    """Start the script through `accelerate launch`; returns CompletedProcess or Popen."""
+def launch(output_dir, *, launcher=(), script="train.py", wait=True, env=(), argv=(), **flags):
+    """Start the script through `accelerate launch`; returns CompletedProcess or Popen.
+
+    argv: words that come before the flags, for a script that trains nothing.
+    """
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher]
     own = ROOT / str(script)
-    command += [str(own if own.exists() else script)]
-    small = SMALL | (FINETUNE if script == "finetune.py" else {})
+    command += [str(own if own.exists() else script), *map(str, argv)]
+    small = {} if argv else SMALL | (FINETUNE if script == "finetune.py" else {})
     command += words({**small, "output_dir": output_dir, **flags})
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "OMP_"))}
     variables |= {"PYTHONPATH": str(ROOT), **dict(env)}

@@ -14,7 +14,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-__all__ = ["greedy_soup", "recompute_batch_norm", "uniform_soup"]
+__all__ = ["greedy_ingredients", "greedy_soup", "recompute_batch_norm", "uniform_soup"]
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 State = Mapping[str, Tensor]
@@ -62,17 +62,38 @@ def greedy_soup(
     (1.0, [0, 2])
     """
     _check_states(states)
-    scores = [score(uniform_soup([state])) for state in states]
+
+    def soup_of(indices: list[int]) -> dict[str, Tensor]:
+        return uniform_soup([states[index] for index in indices])
+
+    chosen = greedy_ingredients(len(states), lambda indices: score(soup_of(indices)))
+    return soup_of(chosen), chosen
+
+
+def greedy_ingredients(count: int, score: Callable[[list[int]], float]) -> list[int]:
+    """Which of `count` networks `greedy_soup` takes, for a score of their numbers.
+
+    For those who keep the scores of soups, or more than one network's weights nowhere at once.
+    Raises ValueError for a count below 1 and for a score that is NaN.
+
+    >>> greedy_ingredients(3, score=lambda numbers: 0 in numbers and 2 in numbers)
+    [0, 1, 2]
+    >>> greedy_ingredients(3, score=lambda numbers: -len(numbers) - (numbers[0] != 1))
+    [1]
+    """
+    if count < 1:
+        raise ValueError(f"a soup needs one network at least, got {count}")
+    scores = [score([index]) for index in range(count)]
     for index, value in enumerate(scores):
         if value != value:
             raise ValueError(f"the score of state {index} is {value}")
-    ranked = sorted(range(len(states)), key=lambda index: -scores[index])
+    ranked = sorted(range(count), key=lambda index: -scores[index])
     chosen, best = ranked[:1], scores[ranked[0]]
     for index in ranked[1:]:
-        value = score(uniform_soup([states[i] for i in [*chosen, index]]))
+        value = score([*chosen, index])
         if value >= best:
             chosen, best = [*chosen, index], value
-    return uniform_soup([states[i] for i in chosen]), chosen
+    return chosen
 
 
 @torch.no_grad()

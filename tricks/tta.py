@@ -162,7 +162,8 @@ def _start(side: int, size: int, place: str, low: str, high: str) -> int:
     if side < size:
         raise ValueError(f"views of size {size} need images as large, got a side of {side}")
     margin = max(1, size // 8) if side == size else 0
-    return {low: -margin, high: side - size + margin}.get(place, (side - size) // 2)
+    centre = round((side - size) / 2)  # as torchvision's center_crop
+    return {low: -margin, high: side - size + margin}.get(place, centre)
 
 
 def _moved(size: int, down: int, right: int, images: Tensor, index: Tensor) -> Tensor:

@@ -1,0 +1,130 @@
+"""Compare and combine trained networks: which combination is best, by how much, is it real?
+
+accelerate launch ensemble_eval.py runs/a runs/b runs/c               report.md, with its pictures
+accelerate launch ensemble_eval.py runs/a runs/b --tta flip           two views of every image
+accelerate launch ensemble_eval.py runs/a runs/b --tta shift,crops:5  these against one view
+accelerate launch ensemble_eval.py runs/a --tta random:8              one network, nine views
+accelerate launch ensemble_eval.py runs/a runs/b --member_weights 0.7,0.3
+"""
+
+from harness import flags
+
+
+def read_flags(argv=None):
+    parser = flags.Parser(__doc__)
+    flags.ensemble_flags(parser)
+    flags.running_flags(parser)
+    flags.report_flags(parser, project="image-classification", name="ensemble-RUN+RUN+…")
+    return parser.read(argv)
+
+
+if __name__ == "__main__":  # before torch is imported: --help and a mistyped flag answer at once
+    args = read_flags()
+
+import torch
+
+from harness import combinations, comparison, report
+from harness.checkpoint import replace_file
+from harness.errors import UserError
+from harness.folder import report_folder
+from harness.launch import in_turn, make_accelerator, script
+from harness.members import find_images, read_members, view_sets
+from harness.predictions import Predictions, progress
+from harness.soups import Soups, groups_of
+from harness.tracking import Tracking, parse_report_to
+from harness.trained import load_model
+from tricks.ensemble import average_logits, average_probabilities
+
+
+def main(args):
+    accelerator, machine = make_accelerator(args.mixed_precision, 1, args.threads, args.seed)
+
+    # members, views, images: all that can be refused is, before any long work
+    members = in_turn(accelerator, lambda: read_members(args.members))
+    names = [member.name for member in members]
+    folder = report_folder(args, report.default_name(names))
+    weights = args.member_weights
+    if weights and len(weights) != len(members):
+        raise UserError(f"--member_weights has {len(weights)} for {len(members)} members")
+    sizes = {member.look.size for member in members}
+    views = view_sets(args.tta, sizes, args.seed)  # {kind: {size: views}}; the first is combined
+    images = in_turn(accelerator, lambda: find_images(members, args))
+    groups = groups_of(members) if args.soup else []
+    accelerator.print(report.plan(members, images, list(views), groups, machine))
+    if args.dry_run:
+        return
+
+    # predictions: one forward pass a member and view, or the files of an earlier one
+    splits = {"scored": images.scored} | ({"fitted": images.fitted} if images.fitted else {})
+    labels = {role: torch.from_numpy(split.labels) for role, split in splits.items()}
+    predictions = Predictions(
+        accelerator, splits, images.image_column, args.seed, accelerator.print
+    )
+    missing = []
+    for member in members:
+        every = [view for kind in views for view in views[kind][member.look.size]]
+        missing.append(predictions.recall(member, every))
+    models = [load_model(member) if m else None for member, m in zip(members, missing, strict=True)]
+    with progress(accelerator, sum(map(predictions.count, missing))) as bar:
+        for member, model, absent in zip(members, models, missing, strict=True):
+            if absent:
+                model.to(accelerator.device, memory_format=torch.channels_last)
+                predictions.compute(member, model, absent, bar)
+                model.to("cpu")
+
+    # combinations: from here on everything works on logits
+    def seen(kind, role):
+        return torch.stack([predictions.logits(m, role, views[kind][m.look.size]) for m in members])
+
+    kind = next(iter(views))
+    logits = {role: seen(kind, role) for role in splits}
+    results = combinations.member_results(names, logits, labels, args.seed)
+    soups = Soups(accelerator, members, images, predictions, views[kind], folder, args.seed)
+    if len(members) > 1:
+        results += combinations.combined_results(
+            names, logits, labels, args.seed, average=args.average, weights=weights
+        )
+        results += combinations.soup_results(groups, soups.logits, names, labels, args.seed)
+    if not accelerator.is_main_process:
+        return
+
+    # comparison: intervals, tests, diversity, what views gain
+    mean = average_logits if args.average == "logits" else average_probabilities
+    predicted = {}
+    for word in views:
+        each = seen(word, "scored")
+        predicted[word] = dict(zip(names, each.argmax(2), strict=True))
+        predicted[word]["average"] = mean(each).argmax(1)
+    truth = labels["scored"]
+    found = {
+        "name": folder.name,
+        "source": images.source,
+        "views": kind,
+        "precision": machine["precision"],
+        **comparison.facts(results, logits["scored"], truth, members, images, args.average),
+        "view_gains": comparison.view_gains(predicted, truth),
+        "cost": {
+            "device": machine["device"],
+            "images_per_second": predictions.speeds(members, views),
+        },
+    }
+
+    # report
+    report.write(folder, found, predictions.samples("scored", members[0].look))
+    replace_file(folder / "config.yaml", flags.to_yaml(args))
+    for result in results:
+        for numbers in result.details.get("soup", [])[:1]:  # two halves may have made two
+            if len(numbers) > 1:
+                soups.save(result.name, numbers)
+    tracking = Tracking(
+        accelerator, parse_report_to(args.report_to), folder=folder, project=args.project,
+        name=folder.name, group=args.group, job_type="ensemble", tags=report.tags(members),
+        config=flags.to_recipe(args), run_id=None,
+    )  # fmt: skip
+    report.track(tracking, found, folder)
+    print(report.closing(found, folder, tracking.line))
+
+
+if __name__ == "__main__":
+    with script("ensemble_eval.py"):
+        main(args)

@@ -1,0 +1,225 @@
+"""Scores of members and combinations with their intervals, and whether differences are real."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from harness.data import stored_rows
+from tricks.calibration import brier, expected_calibration_error, nll, reliability_table
+from tricks.ensemble import average_logits, average_probabilities
+from tricks.significance import (
+    bootstrap_interval,
+    disagreement,
+    error_correlation,
+    mcnemar_exact,
+    oracle_accuracy,
+    paired_bootstrap_interval,
+)
+
+CONFUSED = 10  # pairs of classes in the report
+MISTAKES = 32  # images
+
+
+def facts(results, logits, labels, members, images, average) -> dict:
+    """What report.json says of the results, but for views and cost.
+
+    results: of harness.combinations, members first. logits: (members, n, classes), labels: (n,) of
+    the scored images. members: Trained. images: harness.members.Images. average: of what.
+    """
+    classes = members[0].classes
+    best = best_of(results, labels, results[-1].kind)
+    matrix = confusion(best.labels, labels, classes)
+    tables = {"as it is": reliability(best.probabilities, labels)}
+    if best.calibrated is not None:
+        tables["after the temperature"] = reliability(best.calibrated, labels)
+    fitted = images.fitted
+    return {
+        "members": [
+            {
+                "name": member.name,
+                "folder": str(member.folder),
+                "architecture": member.config["architecture"],
+                "image_size": member.look.size,
+                "weights": member.config.get("weights"),
+                "bytes": (member.folder / "model.safetensors").stat().st_size,
+                "sha256": member.sha256,
+            }
+            for member in members
+        ],
+        "scored": {
+            "role": images.role, "split": images.scored.name, "images": len(images.scored)
+        },
+        "fitted": fitted and {"split": fitted.name, "images": len(fitted)},
+        "results": compare(results, labels),
+        "best": best.name,
+        "diversity": diversity(results[: len(members)], logits, labels, average),
+        "by_class": by_class(matrix, classes),
+        "most_confused": most_confused(matrix, classes),
+        "mistakes": mistakes(best, labels, stored_rows(images.scored), classes),
+        "confusion": matrix.tolist(),
+        "reliability": tables,
+    }  # fmt: skip
+
+
+def mistakes(result, labels, rows, classes) -> list[dict]:
+    """The images that are wrong with the highest probability; rows: their stored numbers."""
+    shown = result.probabilities if result.calibrated is None else result.calibrated
+    sure = shown.gather(1, result.labels.unsqueeze(1)).squeeze(1)
+    wrong = (result.labels != labels).nonzero().squeeze(1)
+    wrong = wrong[sure[wrong].argsort(descending=True, stable=True)][:MISTAKES].tolist()
+    return [
+        {
+            "sample": k,
+            "row": int(rows[k]),
+            "true": classes[labels[k]],
+            "predicted": classes[result.labels[k]],
+            "probability": sure[k].item(),
+        }
+        for k in wrong
+    ]
+
+
+def compare(results, labels) -> list[dict]:
+    """What the report says of each harness.combinations.Result, in their order.
+
+    labels: int64 (n,). Each combination is tested against the best member: the one with the most
+    images right, and the hardest to beat, as it is chosen knowing the labels.
+    """
+    best = best_of(results, labels, "member")
+    rows = []
+    for result in results:
+        right = result.labels == labels
+        row = {
+            "name": result.name,
+            "kind": result.kind,
+            "accuracy": right.double().mean().item(),
+            "interval": bootstrap_interval(right),
+            "correct": int(right.sum()),
+            **calibration(result.probabilities, labels),
+            "temperature": result.temperatures,
+            "calibrated": None
+            if result.calibrated is None
+            else calibration(result.calibrated, labels),
+            "passes": result.passes,
+            **result.details,
+        }  # fmt: skip
+        if result.kind == "combination":
+            theirs = best.labels == labels
+            test = mcnemar_exact(right, theirs)
+            row["against"] = {
+                "member": best.name,
+                "gain": row["accuracy"] - theirs.double().mean().item(),
+                "interval": paired_bootstrap_interval(right, theirs),
+                "only_this": test.b,
+                "only_member": test.c,
+                "p": test.p,
+            }
+        rows.append(row)
+    return rows
+
+
+def best_of(results, labels, kind):
+    """The Result of a kind with the most images right; of equals the one with the lowest NLL."""
+
+    def score(result):
+        loss = calibration(result.probabilities, labels)["nll"]
+        return (result.labels == labels).sum().item(), -(math.inf if loss is None else loss)
+
+    return max((result for result in results if result.kind == kind), key=score)
+
+
+def calibration(probabilities, labels) -> dict:
+    """NLL (None where it is infinite, as of votes), Brier score, ECE in 15 bins."""
+    loss = nll(probabilities, labels)
+    return {
+        "nll": loss if math.isfinite(loss) else None,
+        "brier": brier(probabilities, labels),
+        "ece": expected_calibration_error(probabilities, labels),
+    }
+
+
+def diversity(members, logits, labels, average) -> dict:
+    """How alike the members' errors are, and what each adds to the average.
+
+    members: their Results. logits: (members, n, classes). average: "probabilities" or "logits".
+    """
+    predicted = torch.stack([member.labels for member in members])
+    right = predicted == labels
+    mean = average_logits if average == "logits" else average_probabilities
+    whole = mean(logits).argmax(1) == labels
+    gains = {}
+    for number, member in enumerate(members):
+        others = [n for n in range(len(members)) if n != number]
+        if others:
+            without = mean(logits[others]).argmax(1) == labels
+            gains[member.name] = {
+                "gain": (whole.double().mean() - without.double().mean()).item(),
+                "interval": paired_bootstrap_interval(whole, without),
+            }
+    return {
+        "members": [member.name for member in members],
+        "disagreement": disagreement(predicted).tolist(),
+        "error_correlation": error_correlation(right).tolist(),
+        "oracle": oracle_accuracy(right),
+        "leave_one_out": gains,
+    }
+
+
+def confusion(predicted, labels, classes) -> torch.Tensor:
+    """Counts (classes, classes): rows are the true classes, columns the predicted ones."""
+    size = len(classes)
+    return torch.bincount(labels * size + predicted, minlength=size * size).view(size, size)
+
+
+def by_class(matrix, classes) -> list[dict]:
+    """Images and accuracy of every class, from a confusion matrix; None for a class without."""
+    return [
+        {"class": name, "images": n, "accuracy": int(matrix[k, k]) / n if n else None}
+        for k, (name, n) in enumerate(zip(classes, matrix.sum(1).tolist(), strict=True))
+    ]
+
+
+def most_confused(matrix, classes) -> list[dict]:
+    """The pairs of classes that are taken for each other most often, both ways counted."""
+    pairs = matrix.triu(1) + matrix.tril(-1).T
+    order = pairs.flatten().argsort(descending=True, stable=True)[:CONFUSED].tolist()
+    places = [divmod(place, len(classes)) for place in order]
+    return [
+        {
+            "classes": [classes[a], classes[b]],
+            "errors": int(pairs[a, b]),
+            "first_taken_for_second": int(matrix[a, b]),
+            "second_taken_for_first": int(matrix[b, a]),
+        }
+        for a, b in places
+        if pairs[a, b]
+    ]
+
+
+def view_gains(sets, labels) -> list[dict]:
+    """What each set of views gains over one view: for every member, and for their average.
+
+    sets: {kind of views: {name: predicted classes (n,)}}, "none" among them. labels: (n,).
+    """
+    rows = []
+    for kind, predicted in sets.items():
+        for name, found in predicted.items():
+            right, plain = found == labels, sets["none"][name] == labels
+            rows.append(
+                {
+                    "views": kind,
+                    "of": name,
+                    "accuracy": right.double().mean().item(),
+                    "gain": (right.double().mean() - plain.double().mean()).item(),
+                    "interval": paired_bootstrap_interval(right, plain),
+                }
+            )
+    return rows
+
+
+def reliability(probabilities, labels) -> dict:
+    """The bars of a reliability diagram, 15 bins, as lists."""
+    table = reliability_table(probabilities, labels)
+    return {name: values.tolist() for name, values in table._asdict().items()}

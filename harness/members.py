@@ -1,0 +1,133 @@
+"""The members of an ensemble: checked against each other, and which images may judge them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from harness.data import Split, cut, load_data, stored_rows
+from harness.errors import UserError
+from harness.trained import check_classes, data_flags, read_trained
+from tricks.tta import tta_views
+
+COMBINATIONS = {"average", "vote", "weighted", "greedy", "uniform soup", "greedy soup"}
+
+
+class Images(NamedTuple):
+    """What the members are compared on."""
+
+    scored: Split
+    role: str  # of `scored`: "test" or "val"
+    fitted: Split | None  # no member was trained on these; None: there are none
+    train: Split  # the first member's
+    image_column: str
+    source: str
+
+
+def read_members(paths):
+    """The Trained of each folder, with names that tell them apart.
+
+    Raises UserError for none, for one given twice, for copies of one, and for members whose
+    classes differ.
+    """
+    if not paths:
+        raise UserError("give the folders of trained runs: ensemble_eval.py runs/a runs/b runs/c")
+    places = [Path(path).resolve() for path in paths]
+    for path, place in zip(paths, places, strict=True):
+        if places.count(place) > 1:
+            raise UserError(f"{path} is a member twice: give it once, and --member_weights")
+    members = [read_trained(path) for path in paths]
+    for n, member in enumerate(members):
+        check_classes(member, members[0].classes, members[0].folder)
+        for other in members[:n]:
+            if other.sha256 == member.sha256:
+                raise UserError(f"{other.folder} and {member.folder} hold the same weights")
+    names = [member.name for member in members]
+    unique = len(set(names)) == len(names) and not COMBINATIONS & set(names)
+    return [m if unique else m._replace(name=f"{m.folder.parent}/{m.name}") for m in members]
+
+
+def view_sets(tta, sizes, seed) -> dict:
+    """{kind: {size: list of tricks.tta.View}} of the kinds in `--tta`, and of "none"."""
+    kinds = dict.fromkeys([*(word.strip() for word in tta.split(",")), "none"])
+    try:
+        return {kind: {size: tta_views(kind, size, seed) for size in sizes} for kind in kinds}
+    except ValueError as error:
+        raise UserError(f"--tta: {error}") from None
+
+
+def find_images(members, args) -> Images:
+    """The images that the members are scored on, and those that anything may be fitted on.
+
+    Test is scored where there is one (or what --split says). Fitted on is what some member has
+    held out for validation and no member was trained on. Raises UserError where there is nothing
+    to score, and where a member was trained on images that would be scored.
+    """
+    loaded, first = {}, None
+    trained, held_out = {}, {}  # stored split -> (its data set, labels by row, -1: not seen)
+    for member in members:
+        for recipe in member.recipes:
+            flags = data_flags(
+                member, recipe, dataset=args.dataset, image_column=args.image_column,
+                label_column=args.label_column,
+            )  # fmt: skip
+            key = repr(sorted(flags.items()))
+            if key not in loaded:
+                loaded[key] = load_data(**flags)
+            data = loaded[key]
+            first = first or data
+            if data.source != first.source:
+                raise UserError(
+                    f"{member.folder} was trained on {data.source}, {members[0].folder} on "
+                    f"{first.source}: say with --dataset what to compare them on"
+                )
+            check_classes(member, data.classes, data.source)
+            _note(trained, data.train)
+            _note(held_out, data.val)
+    honest = _honest(held_out, trained)
+    test, role = first.test, args.split or ("test" if first.test is not None else "val")
+    if role == "test":
+        scored, fitted = test, honest
+        if test is not None and test.name in trained:  # --train_split test, of a member's own
+            raise UserError(f"a member was trained on split '{test.name}', which is to be scored")
+    else:
+        scored, fitted = honest, None
+    if scored is None:
+        raise UserError(
+            f"{first.source} has no split 'test': --split val" if role == "test" else
+            f"{first.source} has no images that no member was trained on (nor a split 'test'): "
+            "train with --val_fraction"
+        )  # fmt: skip
+    limit = args.max_eval_samples
+    return Images(
+        cut(scored, limit, args.seed), role, cut(fitted, limit, args.seed), first.train,
+        first.image_column, first.source,
+    )  # fmt: skip
+
+
+def _note(seen, split):
+    """Put the labels of a split's images where `seen` has its stored rows."""
+    if split is None:
+        return
+    rows = stored_rows(split)
+    dataset, labels = seen.get(split.name, (split.dataset, np.zeros(0, np.int64)))
+    more = max(0, rows.max() + 1 - len(labels))
+    labels = np.pad(labels, (0, more), constant_values=-1)
+    labels[rows] = split.labels
+    seen[split.name] = (dataset, labels)
+
+
+def _honest(held_out, trained):
+    """The largest Split of images that are in a validation split and that nobody was trained on."""
+    best = None
+    for name, (dataset, labels) in held_out.items():
+        honest = labels.copy()
+        if name in trained:
+            used = trained[name][1][: len(labels)]
+            honest[: len(used)][used >= 0] = -1
+        rows = np.flatnonzero(honest >= 0)
+        if len(rows) >= 2 and (best is None or len(rows) > len(best)):
+            best = Split(name, dataset, rows, honest[rows])
+    return best

@@ -1,0 +1,219 @@
+"""Logits of trained networks: one forward pass a network and view, kept for the next time.
+
+They lie in `predictions/` in the folder of the run, one file a split and view. A file's name holds
+a hash of all that decides the logits: the weights, which images in which order, how they are
+prepared, the view, the precision. It may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
+
+from harness.checkpoint import replace_file, to_bytes
+from harness.errors import UserError
+from harness.scoring import batch_starts
+from harness.views import decode
+from harness.weights import stored_size
+from tricks.augment import normalize_batch
+from tricks.tta import average_views
+
+FORMAT = 1  # part of the hash: raise it whenever the same network would give other logits
+
+
+class Predictions:
+    """The logits of networks for some splits, as files have them or computed.
+
+    splits: {role: harness.data.Split}. seed: of random views. say: a function of a line.
+    """
+
+    def __init__(self, accelerator, splits, image_column, seed, say):
+        self.accelerator, self.splits = accelerator, splits
+        self.image_column, self.seed, self.say = image_column, seed, say
+        self._orders = {role: _order(split) for role, split in splits.items()}
+        self._samples = {}  # (role, size, interpolation) -> harness.views.Samples
+        self._logits = {}  # (sha256 of the weights, role, name of the view) -> (n, classes)
+        self._seconds = {}  # the same, but the role: of each image in one such view
+        self._unkept = set()
+
+    def recall(self, network, views, roles=None) -> list:
+        """Look for the files of a harness.trained.Trained; returns the (role, View) still missing.
+
+        roles: None for all. The main process reads them and hands them to the others.
+        """
+        views = {view.name: view for view in views}.values()  # several sets have some in common
+        wanted = [
+            (role, view)
+            for role in roles or self.splits
+            for view in views
+            if (network.sha256, role, view.name) not in self._logits
+        ]
+        found = [None] * len(wanted)
+        if self.accelerator.is_main_process:
+            found = [self._read(network, *one) for one in wanted]
+        if wanted and self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        for (role, view), logits_and_seconds in zip(wanted, found, strict=True):
+            if logits_and_seconds:
+                self._keep(network, role, view, *logits_and_seconds)
+        return [one for one, there in zip(wanted, found, strict=True) if not there]
+
+    def count(self, missing) -> int:
+        """Images × views of what `recall` missed."""
+        return sum(len(self.splits[role]) for role, _ in missing)
+
+    def compute(self, network, model, missing, bar):
+        """Forward passes for what `recall` missed, and their files.
+
+        model: the network's, in eval mode on the device. bar: from `progress`. Raises UserError
+        for logits that are not finite.
+        """
+        for role in self.splits:
+            views = [view for one, view in missing if one == role]
+            if not views:
+                continue
+            samples = self.samples(role, network.look)
+            bar.set_description(f"{network.name}, {role}")
+            began = time.perf_counter()
+            logits = self._forward(network, model, samples, views, bar)
+            seconds = (time.perf_counter() - began) / len(views) / len(samples.labels)
+            for view, one in zip(views, logits, strict=True):
+                odd = int((~one.isfinite()).any(1).sum())
+                if odd:
+                    raise UserError(
+                        f"{network.folder} gives logits that are not finite for {odd} of "
+                        f"{len(one)} {role} images: its weights are damaged, or the precision "
+                        f"({self.accelerator.mixed_precision}) is too low"
+                    )
+                self._keep(network, role, view, one, seconds)
+                if self.accelerator.is_main_process:
+                    self._write(network, role, view, one, seconds)
+
+    def logits(self, network, role, views):
+        """Float64 (n, classes): of several views the logarithms of their mean probabilities."""
+        found = [self._logits[network.sha256, role, view.name] for view in views]
+        if len(found) == 1:
+            return found[0].double()
+        return average_views(torch.stack(found), [view.weight for view in views])
+
+    def speeds(self, networks, sets) -> dict:
+        """{kind: {name: images/s}} for all views of a kind, of each network and of the "average".
+
+        As measured when the passes were made. sets: {kind: {size: views}}.
+        """
+        speeds = {}
+        for kind, views in sets.items():
+            seconds = {
+                network.name: sum(
+                    self._seconds[network.sha256, view.name] for view in views[network.look.size]
+                )
+                for network in networks
+            }
+            seconds["average"] = sum(seconds.values())
+            speeds[kind] = {name: 1 / each for name, each in seconds.items()}
+        return speeds
+
+    def samples(self, role, look):
+        """The decoded images of a split, as a network looks at them before the crop."""
+        key = (role, stored_size(look), look.interpolation)
+        if key not in self._samples:
+            self._samples[key] = decode(
+                self.splits[role], self.image_column, stored_size(look),
+                self.accelerator.is_local_main_process, look.interpolation,
+            )  # fmt: skip
+        return self._samples[key]
+
+    @torch.inference_mode()
+    def _forward(self, network, model, samples, views, bar):
+        """Logits (views, n, classes), float32 on the CPU; fixed batches, dealt to the processes."""
+        accelerator, total = self.accelerator, len(samples.labels)
+        starts, look = batch_starts(samples), network.look
+        shape = (len(views), total, len(network.classes))
+        logits = torch.zeros(shape, device=accelerator.device)
+        for k in range(accelerator.process_index, len(starts), accelerator.num_processes):
+            index = torch.arange(starts[k], min(starts[k] + starts.step, total))
+            images, _ = samples.take(index, accelerator.device)
+            for number, view in enumerate(views):
+                seen = normalize_batch(view.apply(images, index), look.mean, look.std)
+                with accelerator.autocast():
+                    found = model(seen)
+                logits[number, starts[k] : starts[k] + len(index)] = found.float()
+            done = len(index) * len(views) * accelerator.num_processes
+            bar.update(min(done, bar.total - bar.n))
+        # Each sample was computed by one process and is zero on the others: their sum is exact
+        return accelerator.reduce(logits, "sum").cpu()
+
+    def _keep(self, network, role, view, logits, seconds):
+        self._logits[network.sha256, role, view.name] = logits
+        self._seconds[network.sha256, view.name] = seconds
+
+    # ---------------------------------------------------------------- files
+
+    def _key(self, network, role, view):
+        return {
+            "format": FORMAT,
+            "weights": network.sha256,
+            "images": self._orders[role],
+            "look": [list(v) if isinstance(v, tuple) else v for v in network.look],
+            "view": view.name,
+            "seed": self.seed if view.name.startswith("random") else None,
+            "precision": self.accelerator.mixed_precision,
+        }
+
+    def _file(self, network, role, view):
+        digest = hashlib.sha256(json.dumps(self._key(network, role, view)).encode()).hexdigest()
+        name = re.sub(r"\W+", "-", f"{role} {view.name}")
+        return network.folder / "predictions" / f"{name}-{digest[:16]}.safetensors"
+
+    def _read(self, network, role, view):
+        """(logits, seconds an image) where a file has just these, whole; else None."""
+        try:
+            with safe_open(self._file(network, role, view), framework="pt") as file:
+                about = json.loads(file.metadata()["predictions"])
+                logits = file.get_tensor("logits")
+            shape = (len(self.splits[role]), len(network.classes))
+            same = about["key"] == self._key(network, role, view) and logits.shape == shape
+            if same and about["sha256"] == _digest(logits):
+                return logits, float(about["seconds"])
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            pass  # not there, or damaged: computed anew
+        return None
+
+    def _write(self, network, role, view, logits, seconds):
+        about = {
+            "key": self._key(network, role, view), "sha256": _digest(logits), "seconds": seconds
+        }  # fmt: skip
+        file = self._file(network, role, view)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(file, to_bytes({"logits": logits}, {"predictions": json.dumps(about)}))
+        except OSError as error:
+            if network.folder not in self._unkept:
+                self.say(f"predictions of {network.name} are not kept: {error.strerror or error}")
+            self._unkept.add(network.folder)
+
+
+def progress(accelerator, images):
+    """A bar over images × views, on one process of each machine."""
+    return tqdm(
+        total=images, unit=" images", unit_scale=True, delay=1, leave=False, dynamic_ncols=True,
+        disable=not accelerator.is_local_main_process,
+    )  # fmt: skip
+
+
+def _order(split):
+    """Which images in which order: a hash of the data set, the rows and the labels."""
+    digest = hashlib.sha256(split.dataset._fingerprint.encode())
+    digest.update(split.rows.tobytes() + split.labels.tobytes())
+    return digest.hexdigest()
+
+
+def _digest(tensor):
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()

@@ -1,0 +1,358 @@
+"""The report of ensemble_eval.py: the plan, the terminal's table, report.md and its pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+
+import torch
+
+from harness import charts
+from harness.checkpoint import replace_file
+from harness.pictures import drawable, save_tiles
+
+PICTURES = ("accuracy", "reliability", "confusion", "mistakes")
+
+
+def default_name(names) -> str:
+    """ "ensemble-a+b+c", or with a hash in the end where that would be long."""
+    name = "ensemble-" + "+".join(re.sub(r"[^\w.-]+", "_", one) for one in names)
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return name if len(name) <= 100 else f"{name[:91]}-{digest}"
+
+
+def plan(members, images, kinds, groups, machine) -> str:
+    """What is about to happen, a fact a line."""
+    rows = [("member", f"{_about(member)}") for member in members]
+    rows.append(("scored", f"{len(images.scored):,} {images.role} images of {images.source}"))
+    where = (
+        f"on {len(images.fitted):,} validation images that no member was trained on"
+        if images.fitted else f"cross-fitted on the {images.role} images: no others are left"
+    )  # fmt: skip
+    rows.append(("fitted", where))
+    rows.append(("views", ", ".join(kinds)))
+    for group in groups:
+        rows.append(("soup", " + ".join(members[number].name for number in group)))
+    rows.append(("precision", machine["precision"]))
+    rows.append(("device", f"{machine['device']}, {machine['threads']} CPU threads a process"))
+    if any(kind in ("flip", "shift", "crops:10") or "random" in kind for kind in kinds):
+        for member in members:
+            if any(one.get("flip_prob") == 0 for one in member.recipes):
+                rows.append(("note", f"{member.name} was trained without mirrored images"))
+    return "\n".join(f"{name:<12} {value}" for name, value in rows)
+
+
+def _about(member):
+    size = f"{member.look.size} px"
+    return f"{member.name}: {member.config['architecture']}, {size}, {len(member.classes)} classes"
+
+
+def write(folder, report, samples):
+    """report.json, report.md and the pictures.
+
+    report: what report.json holds. samples: harness.views.Samples of the scored images.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, indent=1) + "\n"
+    replace_file(folder / "report.json", text.encode())
+    replace_file(folder / "report.md", markdown(report).encode())
+    classes = [row["class"] for row in report["by_class"]]
+    scored, best = report["scored"], report["best"]
+    on = f"{scored['images']:,} {scored['role']} images"
+    charts.save_accuracies(
+        folder / "accuracy.png", report["results"], f"{on}, views: {report['views']}"
+    )
+    charts.save_reliability(folder / "reliability.png", report["reliability"], f"{best}, {on}")
+    matrix = torch.tensor(report["confusion"])
+    charts.save_confusion(folder / "confusion.png", matrix, classes, f"{best}, {on}")
+    wrong = report["mistakes"]
+    (folder / "mistakes.png").unlink(missing_ok=True)
+    if wrong:
+        images, _ = samples.take(torch.tensor([m["sample"] for m in wrong]), torch.device("cpu"))
+        names = {name: drawable(name, k) for k, name in enumerate(classes)}
+        captions = [
+            [
+                ("true: " + names[m["true"]], ""),
+                ("not: " + names[m["predicted"]], f" {m['probability']:.2f}"),
+            ]
+            for m in wrong
+        ]
+        save_tiles(folder / "mistakes.png", images, captions)
+
+
+def percent(value, digits=2):
+    return f"{100 * value:.{digits}f}"
+
+
+def interval(pair, digits=2):
+    return f"{percent(pair[0], digits)}–{percent(pair[1], digits)}"
+
+
+def signed(value):
+    return f"{100 * value:+.2f}"
+
+
+def p_value(value):
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"
+
+
+def table(header, rows) -> str:
+    """A Markdown table whose columns line up, so that it serves a terminal too."""
+    cells = [[str(cell).replace("|", "/") for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(header))]
+
+    def line(row):
+        return "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
+
+
+HEADER = ("", "accuracy %", "95 % interval", "NLL", "Brier", "ECE %", "T", "gain", "p", "networks")
+
+
+def results_table(rows) -> str:
+    """Members and combinations; rows: of harness.comparison.compare."""
+
+    def cells(row):
+        against = row.get("against")
+        return (
+            row["name"], percent(row["accuracy"]), interval(row["interval"]),
+            _number(row["nll"]), _number(row["brier"]), percent(row["ece"]),
+            " / ".join(f"{t:.2f}" for t in row["temperature"]) or "-",
+            signed(against["gain"]) if against else "", p_value(against["p"]) if against else "",
+            row["passes"],
+        )  # fmt: skip
+
+    return table(HEADER, map(cells, rows))
+
+
+def _number(value):
+    return "-" if value is None else f"{value:.4f}"
+
+
+def tags(members) -> list[str]:
+    """For the trackers: the data set and the architectures."""
+    return list(dict.fromkeys(
+        str(m.config.get(key)) for key in ("dataset", "architecture") for m in members
+    ))  # fmt: skip
+
+
+def track(tracking, report, folder):
+    """Tables, pictures and the summary for the trackers, and the end of their run."""
+    rows = report["results"]
+    columns = ["name", "kind", "accuracy", "low", "high", "nll", "brier", "ece", "gain", "p"]
+    tracking.log_table("results", columns, [
+        [row["name"], row["kind"], row["accuracy"], *row["interval"], row["nll"], row["brier"],
+         row["ece"], *(row.get("against", {}).get(key) for key in ("gain", "p"))]
+        for row in rows
+    ])  # fmt: skip
+    tracking.log_table(
+        "mistakes", ["row", "true", "predicted", "probability"],
+        [[m["row"], m["true"], m["predicted"], m["probability"]] for m in report["mistakes"]],
+    )  # fmt: skip
+    for name in PICTURES:
+        if (folder / f"{name}.png").exists():
+            tracking.log_image(name, folder / f"{name}.png", 0)
+    role = report["scored"]["role"]
+    tracking.summary(
+        {f"{role}/acc/{row['name']}": row["accuracy"] for row in rows}
+        | {"best": report["best"], "oracle": report["diversity"]["oracle"]}
+    )
+    tracking.finish()
+
+
+def closing(report, folder, tracked) -> str:
+    """What stands on the terminal in the end."""
+    parts = [results_table(report["results"])]
+    if len(report["cost"]["images_per_second"]) > 1:
+        parts.append(view_table(report["view_gains"], report["cost"]["images_per_second"]))
+    parts.append(how_fitted(report).replace("**", ""))
+    parts.append(
+        f"{headline(report)}\n"
+        f"report       {folder}/report.md, report.json, {', '.join(PICTURES)} (png)\n"
+        f"tracked run  {tracked}"
+    )
+    return "\n" + "\n\n".join(parts)
+
+
+def headline(report) -> str:
+    """The outcome in one sentence."""
+    best = next(row for row in report["results"] if row["name"] == report["best"])
+    words = f"best on {report['scored']['role']}: {best['name']}, {percent(best['accuracy'])} % "
+    words += f"({interval(best['interval'])})"
+    against = best.get("against")
+    if against:
+        words += (
+            f", {signed(against['gain'])} points over the best member {against['member']} "
+            f"({signed(against['interval'][0])} to {signed(against['interval'][1])}, McNemar p = "
+            f"{p_value(against['p'])}"
+        )
+        words += ")" if against["p"] < 0.05 else "): not more than noise"
+    return words
+
+
+def how_fitted(report) -> str:
+    """On which images weights, selections and temperatures were fitted."""
+    scored, fitted = report["scored"], report["fitted"]
+    if fitted:
+        return (
+            f"Weights, selections and temperatures were fitted on {fitted['images']:,} validation "
+            f"images of split '{fitted['split']}' that no member was trained on, and scored on the "
+            f"{scored['images']:,} images of split '{scored['split']}'."
+        )
+    return (
+        f"No validation images are left that no member was trained on. So weights, selections and "
+        f"temperatures are **cross-fitted on the {scored['role']} images**: each half of the "
+        f"{scored['images']:,} is scored with what was fitted on the other half. Two values stand "
+        "where two halves had two."
+    )
+
+
+def markdown(report) -> str:
+    """report.md, from what report.json holds."""
+    rows = report["results"]
+    parts = [
+        f"# {report['name']}",
+        f"{headline(report)[0].upper()}{headline(report)[1:]}.",
+        f"{len(report['members'])} members on {report['source']}; views: {report['views']}; "
+        f"{report['precision']}. {how_fitted(report)}",
+        "![Accuracies](accuracy.png)",
+        "## Members and combinations",
+        results_table(rows),
+        "*gain*: points over the best member, with the exact p of McNemar's test. The best member "
+        "is the one with the most scored images right: the hardest to beat, as it was chosen "
+        "knowing the labels. The best combination was chosen so, too: a difference inside the "
+        "intervals is noise. *T*: the temperature that the next table applies. *networks*: forward "
+        "passes an image, for each view.",
+        "## Calibration",
+        _calibration_table(rows),
+        "![Reliability](reliability.png)",
+    ]
+    if len(report["members"]) > 1:
+        parts += ["## How they were combined", _fitted_words(rows, report["members"])]
+        parts += ["## Diversity", _diversity_words(report["diversity"])]
+    parts += ["## Test-time augmentation", _view_words(report)]
+    parts += [
+        f"## Classes and errors of {report['best']}",
+        "![Confusion matrix](confusion.png)",
+        _class_table(report["by_class"]),
+        _confused_words(report["most_confused"]),
+        _mistake_words(report["mistakes"]),
+        "## Members",
+        _member_table(report["members"]),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _calibration_table(rows):
+    def cells(row):
+        before, after = row, row["calibrated"]
+        return (
+            row["name"], " / ".join(f"{t:.3f}" for t in row["temperature"]),
+            _number(before["nll"]), _number(after["nll"]), _number(before["brier"]),
+            _number(after["brier"]), percent(before["ece"]), percent(after["ece"]),
+        )  # fmt: skip
+
+    header = ("", "T", "NLL", "after", "Brier", "after", "ECE %", "after")
+    return table(header, [cells(row) for row in rows if row["calibrated"]])
+
+
+def _fitted_words(rows, members):
+    lines = []
+    for row in rows:
+        if "of" in row:
+            lines.append(f"- {row['name']}: of {row['of']}")
+        if "ties" in row:
+            lines.append(f"- {row['name']}: {row['ties']:,} ties, broken by summed probability")
+        for half, shares in enumerate(row.get("weights", []), start=1):
+            said = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
+            which = f" (half {half})" if len(row["weights"]) > 1 else ""
+            lines.append(f"- {row['name']}{which}: {said}")
+        if "soup" in row:
+            soups = [", ".join(members[number]["name"] for number in soup) for soup in row["soup"]]
+            said = " / ".join(soups)
+            lines.append(f"- {row['name']}: weights of {said}, BatchNorm measured anew")
+    return "\n".join(lines)
+
+
+def _diversity_words(found):
+    names = found["members"]
+
+    def square(title, values, show):
+        rows = [(n, *map(show, row)) for n, row in zip(names, values, strict=True)]
+        return table((title, *names), rows)
+
+    gains = [
+        (name, signed(one["gain"]), f"{signed(one['interval'][0])} to {signed(one['interval'][1])}")
+        for name, one in found["leave_one_out"].items()
+    ]
+    return "\n\n".join(
+        [
+            f"At least one member is right on {percent(found['oracle'])} % of the images.",
+            square("% of images on which they differ", found["disagreement"], percent),
+            square("correlation of errors", found["error_correlation"], "{:.3f}".format),
+            table(("what a member adds to the average", "points", "95 % interval"), gains),
+        ]
+    )
+
+
+def view_table(rows, cost) -> str:
+    """Gain and cost of every set of views; rows: of harness.comparison.view_gains."""
+
+    def cells(row):
+        speed = cost[row["views"]][row["of"]]
+        gain = ("", "") if row["views"] == "none" else (
+            signed(row["gain"]), f"{signed(row['interval'][0])} to {signed(row['interval'][1])}"
+        )  # fmt: skip
+        return (row["views"], row["of"], percent(row["accuracy"]), *gain, f"{speed:,.0f}")
+
+    header = ("views", "of", "accuracy %", "gain", "95 % interval", "images/s")
+    return table(header, map(cells, rows))
+
+
+def _view_words(report):
+    return (
+        view_table(report["view_gains"], report["cost"]["images_per_second"])
+        + f"\n\nimages/s: forward passes on {report['cost']['device']}, as measured when they "
+        "were made."
+    )
+
+
+def _class_table(rows):
+    return table(
+        ("class", "images", "accuracy %"),
+        [
+            (r["class"], r["images"], "-" if r["accuracy"] is None else percent(r["accuracy"], 1))
+            for r in rows
+        ],
+    )
+
+
+def _confused_words(pairs):
+    if not pairs:
+        return "No two classes are confused."
+    rows = [
+        (" ~ ".join(p["classes"]), p["errors"], p["first_taken_for_second"],
+         p["second_taken_for_first"]) for p in pairs
+    ]  # fmt: skip
+    return table(("most confused", "errors", "first for second", "second for first"), rows)
+
+
+def _mistake_words(mistakes):
+    if not mistakes:
+        return "All images are right."
+    rows = [(m["row"], m["true"], m["predicted"], f"{m['probability']:.3f}") for m in mistakes[:10]]
+    return (
+        "![The most confident mistakes](mistakes.png)\n\n"
+        + table(("image (row of the split)", "true", "predicted", "probability"), rows)
+    )  # fmt: skip
+
+
+def _member_table(members):
+    rows = [
+        (m["name"], m["architecture"], f"{m['image_size']} px", f"{m['bytes'] / 1e6:,.1f}",
+         m["weights"], m["folder"]) for m in members
+    ]  # fmt: skip
+    return table(("", "architecture", "images", "MB", "weights", "folder"), rows)

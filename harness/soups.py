@@ -1,0 +1,113 @@
+"""Soups of members: their averaged weights as networks of their own, and their predictions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+
+import torch
+
+from harness.checkpoint import replace_file, to_bytes
+from harness.counters import generator
+from harness.predictions import progress
+from harness.trained import load_model
+from harness.views import decode
+from harness.weights import clean_state_dict, load_weights, stored_size
+from tricks.augment import normalize_batch
+from tricks.soup import recompute_batch_norm, uniform_soup
+from tricks.tta import tta_views
+
+BATCH, BATCHES = 256, 16  # training images that BatchNorm's statistics are measured on, at most
+
+
+def groups_of(members) -> list[list[int]]:
+    """The numbers of members whose weights can be averaged, for each architecture of several."""
+    groups = {}
+    for number, member in enumerate(members):
+        groups.setdefault(member.kind, []).append(number)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+class Soups:
+    """Logits of soups of these members; a soup of one is that member as it is.
+
+    images: harness.members.Images. views: those of the combinations. folder: of the report, which
+    keeps the soups' predictions.
+    """
+
+    def __init__(self, accelerator, members, images, predictions, views, folder, seed):
+        self.accelerator, self.members, self.images = accelerator, members, images
+        self.predictions, self.views, self.folder, self.seed = predictions, views, folder, seed
+        self._models = {}  # the last one made
+        self._train = {}  # decoded training images by preprocessing
+
+    def logits(self, numbers, role, whole):
+        """Logits (n, classes) of a soup: averaged over all views (whole), or of one view."""
+        soup = self._soup(numbers)
+        views = self.views[soup.look.size] if whole else tta_views("none", soup.look.size)
+        missing = self.predictions.recall(soup, views, [role])
+        if missing:
+            with progress(self.accelerator, self.predictions.count(missing)) as bar:
+                self.predictions.compute(soup, self._model(numbers), missing, bar)
+        return self.predictions.logits(soup, role, views)
+
+    def save(self, name, numbers):
+        """Write a soup as the folder of a run, for gradcam.py or another ensemble."""
+        folder = self.folder / re.sub(r"[^\w.-]+", "_", name)
+        soup = self._soup(numbers)
+        parts = [self.members[number] for number in numbers]
+        config = soup.config | {
+            "weights": "soup",
+            "members": [part.name for part in parts],
+            "ingredients": [recipe for part in parts for recipe in part.recipes],
+            "soup_sha256": soup.sha256,
+        }
+        text = (json.dumps(config, indent=2) + "\n").encode()
+        there = folder / "config.json"
+        if there.exists() and there.read_bytes() == text:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = to_bytes(clean_state_dict(self._model(numbers)))
+        replace_file(folder / "model.safetensors", weights)
+        replace_file(there, text)
+
+    def _soup(self, numbers):
+        if len(numbers) == 1:
+            return self.members[numbers[0]]
+        parts = [self.members[number] for number in numbers]
+        train = self.images.train
+        digest = hashlib.sha256(train.dataset._fingerprint.encode() + train.rows.tobytes())
+        digest.update(repr([BATCH, BATCHES, self.seed, *(p.sha256 for p in parts)]).encode())
+        name = f"soup of {', '.join(part.name for part in parts)}"
+        return parts[0]._replace(name=name, folder=self.folder, sha256=digest.hexdigest())
+
+    def _model(self, numbers):
+        key = tuple(numbers)
+        if key not in self._models:
+            first = self.members[numbers[0]]
+            state = uniform_soup([load_weights(self.members[n].folder) for n in numbers])
+            model = load_model(first, state)
+            model.to(self.accelerator.device, memory_format=torch.channels_last)
+            with self.accelerator.autocast():
+                recompute_batch_norm(model, self._batches(first.look))
+            self._models.clear()
+            self._models[key] = model
+        return self._models[key]
+
+    def _batches(self, look):
+        """Training images as in evaluation, in batches of one size; every process has all."""
+        if look not in self._train:
+            self._train[look] = decode(
+                self.images.train, self.images.image_column, stored_size(look),
+                self.accelerator.is_local_main_process, look.interpolation,
+            )  # fmt: skip
+        samples = self._train[look]
+        total = len(samples.labels)
+        order = torch.randperm(total, generator=generator(self.seed, "soup"))
+        size = min(BATCH, total)
+        (view,) = tta_views("none", look.size)
+        for start in range(0, min(total // size, BATCHES) * size, size):
+            index = order[start : start + size].sort().values
+            images, _ = samples.take(index, self.accelerator.device)
+            yield normalize_batch(view.apply(images, index), look.mean, look.std)

@@ -1,0 +1,127 @@
+"""A trained run, read back: what its folder says of it, its network, and its data."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from harness.data import BUILT_IN
+from harness.errors import UserError
+from harness.models import rebuild_model
+from harness.weights import (
+    Preprocessing,
+    load_state,
+    load_weights,
+    preprocessing_of,
+    read_config,
+)
+
+# Flags of a run that say which images it was trained on.
+DATA_FLAGS = (
+    "image_column", "label_column", "train_split", "val_split", "test_split", "val_fraction",
+    "max_train_samples", "seed",
+)  # fmt: skip
+
+
+class Trained(NamedTuple):
+    """A run folder's result: the network is built only when it is asked for (`load_model`)."""
+
+    name: str  # the folder's
+    folder: Path
+    config: dict  # config.json
+    look: Preprocessing
+    classes: list[str]  # in the order of the ids
+    sha256: str  # of model.safetensors
+
+    @property
+    def kind(self) -> tuple:
+        """What two networks have to share for their weights to be averaged."""
+        names = ("architecture", "library", "stem", "head")
+        return (*(self.config.get(name) for name in names), self.look)
+
+    @property
+    def recipes(self) -> list[dict]:
+        """The flags it was trained with; a soup has those of all networks in it."""
+        flags = self.config.get("ingredients") or [self.config.get("flags") or {}]
+        return [dict(one) for one in flags]
+
+
+def read_trained(path) -> Trained:
+    """Read and check config.json; the weights are hashed, and not yet read.
+
+    Raises UserError, on one line, for what is not the folder of a finished run.
+    """
+    folder = Path(path)
+    file = folder / "config.json"
+    if not folder.is_dir():
+        known = "it is a file: give the folder of the run" if folder.exists() else "no such folder"
+        raise UserError(f"{folder}: {known}")
+    for needed in (file, folder / "model.safetensors"):
+        if not needed.is_file():
+            begun = (folder / "checkpoints").is_dir()
+            why = "has not finished" if begun else "is not the folder of a run"
+            raise UserError(f"{folder} {why}: it has no {needed.name}")
+    config = read_config(file)
+    classes = config.get("label_names")
+    if not isinstance(classes, list) or not classes:
+        raise UserError(f"{file} has no label_names: it is not one of this project's")
+    look = preprocessing_of(config.get("pretrained_cfg"), file)
+    if look is None:
+        raise UserError(f"{file} does not say how images are prepared (pretrained_cfg)")
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    classes = [str(name) for name in classes]
+    return Trained(folder.resolve().name, folder, config, look, classes, digest)
+
+
+def load_model(trained, state=None) -> nn.Module:
+    """The network of a run in eval mode, with its weights or with `state` in their place.
+
+    Raises UserError that names the folder.
+    """
+    try:
+        model = rebuild_model(trained.config)
+    except UserError as error:
+        raise UserError(f"{trained.folder}: {error}") from None
+    state = load_weights(trained.folder) if state is None else state
+    load_state(model, state, str(trained.folder / "model.safetensors"))
+    return model.eval()
+
+
+def data_flags(trained, recipe, **asked) -> dict:
+    """What load_data needs for the data of one of the run's recipes; what is `asked` for wins."""
+    flags = {name: recipe[name] for name in DATA_FLAGS if recipe.get(name) is not None}
+    flags |= {"dataset": _where(trained.config)}
+    flags |= {name: value for name, value in asked.items() if value is not None}
+    if not flags["dataset"]:
+        raise UserError(f"{trained.folder} does not say what it was trained on: add --dataset")
+    return flags
+
+
+def check_classes(trained, classes, source):
+    """Raise UserError, with the difference, unless the network has these classes in this order."""
+    if trained.classes == classes:
+        return
+    ours, theirs = trained.classes, classes
+    if len(ours) != len(theirs):
+        why = f"{len(ours)} classes there, {len(theirs)} here"
+    elif sorted(ours) == sorted(theirs):
+        k = next(k for k, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+        why = f"the same in another order: class {k} is {ours[k]!r} there, {theirs[k]!r} here"
+    else:
+        there, here = (
+            ", ".join(repr(name) for name in a if name not in b)[:80]
+            for a, b in ((ours, theirs), (theirs, ours))
+        )
+        why = f"only there: {there or 'none'}; only here: {here or 'none'}"
+    raise UserError(f"{trained.folder} has other classes than {source}: {why}")
+
+
+def _where(config):
+    """The data set of a run: its name, or the folder it really was where the name was a path."""
+    name = str(config.get("dataset") or "")
+    source = str((config.get("data") or {}).get("source") or "")
+    found = name not in BUILT_IN and Path(source).is_absolute() and Path(source).is_dir()
+    return source if found else name

@@ -1,0 +1,453 @@
+"""ensemble_eval.py, end to end on small trained runs: its report, its files, what it refuses."""
+
+import json
+import pickle
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import smallruns
+from harness import members as membership
+from harness import predictions
+from harness.errors import UserError
+from harness.folder import WRITTEN
+from harness.members import find_images, read_members, view_sets
+from harness.trained import read_trained
+
+QUICK = {
+    "model": "resnet18", "image_size": 8, "max_train_samples": 500, "batch_size": 20, "epochs": 1,
+    "val_fraction": 0.2, "gradient_accumulation_steps": 1, "augment": "none", "mix_prob": 0,
+    "random_erasing": 0, "ema_decay": 0, "dropout": None,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """a and c: one architecture, c goes on from a. b: another, and other pixels. d: no held-out."""
+    root = tmp_path_factory.mktemp("members")
+    members = {
+        "a": {},
+        "b": {"model": "shufflenet_v2_x0_5", "image_size": 16},
+        "c": {"weights": root / "a", "lr": 0.01, "warmup_epochs": 0},
+        "d": {"val_fraction": 0, "seed": 1},
+    }
+    for name, flags in members.items():
+        _, status = smallruns.train(root, run_name=name, **QUICK | flags)
+        assert status == 0
+    return SimpleNamespace(**{name: root / name for name in members})
+
+
+@pytest.fixture
+def copies(runs, tmp_path):
+    """The same runs in a folder that a test may damage."""
+    made = {}
+    for name, folder in vars(runs).items():
+        made[name] = tmp_path / "runs" / name
+        kept = shutil.ignore_patterns("checkpoints", "predictions")
+        shutil.copytree(folder, made[name], ignore=kept)
+    return SimpleNamespace(**made)
+
+
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def row(report, name):
+    (found,) = [row for row in report["results"] if row["name"] == name]
+    return found
+
+
+def edit(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def forbid_forward(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a forward pass")
+
+    monkeypatch.setattr(predictions.Predictions, "_forward", refuse)
+
+
+# -- the report ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report(runs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    return smallruns.ensemble(folder, runs.a, runs.b, runs.c, tta="shift,random:2")
+
+
+def test_a_report_has_all_its_parts(report):
+    found = report_of(report)
+    names = [row["name"] for row in found["results"]]
+    assert names == ["a", "b", "c", "average", "vote", "weighted", "greedy",
+                     "uniform soup of a, c", "greedy soup of a, c"] or names == [
+                     "a", "b", "c", "average", "vote", "weighted", "greedy",
+                     "uniform soup", "greedy soup"]  # fmt: skip
+    text = (report / "report.md").read_text()
+    for word in [*names, "McNemar", "validation images", "At least one member", "most confused"]:
+        assert word in text
+    for picture in ("accuracy", "reliability", "confusion", "mistakes"):
+        with Image.open(report / f"{picture}.png") as image:
+            assert min(image.size) > 100 and len(np.unique(np.asarray(image))) > 3
+    assert "predictions" in WRITTEN  # so that --overwrite of a run takes them along
+
+
+def test_members_have_the_accuracy_that_training_saw(runs, tmp_path):
+    """Through another path: other batches, views and sums. Training scored 100 of the images."""
+    folder = smallruns.ensemble(
+        tmp_path, runs.a, runs.b, max_eval_samples=100, mixed_precision="no"
+    )
+    found = report_of(folder)
+    assert found["scored"]["images"] == 100
+    for name in ("a", "b"):
+        summary = json.loads((getattr(runs, name) / "summary.json").read_text())
+        if summary["precision"] != "no":
+            pytest.skip("trained in bf16, which is scored otherwise than fp32")
+        assert row(found, name)["accuracy"] == summary["accuracy"]
+        assert row(found, name)["nll"] == pytest.approx(summary["loss"], abs=1e-5)
+
+
+def test_combinations_are_those_of_the_kept_logits(runs, report):
+    """Average and vote by hand from the files; each view's file holds its logits."""
+    found = report_of(report)
+    assert found["views"] == "shift"
+    labels = _labels()
+    shares = {"centre": 0.25, "centre-mirrored": 0.25, "down-right": 0.125, "up-left": 0.125}
+    shares |= {"down-right-mirrored": 0.125, "up-left-mirrored": 0.125}
+    probabilities = []
+    for name in ("a", "b", "c"):
+        logits = {}
+        for file in (getattr(runs, name) / "predictions").glob("scored-*.safetensors"):
+            if len(load_file(file)["logits"]) != 360:  # those of another test
+                continue
+            logits[file.stem.removeprefix("scored-").rpartition("-")[0]] = load_file(file)["logits"]
+        logits = {view: logits[view] for view in shares}
+        assert {tuple(one.shape) for one in logits.values()} == {(360, 10)}
+        each = sum(share * logits[view].double().softmax(1) for view, share in shares.items())
+        probabilities.append(each)
+        accuracy = (each.argmax(1) == labels).double().mean().item()
+        assert row(found, name)["accuracy"] == pytest.approx(accuracy, abs=1e-9)
+    mean = torch.stack(probabilities).mean(0)
+    average = (mean.argmax(1) == labels).double().mean().item()
+    assert row(found, "average")["accuracy"] == pytest.approx(average, abs=1e-9)
+    votes = torch.stack([p.argmax(1) for p in probabilities])
+    majority = votes.mode(0)
+    clear = (votes == majority.values).sum(0) > 1
+    assert row(found, "vote")["ties"] == int((~clear).sum())
+    best = max(row(found, name)["accuracy"] for name in "abc")
+    gain = row(found, "average")["against"]["gain"]
+    assert gain == pytest.approx(average - best, abs=1e-9)
+
+
+def _labels():
+    from harness.data import load_data
+
+    return torch.from_numpy(load_data("digits").test.labels)
+
+
+def test_views_have_their_gain_and_cost(report):
+    found = report_of(report)
+    kinds = {(row["views"], row["of"]) for row in found["view_gains"]}
+    assert kinds == {(k, n) for k in ("shift", "random:2", "none")
+                     for n in ("a", "b", "c", "average")}  # fmt: skip
+    speeds = found["cost"]["images_per_second"]
+    assert speeds["none"]["a"] > speeds["shift"]["a"] > 0
+    assert speeds["none"]["average"] < min(speeds["none"][n] for n in "abc")
+    for one in found["view_gains"]:
+        low, high = one["interval"]
+        assert low <= one["gain"] <= high
+        assert one["views"] != "none" or one["gain"] == 0
+
+
+def test_a_soup_is_a_network_of_its_own(runs, report, tmp_path):
+    """Its folder is a run's: as a member it has the soup's accuracy."""
+    found = report_of(report)
+    soup = row(found, "uniform soup")
+    assert soup["passes"] == 1 and soup["soup"] == [[0, 2]]
+    folder = report / "uniform_soup"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["members"] == ["a", "c"] and len(config["ingredients"]) == 2
+    state, a, c = (load_file(f / "model.safetensors") for f in (folder, runs.a, runs.c))
+    assert torch.allclose(state["fc.weight"], (a["fc.weight"] + c["fc.weight"]) / 2, atol=1e-6)
+    again = report_of(smallruns.ensemble(tmp_path, folder, runs.b, tta="shift"))
+    assert row(again, "uniform_soup")["accuracy"] == soup["accuracy"]
+    assert again["fitted"]["images"] == found["fitted"]["images"]  # its parts' held-out images
+
+
+def test_given_weights_and_logits(runs, tmp_path):
+    folder = smallruns.ensemble(
+        tmp_path, runs.a, runs.b, member_weights="3,0", average="logits", soup=False
+    )
+    found = report_of(folder)
+    assert row(found, "weighted")["weights"] == [{"a": 1.0, "b": 0.0}]
+    assert row(found, "weighted")["accuracy"] == row(found, "a")["accuracy"]
+    assert row(found, "weighted")["passes"] == 1
+    assert row(found, "average")["of"] == "logits"
+    # what it wrote repeats it
+    again, status = smallruns.run(
+        "ensemble_eval", ["--config", str(folder / "config.yaml"), "--run_name", "again"]
+    )
+    assert status == 0
+    repeated = report_of(again)
+    assert repeated["results"] == found["results"]
+
+
+def test_one_member_is_scored_alone(runs, tmp_path):
+    found = report_of(smallruns.ensemble(tmp_path, runs.b, tta="flip"))
+    assert [row["name"] for row in found["results"]] == ["b"]
+    assert found["best"] == "b"
+    gains = [r for r in found["view_gains"] if r["views"] == "flip"]
+    assert {r["of"] for r in gains} == {"b", "average"}
+
+
+# -- which images may judge ------------------------------------------------------------------------
+
+ASKED = SimpleNamespace(dataset=None, image_column=None, label_column=None, split=None,
+                        max_eval_samples=None, seed=42)  # fmt: skip
+
+
+def test_nothing_is_fitted_on_images_that_a_member_was_trained_on(runs, copies):
+    from harness.data import load_data, stored_rows
+
+    images = find_images(read_members([runs.a, runs.b]), ASKED)
+    assert images.role == "test" and len(images.scored) == 360
+    assert len(images.fitted) == 287  # all that --val_fraction 0.2 holds out
+    # another seed holds out other images: those that neither trained on are left
+    edit(copies.b / "config.json", lambda c: c["flags"].update(seed=7))
+    fewer = find_images(read_members([copies.a, copies.b]), ASKED).fitted
+    kept = {"val_fraction": 0.2, "max_train_samples": 500}
+    trained = [load_data("digits", seed=seed, **kept).train for seed in (42, 7)]
+    used = np.concatenate([stored_rows(split) for split in trained])
+    held = [load_data("digits", seed=seed, **kept).val for seed in (42, 7)]
+    held = np.concatenate([stored_rows(split) for split in held])
+    assert sorted(fewer.rows) == sorted(set(held) - set(used)) and len(fewer) > 287
+    assert (fewer.labels == load_data("digits").train.labels[fewer.rows]).all()
+
+
+def test_without_held_out_images_the_test_split_is_cross_fitted(copies, tmp_path):
+    edit(copies.d / "config.json", lambda c: c["flags"].update(max_train_samples=None))
+    folder = smallruns.ensemble(tmp_path, copies.a, copies.d)
+    found = report_of(folder)
+    assert found["fitted"] is None
+    assert "cross-fitted on the test images" in (folder / "report.md").read_text()
+    assert len(row(found, "weighted")["weights"]) == 2
+    assert len(row(found, "a")["temperature"]) == 2
+
+
+def test_val_is_scored_where_it_is_asked_for(runs):
+    asked = SimpleNamespace(**{**vars(ASKED), "split": "val"})
+    images = find_images(read_members([runs.a, runs.b]), asked)
+    assert images.role == "val" and len(images.scored) == 287 and images.fitted is None
+    with pytest.raises(UserError, match="val_fraction"):
+        find_images(read_members([runs.d]), asked)
+
+
+def test_a_member_trained_on_test_is_refused(copies):
+    edit(copies.a / "config.json", lambda c: c["flags"].update(train_split="test"))
+    edit(copies.a / "config.json", lambda c: c["flags"].update(test_split="train"))
+    with pytest.raises(UserError, match="trained on split 'test'"):
+        find_images(read_members([copies.d, copies.a]), ASKED)
+
+
+# -- kept predictions ------------------------------------------------------------------------------
+
+
+def test_kept_predictions_are_reused_and_only_where_they_hold(runs, copies, tmp_path, monkeypatch):
+    first = report_of(smallruns.ensemble(tmp_path, copies.a, copies.b, soup=False))
+    forward, passes = predictions.Predictions._forward, []
+
+    def counted(self, network, model, samples, views, bar):
+        passes.append((network.name, len(samples.labels), [view.name for view in views]))
+        return forward(self, network, model, samples, views, bar)
+
+    monkeypatch.setattr(predictions.Predictions, "_forward", counted)
+
+    def passes_of(**flags):
+        passes.clear()
+        found = report_of(smallruns.ensemble(tmp_path, copies.a, copies.b, soup=False, **flags))
+        return list(passes), found
+
+    seen, again = passes_of()
+    assert seen == [] and again["results"] == first["results"]
+    # another combination of the same members needs none either
+    assert passes_of(average="logits")[0] == []
+    # another view: that one alone, for both splits
+    views = ["centre, mirrored"]
+    assert passes_of(tta="flip")[0] == [(m, n, views) for m in "ab" for n in (360, 287)]
+    # other images
+    assert {n for _, n, _ in passes_of(max_eval_samples=50)[0]} == {50}
+    # other random views
+    assert len(passes_of(tta="random:1")[0]) == 4
+    assert len(passes_of(tta="random:1", seed=1)[0]) == 4
+    assert passes_of(tta="random:1", seed=1)[0] == []
+    # damaged files: cut short, one bit flipped, another's
+    for damage in (
+        lambda file: file.write_bytes(file.read_bytes()[:-7]),
+        lambda file: file.write_bytes(file.read_bytes()[:-7] + b"1234567"),
+        lambda file: shutil.copy(next((copies.b / "predictions").glob("scored-centre-[0-9a-f]*")),
+                                 file),
+    ):  # fmt: skip
+        (file,) = [
+            f for f in (copies.a / "predictions").glob("scored-centre-*")
+            if load_file(f)["logits"].shape[0] == 360 and "mirrored" not in f.name
+        ]  # fmt: skip
+        damage(file)
+        seen, again = passes_of()
+        assert seen == [("a", 360, ["centre"])] and again["results"] == first["results"]
+    # other weights
+    state = load_file(copies.a / "model.safetensors")
+    state["fc.bias"] += 0.01
+    save_file(state, copies.a / "model.safetensors")
+    assert {(m, n) for m, n, _ in passes_of()[0]} == {("a", 360), ("a", 287)}
+
+
+def test_a_folder_that_cannot_be_written_to_keeps_nothing_and_says_so(copies, tmp_path, capsys):
+    (copies.a / "predictions").write_text("a file where the folder should be")
+    smallruns.ensemble(tmp_path, copies.a)
+    assert capsys.readouterr().out.count("predictions of a are not kept") == 1
+
+
+# -- two processes, as a user would --------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_report_of_one(copies, tmp_path):
+    """Soups, cross-fitting and views included; another folder, so that nothing is kept."""
+    edit(copies.d / "config.json", lambda c: c["flags"].update(max_train_samples=None))
+    configs = smallruns.ROOT / "accelerate_configs"
+    reports = []
+    for name in ("cpu", "cpu_2proc"):
+        done = smallruns.launch(
+            tmp_path, script="ensemble_eval.py", argv=[copies.a, copies.c, copies.d],
+            launcher=("--config_file", str(configs / f"{name}.yaml")), tta="flip", threads=1,
+            run_name=name, report_to="none",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        reports.append(report_of(tmp_path / name))
+        for member in (copies.a, copies.c, copies.d):
+            shutil.rmtree(member / "predictions")
+    one, two = reports
+    assert one["scored"] == two["scored"] and one["scored"]["images"] == 360
+    for key in ("results", "diversity", "confusion", "mistakes", "view_gains", "reliability"):
+        assert one[key] == two[key], key
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+def refused(members, tmp_path, **flags):
+    with pytest.raises(UserError) as error:
+        smallruns.ensemble(tmp_path, *members, **flags)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "ensemble").exists()
+    return str(error.value)
+
+
+def test_what_is_no_run_is_refused(runs, copies, tmp_path):
+    assert "give the folders" in refused([], tmp_path)
+    assert "no such folder" in refused([runs.a, tmp_path / "nothing"], tmp_path)
+    assert "is a file" in refused([runs.a / "config.json"], tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "is not the folder of a run" in refused([tmp_path / "empty"], tmp_path)
+    (copies.a / "model.safetensors").unlink()
+    (copies.a / "checkpoints").mkdir()
+    assert "has not finished" in refused([copies.a, copies.b], tmp_path)
+    (copies.b / "config.json").write_text("{")
+    assert "is not JSON" in refused([copies.b], tmp_path)
+    edit(copies.c / "config.json", lambda c: c.pop("pretrained_cfg"))
+    assert "how images are prepared" in refused([copies.c], tmp_path)
+
+
+def test_members_that_do_not_belong_together_are_refused(runs, copies, tmp_path):
+    assert "twice" in refused([runs.a, runs.a.parent / "." / "a"], tmp_path)
+    assert "hold the same weights" in refused([runs.a, copies.a], tmp_path)
+    edit(copies.b / "config.json", lambda c: c["label_names"].reverse())
+    said = refused([runs.a, copies.b], tmp_path)
+    assert "another order: class 0 is '9' there, '0' here" in said
+    edit(copies.c / "config.json", lambda c: c["label_names"].pop())
+    assert "9 classes there, 10 here" in refused([runs.a, copies.c], tmp_path)
+    edit(copies.d / "config.json", lambda c: c.update(label_names=list("012345678x")))
+    assert "only there: 'x'; only here: '9'" in refused([runs.a, copies.d], tmp_path)
+    assert "x" in refused([copies.d], tmp_path)  # nor does the data set have it
+    edit(copies.a / "config.json", lambda c: c["data"].update(source=str(tmp_path / "gone")))
+    edit(copies.a / "config.json", lambda c: c.update(dataset="elsewhere/data"))
+    assert "elsewhere/data" in refused([copies.a], tmp_path)
+
+
+def test_damaged_weights_stop_the_run_before_any_forward_pass(runs, copies, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        forbid_forward(patched)
+        file = copies.b / "model.safetensors"
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        assert "can't be read as plain tensors" in refused([copies.a, copies.b], tmp_path)
+
+        class Hostile:
+            def __reduce__(self):
+                return open, (str(tmp_path / "ran"), "w")
+
+        file.write_bytes(pickle.dumps(Hostile()))
+        assert str(file) in refused([copies.a, copies.b], tmp_path)
+        assert not (tmp_path / "ran").exists()
+        file.write_bytes(whole)
+        state = load_file(file)
+        del state["fc.bias"]
+        save_file(state, file)
+        assert "missing: fc.bias" in refused([copies.a, copies.b], tmp_path)
+        edit(copies.c / "config.json", lambda c: c.update(architecture="resnet19"))
+        assert "resnet19" in refused([copies.c], tmp_path)
+    state = load_file(copies.d / "model.safetensors")
+    state["fc.bias"][3] = float("nan")
+    save_file(state, copies.d / "model.safetensors")
+    said = refused([copies.d], tmp_path)
+    assert "not finite for 360 of 360 scored images" in said and str(copies.d) in said
+
+
+def test_flags_that_do_not_fit_are_refused(runs, tmp_path):
+    assert "has 3 for 2 members" in refused([runs.a, runs.b], tmp_path, member_weights="1,1,1")
+    assert "did you mean 'flip'" in refused([runs.a], tmp_path, tta="flop")
+    assert "crops are 1 to 5" in refused([runs.a], tmp_path, tta="none,crops:7")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").write_text("")
+    assert "not a report's" in refused([runs.a], tmp_path, run_name="taken")
+
+
+@pytest.mark.parametrize("words", ["1,-1", "0,0", "a", "1,nan"])
+def test_weights_that_are_none_are_refused(words, capsys):
+    import ensemble_eval
+
+    with pytest.raises(SystemExit) as stop:
+        ensemble_eval.read_flags(["runs/a", "--member_weights", words])
+    assert stop.value.code == 2 and "--member_weights" in capsys.readouterr().err
+
+
+def test_members_and_flags_may_stand_in_any_order():
+    import ensemble_eval
+
+    args = ensemble_eval.read_flags(["a", "--tta", "flip", "b", "--seed=1", "c"])
+    assert args.members == ["a", "b", "c"] and args.tta == "flip" and args.seed == 1
+
+
+def test_names_tell_members_apart(runs, copies):
+    state = load_file(copies.a / "model.safetensors")
+    state["fc.bias"] += 1
+    save_file(state, copies.a / "model.safetensors")
+    names = [member.name for member in read_members([runs.a, copies.a])]
+    assert len(set(names)) == 2 and all(name.endswith("/a") for name in names)
+    vote = copies.b.rename(copies.b.with_name("vote"))
+    assert read_members([vote])[0].name.endswith("/vote")
+    assert "vote" in membership.COMBINATIONS and read_trained(vote).name == "vote"
+
+
+def test_views_are_made_once_a_size():
+    sets = view_sets("flip, crops:2", {16, 24}, seed=0)
+    assert list(sets) == ["flip", "crops:2", "none"]
+    assert [view.name for view in sets["flip"][24]] == ["centre", "centre, mirrored"]
