@@ -4,13 +4,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo flowers test test-quick setup lint clean
+.PHONY: demo flowers ensemble test test-quick setup lint clean
 
 demo: $(VENV)/demo
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train.py --config recipes/digits.yaml
 
 flowers: $(VENV)/demo    # feature extraction, staged, full, from scratch, over seeds: wants a GPU
 	$(BIN)/python benchmarks/transfer.py
+
+ensemble: $(VENV)/demo   # three architectures on the digits, combined
+	for model in ENSEMBLE_MODELS; do \
+	  $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train.py \
+	    --config recipes/digits.yaml --model $$model --val_fraction 0.1 --run_name digits-$$model \
+	    || exit 1; \
+	done
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml ensemble_eval.py \
+	  $(foreach model,ENSEMBLE_MODELS,runs/digits-$(model)) --run_name digits-ensemble
 
 test: setup
 	$(BIN)/python -m pytest

@@ -173,7 +173,7 @@ class Parser(argparse.ArgumentParser):
             name = unknown[0].split("=")[0]
             self.error(f"unknown flag {name}{nearest(name, options)}")
         # No words at all for a positional argument are said by nobody
-        said = {k: v for k, v in vars(namespace).items() if v is not unsaid and v != []}
+        said = {k: v for k, v in vars(namespace).items() if v is not unsaid and v not in ([], None)}
         return argparse.Namespace(**said)
 
     def _recipe_argv(self, path):
@@ -204,8 +204,10 @@ class Parser(argparse.ArgumentParser):
                 argv.append(f"--{action.dest}=no")  # an unquoted no is false in YAML
             elif isinstance(value, list) and not action.option_strings:
                 argv += [str(one) for one in value]
-            elif isinstance(value, list) and action.type == shares:
+            elif isinstance(value, list) and action.type in (shares, numbers):
                 argv.append(f"--{action.dest}={','.join(map(str, value))}")
+            elif isinstance(value, list) and action.nargs == "+":
+                argv += [f"--{action.dest}", *map(str, value)]
             elif isinstance(value, list) and action.type == self.stages:
                 argv.append(f"--{action.dest}={json.dumps(value)}")
             elif isinstance(value, (list, dict, bool)):
@@ -411,6 +413,52 @@ def ensemble_flags(parser):
     g.add_argument("--split", choices=("test", "val"),
                    help="scored images; unset: test where there is one, else val")
     g.add_argument("--max_eval_samples", type=whole(2), help="images; cut for a quick look")
+
+
+def cam_flags(parser):
+    g = parser.add_argument_group("network")
+    g.add_argument("run", nargs="?", metavar="RUN", help="folder of a trained run")
+    g.add_argument("--model", help="instead of a run: any torchvision classifier")
+    g.add_argument("--weights", default="default",
+                   help="of --model: default, or a torchvision weights name")
+    g = parser.add_argument_group("images (unset: of the run's own data set)")
+    g.add_argument("--images", nargs="+", metavar="PATH",
+                   help="image files, folders, or patterns in quotes")
+    g.add_argument("--skip_bad", action=Switch, help="leave out, and name, images that can't be "
+                   "read")
+    g.add_argument("--dataset", help="where the data set is now, or another one of the same "
+                   "classes")
+    g.add_argument("--image_column", help="only where it has another name than in training")
+    g.add_argument("--label_column", help="only where it has another name than in training")
+    g.add_argument("--region_column", help="of a box [left, top, right, bottom] in pixels or a "
+                   "mask: --check measures the heat in it")
+    g.add_argument("--split", choices=("train", "val", "test"),
+                   help="unset: val where there is one, else test")
+    g.add_argument("--indices", type=numbers, metavar="N,N,…", help="just these of the split")
+    g.add_argument("--only", choices=("all", "wrong", "right"), default="all",
+                   help="all: as many of both as there are")
+    g.add_argument("--max_images", type=whole(1),
+                   help="unset: 16 of a split, all of --images")
+    g = parser.add_argument_group("maps")
+    g.add_argument("--method", default="gradcam",
+                   help="gradcam, gradcam++, hirescam, layercam, eigencam, scorecam; several with "
+                   "commas stand side by side")
+    g.add_argument("--layer", help="a module's name; unset: the last one that still has places")
+    g.add_argument("--target", default="predicted",
+                   help="the class to explain: predicted, true, a name or a number")
+    g.add_argument("--contrast", action=Switch,
+                   help="the true class and the predicted one side by side")
+    g.add_argument("--all_classes", action=Switch, help="every class, the likeliest 8 are drawn")
+    g.add_argument("--check", action=Switch,
+                   help="deletion and insertion, a re-initialised network, heat in the region")
+    g = parser.add_argument_group("pictures")
+    g.add_argument("--alpha", type=number(0, 1), default=0.6, help="of the hottest place")
+    g.add_argument("--colormap", default="inferno", help="one of matplotlib's")
+
+
+def numbers(text):
+    """An argparse type: whole numbers of at least 0, with commas."""
+    return [whole(0)(word) for word in text.split(",")]
 
 
 def shares(text):

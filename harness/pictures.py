@@ -60,7 +60,7 @@ def save_tiles(path, images, captions):
 
     columns = min(GRID[1], count)
     rows = math.ceil(count / columns)
-    lines = max(len(caption) for caption in captions)
+    lines = max(2, *(len(caption) for caption in captions))
     step = (cell + GAP, size[1] + lines * LINE + GAP)
     canvas = Image.new("RGB", (columns * step[0] + GAP, rows * step[1] + GAP), "white")
     draw = ImageDraw.Draw(canvas)
@@ -68,10 +68,8 @@ def save_tiles(path, images, captions):
         x, y = GAP + n % columns * step[0], GAP + n // columns * step[1]
         tile = Image.fromarray(pixels).resize(size, method)
         canvas.paste(tile, (x + (cell - size[0]) // 2, y))
-        for line, (text, end) in enumerate(caption):
-            text = _shortened(text, cell - _length(end)) + end
-            at = (x + (cell - _length(text)) / 2, y + size[1] + LINE * (line + 1) - 3)
-            _draw_text(draw, at, text)
+        for number, line in enumerate(caption):
+            draw_line(draw, line, (x, y + size[1] + LINE * (number + 1) - 3), cell)
     save_picture(path, lambda file: canvas.save(file, "PNG"))
 
 
@@ -141,6 +139,17 @@ def _shortened(name, room):
     while name and _length(name + "…") > room:
         name = name[:-1]
     return name.rstrip() + "…"
+
+
+def draw_line(draw, line, at, room, centred=True):
+    """Draw (text, end) on a baseline that starts at `at`, within `room` px.
+
+    The text is shortened where both don't fit, its end is not.
+    """
+    text, end = line
+    text = _shortened(text, room - _length(end)) + end
+    indent = (room - _length(text)) / 2 if centred else 0
+    _draw_text(draw, (at[0] + indent, at[1]), text)
 
 
 def _draw_text(draw, at, text):

@@ -16,6 +16,9 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
 SCRIPTS = sorted(p.name for p in ROOT.glob("*.py"))
+TRAINING = {"train.py", "finetune.py"}
+# What the others read flags in; other files of the harness have functions for training, too.
+OF_REPORTS = {"ensemble_eval.py", "gradcam.py", "members.py", "trained.py"}
 
 
 def build_parser(script="train.py"):
@@ -281,6 +284,8 @@ def args_attributes(script, context):
     """
     names = set()
     for path in standing_on(script):
+        if context is ast.Load and script not in TRAINING and path.name not in OF_REPORTS:
+            continue
         body = ast.parse(path.read_text(encoding="utf-8")).body
         if path.name == "plan.py":
             acting = ("load", "preprocessing")
@@ -297,7 +302,11 @@ def args_attributes(script, context):
 def test_every_flag_is_read_and_none_is_written(script):
     names = declared(build_parser(script)).keys()
     read = args_attributes(script, ast.Load)
-    assert len(names) > 40 and len(read) > 40
+    if script in TRAINING:
+        assert len(names) > 40 and len(read) > 40
+    else:  # report_folder and make_accelerator have them
+        read |= {"output_dir", "run_name"}
+        assert len(names) > 15
     assert not names - read, "declared, but never read"
     assert not read - names - {"given"}, "read, but not declared"
     assert not args_attributes(script, (ast.Store, ast.Del))
@@ -321,7 +330,7 @@ def test_help_answers_at_once_without_torch(script):
     command = [sys.executable, str(ROOT / script), "--help"]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert time.perf_counter() - start < 3 * 1.5
-    assert f"accelerate launch {script}" in run.stdout and "--mixup_alpha" in run.stdout
+    assert f"accelerate launch {script}" in run.stdout and "--mixed_precision" in run.stdout
 
     program = """
 import runpy, sys

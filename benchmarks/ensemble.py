@@ -1,0 +1,167 @@
+"""What the evaluation of an ensemble costs: ours against bare passes and the usual evaluations.
+
+    python benchmarks/ensemble.py --runs runs/a runs/b runs/c
+
+In turns, each in this process and on the same images, for as many rounds as asked for:
+
+- ours: all of ensemble_eval.py --tta flip: decoded images found, predictions of every member in two
+  views for the scored and the fitted images, all combinations, the comparison, the report.
+- bare: as many forward passes on one synthetic batch that lies on the device, in the same
+  precision, channels_last, inference mode; nothing else.
+- plain: an evaluation of the usual kind for each member, of the same images: PIL transforms in a
+  DataLoader of two workers, fp32, NCHW, an image's and its mirror image's softmax averaged.
+
+Then, each a process of its own: ensemble_eval.py where predictions are kept, imports included.
+The runs are copied, their kept predictions stay as they are.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import ensemble_eval
+from harness.launch import make_accelerator
+from harness.members import find_images, read_members
+from harness.scoring import BATCH, BATCH_PIXELS
+from harness.trained import load_model
+from harness.weights import stored_size
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Encoded(Dataset):
+    """The images of a split as files, decoded and transformed one by one."""
+
+    def __init__(self, split, column, look):
+        rows = split.dataset.select(split.rows).select_columns(column)
+        self.rows, self.column, self.labels = rows.with_format("arrow"), column, split.labels
+        self.transform = transforms.Compose([
+            transforms.Resize(stored_size(look)), transforms.CenterCrop(look.size),
+            transforms.ToTensor(), transforms.Normalize(look.mean, look.std),
+        ])  # fmt: skip
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, k):
+        encoded = self.rows[k : k + 1][self.column].to_pylist()[0]["bytes"]
+        return self.transform(Image.open(io.BytesIO(encoded)).convert("RGB")), self.labels[k]
+
+
+def ours(folders, output, limit):
+    for folder in folders:
+        shutil.rmtree(folder / "predictions", ignore_errors=True)
+    words = ["--tta", "flip", "--report_to", "none", "--output_dir", output, *limit]
+    args = ensemble_eval.read_flags([*map(str, folders), *words, "--run_name", "report"])
+    AcceleratorState._reset_state(True)
+    began = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        ensemble_eval.main(args)
+    return time.perf_counter() - began
+
+
+@torch.inference_mode()
+def bare(accelerator, members, models, splits):
+    began = time.perf_counter()
+    for member, model in zip(members, models, strict=True):
+        size = member.look.size
+        most = min(max(BATCH_PIXELS // stored_size(member.look) ** 2, BATCH[0]), BATCH[1])
+        batch = torch.randn(most, 3, size, size, device=accelerator.device)
+        batch = batch.to(memory_format=torch.channels_last)
+        for split in splits:
+            for start in range(0, len(split), most):
+                for _ in range(2):
+                    with accelerator.autocast():
+                        model(batch[: len(split) - start])
+    if accelerator.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+@torch.no_grad()
+def plain(device, members, models, splits, column):
+    began = time.perf_counter()
+    for member, model in zip(members, models, strict=True):
+        for split in splits:
+            right = 0
+            images = Encoded(split, column, member.look)
+            for batch, labels in DataLoader(images, 128, num_workers=2):
+                batch = batch.to(device)
+                both = model(batch).softmax(1) + model(batch.flip(-1)).softmax(1)
+                right += (both.argmax(1).cpu() == labels).sum().item()
+    return time.perf_counter() - began
+
+
+def kept(folders, output, limit):
+    words = ["--tta", "flip", "--report_to", "none", "--output_dir", output, *limit]
+    command = [sys.executable, str(ROOT / "ensemble_eval.py"), *map(str, folders[:2]), *words]
+    began = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True, env=dict(os.environ))
+    return time.perf_counter() - began
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", nargs="+", required=True, help="folders of trained runs")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--max_eval_samples", type=int, help="a quicker look")
+    args = parser.parse_args()
+    limit = ["--max_eval_samples", str(args.max_eval_samples)] if args.max_eval_samples else []
+    accelerator, words = make_accelerator()
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = [Path(temporary) / "runs" / Path(run).name for run in args.runs]
+        for run, folder in zip(args.runs, folders, strict=True):
+            leave = shutil.ignore_patterns("predictions", "checkpoints", "wandb")
+            shutil.copytree(run, folder, ignore=leave)
+        members = read_members(folders)
+        asked = SimpleNamespace(dataset=None, image_column=None, label_column=None, split=None,
+                                max_eval_samples=args.max_eval_samples, seed=42)  # fmt: skip
+        images = find_images(members, asked)
+        splits = [split for split in (images.scored, images.fitted) if split]
+        fast = [load_model(m).to(accelerator.device, memory_format=torch.channels_last)
+                for m in members]  # fmt: skip
+        usual = [load_model(member).to(accelerator.device) for member in members]
+        rounds = []
+        ours(folders, temporary, limit)  # decodes what is not decoded yet
+        for number in range(args.rounds):
+            seconds = {
+                "bare": bare(accelerator, members, fast, splits),
+                "ours": ours(folders, temporary, limit),
+                "plain": plain(accelerator.device, members, usual, splits, images.image_column),
+                "kept": kept(folders, temporary, limit),
+            }
+            rounds.append(seconds)
+            print(number + 1, json.dumps({k: round(v, 2) for k, v in seconds.items()}), flush=True)
+    print(f"\n{words['device']}, {words['precision']}, {sum(map(len, splits)):,} images, members: "
+          + ", ".join(member.config["architecture"] for member in members))  # fmt: skip
+    print("\n| figure | median (min–max) | n |\n|---|---|---|")
+    figures = {
+        "ours / bare forward passes": [r["ours"] / r["bare"] for r in rounds],
+        "usual evaluations / ours": [r["plain"] / r["ours"] for r in rounds],
+        "kept predictions, a new pair of members, s": [r["kept"] for r in rounds],
+    }
+    for name, values in figures.items():
+        middle, low, high = statistics.median(values), min(values), max(values)
+        print(f"| {name} | {middle:.2f} ({low:.2f}–{high:.2f}) | {len(values)} |")
+
+
+if __name__ == "__main__":
+    main()

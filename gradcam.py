@@ -1,0 +1,66 @@
+"""See what a network looks at: class activation maps of a trained run.
+
+accelerate launch gradcam.py runs/x                                 16 images, right and wrong
+accelerate launch gradcam.py runs/x --only wrong --contrast         true class against predicted
+accelerate launch gradcam.py runs/x --split test --indices 3,14 --method gradcam,layercam
+accelerate launch gradcam.py runs/x --images a.jpg folder/ 'photos/*.png' --target cat
+accelerate launch gradcam.py runs/x --check                         can the maps be trusted?
+accelerate launch gradcam.py --model resnet50 --weights default --images photo.jpg
+"""
+
+from harness import flags
+
+
+def read_flags(argv=None):
+    parser = flags.Parser(__doc__)
+    flags.cam_flags(parser)
+    flags.running_flags(parser)
+    flags.report_flags(parser, project="image-classification", name="gradcam-RUN")
+    return parser.read(argv)
+
+
+if __name__ == "__main__":  # before torch is imported: --help and a mistyped flag answer at once
+    args = read_flags()
+
+from accelerate.utils import gather_object
+
+from harness import camreport, cams
+from harness.folder import report_folder
+from harness.launch import in_turn, make_accelerator, script
+from harness.predictions import progress
+from harness.sheets import colours
+from tricks.cam import CAM_METHODS
+
+
+def main(args):
+    accelerator, machine = make_accelerator(args.mixed_precision, 1, args.threads, args.seed)
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    device = accelerator.device
+
+    # network and images: all that can be refused is, before any long work
+    methods = cams.known_words(args.method, CAM_METHODS, "--method")
+    colour = colours(args.colormap)
+    network = in_turn(accelerator, lambda: cams.find_network(args))
+    folder = report_folder(args, f"gradcam-{network.name}")
+    network.model.to(device)
+    pictures = cams.find_pictures(args, network, device, accelerator.print)
+    classes_of = cams.targets_of(args, network, pictures)
+    accelerator.print(camreport.plan(args, network, pictures, methods, machine))
+    if args.dry_run:
+        return
+
+    # maps: a forward and a backward pass for 16 images at a time, shared out to the processes
+    mine = pictures[rank::processes]
+    with progress(accelerator, len(mine)) as bar:
+        found = cams.explain(args, network, mine, classes_of, methods, device, bar)
+    parts = gather_object([found])
+    found = cams.merged([part for part in parts if part], len(pictures))
+
+    # report
+    if accelerator.is_main_process:
+        camreport.write(args, accelerator, folder, network, pictures, found, colour)
+
+
+if __name__ == "__main__":
+    with script("gradcam.py"):
+        main(args)

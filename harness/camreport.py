@@ -1,0 +1,209 @@
+"""The report of gradcam.py: the plan, the pictures, the maps, report.json and report.md."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+
+from harness import flags
+from harness.cams import heat_of
+from harness.checkpoint import replace_file, to_bytes
+from harness.pictures import drawable
+from harness.report import table
+from harness.sheets import Strip, overlay, save_sheet
+from harness.tracking import Tracking, parse_report_to
+
+DRAWN = 8  # classes of an image with --all_classes
+ON_SHEET = 32  # images
+COARSE = 4  # places a side below which a map says little
+TRACKED = 64  # images in the trackers' table
+
+
+def plan(args, network, pictures, methods, machine) -> str:
+    """What is about to happen, a fact a line."""
+    look = network.look
+    rows = {
+        "network": f"{network.name}, {look.size} px, {len(network.classes)} classes",
+        "images": f"{len(pictures)}, {pictures[0].source} to {pictures[-1].source}",
+        "methods": ", ".join(methods),
+        "device": f"{machine['device']}, {machine['threads']} CPU threads a process; maps in fp32",
+    }
+    return "\n".join(f"{name:<12} {value}" for name, value in rows.items())
+
+
+def write(args, accelerator, folder, network, pictures, found, colour):
+    """Everything of the report into its folder, and on the trackers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "panels").mkdir(exist_ok=True)
+    for old in (folder / "panels").glob("*.png"):
+        old.unlink()
+    size = network.look.size
+    heat = {method: heat_of(maps, size) for method, maps in found.maps.items()}
+    rows = [_row(k, network, picture, found) for k, picture in enumerate(pictures)]
+    strips = [
+        _strip(args, network, picture, row, {m: h[k] for m, h in heat.items()}, found, k, colour)
+        for k, (picture, row) in enumerate(zip(pictures, rows, strict=True))
+    ]
+    for strip, row in zip(strips, rows, strict=True):
+        save_sheet(folder / "panels" / row["panel"], [strip])
+    layer = _layer_words(network, found)
+    summary = _checks(found)
+    heading = [(f"{network.name}: {layer}", "")]
+    heading += [(f"{method}: {words}", "") for method, words in _summary_words(summary).items()]
+    save_sheet(folder / "sheet.png", strips[:ON_SHEET], heading)
+    tensors = {f"{method}/layer": maps for method, maps in found.maps.items()}
+    tensors |= {f"{method}/image": maps for method, maps in heat.items()}
+    tensors |= {"classes": found.classes, "probabilities": found.probabilities}
+    replace_file(folder / "maps.safetensors", to_bytes(tensors))
+    report = {
+        "network": network.name,
+        "layer": found.layer,
+        "map_size": list(next(iter(found.maps.values())).shape[-2:]),
+        "image_size": size,
+        "methods": list(found.maps),
+        "checks": summary,
+        "images": rows,
+    }
+    replace_file(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    replace_file(folder / "report.md", _markdown(report, layer).encode())
+    replace_file(folder / "config.yaml", flags.to_yaml(args))
+    tracking = Tracking(
+        accelerator, parse_report_to(args.report_to), folder=folder, project=args.project,
+        name=folder.name, group=args.group, job_type="gradcam", tags=[network.name],
+        config=flags.to_recipe(args), run_id=None,
+    )  # fmt: skip
+    _track(tracking, report, folder)
+    print(f"{'layer':<12} {layer.removeprefix('layer ')}")
+    if max(report["map_size"]) < COARSE:
+        print(f"{'':<12} coarse maps: an earlier --layer, and --method layercam for it, show more")
+    for row in rows:
+        for method in row["empty"]:
+            print(f"{'no heat':<12} {row['source']}: {method} is zero everywhere")
+    for method, words in _summary_words(summary).items():
+        print(f"{method:<12} {words}")
+    print(
+        f"report       {folder}/sheet.png, panels/, maps.safetensors, report.md, report.json\n"
+        f"tracked run  {tracking.line}"
+    )
+
+
+def _row(k, network, picture, found):
+    """What report.json says of an image."""
+    probabilities = found.probabilities[k]
+    predicted = int(probabilities.argmax())
+    true = picture.true
+    names = network.classes
+    words = [names[true], names[predicted]] if true is not None else [names[predicted]]
+    slugs = [re.sub(r"[^\w-]+", "_", word)[:40].strip("_") or "class" for word in words]
+    return {
+        "source": picture.source,
+        "true": None if true is None else names[true],
+        "p_true": None if true is None else probabilities[true].item(),
+        "predicted": names[predicted],
+        "p_predicted": probabilities[predicted].item(),
+        "targets": [names[c] for c in found.classes[k].tolist()],
+        "panel": f"{k:04d}-{'-as-'.join(slugs)}.png",
+        "empty": [m for m, maps in found.maps.items() if not maps[k, 0].relu().any()],
+        "checks": found.checks[k],
+    }
+
+
+def _strip(args, network, picture, row, heat, found, k, colour):
+    """An image, its heat and overlays; with one method and one class the heat alone, too."""
+    pixels = picture.pixels.permute(1, 2, 0).numpy()
+    panels = [(pixels, [("image", ""), ("", "")])]
+    classes = found.classes[k].tolist()
+    drawn = sorted(range(len(classes)), key=lambda c: -found.probabilities[k, classes[c]])[:DRAWN]
+    drawn = sorted(drawn) if not args.all_classes else drawn
+    alone = len(heat) * len(drawn) == 1
+    for method, maps in heat.items():
+        for c in drawn:
+            values = maps[c].numpy()
+            name = drawable(network.classes[classes[c]], classes[c])
+            lines = [(method, ""), (name, f" ({found.probabilities[k, classes[c]]:.2f})")]
+            if not values.any():
+                lines[0] = (f"{method}: no heat", "")
+            if alone:
+                panels.append((colour(values), lines))
+                lines = [("overlay", ""), ("", "")]
+            panels.append((overlay(pixels, values, colour, args.alpha), lines))
+    predicted = network.classes.index(row["predicted"])
+    title = [(picture.source, "")]
+    if picture.true is not None:
+        title[0] = (picture.source, ": right" if picture.true == predicted else ": wrong")
+        title.append((f"true {drawable(row['true'], picture.true)}", f" ({row['p_true']:.2f})"))
+    said = drawable(row["predicted"], predicted)
+    title.append((f"predicted {said}", f" ({row['p_predicted']:.2f})"))
+    notes = [(f"{method}: {_check_words(one)}", "") for method, one in found.checks[k].items()]
+    return Strip(title, panels, notes)
+
+
+def _check_words(one):
+    words = f"del {one['deletion']:.2f} ({one['deletion_random']:.2f}), "
+    words += f"ins {one['insertion']:.2f} ({one['insertion_random']:.2f})"
+    words += "" if one["randomised"] is None else f", ρ {one['randomised']:+.2f}"
+    if "heat_in_region" in one:
+        words += f", in region {one['heat_in_region']:.0%} of {one['region']:.0%}"
+    return words
+
+
+def _checks(found):
+    """Means over the images of what --check measured, by method."""
+    summary = {}
+    for method in found.checks[0]:
+        ones = [checks[method] for checks in found.checks]
+        summary[method] = {}
+        for key in dict.fromkeys(key for one in ones for key in one):
+            values = [one[key] for one in ones if one.get(key) is not None]
+            summary[method][key] = statistics.fmean(values) if values else None
+    return summary
+
+
+def _summary_words(summary):
+    """In full sentences, by method."""
+    said = {}
+    for method, one in summary.items():
+        words = f"deletion AUC {one['deletion']:.3f} (random map {one['deletion_random']:.3f}; "
+        words += f"lower is better), insertion AUC {one['insertion']:.3f} (random map "
+        words += f"{one['insertion_random']:.3f}; higher is better)"
+        if one["randomised"] is not None:
+            words += f", rank correlation with a re-initialised network {one['randomised']:+.3f}"
+        if one.get("heat_in_region") is not None:
+            words += f", {one['heat_in_region']:.0%} of the heat in a region of {one['region']:.0%}"
+        said[method] = words
+    return said
+
+
+def _layer_words(network, found):
+    height, width = next(iter(found.maps.values())).shape[-2:]
+    size = network.look.size
+    return f"layer {found.layer}, maps of {height}×{width} for images of {size}×{size}"
+
+
+def _markdown(report, layer):
+    rows = [
+        (f"[{row['source']}](panels/{row['panel']})", row["true"] or "", row["predicted"],
+         f"{row['p_predicted']:.3f}", ", ".join(row["empty"]))
+        for row in report["images"]
+    ]  # fmt: skip
+    parts = [
+        f"# What {report['network']} looks at",
+        f"{', '.join(report['methods'])}; {layer}.",
+        "![Contact sheet](sheet.png)",
+        *(f"**{m}**: {words}." for m, words in _summary_words(report["checks"]).items()),
+        table(("image", "true", "predicted", "probability", "maps without heat"), rows),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _track(tracking, report, folder):
+    columns = ["panel", "source", "true", "predicted", "p_true", "p_predicted", "target_layer"]
+    rows = [
+        [folder / "panels" / row["panel"], *(row[name] for name in columns[1:-1]), report["layer"]]
+        for row in report["images"][:TRACKED]
+    ]
+    tracking.log_table("gradcam", columns, rows)
+    tracking.log_image("sheet", folder / "sheet.png", 0)
+    tracking.summary({"layer": report["layer"], "checks": report["checks"]})
+    tracking.finish()

@@ -1,0 +1,411 @@
+"""Which network and which images gradcam.py explains, and what its maps are checked by."""
+
+from __future__ import annotations
+
+import glob
+import io
+import re
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, UnidentifiedImageError
+from torch import nn
+
+from harness.counters import generator
+from harness.data import load_data
+from harness.errors import UserError
+from harness.flags import nearest
+from harness.models import build_model
+from harness.pixels import decode_image
+from harness.trained import check_classes, data_flags, load_model, read_trained
+from harness.weights import Preprocessing, find_weights, load_pretrained, stored_size
+from tricks.augment import normalize_batch
+from tricks.cam import GradCam, normalize_maps, upsample_maps
+from tricks.cam_checks import (
+    deletion_insertion,
+    heat_in_mask,
+    rank_correlation,
+    reinitialized_copy,
+)
+from tricks.tta import tta_views
+
+SHOWN = 16  # images of a split
+BATCH = 16  # images whose maps are made at once
+LOOKED_THROUGH = 128  # images that are classified at once, to find right and wrong ones
+STEPS = 32  # of deletion and insertion
+
+
+class Network(NamedTuple):
+    """A classifier in eval mode, and how it wants its images."""
+
+    name: str
+    model: nn.Module
+    look: Preprocessing
+    classes: list[str]
+    run: object  # harness.trained.Trained, or None
+
+
+class Picture(NamedTuple):
+    """One image: its uint8 pixels (3, S, S) as the network sees them, and what is known of it."""
+
+    pixels: torch.Tensor
+    source: str  # a file, or "test 14"
+    true: int | None
+    region: torch.Tensor | None  # bool (S, S)
+
+
+# -- network -------------------------------------------------------------------------------------
+
+
+def find_network(args) -> Network:
+    """The network of the run, or the published one that --model and --weights name."""
+    if bool(args.run) == bool(args.model):
+        raise UserError("give the folder of a trained run, or --model and --images")
+    if args.run:
+        trained = read_trained(args.run)
+        return Network(trained.name, load_model(trained), trained.look, trained.classes, trained)
+    found = find_weights(args.weights, args.model)
+    if found.preprocessing is None or found.classes is None:
+        raise UserError(
+            f"--weights {args.weights} does not say its classes and how it wants images: give the "
+            "folder of a run, or weights that torchvision publishes"
+        )
+    model = build_model(
+        args.model, len(found.classes), image_size=found.preprocessing.size, stem=found.stem
+    )
+    load_pretrained(model, found, found.classes)
+    return Network(args.model, model.eval(), found.preprocessing, found.classes, None)
+
+
+def known_words(text, known, flag) -> list[str]:
+    """The words of a list with commas; UserError, with the nearest, for one that is not known."""
+    words = list(dict.fromkeys(word.strip() for word in text.split(",")))
+    for word in words:
+        if word not in known:
+            near = nearest(word, known) or f": there are {', '.join(known)}"
+            raise UserError(f'{flag}: "{word}" is not known{near}')
+    return words
+
+
+# -- images --------------------------------------------------------------------------------------
+
+
+def find_pictures(args, network, device, say) -> list[Picture]:
+    """The images to explain: --images, or of the run's data set."""
+    if args.images:
+        files = find_files(args.images)[: args.max_images]
+        found = [_picture(file, network.look, args.skip_bad, say) for file in files]
+        found = [picture for picture in found if picture]
+        if not found:
+            raise UserError("none of the images could be read")
+        return found
+    if not network.run:
+        raise UserError("--model needs --images: it was not trained on a data set that is known")
+    flags = data_flags(
+        network.run, network.run.recipes[0], dataset=args.dataset, image_column=args.image_column,
+        label_column=args.label_column,
+    )  # fmt: skip
+    data = load_data(**flags)
+    check_classes(network.run, data.classes, data.source)
+    role = args.split or ("val" if data.val is not None else "test")
+    split = getattr(data, role)
+    if split is None:
+        raise UserError(f"{data.source} has no split '{role}' for this run: another --split")
+    if args.region_column and args.region_column not in split.dataset.features:
+        raise UserError(
+            f"--region_column {args.region_column}: there is no such column"
+            f"{nearest(args.region_column, split.dataset.features)}"
+        )
+    wanted = args.indices
+    if wanted and max(wanted) >= len(split):
+        raise UserError(f"--indices {max(wanted)}: split '{role}' has {len(split):,} images")
+
+    def picture(k):
+        return _row_picture(split, int(k), role, data.image_column, args, network.look, say)
+
+    if wanted:
+        found = [picture(k) for k in wanted]
+    else:
+        found = _right_and_wrong(args, network, device, split, picture)
+    found = [one for one in found if one]
+    if not found:
+        raise UserError(f"no image of split '{role}' is {args.only}")
+    return found
+
+
+def find_files(paths) -> list[Path]:
+    """Files, the images in folders, and what patterns match, in order and once each."""
+    extensions = Image.registered_extensions()
+    files = []
+    for path in paths:
+        place = Path(path).expanduser()
+        if place.is_dir():
+            inside = sorted(f for f in place.rglob("*") if f.suffix.lower() in extensions)
+            if not inside:
+                raise UserError(f"--images {path}: no images in this folder")
+            files += inside
+        elif place.exists():
+            files.append(place)
+        elif re.search(r"[*?\[]", path):
+            matched = sorted(Path(file) for file in glob.glob(str(place), recursive=True))
+            if not matched:
+                raise UserError(f"--images {path}: no file matches")
+            files += matched
+        else:
+            raise UserError(f"--images {path}: no such file or folder")
+    return list(dict.fromkeys(files))
+
+
+def _picture(file, look, skip_bad, say):
+    try:
+        return Picture(_seen(_decode(file, look), look), str(file), None, None)
+    except Exception as error:  # Pillow's readers raise a dozen types for a bad file
+        return _bad(file, error, skip_bad, say)
+
+
+def _bad(source, error, skip_bad, say):
+    unknown = isinstance(error, UnidentifiedImageError)  # Pillow's text shows a memory address
+    reason = "not an image format Pillow knows" if unknown else str(error).partition("\n")[0]
+    if not skip_bad:
+        raise UserError(f"cannot read {source}: {reason} (--skip_bad leaves it out)") from None
+    say(f"left out     {source}: {reason}")
+
+
+def _decode(file, look):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused by its header
+        pixels = decode_image(file, stored_size(look), look.interpolation)
+    return torch.from_numpy(pixels)
+
+
+def _seen(pixels, look):
+    """The centre that the network sees, as in evaluation."""
+    (view,) = tta_views("none", look.size)
+    return view.apply(pixels.unsqueeze(0), torch.zeros(1, dtype=torch.int64))[0].contiguous()
+
+
+def _row_picture(split, k, role, column, args, look, say):
+    row = split.dataset[int(split.rows[k])] if args.region_column else None
+    columns = split.dataset.select_columns(column).with_format("arrow")
+    cell = columns[int(split.rows[k]) : int(split.rows[k]) + 1][column].to_pylist()[0]
+    source = f"{role} {k}"
+    try:
+        if cell is None:
+            raise ValueError("the cell is empty")
+        file = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
+        pixels = _seen(_decode(file, look), look)
+        region = None
+        if row is not None:
+            region = _region(row[args.region_column], row[column].size, look)
+    except UserError:
+        raise
+    except Exception as error:
+        return _bad(f"image {k} of split '{role}'", error, args.skip_bad, say)
+    return Picture(pixels, source, int(split.labels[k]), region)
+
+
+def _region(value, size, look):
+    """A box or a mask of the whole image as a mask (S, S) of what the network sees, or None."""
+    if value is None:
+        return None
+    if isinstance(value, Image.Image):
+        mask = value.convert("L").point(lambda v: 255 if v else 0)
+    elif np.shape(value) == (4,):
+        left, top, right, bottom = value
+        mask = Image.new("L", size)
+        ImageDraw.Draw(mask).rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), 255)
+    else:
+        raise UserError(f"--region_column holds neither a box nor a mask: {str(value)[:60]}")
+    file = io.BytesIO()
+    mask.save(file, "PNG")
+    file.seek(0)
+    return _seen(_decode(file, look), look)[0] > 127
+
+
+@torch.inference_mode()
+def _right_and_wrong(args, network, device, split, picture):
+    """Images in a seeded order: half right and half wrong ones, where there are, or one kind."""
+    number = min(args.max_images or SHOWN, len(split))
+    share = {"all": -(-number // 2), "wrong": number, "right": number}[args.only]
+    kinds = ("wrong", "right") if args.only == "all" else (args.only,)
+    found = {kind: [] for kind in kinds}
+    order = torch.randperm(len(split), generator=generator(args.seed, "cams")).tolist()
+    for start in range(0, len(split), LOOKED_THROUGH):
+        pictures = [p for p in map(picture, order[start : start + LOOKED_THROUGH]) if p]
+        predicted = predict(network, pictures, device).argmax(1).tolist()
+        for one, label in zip(pictures, predicted, strict=True):
+            kind = "right" if label == one.true else "wrong"
+            if kind in found:
+                found[kind].append(one)
+        if all(len(some) >= share for some in found.values()):
+            break
+    if args.only != "all":
+        return found[args.only][:number]
+    wrong = found["wrong"][: max(number // 2, number - len(found["right"]))]
+    return found["right"][: number - len(wrong)] + wrong
+
+
+def to_input(network, pictures, device):
+    """The normalised batch (n, 3, S, S) of some pictures."""
+    pixels = torch.stack([picture.pixels for picture in pictures]).to(device)
+    return normalize_batch(pixels, network.look.mean, network.look.std)
+
+
+def predict(network, pictures, device):
+    """Probabilities (n, classes), float32 on the CPU."""
+    if not pictures:
+        return torch.zeros(0, len(network.classes))
+    with torch.no_grad():
+        logits = network.model(to_input(network, pictures, device))
+    return logits.float().softmax(1).cpu()
+
+
+# -- maps ----------------------------------------------------------------------------------------
+
+
+def targets_of(args, network, pictures):
+    """A function (probabilities (n, classes), pictures) -> the classes to explain (n, k), int64.
+
+    Raises UserError for a class that is not known, and for the true one where nobody knows it.
+    """
+    classes, known = network.classes, all(picture.true is not None for picture in pictures)
+    if (args.contrast or args.target == "true") and not known:
+        raise UserError(
+            "the true class of these images is not known: --target predicted, or a name"
+        )
+    if args.contrast and args.all_classes:
+        raise UserError("--contrast and --all_classes: one of them")
+
+    def true(some):
+        return torch.tensor([picture.true for picture in some]).unsqueeze(1)
+
+    if args.all_classes:
+        return lambda found, some: torch.arange(len(classes)).repeat(len(found), 1)
+    if args.contrast:
+        return lambda found, some: torch.cat([true(some), found.argmax(1, keepdim=True)], dim=1)
+    if args.target == "predicted":
+        return lambda found, some: found.argmax(1, keepdim=True)
+    if args.target == "true":
+        return lambda found, some: true(some)
+    if args.target in classes:
+        number = classes.index(args.target)
+    elif re.fullmatch(r"\d+", args.target) and int(args.target) < len(classes):
+        number = int(args.target)
+    else:
+        hint = nearest(args.target, classes) or f" (numbers are 0 to {len(classes) - 1})"
+        raise UserError(f'--target: no class is called "{args.target}"{hint}')
+    return lambda found, some: torch.full((len(found), 1), number)
+
+
+class Explained(NamedTuple):
+    """Maps of some pictures by every method, and how they were made."""
+
+    layer: str
+    probabilities: torch.Tensor  # float32 (n, classes)
+    classes: torch.Tensor  # int64 (n, k)
+    maps: dict  # method -> float32 (n, k, h, w), as the method gives them
+    checks: list  # of each picture a dict
+
+
+def explain(args, network, pictures, classes_of, methods, device, bar):
+    """Explained of a process's share of the pictures.
+
+    Raises UserError for a layer that is none and for a network without positions.
+    """
+    random = None
+    parts = []
+    try:
+        with GradCam(network.model, args.layer) as cam:
+            for start in range(0, len(pictures), BATCH):
+                some = pictures[start : start + BATCH]
+                images = to_input(network, some, device)
+                probabilities = predict(network, some, device)
+                classes = classes_of(probabilities, some)
+                seen = cam(images, classes.to(device), methods)
+                maps = {method: of_all.cpu() for method, of_all in seen.maps.items()}
+                checks = [{} for _ in some]
+                if args.check:
+                    random = random or reinitialized_copy(
+                        network.model, generator(args.seed, "randomised")
+                    )
+                    checks = check(args, network, cam, random, some, images, classes, maps)
+                parts.append((probabilities, classes, maps, checks))
+                bar.update(len(some))
+            layer = cam.layer
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{network.name}: {error}") from None
+    if not parts:
+        return None
+    probabilities, classes, maps, checks = zip(*parts, strict=True)
+    return Explained(
+        layer, torch.cat(probabilities), torch.cat(classes),
+        {method: torch.cat([some[method] for some in maps]) for method in methods},
+        [one for some in checks for one in some],
+    )  # fmt: skip
+
+
+def heat_of(maps, size):
+    """Maps (..., h, w) -> heat in [0, 1] (..., size, size): what speaks against a class is none."""
+    return upsample_maps(normalize_maps(maps.relu()), (size, size))
+
+
+def check(args, network, cam, random, pictures, images, classes, maps):
+    """What --check measures of the first class of each picture, for every method: a dict each.
+
+    AUC of deletion (low is good) and insertion (high is good), of the map and of a random one; the
+    rank correlation with the map of a network drawn anew (near 0 is good); the share of heat in the
+    region, and the region's share of the image.
+    """
+    first, device = classes[:, 0].to(images.device), images.device
+    size = network.look.size
+
+    def score(masked):
+        return network.model(masked).softmax(1).gather(1, first.unsqueeze(1)).squeeze(1)
+
+    def areas(heat):
+        curves = deletion_insertion(score, images, heat.to(device), steps=min(STEPS, size * size))
+        return curves.deletion_auc.tolist(), curves.insertion_auc.tolist()
+
+    noise = torch.rand(len(pictures), size, size, generator=generator(args.seed, "noise"))
+    by_chance = areas(noise)
+    methods = list(maps)
+    with GradCam(random, cam.layer) as other:
+        drawn = other(images, first, methods).maps
+    found = [{} for _ in pictures]
+    for method in methods:
+        heat = heat_of(maps[method][:, 0], size)
+        own = areas(heat)
+        alike = rank_correlation(maps[method][:, 0], drawn[method].cpu()).tolist()
+        for k, picture in enumerate(pictures):
+            found[k][method] = {
+                "deletion": own[0][k],
+                "deletion_random": by_chance[0][k],
+                "insertion": own[1][k],
+                "insertion_random": by_chance[1][k],
+                "randomised": alike[k] if alike[k] == alike[k] else None,
+            }
+            if picture.region is not None:
+                share = heat_in_mask(heat[k : k + 1], picture.region.unsqueeze(0)).item()
+                area = picture.region.double().mean().item()
+                found[k][method] |= {"heat_in_region": share, "region": area}
+    return found
+
+
+def merged(parts, number):
+    """The Explained of all pictures, of those that the processes made of every nth."""
+    processes = len(parts)
+    order = [k for rank in range(processes) for k in range(rank, number, processes)]
+    place = torch.tensor(order).argsort()
+    checks = [one for part in parts for one in part.checks]
+    return Explained(
+        parts[0].layer,
+        torch.cat([part.probabilities for part in parts])[place],
+        torch.cat([part.classes for part in parts])[place],
+        {m: torch.cat([part.maps[m] for part in parts])[place] for m in parts[0].maps},
+        [checks[k] for k in place.tolist()],
+    )

@@ -1,0 +1,699 @@
+"""Class activation maps: where in an image a classifier saw what it names.
+
+    with GradCam(model) as cam:
+        seen = cam(images, methods=("gradcam", "layercam"))
+    heat = upsample_maps(normalize_maps(seen.maps["gradcam"]), images.shape[2:])
+
+The maps of each method are a pure function of the activations A (n, channels, h, w) of a layer and
+of the gradients G = ∂y/∂A, of the same shape, of the logit y of one class an image. They are
+float32 (n, h, w), neither scaled nor upsampled, and finite where A and G are.
+
+jacobgil's grad-cam 1.5.7, the peer in the tests, differs from the papers in what is said below;
+and it cuts off what is negative in every method.
+"""
+
+import difflib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "CAM_METHODS",
+    "Cams",
+    "GradCam",
+    "SpatialLayer",
+    "eigen_cam",
+    "find_layer",
+    "grad_cam",
+    "grad_cam_plus_plus",
+    "hires_cam",
+    "layer_cam",
+    "normalize_maps",
+    "score_cam",
+    "spatial_layers",
+    "upsample_maps",
+]
+
+# Pools whose output is no layer to look at: it has fewer positions, or repeats some
+POOLS = (
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+)
+MAX_PREFIX = 16  # class, distillation and register tokens before those of the patches
+MIN_REACH = 0.1  # share of a layer's positions that the logits have to depend on
+
+
+# -- methods -------------------------------------------------------------------------------------
+
+
+def grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
+    """Grad-CAM: channels weighted by their mean gradient, ReLU(Σₖ meanᵢⱼ(Gₖ) · Aₖ).
+
+    Selvaraju et al., ICCV 2017, https://arxiv.org/abs/1610.02391
+    Raises ValueError for shapes that differ or are not (n, channels, h, w), as those below.
+
+    >>> activations = torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]])
+    >>> gradients = torch.tensor([[[[2.0, 4.0]], [[-1.0, -1.0]]]])
+    >>> grad_cam(activations, gradients)  # 3 · (1, 2) - 1 · (3, 4)
+    tensor([[[0., 2.]]])
+    """
+    activations, gradients = _checked(activations, gradients)
+    return (gradients.mean((2, 3), keepdim=True) * activations).sum(1).relu()
+
+
+def grad_cam_plus_plus(activations: Tensor, gradients: Tensor) -> Tensor:
+    """Grad-CAM++: ReLU(Σₖ wₖ Aₖ), wₖ = Σᵢⱼ αᵢⱼ · ReLU(Gᵢⱼ), αᵢⱼ = 1 / (2 + Gᵢⱼ · Σₐᵦ Aₐᵦ).
+
+    Chattopadhyay et al., WACV 2018, https://arxiv.org/abs/1710.11063, equations 7 and 19, where α
+    is G² / (2G² + Σ A · G³). They differentiate exp(y): exp(y) cancels in α, and in w is a factor
+    of the whole map, left out here, as it overflows. Made for activations ≥ 0; with others α has
+    poles, and is taken as 0 on one. The peer adds 1e-6 to the denominator 2G² + …: where G is about
+    1e-3, as in an untrained ResNet-50, its maps differ by up to 5 % of their largest value, and
+    where it is 1e-4, its weights are sums of cubes.
+
+    >>> activations = torch.tensor([[[[1.0, 2.0]], [[3.0, 5.0]]]])
+    >>> gradients = torch.tensor([[[[2.0, -1.0]], [[0.0, 0.25]]]])
+    >>> grad_cam_plus_plus(activations, gradients)  # 2/8 · (1, 2) + ¼/4 · (3, 5)
+    tensor([[[0.4375, 0.8125]]])
+    """
+    activations, gradients = _checked(activations, gradients)
+    denominator = 2 + gradients * activations.sum((2, 3), keepdim=True)
+    alpha = torch.where(denominator == 0, 0.0, 1 / denominator)
+    weights = (alpha * gradients.relu()).sum((2, 3), keepdim=True)
+    return (weights * activations).sum(1).relu()
+
+
+def hires_cam(activations: Tensor, gradients: Tensor) -> Tensor:
+    """HiResCAM: Σₖ Gₖ ⊙ Aₖ, with a sign: what is negative speaks against the class.
+
+    Draelos and Carin, 2020, https://arxiv.org/abs/2011.08891; no ReLU, as in their code. Where one
+    linear layer, or a mean and one, follows A, a map's sum is the logit less its bias.
+
+    >>> activations = torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]])
+    >>> hires_cam(activations, torch.tensor([[[[2.0, 4.0]], [[-1.0, -1.0]]]]))
+    tensor([[[-1.,  4.]]])
+    """
+    activations, gradients = _checked(activations, gradients)
+    return (gradients * activations).sum(1)
+
+
+def layer_cam(activations: Tensor, gradients: Tensor) -> Tensor:
+    """LayerCAM: every position weighted by itself, ReLU(Σₖ ReLU(Gₖ) ⊙ Aₖ).
+
+    Jiang et al., TIP 2021, https://doi.org/10.1109/TIP.2021.3089943
+    For the earlier, finer layers too.
+
+    >>> activations = torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]])
+    >>> layer_cam(activations, torch.tensor([[[[2.0, 4.0]], [[-1.0, -1.0]]]]))
+    tensor([[[2., 8.]]])
+    """
+    activations, gradients = _checked(activations, gradients)
+    return (gradients.relu() * activations).sum(1).relu()
+
+
+def eigen_cam(activations: Tensor) -> Tensor:
+    """Eigen-CAM: the positions' projection on the first right singular vector, O v₁, O = U Σ Vᵀ.
+
+    O: (h·w, channels), of one image. No class and no gradient enters it. The sign, which the
+    decomposition leaves open, is that which makes the value of largest magnitude positive: of
+    activations ≥ 0 all values are ≥ 0. (The sign of the mean activation would say nothing after a
+    LayerNorm, where that mean is about 0.)
+
+    Muhammad and Yeasin, IJCNN 2020, https://arxiv.org/abs/2008.00299, which does not centre O. The
+    peer subtracts each channel's mean over the positions, and leaves the sign to chance: of an
+    untrained ConvNeXt's 8 maps 5 had the other one.
+
+    >>> eigen_cam(torch.tensor([[[[3.0, 1.5, 6.0]], [[4.0, 2.0, 8.0]]]]))
+    tensor([[[ 5.0000,  2.5000, 10.0000]]])
+    """
+    activations, _ = _checked(activations, activations)
+    n, _, height, width = activations.shape
+    left, values, _ = torch.linalg.svd(activations.flatten(2).mT, full_matrices=False)
+    maps = left[:, :, 0] * values[:, :1]
+    extreme = maps.gather(1, maps.abs().argmax(1, keepdim=True))
+    return torch.where(extreme < 0, -maps, maps).view(n, height, width)
+
+
+@torch.no_grad()
+def score_cam(
+    activations: Tensor,
+    images: Tensor,
+    score: Callable[[Tensor, Tensor], Tensor],
+    batch_size: int = 64,
+) -> Tensor:
+    """Score-CAM: channels weighted by how the image scores where they light it, without gradients.
+
+        ReLU(Σₖ αₖ Aₖ), α = softmax over k of score(image · scaled(upsampled(Aₖ)))
+
+    Wang et al., CVPRW 2020, https://arxiv.org/abs/1910.01279, algorithm 1; the score of a baseline,
+    which it subtracts, cancels in the softmax. Masks are scaled to [0, 1] each; a channel that is
+    the same everywhere has mask 0. Unlike the paper's code, the peer upsamples with
+    align_corners=True.
+
+    images: (n, C, H, W), as the network takes them. score: called with some masked images
+    (m, C, H, W) in their dtype and with the number of each one's image, int64 (m,); gives the
+    class's logits (m,), or (m, k) for k classes at once, and then maps are (n, k, h, w).
+    Costs n · channels forward passes, in batches of `batch_size`: 512 an image for ResNet-18, 2,048
+    for ResNet-50. Raises ValueError also for a batch_size < 1.
+
+    >>> activations = torch.tensor([[[[9.0, 0.0]], [[0.0, 8.0]]]])
+    >>> images = torch.tensor([[[[0.0, 2.0]]]])
+    >>> bright = lambda masked, samples: masked.sum((1, 2, 3)) * 100
+    >>> score_cam(activations, images, bright)  # the second channel shows the bright pixel
+    tensor([[[0., 8.]]])
+    """
+    activations, _ = _checked(activations, activations)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be ≥ 1, got {batch_size}")
+    if images.ndim != 4 or len(images) != len(activations):
+        raise ValueError(
+            f"images must be (n, C, H, W) with n = {len(activations)}, got {tuple(images.shape)}"
+        )
+    n, channels = activations.shape[:2]
+    scores = []
+    for part in torch.arange(n * channels, device=images.device).split(batch_size):
+        masks = upsample_maps(activations.flatten(0, 1)[part], images.shape[2:])
+        samples = part // channels
+        masked = images[samples] * normalize_maps(masks).unsqueeze(1).to(images.dtype)
+        scores.append(score(masked, samples).float())
+    scores = torch.cat(scores)
+    weights = scores.view(n, channels, *scores.shape[1:]).softmax(1)
+    if weights.ndim == 2:
+        return (weights[:, :, None, None] * activations).sum(1).relu()
+    columns = [(w[:, :, None, None] * activations).sum(1).relu() for w in weights.unbind(2)]
+    return torch.stack(columns, dim=1)
+
+
+GRADIENT_METHODS = {
+    "gradcam": grad_cam,
+    "gradcam++": grad_cam_plus_plus,
+    "hirescam": hires_cam,
+    "layercam": layer_cam,
+}
+CAM_METHODS = (*GRADIENT_METHODS, "eigencam", "scorecam")
+
+
+def normalize_maps(maps: Tensor) -> Tensor:
+    """Each map from its least value, then 0, to its largest, then 1: float32 (..., h, w).
+
+    A map that is the same everywhere, zero or not, points nowhere and becomes 0. A map that is
+    signed (hirescam, eigencam) has its zero somewhere in between: `maps.relu()` first shows what
+    speaks for the class.
+
+    >>> normalize_maps(torch.tensor([[[2.0, 3.0, 6.0]], [[0.0, 0.0, 0.0]]]))
+    tensor([[[0.0000, 0.2500, 1.0000]],
+    <BLANKLINE>
+            [[0.0000, 0.0000, 0.0000]]])
+    """
+    maps = maps.float()
+    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    return torch.where(high > low, (maps - low) / (high - low), 0.0)
+
+
+def upsample_maps(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Maps (..., h, w) as large as the image, size = (H, W), bilinear: float32 (..., H, W).
+
+    With align_corners=False, so that a value stands at the centre of what it was pooled from.
+
+    >>> upsample_maps(torch.tensor([[[0.0, 4.0]]]), (1, 4))
+    tensor([[[0., 1., 3., 4.]]])
+    """
+    flat = maps.float().reshape(-1, 1, *maps.shape[-2:])
+    large = F.interpolate(flat, size=tuple(size), mode="bilinear", align_corners=False)
+    return large.view(*maps.shape[:-2], *large.shape[-2:])
+
+
+def _checked(activations: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    if activations.ndim != 4 or activations.shape != gradients.shape:
+        raise ValueError(
+            "activations and gradients must have one shape (n, channels, h, w), got "
+            f"{tuple(activations.shape)} and {tuple(gradients.shape)}"
+        )
+    return activations.detach().float(), gradients.detach().float()
+
+
+# -- layers --------------------------------------------------------------------------------------
+
+
+class SpatialLayer(NamedTuple):
+    """A module whose output has positions, and how much of it the network's answer depends on."""
+
+    name: str  # as in `named_modules`
+    channels: int
+    height: int
+    width: int
+    reach: float  # share of positions at which the largest logit has a gradient
+    is_pool: bool  # it, or a module in it that gives its output, is a pool
+
+
+def spatial_layers(model: nn.Module, images: Tensor) -> list[SpatialLayer]:
+    """The modules to take maps from, in the order in which the network finishes them.
+
+    From one forward and backward pass of the first image, in eval mode, which changes nothing of
+    the model. Listed is what gives a tensor (n, c, h, w), or (n, h, w, c) as Swin does, or tokens
+    (n, prefix + h · w, c), with h · w > 1 in the proportions of the images (n, C, H, W) and not
+    larger than they. Of modules that give the same values, as a block and its last ReLU do, the
+    outermost is listed, else the first. Not listed are modules that run more than once in a pass,
+    as a block's shared ReLU does; and of tokens not those of another width than the last ones
+    have, nor bare linear layers, because a block's queries or hidden units are not its features.
+
+    >>> model = nn.Sequential(
+    ...     nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(24, 5)
+    ... )
+    >>> for layer in spatial_layers(model, torch.randn(1, 3, 8, 12)):
+    ...     print(*layer)
+    0 4 4 6 1.0 False
+    1 4 2 3 1.0 True
+    """
+    model = _unwrapped(model)
+    _check_images(images)
+    image = _like(model, images[:1])
+    groups, calls, alive, head_input = [], Counter(), None, None
+
+    def record(name: str, module: nn.Module, args: tuple, output: object) -> None:
+        nonlocal alive, head_input
+        calls[name] += 1
+        if isinstance(module, nn.Linear) and args:
+            head_input = args[0]
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        grid = _grid_of(output.shape, image.shape)
+        if grid is None or output.shape == image.shape:  # what only normalises is no feature
+            return
+        # Modules finish from the inside out: those that give the same values follow each other.
+        # An in-place operation keeps the address and counts up the version.
+        key = (output.data_ptr(), output._version, output.numel())
+        if key != alive:
+            groups.append([])
+        groups[-1].append(_Member(name, module, output, grid))
+        alive = key
+
+    with _evaluating(model), _recorded(model, record):
+        # A clone is no leaf: a network may begin with an in-place operation
+        logits = model(image.clone().requires_grad_().clone())
+        _check_logits(model, logits, 1)
+        pools = [any(isinstance(member.module, POOLS) for member in group) for group in groups]
+        groups = [[member for member in group if calls[member.name] == 1] for group in groups]
+        shown = [
+            (min(group, key=lambda member: member.name.count(".")), is_pool)
+            for group, is_pool in zip(groups, pools, strict=True)
+            if group
+        ]
+        outputs = [member.output for member, _ in shown]
+        gradients = _gradients(logits.amax(), outputs)
+        if head_input is not None and not any(g is not None and g.any() for g in gradients):
+            # The head is zero, as torchvision's vit starts: some direction of what it reads, then
+            direction = torch.linspace(1, 2, head_input.shape[-1]).to(head_input)
+            gradients = _gradients((head_input * direction).sum(), outputs)
+
+    layers, width = [], None
+    for (member, is_pool), gradient in reversed(list(zip(shown, gradients, strict=True))):
+        name, module, output, grid = member
+        if output.ndim == 3:
+            width = width or (None if isinstance(module, nn.Linear) else output.shape[2])
+            if isinstance(module, nn.Linear) or output.shape[2] != width:
+                continue
+        reach = 0.0
+        if gradient is not None:
+            reach = _to_grid(gradient, grid).ne(0).any(1).float().mean().item()
+        channels = _to_grid(output, grid).shape[1]
+        layers.append(SpatialLayer(name, channels, grid.height, grid.width, reach, is_pool))
+    return layers[::-1]
+
+
+def find_layer(model: nn.Module, images: Tensor) -> str:
+    """The name of the layer to take maps from: the last one with positions, before pooling.
+
+    The last of `spatial_layers` that is no pool, and of which the logits depend on at least a tenth
+    of the positions. In a transformer with a class token, that is not the output of the last block:
+    of it only the class token is read, and every patch has gradient zero. It is the norm before the
+    last attention (torchvision's encoder.layers.encoder_layer_11.ln_1, timm's blocks.11.norm1),
+    through which the patches last reach the class token.
+
+    Raises ValueError where there is none, as in a multilayer perceptron.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
+    >>> find_layer(nn.Sequential(model, nn.Linear(24, 5)), torch.randn(2, 3, 6, 8))
+    '0.1'
+    """
+    for layer in reversed(spatial_layers(model, images)):
+        if layer.reach >= MIN_REACH and not layer.is_pool:
+            return layer.name
+    kind = type(_unwrapped(model)).__name__
+    raise ValueError(f"{kind} has no layer with positions that its logits depend on: no map")
+
+
+class _Grid(NamedTuple):
+    """Where the positions are in an output: h × w of them, after `prefix` tokens."""
+
+    dim: int  # of the height: 2 in (n, c, h, w), 1 in (n, h, w, c) and (n, tokens, c)
+    height: int
+    width: int
+    prefix: int = 0
+
+
+class _Member(NamedTuple):
+    name: str
+    module: nn.Module
+    output: Tensor
+    grid: _Grid
+
+
+@lru_cache
+def _grid_of(shape: torch.Size, image_shape: torch.Size) -> _Grid | None:
+    """The positions of an output, or None where it has none."""
+    n, _, height, width = image_shape
+    grids = []
+    if len(shape) == 4 and shape[0] == n:
+        _, second, third, last = shape
+        if _is_scaled((third, last), (height, width), most_lost=math.inf):
+            grids.append(_Grid(2, third, last))
+        if last > 1 and _is_scaled((second, third), (height, width), most_lost=1):
+            grids.append(_Grid(1, second, third))
+    elif len(shape) == 3 and shape[0] == n:
+        strides = range(1, max(height, width) + 1)
+        down = [(height // stride, width // stride) for stride in strides]
+        up = [(-(-height // stride), -(-width // stride)) for stride in strides]
+        for h, w in down + up:
+            if 0 <= shape[1] - h * w <= MAX_PREFIX:
+                grids.append(_Grid(1, h, w, shape[1] - h * w))
+    grids = [grid for grid in grids if grid.height * grid.width > 1]
+
+    def misfit(grid: _Grid) -> tuple[int, float]:
+        return grid.prefix, abs(math.log(grid.height * width / (grid.width * height)))
+
+    return min(grids, key=misfit, default=None)
+
+
+def _is_scaled(sides: tuple[int, int], full: tuple[int, int], most_lost: float) -> bool:
+    """Whether some stride makes these sides of the image's; unpadded edges cost both the same."""
+    for stride in range(1, max(full) + 1):
+        lost = [whole / stride - side for whole, side in zip(full, sides, strict=True)]
+        if min(lost) > -1 and max(lost) < most_lost and abs(lost[0] - lost[1]) < 1:
+            return True
+    return False
+
+
+def _to_grid(output: Tensor, grid: _Grid) -> Tensor:
+    """(n, channels, h, w) of an output."""
+    if output.ndim == 3:
+        output = output[:, grid.prefix :].unflatten(1, (grid.height, grid.width))
+    return output if grid.dim == 2 else output.permute(0, 3, 1, 2)
+
+
+@contextmanager
+def _recorded(model: nn.Module, record: Callable[..., None]) -> Iterator[None]:
+    """Call record(name, module, args, output) whenever a part of the model has run."""
+    handles = []
+    try:
+        for name, module in model.named_modules():
+            if module is not model:
+                handles.append(module.register_forward_hook(partial(record, name)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _gradients(value: Tensor, outputs: list[Tensor]) -> Sequence[Tensor | None]:
+    if not outputs or not value.requires_grad:
+        return [None] * len(outputs)
+    return torch.autograd.grad(value, outputs, retain_graph=True, allow_unused=True)
+
+
+# -- the network ---------------------------------------------------------------------------------
+
+
+class Cams(NamedTuple):
+    """What `GradCam` gives: maps by method, and what they explain."""
+
+    maps: dict[str, Tensor]  # float32 (n, h, w), or (n, k, h, w) for k classes an image
+    logits: Tensor  # float32 (n, classes)
+    classes: Tensor  # int64 (n,) or (n, k)
+
+
+class GradCam:
+    """Class activation maps of a classifier, which comes out of it as it was.
+
+    layer: the name of a module, or the module; None for that of `find_layer`, from the first
+    images. What it may give is said in `spatial_layers`; where it runs more than once in a pass,
+    its last output counts. `layer` is its name afterwards.
+
+    Frozen weights, `torch.no_grad`, in-place ReLUs and what DDP, DataParallel or `torch.compile`
+    wrap around the model (it runs uncompiled) make no difference. The model runs in eval mode, in
+    which images don't see each other, on its own device and in its own dtype; after each call every
+    module has its own mode again. No `.grad` is written, and the hook is gone after the block, also
+    where an error ended it.
+
+    Raises ValueError for an unknown layer, with the nearest names.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(192, 5))
+    >>> images = torch.randn(2, 3, 8, 12)
+    >>> with GradCam(model) as cam:
+    ...     seen = cam(images, methods=("gradcam", "hirescam"))
+    ...     every = cam(images, torch.arange(5).expand(2, 5))
+    >>> cam.layer, {method: tuple(maps.shape) for method, maps in seen.maps.items()}
+    ('1', {'gradcam': (2, 4, 6), 'hirescam': (2, 4, 6)})
+    >>> tuple(every.maps["gradcam"].shape)
+    (2, 5, 4, 6)
+    """
+
+    def __init__(self, model: nn.Module, layer: str | nn.Module | None = None) -> None:
+        self.model = _unwrapped(model)
+        self.layer = None if layer is None else _layer_name(self.model, layer)
+        self._handle = self._outputs = None  # outputs: a list while a pass is captured
+        self._entered = self._with_graph = False
+
+    def __enter__(self) -> "GradCam":
+        self._entered = True
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._entered = False
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def __call__(
+        self,
+        images: Tensor,
+        classes: Tensor | None = None,
+        methods: Sequence[str] = ("gradcam",),
+        *,
+        against: Tensor | None = None,
+        batch_size: int = 64,
+    ) -> Cams:
+        """Maps (n, h, w) of one class an image, by each method, from one pass forward and one back.
+
+        images: (n, C, H, W), normalised as the network wants them, square or not. classes: int64
+        (n,), or None for the predicted ones; or (n, k) for maps (n, k, h, w) of k classes an image,
+        each of which costs a backward pass, from the logits to the layer. against, of the shape of
+        classes: explain logit[classes] - logit[against], why this class rather than that one.
+        methods: of `CAM_METHODS`. batch_size: that of `score_cam`, by far the most expensive.
+
+        Raises ValueError for what doesn't fit, for a layer that gives no positions or that the
+        logits don't depend on, and for a model that gives no logits (n, classes); RuntimeError
+        outside of the block.
+        """
+        if not self._entered:
+            raise RuntimeError("use GradCam in a block: with GradCam(model) as cam")
+        _check_images(images)
+        _check_methods(methods)
+        if self.layer is None:
+            self.layer = find_layer(self.model, images)
+        if self._handle is None:
+            module = self.model.get_submodule(self.layer)
+            self._handle = module.register_forward_hook(self._capture)
+        with _evaluating(self.model):
+            images = _like(self.model, images)
+            output, logits = self._forward(images, any(m in GRADIENT_METHODS for m in methods))
+            grid = _grid_of(output.shape, images.shape)
+            if grid is None:
+                shape = tuple(output.shape)
+                raise ValueError(
+                    f"layer {self.layer!r} gives {shape}, in which nothing has a place"
+                )
+            classes = logits.argmax(1) if classes is None else classes.to(logits.device)
+            explained = _explained(classes, against, logits)
+            maps = self._gradient_maps(output, explained(logits), grid, methods)
+            activations = _to_grid(output.detach(), grid)
+            if "eigencam" in methods:
+                of_all = eigen_cam(activations).unsqueeze(1)
+                maps["eigencam"] = of_all.repeat(1, explained(logits).shape[1], 1, 1)
+            if "scorecam" in methods:
+                maps["scorecam"] = score_cam(
+                    activations,
+                    images,
+                    lambda masked, samples: explained(self.model(masked).float(), samples),
+                    batch_size,
+                )
+        if classes.ndim == 1:
+            maps = {method: of_one.squeeze(1) for method, of_one in maps.items()}
+        return Cams({method: maps[method] for method in methods}, logits.detach(), classes)
+
+    def _forward(self, images: Tensor, with_graph: bool) -> tuple[Tensor, Tensor]:
+        """The layer's output, a leaf, and the logits; between them, a graph if wanted."""
+        self._outputs, self._with_graph = [], with_graph
+        try:
+            with torch.no_grad():  # up to the layer
+                logits = self.model(images.clone())  # which may begin in place
+            outputs = self._outputs
+        finally:
+            self._outputs = None
+        _check_logits(self.model, logits, len(images))
+        if not outputs:
+            raise ValueError(f"layer {self.layer!r} does not run when the model does")
+        return outputs[-1], logits.float()
+
+    def _capture(self, module: nn.Module, args: tuple, output: object) -> Tensor | None:
+        if self._outputs is None:
+            return None
+        if not isinstance(output, Tensor):
+            kind = type(output).__name__
+            raise ValueError(f"layer {self.layer!r} gives a {kind}, and maps are made of tensors")
+        output = output.detach()
+        if self._with_graph:
+            torch.set_grad_enabled(True)  # until `_forward` leaves its block
+            output.requires_grad_()
+        self._outputs[:] = [output]
+        return output.clone()  # what follows may work in place
+
+    def _gradient_maps(
+        self, output: Tensor, logits: Tensor, grid: _Grid, methods: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Maps (n, k, h, w) of the sums of k columns of logits, by each method with gradients."""
+        functions = {name: GRADIENT_METHODS[name] for name in methods if name in GRADIENT_METHODS}
+        if not functions:
+            return {}
+        maps = {name: [] for name in functions}
+        activations = _to_grid(output, grid)
+        columns = logits.sum(0).unbind()  # images don't see each other: ∂Σy/∂A is each one's own
+        for number, column in enumerate(columns, start=1):
+            gradient = None
+            if column.requires_grad:
+                (gradient,) = torch.autograd.grad(
+                    column, output, retain_graph=number < len(columns), allow_unused=True
+                )
+            if gradient is None:
+                raise ValueError(f"the logits don't depend on layer {self.layer!r}")
+            for name, function in functions.items():
+                maps[name].append(function(activations, _to_grid(gradient, grid)))
+        return {name: torch.stack(some, dim=1) for name, some in maps.items()}
+
+
+def _explained(classes: Tensor, against: Tensor | None, logits: Tensor) -> Callable[..., Tensor]:
+    """A function from all logits, and their images' numbers, to the explained ones (m, k)."""
+    n, count = logits.shape
+    for name, given in (("classes", classes), ("against", against)):
+        if given is None:
+            continue
+        is_shaped = given.ndim in (1, 2) and len(given) == n and 0 not in given.shape
+        if given.dtype != torch.int64 or not is_shaped:
+            raise ValueError(
+                f"{name} must be int64 of shape ({n},) or ({n}, k), got {given.dtype} of "
+                f"{tuple(given.shape)}"
+            )
+        if given.shape != classes.shape:
+            raise ValueError(
+                f"against must have the shape of classes, {tuple(classes.shape)}, got "
+                f"{tuple(given.shape)}"
+            )
+        if not ((given >= 0) & (given < count)).all():
+            low, high = int(given.min()), int(given.max())
+            raise ValueError(f"{name} must be in [0, {count}), got {low} to {high}")
+    own = classes.view(n, -1)
+    other = None if against is None else against.to(logits.device).view(n, -1)
+
+    def explained(logits: Tensor, samples: Tensor | slice = slice(None)) -> Tensor:
+        picked = logits.gather(1, own[samples])
+        return picked if other is None else picked - logits.gather(1, other[samples])
+
+    return explained
+
+
+def _layer_name(model: nn.Module, layer: str | nn.Module) -> str:
+    modules = {name: part for name, part in model.named_modules(remove_duplicate=False) if name}
+    if isinstance(layer, str):
+        if layer in modules:
+            return layer
+        near = difflib.get_close_matches(layer, modules, n=5, cutoff=0.0)
+        raise ValueError(f"no layer is named {layer!r}; the nearest are {', '.join(near)}")
+    for name, module in modules.items():
+        if module is layer:
+            return name
+    raise ValueError(f"the {type(layer).__name__} given as layer is not in the model")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile
+            model = model._orig_mod
+        else:
+            return model
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, uncompiled, with gradients; after it each module has its own mode again.
+
+    Set one by one: `train` and `eval` may be overridden, and what they do goes on to children.
+    """
+    training = [module for module in model.modules() if module.training]
+    is_compiled = any(
+        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+        for module in model.modules()
+    )
+    # Asking for the stance imports torch._dynamo, which takes seconds
+    stance = torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
+    try:
+        for module in training:
+            module.training = False
+        with stance, torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _like(model: nn.Module, images: Tensor) -> Tensor:
+    """The images in the dtype and on the device of the model's weights, and no inference tensor."""
+    images = images.detach()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            images = images.to(parameter.device, parameter.dtype)
+            break
+    return images.clone() if images.is_inference() else images
+
+
+def _check_images(images: Tensor) -> None:
+    if images.ndim != 4 or 0 in images.shape or not images.is_floating_point():
+        raise ValueError(
+            f"images must be floats (n, C, H, W), got {images.dtype} of {tuple(images.shape)}"
+        )
+
+
+def _check_methods(methods: Sequence[str]) -> None:
+    if isinstance(methods, str) or not methods:
+        raise ValueError(f"methods must be a list of names, got {methods!r}")
+    for method in methods:
+        if method not in CAM_METHODS:
+            near = difflib.get_close_matches(method, CAM_METHODS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(CAM_METHODS)}"
+            raise ValueError(f"no method is named {method!r}; {hint}")
+
+
+def _check_logits(model: nn.Module, logits: object, n: int) -> None:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != n:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise ValueError(f"{type(model).__name__} must give logits ({n}, classes), got {got}")
