@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+MEMBERS := resnet18 googlenet shufflenet_v2_x1_0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo flowers ensemble test test-quick setup lint clean
@@ -13,13 +14,13 @@ flowers: $(VENV)/demo    # feature extraction, staged, full, from scratch, over 
 	$(BIN)/python benchmarks/transfer.py
 
 ensemble: $(VENV)/demo   # three architectures on the digits, combined
-	for model in ENSEMBLE_MODELS; do \
+	for model in $(MEMBERS); do \
 	  $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train.py \
-	    --config recipes/digits.yaml --model $$model --val_fraction 0.1 --run_name digits-$$model \
-	    || exit 1; \
+	    --config recipes/digits.yaml --model $$model --run_name digits-$$model \
+	    --val_fraction 0.1 --batch_size 32 --epochs 12 --mixup_alpha 0 || exit 1; \
 	done
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml ensemble_eval.py \
-	  $(foreach model,ENSEMBLE_MODELS,runs/digits-$(model)) --run_name digits-ensemble
+	  $(MEMBERS:%=runs/digits-%) --run_name digits-ensemble
 
 test: setup
 	$(BIN)/python -m pytest

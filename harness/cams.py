@@ -295,7 +295,8 @@ def targets_of(args, network, pictures):
     elif re.fullmatch(r"\d+", args.target) and int(args.target) < len(classes):
         number = int(args.target)
     else:
-        hint = nearest(args.target, classes) or f" (numbers are 0 to {len(classes) - 1})"
+        near = None if args.target.isdecimal() else nearest(args.target, classes)
+        hint = near or f" (numbers are 0 to {len(classes) - 1})"
         raise UserError(f'--target: no class is called "{args.target}"{hint}')
     return lambda found, some: torch.full((len(found), 1), number)
 

@@ -202,8 +202,8 @@ class Parser(argparse.ArgumentParser):
                 argv.append(f"--{'' if value else 'no_'}{action.dest}")
             elif value is False and "no" in (action.choices or ()):
                 argv.append(f"--{action.dest}=no")  # an unquoted no is false in YAML
-            elif isinstance(value, list) and not action.option_strings:
-                argv += [str(one) for one in value]
+            elif not action.option_strings and value is not None:  # before all that takes several
+                argv = [*map(str, value if isinstance(value, list) else [value]), *argv]
             elif isinstance(value, list) and action.type in (shares, numbers):
                 argv.append(f"--{action.dest}={','.join(map(str, value))}")
             elif isinstance(value, list) and action.nargs == "+":

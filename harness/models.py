@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torchvision
 from torch import nn
 
 from harness.errors import UserError
@@ -153,6 +152,8 @@ def library_of(name, library=None) -> str:
 
     Raises UserError that gives the nearest name.
     """
+    import torchvision  # late: three seconds, which what only reads predictions can do without
+
     known = torchvision.models.list_models(module=torchvision.models)
     if name in known and library != "timm":
         return "torchvision"
@@ -304,6 +305,8 @@ def _try_build(name, library, num_classes, stem, dropout, kind, image_size):
 
 
 def _build_torchvision(name, num_classes, stem, dropout, image_size):
+    import torchvision
+
     family = family_of(name)
     model = torchvision.models.get_model(
         name, weights=None, num_classes=num_classes, **family.arguments(image_size)

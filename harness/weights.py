@@ -13,8 +13,6 @@ from typing import NamedTuple
 
 import safetensors.torch
 import torch
-import torchvision
-from torchvision.models.vision_transformer import interpolate_embeddings
 
 from harness.errors import UserError
 from harness.flags import nearest
@@ -172,8 +170,10 @@ def _head_is_new(theirs, ours, their_classes, our_classes):
 
 def _resize_positions(model, state):
     """The state with a vit's position embedding of the model's size, and words if it was not."""
+    from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
+
     positions = state.get("encoder.pos_embedding")
-    if not isinstance(model, torchvision.models.VisionTransformer) or positions is None:
+    if not isinstance(model, VisionTransformer) or positions is None:
         return state, ""
     there = positions.shape[1] - 1 if positions.ndim == 3 else 0  # one is the class token's
     old, new = math.isqrt(max(there, 0)), model.image_size // model.patch_size
@@ -285,6 +285,8 @@ def preprocessing_of(cfg, file) -> Preprocessing | None:
 
 def _published(spec, name):
     """The weights that torchvision publishes under a name, from its cache or the network."""
+    import torchvision
+
     published = torchvision.models.get_model_weights(name)
     if spec != "default" and spec not in published.__members__:
         hint = nearest(spec, published.__members__)

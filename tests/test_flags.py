@@ -18,7 +18,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 SCRIPTS = sorted(p.name for p in ROOT.glob("*.py"))
 TRAINING = {"train.py", "finetune.py"}
 # What the others read flags in; other files of the harness have functions for training, too.
-OF_REPORTS = {"ensemble_eval.py", "gradcam.py", "members.py", "trained.py"}
+OF_REPORTS = {"ensemble_eval.py", "gradcam.py", "members.py", "cams.py", "camreport.py"}
 
 
 def build_parser(script="train.py"):

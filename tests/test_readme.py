@@ -6,6 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import torchvision
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import smallruns
 
@@ -23,7 +26,7 @@ LAUNCHES = [line for line in BASH if line.startswith("accelerate launch")]
 def test_there_are_commands():
     assert len(LAUNCHES) >= 12
     others = {line for line in BASH if line not in LAUNCHES}
-    assert others == {"make demo", "make test", "make flowers"}
+    assert others == {"make demo", "make test", "make flowers", "make ensemble"}
     assert {parsed(line).training_script for line in LAUNCHES} == SCRIPTS
 
 
@@ -43,10 +46,14 @@ def test_the_launcher_knows_every_command():
             load_config_from_file(str(smallruns.ROOT / launch.config_file))
 
 
-@pytest.mark.parametrize(
-    ("script", "argv"),
-    sorted({(p.training_script, " ".join(p.training_script_args)) for p in map(parsed, LAUNCHES)}),
+COMMANDS = sorted(
+    {(p.training_script, " ".join(p.training_script_args)) for p in map(parsed, LAUNCHES)}
 )
+TRAINING = [one for one in COMMANDS if one[0] in ("train.py", "finetune.py")]
+REPORTS = [one for one in COMMANDS if one not in TRAINING]
+
+
+@pytest.mark.parametrize(("script", "argv"), TRAINING)
 def test_the_script_runs_with_the_flags_of_every_command(script, argv, tmp_path, monkeypatch):
     """Three steps of it, on data and a network that are at hand."""
     monkeypatch.chdir(smallruns.ROOT)
@@ -54,6 +61,45 @@ def test_the_script_runs_with_the_flags_of_every_command(script, argv, tmp_path,
     run = smallruns.finetune if script == "finetune.py" else smallruns.train
     _, status = run(tmp_path, argv=shlex.split(argv), max_steps=3, **more)
     assert status == 0
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with the runs and the photos that the commands name: three steps of training."""
+    root = tmp_path_factory.mktemp("readme")
+    folder, status = smallruns.train(root / "runs", max_steps=3, val_fraction=0.2, run_name="a")
+    assert status == 0
+    state = load_file(folder / "model.safetensors")
+    for name in ("b", "c", "x", "digits"):
+        copy = root / "runs" / name
+        copy.mkdir()
+        (copy / "config.json").write_bytes((folder / "config.json").read_bytes())
+        state["fc.bias"] += 0.1
+        save_file(state, copy / "model.safetensors")
+    for photo in ("photo.jpg", "folder/1.png", "more/2.png"):
+        (root / photo).parent.mkdir(exist_ok=True)
+        Image.effect_noise((300, 260), 80).save(root / photo)
+    return root
+
+
+@pytest.mark.parametrize(("script", "argv"), REPORTS)
+def test_a_report_is_made_by_every_command(script, argv, place, monkeypatch):
+    monkeypatch.chdir(place)
+    model = torchvision.models.resnet50(weights=None).state_dict()
+    published = torchvision.models.ResNet50_Weights
+    monkeypatch.setattr(published, "get_state_dict", lambda self, **_: model, raising=False)
+    words = [{"cat": "3"}.get(word, word) for word in shlex.split(argv)]  # digits have no cat
+    words += ["--report_to", "none", "--run_name", "report"]
+    folder, status = smallruns.run(script.removesuffix(".py"), words)
+    assert status == 0 and (folder / "report.md").stat().st_size > 200
+
+
+def test_make_ensemble_are_commands_of_the_readme():
+    command = ["make", "-n", "-C", smallruns.ROOT, "ensemble"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.search(
+        r"ensemble_eval.py \\\n\s+runs/digits-\w+ runs/digits-\w+ runs/digits-\w+", shown
+    )
 
 
 def test_make_demo_is_the_command_of_the_readme():
