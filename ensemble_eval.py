@@ -109,7 +109,8 @@ def main(args):
         },
     }
 
-    # report
+    # report: the answer first, pictures take a second
+    print(report.answer(found), flush=True)
     report.write(folder, found, predictions.samples("scored", members[0].look))
     replace_file(folder / "config.yaml", flags.to_yaml(args))
     for result in results:
@@ -122,7 +123,7 @@ def main(args):
         config=flags.to_recipe(args), run_id=None,
     )  # fmt: skip
     report.track(tracking, found, folder)
-    print(report.closing(found, folder, tracking.line))
+    print(report.closing(folder, tracking.line))
 
 
 if __name__ == "__main__":

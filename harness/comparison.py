@@ -121,11 +121,11 @@ def compare(results, labels) -> list[dict]:
 
 
 def best_of(results, labels, kind):
-    """The Result of a kind with the most images right; of equals the one with the lowest NLL."""
+    """The Result of a kind with the most images right; of equals the lowest NLL when calibrated."""
 
     def score(result):
-        loss = calibration(result.probabilities, labels)["nll"]
-        return (result.labels == labels).sum().item(), -(math.inf if loss is None else loss)
+        loss = math.inf if result.calibrated is None else nll(result.calibrated, labels)
+        return (result.labels == labels).sum().item(), -loss
 
     return max((result for result in results if result.kind == kind), key=score)
 

@@ -163,18 +163,21 @@ def track(tracking, report, folder):
     tracking.finish()
 
 
-def closing(report, folder, tracked) -> str:
-    """What stands on the terminal in the end."""
+def answer(report) -> str:
+    """The tables and the outcome, for a terminal."""
     parts = [results_table(report["results"])]
     if len(report["cost"]["images_per_second"]) > 1:
         parts.append(view_table(report["view_gains"], report["cost"]["images_per_second"]))
-    parts.append(how_fitted(report).replace("**", ""))
-    parts.append(
-        f"{headline(report)}\n"
+    parts += [how_fitted(report).replace("**", ""), headline(report)]
+    return "\n" + "\n\n".join(parts) + "\n"
+
+
+def closing(folder, tracked) -> str:
+    """Where everything is."""
+    return (
         f"report       {folder}/report.md, report.json, {', '.join(PICTURES)} (png)\n"
         f"tracked run  {tracked}"
     )
-    return "\n" + "\n\n".join(parts)
 
 
 def headline(report) -> str:

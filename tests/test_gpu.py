@@ -117,3 +117,29 @@ def test_a_step_never_waits_for_the_device():
             ema.update(model, step)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_reports_are_made_on_the_gpu(tmp_path, precision):
+    """Members in each precision; maps in fp32, equal to the CPU's."""
+    flags = {"model": "resnet18", "epochs": 2, "dropout": None, "val_fraction": 0.2}
+    for seed in (1, 2):
+        smallruns.train(tmp_path, seed=seed, run_name=f"r{seed}", **flags)
+    runs = [tmp_path / "r1", tmp_path / "r2"]
+    folder = smallruns.ensemble(tmp_path, *runs, tta="flip", mixed_precision=precision)
+    found = json.loads((folder / "report.json").read_text())
+    assert len(found["results"]) == 8
+    assert not found["cost"]["device"].startswith("CPU")
+
+    from harness.trained import load_model, read_trained
+    from tricks.cam import GradCam
+
+    words = [str(runs[0]), "--report_to=none", f"--output_dir={tmp_path}", "--run_name=cams"]
+    _, status = smallruns.run("gradcam", [*words, "--layer=layer3", "--check"])
+    assert status == 0
+    images = torch.randn(4, 3, 16, 16)
+    maps = []
+    for device in ("cpu", "cuda"):
+        with GradCam(load_model(read_trained(runs[0])).to(device), "layer3") as cam:
+            maps.append(cam(images.to(device), torch.arange(4, device=device)).maps["gradcam"])
+    assert torch.allclose(maps[0], maps[1].cpu(), atol=1e-2 * maps[0].max().item())  # TF32
