@@ -58,7 +58,7 @@ def main(args):
     splits = {"scored": images.scored} | ({"fitted": images.fitted} if images.fitted else {})
     labels = {role: torch.from_numpy(split.labels) for role, split in splits.items()}
     predictions = Predictions(
-        accelerator, splits, images.image_column, args.seed, accelerator.print
+        accelerator, splits, images.image_column, args.seed, machine["device"], accelerator.print
     )
     missing = []
     for member in members:
@@ -104,7 +104,7 @@ def main(args):
         **comparison.facts(results, logits["scored"], truth, members, images, args.average),
         "view_gains": comparison.view_gains(predicted, truth),
         "cost": {
-            "device": machine["device"],
+            "device": predictions.devices(),
             "images_per_second": predictions.speeds(members, views),
         },
     }
@@ -113,10 +113,7 @@ def main(args):
     print(report.answer(found), flush=True)
     report.write(folder, found, predictions.samples("scored", members[0].look))
     replace_file(folder / "config.yaml", flags.to_yaml(args))
-    for result in results:
-        for numbers in result.details.get("soup", [])[:1]:  # two halves may have made two
-            if len(numbers) > 1:
-                soups.save(result.name, numbers)
+    soups.save_all(results)
     tracking = Tracking(
         accelerator, parse_report_to(args.report_to), folder=folder, project=args.project,
         name=folder.name, group=args.group, job_type="ensemble", tags=report.tags(members),

@@ -119,7 +119,7 @@ def main(args):
     }  # fmt: skip
     run = Run(
         args, accelerator, folder, model, optimizer, ema, total=total, per_epoch=per_epoch,
-        config=plan.result_config(args, data, look, stem, "finetune", args.head),
+        config=plan.result_config(args, data, look, stem, "finetune", pretrained, args.head),
         identity=identity,
     )  # fmt: skip
 

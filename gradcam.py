@@ -14,7 +14,7 @@ from harness import flags
 def read_flags(argv=None):
     parser = flags.Parser(__doc__)
     flags.cam_flags(parser)
-    flags.running_flags(parser)
+    flags.running_flags(parser, precision=False)  # maps are made in fp32
     flags.report_flags(parser, project="image-classification", name="gradcam-RUN")
     return parser.read(argv)
 
@@ -33,17 +33,18 @@ from tricks.cam import CAM_METHODS
 
 
 def main(args):
-    accelerator, machine = make_accelerator(args.mixed_precision, 1, args.threads, args.seed)
+    accelerator, machine = make_accelerator("no", 1, args.threads, args.seed)
     rank, processes = accelerator.process_index, accelerator.num_processes
     device = accelerator.device
 
     # network and images: all that can be refused is, before any long work
     methods = cams.known_words(args.method, CAM_METHODS, "--method")
     colour = colours(args.colormap)
+    cams.check_flags(args)
     network = in_turn(accelerator, lambda: cams.find_network(args))
     folder = report_folder(args, f"gradcam-{network.name}")
     network.model.to(device)
-    pictures = cams.find_pictures(args, network, device, accelerator.print)
+    pictures = cams.find_pictures(args, network, accelerator)
     classes_of = cams.targets_of(args, network, pictures)
     accelerator.print(camreport.plan(args, network, pictures, methods, machine))
     if args.dry_run:
@@ -53,8 +54,7 @@ def main(args):
     mine = pictures[rank::processes]
     with progress(accelerator, len(mine)) as bar:
         found = cams.explain(args, network, mine, classes_of, methods, device, bar)
-    parts = gather_object([found])
-    found = cams.merged([part for part in parts if part], len(pictures))
+    found = cams.merged(gather_object([found]), len(pictures))
 
     # report
     if accelerator.is_main_process:

@@ -88,7 +88,7 @@ def main(args):
     model, optimizer = accelerator.prepare(model, optimizer)
     run = Run(
         args, accelerator, folder, model, optimizer, ema, total=total, per_epoch=per_epoch,
-        config=plan.result_config(args, data, look, stem, "train"),
+        config=plan.result_config(args, data, look, stem, "train", pretrained),
         identity=plan.identity(data, look),
     )  # fmt: skip
     batches = train_batches(

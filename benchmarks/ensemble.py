@@ -118,7 +118,7 @@ def kept(folders, output, limit):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     with subprocess.Popen(command, env=dict(os.environ), **pipes) as process:
         for line in process.stdout:
-            if line.startswith("best on"):
+            if line.startswith("best "):
                 answered = time.perf_counter() - began
     assert process.returncode == 0 and answered
     return answered, time.perf_counter() - began

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import statistics
 
 from harness import flags
 from harness.cams import heat_of
 from harness.checkpoint import replace_file, to_bytes
+from harness.folder import file_name
 from harness.pictures import drawable
 from harness.report import table
 from harness.sheets import Strip, overlay, save_sheet
@@ -17,6 +17,7 @@ from harness.tracking import Tracking, parse_report_to
 DRAWN = 8  # classes of an image with --all_classes
 ON_SHEET = 32  # images
 COARSE = 4  # places a side below which a map says little
+LARGE = 16  # classes an image up to which maps are kept at the image's resolution, too
 TRACKED = 64  # images in the trackers' table
 
 
@@ -39,21 +40,23 @@ def write(args, accelerator, folder, network, pictures, found, colour):
     for old in (folder / "panels").glob("*.png"):
         old.unlink()
     size = network.look.size
-    heat = {method: heat_of(maps, size) for method, maps in found.maps.items()}
     rows = [_row(k, network, picture, found) for k, picture in enumerate(pictures)]
     strips = [
-        _strip(args, network, picture, row, {m: h[k] for m, h in heat.items()}, found, k, colour)
+        _strip(args, network, picture, row, found, k, colour)
         for k, (picture, row) in enumerate(zip(pictures, rows, strict=True))
     ]
     for strip, row in zip(strips, rows, strict=True):
         save_sheet(folder / "panels" / row["panel"], [strip])
     layer = _layer_words(network, found)
     summary = _checks(found)
-    heading = [(f"{network.name}: {layer}", "")]
+    more = f"; the first {ON_SHEET} of {len(strips)} images" if len(strips) > ON_SHEET else ""
+    heading = [(f"{network.name}: {layer}{more}", "")]
     heading += [(f"{method}: {words}", "") for method, words in _summary_words(summary).items()]
     save_sheet(folder / "sheet.png", strips[:ON_SHEET], heading)
     tensors = {f"{method}/layer": maps for method, maps in found.maps.items()}
-    tensors |= {f"{method}/image": maps for method, maps in heat.items()}
+    if found.classes.shape[1] <= LARGE:
+        large = {f"{method}/image": heat_of(maps, size) for method, maps in found.maps.items()}
+        tensors |= large
     tensors |= {"classes": found.classes, "probabilities": found.probabilities}
     replace_file(folder / "maps.safetensors", to_bytes(tensors))
     report = {
@@ -95,7 +98,7 @@ def _row(k, network, picture, found):
     true = picture.true
     names = network.classes
     words = [names[true], names[predicted]] if true is not None else [names[predicted]]
-    slugs = [re.sub(r"[^\w-]+", "_", word)[:40].strip("_") or "class" for word in words]
+    slugs = [file_name(word.replace(".", "_"), 40) for word in words]
     return {
         "source": picture.source,
         "true": None if true is None else names[true],
@@ -104,22 +107,28 @@ def _row(k, network, picture, found):
         "p_predicted": probabilities[predicted].item(),
         "targets": [names[c] for c in found.classes[k].tolist()],
         "panel": f"{k:04d}-{'-as-'.join(slugs)}.png",
-        "empty": [m for m, maps in found.maps.items() if not maps[k, 0].relu().any()],
+        "predicted_id": predicted,
+        "empty": [
+            f"{method} of {names[c]}"
+            for method, maps in found.maps.items()
+            for c, one in zip(found.classes[k].tolist(), maps[k], strict=True)
+            if not one.relu().any()
+        ],
         "checks": found.checks[k],
     }
 
 
-def _strip(args, network, picture, row, heat, found, k, colour):
+def _strip(args, network, picture, row, found, k, colour):
     """An image, its heat and overlays; with one method and one class the heat alone, too."""
     pixels = picture.pixels.permute(1, 2, 0).numpy()
     panels = [(pixels, [("image", ""), ("", "")])]
     classes = found.classes[k].tolist()
     drawn = sorted(range(len(classes)), key=lambda c: -found.probabilities[k, classes[c]])[:DRAWN]
     drawn = sorted(drawn) if not args.all_classes else drawn
-    alone = len(heat) * len(drawn) == 1
-    for method, maps in heat.items():
-        for c in drawn:
-            values = maps[c].numpy()
+    alone = len(found.maps) * len(drawn) == 1
+    for method, maps in found.maps.items():
+        heat = heat_of(maps[k, drawn], network.look.size).numpy()
+        for c, values in zip(drawn, heat, strict=True):
             name = drawable(network.classes[classes[c]], classes[c])
             lines = [(method, ""), (name, f" ({found.probabilities[k, classes[c]]:.2f})")]
             if not values.any():
@@ -128,7 +137,7 @@ def _strip(args, network, picture, row, heat, found, k, colour):
                 panels.append((colour(values), lines))
                 lines = [("overlay", ""), ("", "")]
             panels.append((overlay(pixels, values, colour, args.alpha), lines))
-    predicted = network.classes.index(row["predicted"])
+    predicted = row["predicted_id"]
     title = [(picture.source, "")]
     if picture.true is not None:
         title[0] = (picture.source, ": right" if picture.true == predicted else ": wrong")

@@ -18,6 +18,7 @@ from harness.counters import generator
 from harness.data import load_data
 from harness.errors import UserError
 from harness.flags import nearest
+from harness.launch import from_main
 from harness.models import build_model
 from harness.pixels import decode_image
 from harness.trained import check_classes, data_flags, load_model, read_trained
@@ -36,6 +37,9 @@ SHOWN = 16  # images of a split
 BATCH = 16  # images whose maps are made at once
 LOOKED_THROUGH = 128  # images that are classified at once, to find right and wrong ones
 STEPS = 32  # of deletion and insertion
+OF_SPLITS = (
+    "split", "indices", "only", "dataset", "image_column", "label_column", "region_column"
+)  # fmt: skip
 
 
 class Network(NamedTuple):
@@ -55,6 +59,7 @@ class Picture(NamedTuple):
     source: str  # a file, or "test 14"
     true: int | None
     region: torch.Tensor | None  # bool (S, S)
+    number: int = 0  # among the pictures
 
 
 # -- network -------------------------------------------------------------------------------------
@@ -67,7 +72,7 @@ def find_network(args) -> Network:
     if args.run:
         trained = read_trained(args.run)
         return Network(trained.name, load_model(trained), trained.look, trained.classes, trained)
-    found = find_weights(args.weights, args.model)
+    found = find_weights(args.weights or "default", args.model)
     if found.preprocessing is None or found.classes is None:
         raise UserError(
             f"--weights {args.weights} does not say its classes and how it wants images: give the "
@@ -78,6 +83,22 @@ def find_network(args) -> Network:
     )
     load_pretrained(model, found, found.classes)
     return Network(args.model, model.eval(), found.preprocessing, found.classes, None)
+
+
+def check_flags(args):
+    """Raise UserError for flags that would have no effect."""
+    without = {
+        "weights": args.run and "a run has its own",
+        "only": args.indices and "--indices names the images",
+        "max_images": args.indices and "--indices names the images",
+        "contrast": args.all_classes and "--all_classes shows every class",
+    }
+    without |= {name: args.images and "--images names the images" for name in OF_SPLITS}
+    if not args.check:
+        without["region_column"] = "--check measures the heat in it"
+    for name, why in without.items():
+        if getattr(args, name) and why:
+            raise UserError(f"--{name} has no effect here: {why}")
 
 
 def known_words(text, known, flag) -> list[str]:
@@ -93,19 +114,20 @@ def known_words(text, known, flag) -> list[str]:
 # -- images --------------------------------------------------------------------------------------
 
 
-def find_pictures(args, network, device, say) -> list[Picture]:
-    """The images to explain: --images, or of the run's data set."""
+def find_pictures(args, network, accelerator) -> list[Picture]:
+    """The images to explain: --images, or of the run's data set; the same on all processes."""
+    say = accelerator.print
     if args.images:
         files = find_files(args.images)[: args.max_images]
         found = [_picture(file, network.look, args.skip_bad, say) for file in files]
         found = [picture for picture in found if picture]
         if not found:
             raise UserError("none of the images could be read")
-        return found
+        return _numbered(found)
     if not network.run:
         raise UserError("--model needs --images: it was not trained on a data set that is known")
     flags = data_flags(
-        network.run, network.run.recipes[0], dataset=args.dataset, image_column=args.image_column,
+        network.run.recipes[0], dataset=args.dataset, image_column=args.image_column,
         label_column=args.label_column,
     )  # fmt: skip
     data = load_data(**flags)
@@ -126,14 +148,20 @@ def find_pictures(args, network, device, say) -> list[Picture]:
     def picture(k):
         return _row_picture(split, int(k), role, data.image_column, args, network.look, say)
 
-    if wanted:
-        found = [picture(k) for k in wanted]
-    else:
-        found = _right_and_wrong(args, network, device, split, picture)
-    found = [one for one in found if one]
+    if not wanted:  # one process chooses: another device might see a close call otherwise
+        wanted = from_main(
+            accelerator,
+            lambda: _right_and_wrong(args, network, accelerator.device, len(split), picture),
+        )
+    found = [one for one in map(picture, wanted) if one]
     if not found:
-        raise UserError(f"no image of split '{role}' is {args.only}")
-    return found
+        kind = f"is {args.only}" if args.only else "could be read"
+        raise UserError(f"no image of split '{role}' {kind}")
+    return _numbered(found)
+
+
+def _numbered(pictures):
+    return [picture._replace(number=number) for number, picture in enumerate(pictures)]
 
 
 def find_files(paths) -> list[Path]:
@@ -226,24 +254,28 @@ def _region(value, size, look):
 
 
 @torch.inference_mode()
-def _right_and_wrong(args, network, device, split, picture):
-    """Images in a seeded order: half right and half wrong ones, where there are, or one kind."""
-    number = min(args.max_images or SHOWN, len(split))
-    share = {"all": -(-number // 2), "wrong": number, "right": number}[args.only]
-    kinds = ("wrong", "right") if args.only == "all" else (args.only,)
+def _right_and_wrong(args, network, device, total, picture):
+    """Numbers of images, in a seeded order: half right and half wrong where there are, or one kind.
+
+    total: images of the split. picture: a number -> Picture, or None for a bad one.
+    """
+    number = min(args.max_images or SHOWN, total)
+    kinds = (args.only,) if args.only in ("right", "wrong") else ("right", "wrong")
+    share = -(-number // len(kinds))
     found = {kind: [] for kind in kinds}
-    order = torch.randperm(len(split), generator=generator(args.seed, "cams")).tolist()
-    for start in range(0, len(split), LOOKED_THROUGH):
-        pictures = [p for p in map(picture, order[start : start + LOOKED_THROUGH]) if p]
-        predicted = predict(network, pictures, device).argmax(1).tolist()
-        for one, label in zip(pictures, predicted, strict=True):
+    order = torch.randperm(total, generator=generator(args.seed, "cams")).tolist()
+    for start in range(0, total, LOOKED_THROUGH):
+        some = [(k, picture(k)) for k in order[start : start + LOOKED_THROUGH]]
+        some = [(k, one) for k, one in some if one]
+        predicted = predict(network, [one for _, one in some], device).argmax(1).tolist()
+        for (k, one), label in zip(some, predicted, strict=True):
             kind = "right" if label == one.true else "wrong"
             if kind in found:
-                found[kind].append(one)
-        if all(len(some) >= share for some in found.values()):
+                found[kind].append(k)
+        if all(len(ones) >= share for ones in found.values()):
             break
-    if args.only != "all":
-        return found[args.only][:number]
+    if len(kinds) == 1:
+        return found[kinds[0]][:number]
     wrong = found["wrong"][: max(number // 2, number - len(found["right"]))]
     return found["right"][: number - len(wrong)] + wrong
 
@@ -259,8 +291,10 @@ def predict(network, pictures, device):
     if not pictures:
         return torch.zeros(0, len(network.classes))
     with torch.no_grad():
-        logits = network.model(to_input(network, pictures, device))
-    return logits.float().softmax(1).cpu()
+        logits = network.model(to_input(network, pictures, device)).float()
+    if not logits.isfinite().all():
+        raise UserError(f"{network.name} gives logits that are not finite: its weights are damaged")
+    return logits.softmax(1).cpu()
 
 
 # -- maps ----------------------------------------------------------------------------------------
@@ -276,8 +310,6 @@ def targets_of(args, network, pictures):
         raise UserError(
             "the true class of these images is not known: --target predicted, or a name"
         )
-    if args.contrast and args.all_classes:
-        raise UserError("--contrast and --all_classes: one of them")
 
     def true(some):
         return torch.tensor([picture.true for picture in some]).unsqueeze(1)
@@ -312,12 +344,11 @@ class Explained(NamedTuple):
 
 
 def explain(args, network, pictures, classes_of, methods, device, bar):
-    """Explained of a process's share of the pictures.
+    """Explained of a process's share of the pictures; None where it has none.
 
-    Raises UserError for a layer that is none and for a network without positions.
+    Or the UserError that stops all: a layer that is none, a network without positions.
     """
-    random = None
-    parts = []
+    random, parts = None, []
     try:
         with GradCam(network.model, args.layer) as cam:
             for start in range(0, len(pictures), BATCH):
@@ -332,14 +363,17 @@ def explain(args, network, pictures, classes_of, methods, device, bar):
                     random = random or reinitialized_copy(
                         network.model, generator(args.seed, "randomised")
                     )
-                    checks = check(args, network, cam, random, some, images, classes, maps)
+                    checked = probabilities.argmax(1) if args.all_classes else classes[:, 0]
+                    place = (classes == checked.unsqueeze(1)).int().argmax(1)
+                    of_one = {m: maps[m][torch.arange(len(some)), place] for m in methods}
+                    checks = check(args, network, cam, random, some, images, checked, of_one)
                 parts.append((probabilities, classes, maps, checks))
                 bar.update(len(some))
             layer = cam.layer
+    except UserError as error:
+        return error
     except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{network.name}: {error}") from None
+        return UserError(f"{network.name}: {error}")
     if not parts:
         return None
     probabilities, classes, maps, checks = zip(*parts, strict=True)
@@ -356,32 +390,35 @@ def heat_of(maps, size):
 
 
 def check(args, network, cam, random, pictures, images, classes, maps):
-    """What --check measures of the first class of each picture, for every method: a dict each.
+    """What --check measures of one class (n,) of each picture, for every method: a dict each.
 
     AUC of deletion (low is good) and insertion (high is good), of the map and of a random one; the
     rank correlation with the map of a network drawn anew (near 0 is good); the share of heat in the
     region, and the region's share of the image.
     """
-    first, device = classes[:, 0].to(images.device), images.device
+    classes, device = classes.to(images.device), images.device
     size = network.look.size
 
     def score(masked):
-        return network.model(masked).softmax(1).gather(1, first.unsqueeze(1)).squeeze(1)
+        return network.model(masked).softmax(1).gather(1, classes.unsqueeze(1)).squeeze(1)
 
     def areas(heat):
         curves = deletion_insertion(score, images, heat.to(device), steps=min(STEPS, size * size))
         return curves.deletion_auc.tolist(), curves.insertion_auc.tolist()
 
-    noise = torch.rand(len(pictures), size, size, generator=generator(args.seed, "noise"))
-    by_chance = areas(noise)
+    noise = [
+        torch.rand(size, size, generator=generator(args.seed, "noise", picture.number))
+        for picture in pictures
+    ]
+    by_chance = areas(torch.stack(noise))
     methods = list(maps)
     with GradCam(random, cam.layer) as other:
-        drawn = other(images, first, methods).maps
+        drawn = other(images, classes, methods).maps
     found = [{} for _ in pictures]
     for method in methods:
-        heat = heat_of(maps[method][:, 0], size)
+        heat = heat_of(maps[method], size)
         own = areas(heat)
-        alike = rank_correlation(maps[method][:, 0], drawn[method].cpu()).tolist()
+        alike = rank_correlation(maps[method], drawn[method].cpu()).tolist()
         for k, picture in enumerate(pictures):
             found[k][method] = {
                 "deletion": own[0][k],
@@ -399,6 +436,10 @@ def check(args, network, cam, random, pictures, images, classes, maps):
 
 def merged(parts, number):
     """The Explained of all pictures, of those that the processes made of every nth."""
+    for part in parts:
+        if isinstance(part, UserError):
+            raise part
+    parts = [part for part in parts if part]
     processes = len(parts)
     order = [k for rank in range(processes) for k in range(rank, number, processes)]
     place = torch.tensor(order).argsort()

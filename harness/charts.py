@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import textwrap
 import warnings
 
-from harness.pictures import BLUE, GREY, VERMILION, drawable, font_families, save_picture
+from harness.pictures import BLUE, GREY, drawable, font_families, save_picture
 
 NAMED = 40  # classes up to which a confusion matrix has their names
 COUNTED = 20  # classes up to which its cells have their counts
@@ -18,7 +17,7 @@ def _figure(path, size, names):
     import matplotlib.style
     from matplotlib.figure import Figure
 
-    families = {"font.family": font_families("".join(names))}
+    families = {"font.family": font_families("".join(names)), "text.parse_math": False}
     with matplotlib.style.context(["default", families]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         figure = Figure(figsize=size, dpi=110, layout="constrained")
@@ -26,12 +25,16 @@ def _figure(path, size, names):
         save_picture(path, lambda file: figure.savefig(file, format="png"))
 
 
+def _short(text, most):
+    return text if len(text) <= most else f"{text[: most - 1].rstrip()}…"
+
+
 def save_accuracies(path, rows, title):
     """Accuracy of every member and combination with its interval, the best of each at a line.
 
     rows: of harness.comparison.compare.
     """
-    names = [textwrap.shorten(drawable(row["name"], n), 40) for n, row in enumerate(rows)]
+    names = [_short(drawable(row["name"], n), 40) for n, row in enumerate(rows)]
     with _figure(path, (8, 1.6 + 0.36 * len(rows)), names) as figure:
         ax = figure.subplots()
         for place, row in enumerate(rows):
@@ -47,7 +50,7 @@ def save_accuracies(path, rows, title):
         ax.set_yticks(range(len(rows)), names)
         ax.set_ylim(len(rows) - 0.5, -0.7)
         ax.set_xlabel("accuracy, %, with 95 % bootstrap intervals; dotted: the best member")
-        ax.set_title(title, loc="left", fontsize=10)
+        ax.set_title(_short(title, 60), loc="left", fontsize=10)
         ax.grid(axis="x", alpha=0.25)
         ax.spines[["top", "right", "left"]].set_visible(False)
         ax.tick_params(axis="y", length=0)
@@ -62,7 +65,7 @@ def save_reliability(path, tables, title):
         ax, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
         ax.plot([0, 1], [0, 1], ":", color=GREY, linewidth=1)
         for (label, table), (colour, style) in zip(
-            tables.items(), ((GREY, "--"), (BLUE, "-"), (VERMILION, "-")), strict=False
+            tables.items(), ((GREY, "--"), (BLUE, "-")), strict=False
         ):
             filled = [k for k, count in enumerate(table["counts"]) if count]
             points = [[table[key][k] for k in filled] for key in ("confidence", "accuracy")]
@@ -73,7 +76,7 @@ def save_reliability(path, tables, title):
         ax.set_ylabel("accuracy")
         ax.set_xlim(0, 1)
         ax.set_ylim(0, 1)
-        ax.set_title(title, loc="left", fontsize=10)
+        ax.set_title(_short(title, 60), loc="left", fontsize=10)
         ax.legend(frameon=False, fontsize=9, loc="upper left")
         below.set_ylabel("images")
         below.set_xlabel("confidence: probability of the predicted class")
@@ -89,7 +92,7 @@ def save_confusion(path, matrix, classes, title):
     """
     size = len(classes)
     side = min(max(4.5, 1.8 + 0.42 * size), 14)
-    names = [textwrap.shorten(drawable(name, k), 24) for k, name in enumerate(classes)]
+    names = [_short(drawable(name, k), 24) for k, name in enumerate(classes)]
     with _figure(path, (side + 0.8, side), [title, *names]) as figure:
         ax = figure.subplots()
         shares = (matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
@@ -106,4 +109,4 @@ def save_confusion(path, matrix, classes, title):
                             color="white" if dark else "black")  # fmt: skip
         ax.set_xlabel("predicted")
         ax.set_ylabel("true")
-        ax.set_title(title, loc="left", fontsize=10)
+        ax.set_title(_short(title, 60), loc="left", fontsize=10)

@@ -24,12 +24,14 @@ from tricks.ensemble import (
 from tricks.soup import greedy_ingredients
 from tricks.tta import average_views
 
+LEAST = 1e-3  # smallest fitted weight
+
 
 class Result(NamedTuple):
     """The predictions of a member or a combination for the scored images."""
 
     name: str
-    kind: str  # "member" or "combination"
+    kind: str  # "member", "combination" or "control"
     labels: Tensor  # int64 (n,), the predicted classes
     probabilities: Tensor  # float64 (n, classes); of a vote, the shares of the votes
     calibrated: Tensor | None  # after the temperature; None for votes
@@ -68,7 +70,9 @@ def combined_results(
         return average_logits(part) if average == "logits" else average_views(part)
 
     def fitted(role, rows):
-        return fit_weights(logits[role][:, rows], labels[role][rows]).tolist()
+        shares = fit_weights(logits[role][:, rows], labels[role][rows])
+        shares[shares < LEAST] = 0  # what goes towards 0 gets there: that network need not run
+        return (shares / shares.sum()).tolist()
 
     def selected(role, rows):
         chosen = greedy_selection(logits[role][:, rows], labels[role][rows])
@@ -84,6 +88,7 @@ def combined_results(
         return _result(name, "combination", labels, fit, predict, seed, names)
 
     voted, shares, ties = majority_vote(logits["scored"])
+    shares.scatter_add_(1, voted.unsqueeze(1), torch.full_like(shares[:, :1], 1e-9))  # of a tie
     details = {"ties": ties}
     return [
         result("average", _nothing, mean)._replace(details={"of": average}, passes=members),
@@ -99,6 +104,9 @@ def soup_results(groups, soup, names, labels, seed) -> list[Result]:
     groups: lists of members' numbers. soup: a function (numbers, role, whole) -> logits
     (n, classes) of the soup of these members for a role's images, averaged over all views (whole)
     or of the first alone. Making a soup is work that the processes share: all call this.
+
+    A third Result of each group is the "control": its best member, made as a soup of one. What it
+    gains over that member is BatchNorm's doing, and no soup's.
     """
     results = []
     for group in groups:
@@ -120,6 +128,15 @@ def soup_results(groups, soup, names, labels, seed) -> list[Result]:
         for word, fit in (("uniform", uniform), ("greedy", greedy)):
             name = f"{word} soup{of}"
             results.append(_result(name, "combination", labels, fit, predict, seed))
+        truth = labels["scored"]
+        right = [(soup([n], "scored", True).argmax(1) == truth).sum().item() for n in group]
+        best = group[right.index(max(right))]
+
+        def alone(role, rows, best=best):
+            return [best]
+
+        name = f"{names[best]}, as a soup of one"
+        results.append(_result(name, "control", labels, alone, predict, seed))
     return results
 
 

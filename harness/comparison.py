@@ -29,7 +29,7 @@ def facts(results, logits, labels, members, images, average) -> dict:
     the scored images. members: Trained. images: harness.members.Images. average: of what.
     """
     classes = members[0].classes
-    best = best_of(results, labels, results[-1].kind)
+    best = best_of(results, labels, "combination" if len(members) > 1 else "member")
     matrix = confusion(best.labels, labels, classes)
     tables = {"as it is": reliability(best.probabilities, labels)}
     if best.calibrated is not None:
@@ -52,6 +52,7 @@ def facts(results, logits, labels, members, images, average) -> dict:
             "role": images.role, "split": images.scored.name, "images": len(images.scored)
         },
         "fitted": fitted and {"split": fitted.name, "images": len(fitted)},
+        "notes": notes(members),
         "results": compare(results, labels),
         "best": best.name,
         "diversity": diversity(results[: len(members)], logits, labels, average),
@@ -61,6 +62,24 @@ def facts(results, logits, labels, members, images, average) -> dict:
         "confusion": matrix.tolist(),
         "reliability": tables,
     }  # fmt: skip
+
+
+def notes(members) -> list[str]:
+    """What a reader has to know about how the members were trained."""
+    found = []
+    for member in members:
+        for recipe in member.recipes:
+            if "unknown" in recipe:
+                found.append(
+                    f"{member.name} started from {recipe['unknown']}: what images that was trained "
+                    "on is not known"
+                )
+    if any(recipe.get("val_fraction") for member in members for recipe in member.recipes):
+        found.append(
+            "members kept their epoch that was best on validation images, so these are a little "
+            "easier for them than new ones"
+        )
+    return found
 
 
 def mistakes(result, labels, rows, classes) -> list[dict]:
@@ -105,7 +124,7 @@ def compare(results, labels) -> list[dict]:
             "passes": result.passes,
             **result.details,
         }  # fmt: skip
-        if result.kind == "combination":
+        if result.kind != "member":
             theirs = best.labels == labels
             test = mcnemar_exact(right, theirs)
             row["against"] = {

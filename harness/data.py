@@ -79,6 +79,7 @@ class Split:
     dataset: "Dataset" = field(repr=False)
     rows: np.ndarray = field(repr=False)  # int64 (n,)
     labels: np.ndarray = field(repr=False)  # int64 (n,), indices into Data.classes
+    stored: np.ndarray | None = field(default=None, repr=False)  # rows before a cut, if there was
 
     def __len__(self):
         return len(self.rows)
@@ -564,12 +565,10 @@ def cut(split, max_samples, seed):
     kept = np.sort(stratified_order(split.labels, seed)[:max_samples])
     # A data set of its own, so that a quick look at ImageNet does not decode all of it.
     dataset = split.dataset.select(split.rows[kept])
-    return Split(split.name, dataset, np.arange(max_samples), split.labels[kept])
+    stored = stored_rows(split)[kept]
+    return Split(split.name, dataset, np.arange(max_samples), split.labels[kept], stored)
 
 
 def stored_rows(split):
     """The numbers of a split's samples in the stored split, before any cut: int64 (n,)."""
-    indices = split.dataset._indices
-    return (
-        split.rows if indices is None else indices.column(0).to_numpy()[split.rows].astype(np.int64)
-    )
+    return split.rows if split.stored is None else split.stored

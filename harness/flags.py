@@ -419,8 +419,8 @@ def cam_flags(parser):
     g = parser.add_argument_group("network")
     g.add_argument("run", nargs="?", metavar="RUN", help="folder of a trained run")
     g.add_argument("--model", help="instead of a run: any torchvision classifier")
-    g.add_argument("--weights", default="default",
-                   help="of --model: default, or a torchvision weights name")
+    g.add_argument("--weights",
+                   help="of --model: a torchvision weights name; unset: its default ones")
     g = parser.add_argument_group("images (unset: of the run's own data set)")
     g.add_argument("--images", nargs="+", metavar="PATH",
                    help="image files, folders, or patterns in quotes")
@@ -435,8 +435,8 @@ def cam_flags(parser):
     g.add_argument("--split", choices=("train", "val", "test"),
                    help="unset: val where there is one, else test")
     g.add_argument("--indices", type=numbers, metavar="N,N,…", help="just these of the split")
-    g.add_argument("--only", choices=("all", "wrong", "right"), default="all",
-                   help="all: as many of both as there are")
+    g.add_argument("--only", choices=("all", "wrong", "right"),
+                   help="unset: all, as many of both as there are")
     g.add_argument("--max_images", type=whole(1),
                    help="unset: 16 of a split, all of --images")
     g = parser.add_argument_group("maps")
@@ -469,10 +469,11 @@ def shares(text):
     return [value / sum(values) for value in values]
 
 
-def running_flags(parser):
+def running_flags(parser, precision=True):
     g = parser.add_argument_group("running")
-    g.add_argument("--mixed_precision", choices=("auto", "no", "bf16", "fp16"), default="auto",
-                   help="auto: what the launcher says, else bf16 where the device computes it")
+    if precision:
+        g.add_argument("--mixed_precision", choices=("auto", "no", "bf16", "fp16"), default="auto",
+                       help="auto: what the launcher says, else bf16 where the device computes it")
     g.add_argument(
         "--threads", type=whole(1), help="CPU threads a process; unset: all cores, shared"
     )

@@ -24,6 +24,12 @@ WRITTEN = (
 )  # fmt: skip
 
 
+def file_name(text, most=80):
+    """The text as part of a file's name: letters, digits, _ . - only, of at most so many bytes."""
+    safe = re.sub(r"[^\w.-]+", "_", text).strip("._").encode()[:most].decode(errors="ignore")
+    return safe or "unnamed"
+
+
 def report_folder(args, name):
     """The folder of a report, `name` without --run_name; a report that is there is replaced.
 
@@ -33,7 +39,9 @@ def report_folder(args, name):
     folder = Path(args.output_dir) / (args.run_name or name)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose another --run_name")
-    if folder.is_dir() and not (folder / "report.json").exists() and any(folder.iterdir()):
+    ours = folder / "report.json"
+    begun = {"predictions", "panels", "config.yaml"}  # of a command that was stopped
+    if folder.is_dir() and not ours.exists() and {p.name for p in folder.iterdir()} - begun:
         raise UserError(f"{folder} holds files that are not a report's: choose another --run_name")
     _check_writable(args, folder)
     return folder

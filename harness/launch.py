@@ -21,7 +21,7 @@ import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.commands.config.config_args import default_config_file
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 
 from harness.errors import UserError
 
@@ -91,6 +91,21 @@ def in_turn(accelerator, action):
             except UserError as caught:
                 error = caught
         accelerator.wait_for_everyone()
+    if error:
+        raise error
+    return result
+
+
+def from_main(accelerator, action):
+    """What `action()` gives on the main process, on all; its UserError is raised on all."""
+    result = error = None
+    if accelerator.is_main_process:
+        try:
+            result = action()
+        except UserError as caught:
+            error = caught
+    if accelerator.num_processes > 1:
+        result, error = broadcast_object_list([result, error])
     if error:
         raise error
     return result

@@ -9,7 +9,7 @@ import numpy as np
 
 from harness.data import Split, cut, load_data, stored_rows
 from harness.errors import UserError
-from harness.trained import check_classes, data_flags, read_trained
+from harness.trained import check_classes, data_flags, read_trained, where
 from tricks.tta import tta_views
 
 COMBINATIONS = {"average", "vote", "weighted", "greedy", "uniform soup", "greedy soup"}
@@ -62,38 +62,49 @@ def find_images(members, args) -> Images:
     """The images that the members are scored on, and those that anything may be fitted on.
 
     Test is scored where there is one (or what --split says). Fitted on is what some member has
-    held out for validation and no member was trained on. Raises UserError where there is nothing
-    to score, and where a member was trained on images that would be scored.
+    held out for validation and no member, nor a network it came from, was trained on. Raises
+    UserError where there is nothing to score, and where a member was trained on images that would
+    be scored.
     """
-    loaded, first = {}, None
+    own = [member.recipes[0] for member in members]
+    places = {where(recipe) for recipe in own}
+    if len(places) > 1 and not args.dataset:
+        raise UserError(
+            f"the members were trained on {' and '.join(sorted(places))}: say with --dataset what "
+            "to compare them on"
+        )
+    loaded = {}
     trained, held_out = {}, {}  # stored split -> (its data set, labels by row, -1: not seen)
+    for recipe in [recipe for member in members for recipe in member.recipes]:
+        if "unknown" in recipe or where(recipe) not in places:
+            continue  # a network that a member came from has seen other images
+        flags = data_flags(
+            recipe, dataset=args.dataset, image_column=args.image_column,
+            label_column=args.label_column,
+        )  # fmt: skip
+        key = repr(sorted(flags.items()))
+        if key not in loaded:
+            loaded[key] = _load(flags, args.dataset)
+        _note(trained, loaded[key].train)
+        _note(held_out, loaded[key].val)
+    first = next(iter(loaded.values()))
+    for data in loaded.values():
+        if (data.image_column, data.label_column) != (first.image_column, first.label_column):
+            raise UserError(
+                "the members were trained on other columns of the data set: name those to compare "
+                "them on, --image_column and --label_column"
+            )
     for member in members:
-        for recipe in member.recipes:
-            flags = data_flags(
-                member, recipe, dataset=args.dataset, image_column=args.image_column,
-                label_column=args.label_column,
-            )  # fmt: skip
-            key = repr(sorted(flags.items()))
-            if key not in loaded:
-                loaded[key] = load_data(**flags)
-            data = loaded[key]
-            first = first or data
-            if data.source != first.source:
-                raise UserError(
-                    f"{member.folder} was trained on {data.source}, {members[0].folder} on "
-                    f"{first.source}: say with --dataset what to compare them on"
-                )
-            check_classes(member, data.classes, data.source)
-            _note(trained, data.train)
-            _note(held_out, data.val)
-    honest = _honest(held_out, trained)
-    test, role = first.test, args.split or ("test" if first.test is not None else "val")
-    if role == "test":
-        scored, fitted = test, honest
-        if test is not None and test.name in trained:  # --train_split test, of a member's own
+        check_classes(member, first.classes, first.source)
+    test = next((data.test for data in loaded.values() if data.test is not None), None)
+    role = args.split or ("test" if test is not None else "val")
+    if role == "test" and test is not None:
+        if test.name in trained:  # --train_split test, of a member's own
             raise UserError(f"a member was trained on split '{test.name}', which is to be scored")
+        held_out.pop(test.name, None)
+        scored, fitted = test, _honest(held_out, trained)
     else:
-        scored, fitted = honest, None
+        scored, fitted = None if role == "test" else _honest(held_out, trained), None
     if scored is None:
         raise UserError(
             f"{first.source} has no split 'test': --split val" if role == "test" else
@@ -101,10 +112,19 @@ def find_images(members, args) -> Images:
             "train with --val_fraction"
         )  # fmt: skip
     limit = args.max_eval_samples
-    return Images(
-        cut(scored, limit, args.seed), role, cut(fitted, limit, args.seed), first.train,
-        first.image_column, first.source,
-    )  # fmt: skip
+    scored, fitted = cut(scored, limit, args.seed), cut(fitted, limit, args.seed)
+    if len(scored) < 2 and fitted is None:
+        raise UserError("one image is scored, and none is left to fit anything on")
+    return Images(scored, role, fitted, first.train, first.image_column, first.source)
+
+
+def _load(flags, elsewhere):
+    """load_data; another data set that has a validation split of its own is not split again."""
+    if elsewhere and flags.get("val_fraction"):
+        data = load_data(**(flags | {"val_fraction": 0.0, "max_train_samples": None}))
+        if data.val is not None:
+            flags = flags | {"val_fraction": 0.0}
+    return load_data(**flags)
 
 
 def _note(seen, split):

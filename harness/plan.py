@@ -128,10 +128,11 @@ def _ema(args, steps_per_epoch, total):
     return line
 
 
-def result_config(args, data, look, stem, job_type, head="linear"):
+def result_config(args, data, look, stem, job_type, pretrained, head="linear"):
     """config.json: all that another script needs to use the result.
 
-    look: Preprocessing. stem: as resolved. head: "linear" or "mlp".
+    look: Preprocessing. stem: as resolved. pretrained: what it started from. head: "linear" or
+    "mlp".
     """
     return {
         **models.model_config(
@@ -143,6 +144,7 @@ def result_config(args, data, look, stem, job_type, head="linear"):
         "dataset": data.name,
         "data": {"source": data.source, "splits": sizes(data)},
         "metric": "top-1 accuracy",
+        "ancestors": list(pretrained.recipes),
     }  # fmt: skip
 
 

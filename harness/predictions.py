@@ -31,16 +31,17 @@ FORMAT = 1  # part of the hash: raise it whenever the same network would give ot
 class Predictions:
     """The logits of networks for some splits, as files have them or computed.
 
-    splits: {role: harness.data.Split}. seed: of random views. say: a function of a line.
+    splits: {role: harness.data.Split}. seed: of random views. device: its name, in words. say: a
+    function of a line.
     """
 
-    def __init__(self, accelerator, splits, image_column, seed, say):
+    def __init__(self, accelerator, splits, image_column, seed, device, say):
         self.accelerator, self.splits = accelerator, splits
-        self.image_column, self.seed, self.say = image_column, seed, say
-        self._orders = {role: _order(split) for role, split in splits.items()}
+        self.image_column, self.seed, self.device, self.say = image_column, seed, device, say
+        self._orders = {role: _order(split, image_column) for role, split in splits.items()}
         self._samples = {}  # (role, size, interpolation) -> harness.views.Samples
         self._logits = {}  # (sha256 of the weights, role, name of the view) -> (n, classes)
-        self._seconds = {}  # the same, but the role: of each image in one such view
+        self._costs = {}  # the same -> (seconds an image, on which device)
         self._unkept = set()
 
     def recall(self, network, views, roles=None) -> list:
@@ -60,9 +61,9 @@ class Predictions:
             found = [self._read(network, *one) for one in wanted]
         if wanted and self.accelerator.num_processes > 1:
             broadcast_object_list(found)
-        for (role, view), logits_and_seconds in zip(wanted, found, strict=True):
-            if logits_and_seconds:
-                self._keep(network, role, view, *logits_and_seconds)
+        for (role, view), kept in zip(wanted, found, strict=True):
+            if kept:
+                self._keep(network, role, view, *kept)
         return [one for one, there in zip(wanted, found, strict=True) if not there]
 
     def count(self, missing) -> int:
@@ -80,11 +81,9 @@ class Predictions:
             if not views:
                 continue
             samples = self.samples(role, network.look)
-            bar.set_description(f"{network.name}, {role}")
-            began = time.perf_counter()
-            logits = self._forward(network, model, samples, views, bar)
-            seconds = (time.perf_counter() - began) / len(views) / len(samples.labels)
-            for view, one in zip(views, logits, strict=True):
+            bar.set_description(f"{network.name}, {role}, {len(views)} views")
+            logits, times = self._forward(network, model, samples, views, bar)
+            for view, one, seconds in zip(views, logits, times, strict=True):
                 odd = int((~one.isfinite()).any(1).sum())
                 if odd:
                     raise UserError(
@@ -92,7 +91,7 @@ class Predictions:
                         f"{len(one)} {role} images: its weights are damaged, or the precision "
                         f"({self.accelerator.mixed_precision}) is too low"
                     )
-                self._keep(network, role, view, one, seconds)
+                self._keep(network, role, view, one, seconds, self.device)
                 if self.accelerator.is_main_process:
                     self._write(network, role, view, one, seconds)
 
@@ -112,13 +111,18 @@ class Predictions:
         for kind, views in sets.items():
             seconds = {
                 network.name: sum(
-                    self._seconds[network.sha256, view.name] for view in views[network.look.size]
+                    self._costs[network.sha256, "scored", view.name][0]
+                    for view in views[network.look.size]
                 )
                 for network in networks
             }
             seconds["average"] = sum(seconds.values())
             speeds[kind] = {name: 1 / each for name, each in seconds.items()}
         return speeds
+
+    def devices(self) -> str:
+        """On what the scored images' passes were made."""
+        return " and ".join(sorted({device for _, device in self._costs.values()}))
 
     def samples(self, role, look):
         """The decoded images of a split, as a network looks at them before the crop."""
@@ -132,27 +136,42 @@ class Predictions:
 
     @torch.inference_mode()
     def _forward(self, network, model, samples, views, bar):
-        """Logits (views, n, classes), float32 on the CPU; fixed batches, dealt to the processes."""
+        """Logits (views, n, classes), float32 on the CPU, and seconds an image for each view.
+
+        Fixed batches, dealt to the processes. The first one warms up, and is not timed where there
+        are others.
+        """
         accelerator, total = self.accelerator, len(samples.labels)
+        times = []  # of each batch: seconds an image, one a view
         starts, look = batch_starts(samples), network.look
         shape = (len(views), total, len(network.classes))
         logits = torch.zeros(shape, device=accelerator.device)
         for k in range(accelerator.process_index, len(starts), accelerator.num_processes):
             index = torch.arange(starts[k], min(starts[k] + starts.step, total))
             images, _ = samples.take(index, accelerator.device)
+            times.append([])
             for number, view in enumerate(views):
+                began = time.perf_counter()
                 seen = normalize_batch(view.apply(images, index), look.mean, look.std)
                 with accelerator.autocast():
                     found = model(seen)
                 logits[number, starts[k] : starts[k] + len(index)] = found.float()
+                if accelerator.device.type == "cuda":
+                    torch.cuda.synchronize()
+                times[-1].append((time.perf_counter() - began) / len(index))
             done = len(index) * len(views) * accelerator.num_processes
             bar.update(min(done, bar.total - bar.n))
         # Each sample was computed by one process and is zero on the others: their sum is exact
-        return accelerator.reduce(logits, "sum").cpu()
+        timed = times[1:] or times or [[0.0] * len(views)]  # a process may have had no batch
+        means = [
+            sum(column) / len(timed) / accelerator.num_processes
+            for column in zip(*timed, strict=True)
+        ]
+        return accelerator.reduce(logits, "sum").cpu(), means
 
-    def _keep(self, network, role, view, logits, seconds):
+    def _keep(self, network, role, view, logits, seconds, device):
         self._logits[network.sha256, role, view.name] = logits
-        self._seconds[network.sha256, view.name] = seconds
+        self._costs[network.sha256, role, view.name] = (seconds, device)
 
     # ---------------------------------------------------------------- files
 
@@ -173,7 +192,7 @@ class Predictions:
         return network.folder / "predictions" / f"{name}-{digest[:16]}.safetensors"
 
     def _read(self, network, role, view):
-        """(logits, seconds an image) where a file has just these, whole; else None."""
+        """(logits, seconds an image, device) where a file has just these, whole; else None."""
         try:
             with safe_open(self._file(network, role, view), framework="pt") as file:
                 about = json.loads(file.metadata()["predictions"])
@@ -181,14 +200,15 @@ class Predictions:
             shape = (len(self.splits[role]), len(network.classes))
             same = about["key"] == self._key(network, role, view) and logits.shape == shape
             if same and about["sha256"] == _digest(logits):
-                return logits, float(about["seconds"])
+                return logits, float(about["seconds"]), str(about["device"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             pass  # not there, or damaged: computed anew
         return None
 
     def _write(self, network, role, view, logits, seconds):
         about = {
-            "key": self._key(network, role, view), "sha256": _digest(logits), "seconds": seconds
+            "key": self._key(network, role, view), "sha256": _digest(logits), "seconds": seconds,
+            "device": self.device,
         }  # fmt: skip
         file = self._file(network, role, view)
         try:
@@ -208,9 +228,9 @@ def progress(accelerator, images):
     )  # fmt: skip
 
 
-def _order(split):
-    """Which images in which order: a hash of the data set, the rows and the labels."""
-    digest = hashlib.sha256(split.dataset._fingerprint.encode())
+def _order(split, column):
+    """Which images in which order: a hash of the data set, the column, the rows and the labels."""
+    digest = hashlib.sha256(f"{split.dataset._fingerprint} {column}".encode())
     digest.update(split.rows.tobytes() + split.labels.tobytes())
     return digest.hexdigest()
 

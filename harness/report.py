@@ -10,16 +10,19 @@ import torch
 
 from harness import charts
 from harness.checkpoint import replace_file
+from harness.comparison import notes
+from harness.folder import file_name
 from harness.pictures import drawable, save_tiles
+from tricks.calibration import COLDEST
 
 PICTURES = ("accuracy", "reliability", "confusion", "mistakes")
 
 
 def default_name(names) -> str:
     """ "ensemble-a+b+c", or with a hash in the end where that would be long."""
-    name = "ensemble-" + "+".join(re.sub(r"[^\w.-]+", "_", one) for one in names)
+    name = "ensemble-" + "+".join(file_name(one) for one in names)
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return name if len(name) <= 100 else f"{name[:91]}-{digest}"
+    return name if len(name.encode()) <= 100 else f"{file_name(name, 90)}-{digest}"
 
 
 def plan(members, images, kinds, groups, machine) -> str:
@@ -38,14 +41,19 @@ def plan(members, images, kinds, groups, machine) -> str:
     rows.append(("device", f"{machine['device']}, {machine['threads']} CPU threads a process"))
     if any(kind in ("flip", "shift", "crops:10") or "random" in kind for kind in kinds):
         for member in members:
-            if any(one.get("flip_prob") == 0 for one in member.recipes):
+            if member.recipes[0].get("mirrored") is False:
                 rows.append(("note", f"{member.name} was trained without mirrored images"))
+    rows += [("note", line) for line in notes(members)]
     return "\n".join(f"{name:<12} {value}" for name, value in rows)
 
 
 def _about(member):
     size = f"{member.look.size} px"
     return f"{member.name}: {member.config['architecture']}, {size}, {len(member.classes)} classes"
+
+
+def _on_one_line(numbers):
+    return "[" + " ".join(numbers[1].split()) + "]"
 
 
 def write(folder, report, samples):
@@ -55,6 +63,7 @@ def write(folder, report, samples):
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=1) + "\n"
+    text = re.sub(r"\[\s+([-\d.e,\s]+?)\s+\]", _on_one_line, text)
     replace_file(folder / "report.json", text.encode())
     replace_file(folder / "report.md", markdown(report).encode())
     classes = [row["class"] for row in report["by_class"]]
@@ -85,8 +94,8 @@ def percent(value, digits=2):
     return f"{100 * value:.{digits}f}"
 
 
-def interval(pair, digits=2):
-    return f"{percent(pair[0], digits)}–{percent(pair[1], digits)}"
+def interval(pair):
+    return f"{percent(pair[0])}–{percent(pair[1])}"
 
 
 def signed(value):
@@ -174,26 +183,28 @@ def answer(report) -> str:
 
 def closing(folder, tracked) -> str:
     """Where everything is."""
+    drawn = [f"{name}.png" for name in PICTURES if (folder / f"{name}.png").exists()]
     return (
-        f"report       {folder}/report.md, report.json, {', '.join(PICTURES)} (png)\n"
-        f"tracked run  {tracked}"
+        f"report       {folder}/report.md, report.json, {', '.join(drawn)}\ntracked run  {tracked}"
     )
 
 
 def headline(report) -> str:
     """The outcome in one sentence."""
     best = next(row for row in report["results"] if row["name"] == report["best"])
-    words = f"best on {report['scored']['role']}: {best['name']}, {percent(best['accuracy'])} % "
-    words += f"({interval(best['interval'])})"
+    kind = "combination" if "against" in best else "accuracy"
+    words = f"best {kind} on {report['scored']['role']}: {best['name']}, "
+    words += f"{percent(best['accuracy'])} % ({interval(best['interval'])})"
     against = best.get("against")
-    if against:
-        words += (
-            f", {signed(against['gain'])} points over the best member {against['member']} "
-            f"({signed(against['interval'][0])} to {signed(against['interval'][1])}, McNemar p = "
-            f"{p_value(against['p'])}"
-        )
-        words += ")" if against["p"] < 0.05 else "): not more than noise"
-    return words
+    if not against:
+        return words
+    side = "over" if against["gain"] >= 0 else "below"
+    words += (
+        f", {percent(abs(against['gain']))} points {side} the best member {against['member']} "
+        f"({signed(against['interval'][0])} to {signed(against['interval'][1])}, McNemar's p = "
+        f"{p_value(against['p'])}"
+    )
+    return words + (")" if against["p"] < 0.05 else ": chance is not ruled out)")
 
 
 def how_fitted(report) -> str:
@@ -205,11 +216,16 @@ def how_fitted(report) -> str:
             f"images of split '{fitted['split']}' that no member was trained on, and scored on the "
             f"{scored['images']:,} images of split '{scored['split']}'."
         )
+    lead = (
+        "These are the images that members held out and none was trained on, so no others are "
+        "left to fit anything on."
+        if scored["role"] == "val"
+        else "No validation images are left that no member was trained on."
+    )
     return (
-        f"No validation images are left that no member was trained on. So weights, selections and "
-        f"temperatures are **cross-fitted on the {scored['role']} images**: each half of the "
-        f"{scored['images']:,} is scored with what was fitted on the other half. Two values stand "
-        "where two halves had two."
+        f"{lead} So weights, selections and temperatures are **cross-fitted on the "
+        f"{scored['role']} images**: each half of the {scored['images']:,} is scored with what was "
+        "fitted on the other half. Two values stand where two halves had two."
     )
 
 
@@ -221,6 +237,7 @@ def markdown(report) -> str:
         f"{headline(report)[0].upper()}{headline(report)[1:]}.",
         f"{len(report['members'])} members on {report['source']}; views: {report['views']}; "
         f"{report['precision']}. {how_fitted(report)}",
+        *(f"Note: {line}." for line in report["notes"]),
         "![Accuracies](accuracy.png)",
         "## Members and combinations",
         results_table(rows),
@@ -231,6 +248,7 @@ def markdown(report) -> str:
         "passes an image, for each view.",
         "## Calibration",
         _calibration_table(rows),
+        _unbounded_words(rows),
         "![Reliability](reliability.png)",
     ]
     if len(report["members"]) > 1:
@@ -262,6 +280,16 @@ def _calibration_table(rows):
     return table(header, [cells(row) for row in rows if row["calibrated"]])
 
 
+def _unbounded_words(rows):
+    names = [row["name"] for row in rows if COLDEST in row["temperature"]]
+    if not names:
+        return ""
+    return (
+        f"A temperature of {COLDEST:g} ({', '.join(names)}) says that all images it was fitted on "
+        "were right: nothing kept it from making the network as sure as can be."
+    )
+
+
 def _fitted_words(rows, members):
     lines = []
     for row in rows:
@@ -271,12 +299,17 @@ def _fitted_words(rows, members):
             lines.append(f"- {row['name']}: {row['ties']:,} ties, broken by summed probability")
         for half, shares in enumerate(row.get("weights", []), start=1):
             said = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
-            which = f" (half {half})" if len(row["weights"]) > 1 else ""
+            which = f" (scoring half {half})" if len(row["weights"]) > 1 else ""
             lines.append(f"- {row['name']}{which}: {said}")
         if "soup" in row:
             soups = [", ".join(members[number]["name"] for number in soup) for soup in row["soup"]]
             said = " / ".join(soups)
             lines.append(f"- {row['name']}: weights of {said}, BatchNorm measured anew")
+    if any(row["kind"] == "control" for row in rows):
+        lines.append(
+            "- a soup of one is the control of the soups: what it gains over its member comes from "
+            "BatchNorm's statistics, measured on images that are not augmented"
+        )
     return "\n".join(lines)
 
 
@@ -349,7 +382,7 @@ def _mistake_words(mistakes):
     rows = [(m["row"], m["true"], m["predicted"], f"{m['probability']:.3f}") for m in mistakes[:10]]
     return (
         "![The most confident mistakes](mistakes.png)\n\n"
-        + table(("image (row of the split)", "true", "predicted", "probability"), rows)
+        + table(("image (row of the stored split)", "true", "predicted", "probability"), rows)
     )  # fmt: skip
 
 

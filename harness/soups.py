@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
+import shutil
 
 import torch
 
 from harness.checkpoint import replace_file, to_bytes
 from harness.counters import generator
+from harness.folder import file_name
 from harness.predictions import progress
 from harness.trained import load_model
 from harness.views import decode
@@ -30,7 +31,9 @@ def groups_of(members) -> list[list[int]]:
 
 
 class Soups:
-    """Logits of soups of these members; a soup of one is that member as it is.
+    """Logits of soups of these members, BatchNorm measured anew; of one member, too.
+
+    (Otherwise a soup would be compared with a network whose statistics are of augmented images.)
 
     images: harness.members.Images. views: those of the combinations. folder: of the report, which
     keeps the soups' predictions.
@@ -52,32 +55,46 @@ class Soups:
                 self.predictions.compute(soup, self._model(numbers), missing, bar)
         return self.predictions.logits(soup, role, views)
 
+    def save_all(self, results):
+        """Write the soups of several members among the results, and remove those of before.
+
+        Not those of which two halves made two: the accuracy in the report is of neither.
+        """
+        made = []
+        for result in results:
+            chosen = result.details.get("soup", [])
+            if chosen and len(chosen[0]) > 1 and all(one == chosen[0] for one in chosen):
+                made.append(self.save(result.name, chosen[0]))
+        for old in self.folder.glob("*soup*/config.json"):
+            if old.parent not in made:
+                shutil.rmtree(old.parent)
+
     def save(self, name, numbers):
-        """Write a soup as the folder of a run, for gradcam.py or another ensemble."""
-        folder = self.folder / re.sub(r"[^\w.-]+", "_", name)
+        """Write a soup as the folder of a run, for gradcam.py or another ensemble; where it is."""
+        folder = self.folder / file_name(name)
         soup = self._soup(numbers)
         parts = [self.members[number] for number in numbers]
         config = soup.config | {
             "weights": "soup",
             "members": [part.name for part in parts],
-            "ingredients": [recipe for part in parts for recipe in part.recipes],
-            "soup_sha256": soup.sha256,
+            "ancestors": [recipe for part in parts for recipe in part.recipes],
+            "soup_sha256": soup.sha256,  # of what it was made of
         }
         text = (json.dumps(config, indent=2) + "\n").encode()
-        there = folder / "config.json"
-        if there.exists() and there.read_bytes() == text:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = to_bytes(clean_state_dict(self._model(numbers)))
-        replace_file(folder / "model.safetensors", weights)
-        replace_file(there, text)
+        config_file, weights_file = folder / "config.json", folder / "model.safetensors"
+        whole = weights_file.exists() and config_file.exists()
+        if not whole or config_file.read_bytes() != text:
+            folder.mkdir(parents=True, exist_ok=True)
+            weights = to_bytes(clean_state_dict(self._model(numbers)))
+            replace_file(weights_file, weights)
+            replace_file(config_file, text)
+        return folder
 
     def _soup(self, numbers):
-        if len(numbers) == 1:
-            return self.members[numbers[0]]
         parts = [self.members[number] for number in numbers]
         train = self.images.train
-        digest = hashlib.sha256(train.dataset._fingerprint.encode() + train.rows.tobytes())
+        images = f"{train.dataset._fingerprint} {self.images.image_column}"
+        digest = hashlib.sha256(images.encode() + train.rows.tobytes())
         digest.update(repr([BATCH, BATCHES, self.seed, *(p.sha256 for p in parts)]).encode())
         name = f"soup of {', '.join(part.name for part in parts)}"
         return parts[0]._replace(name=name, folder=self.folder, sha256=digest.hexdigest())

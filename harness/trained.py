@@ -12,18 +12,14 @@ from harness.data import BUILT_IN
 from harness.errors import UserError
 from harness.models import rebuild_model
 from harness.weights import (
+    DATA_FLAGS,
     Preprocessing,
     load_state,
     load_weights,
     preprocessing_of,
     read_config,
+    recipes_of,
 )
-
-# Flags of a run that say which images it was trained on.
-DATA_FLAGS = (
-    "image_column", "label_column", "train_split", "val_split", "test_split", "val_fraction",
-    "max_train_samples", "seed",
-)  # fmt: skip
 
 
 class Trained(NamedTuple):
@@ -44,9 +40,8 @@ class Trained(NamedTuple):
 
     @property
     def recipes(self) -> list[dict]:
-        """The flags it was trained with; a soup has those of all networks in it."""
-        flags = self.config.get("ingredients") or [self.config.get("flags") or {}]
-        return [dict(one) for one in flags]
+        """What it, and what it came from, was trained on: see harness.weights.recipes_of."""
+        return recipes_of(self.config)
 
 
 def read_trained(path) -> Trained:
@@ -90,14 +85,21 @@ def load_model(trained, state=None) -> nn.Module:
     return model.eval()
 
 
-def data_flags(trained, recipe, **asked) -> dict:
-    """What load_data needs for the data of one of the run's recipes; what is `asked` for wins."""
-    flags = {name: recipe[name] for name in DATA_FLAGS if recipe.get(name) is not None}
-    flags |= {"dataset": _where(trained.config)}
+def data_flags(recipe, **asked) -> dict:
+    """What load_data needs for the images of a recipe; what is `asked` for (not None) wins."""
+    flags = {name: recipe[name] for name in DATA_FLAGS if name in recipe}
+    flags |= {"dataset": where(recipe)}
     flags |= {name: value for name, value in asked.items() if value is not None}
     if not flags["dataset"]:
-        raise UserError(f"{trained.folder} does not say what it was trained on: add --dataset")
+        raise UserError("a run does not say what it was trained on: add --dataset")
     return flags
+
+
+def where(recipe) -> str:
+    """The data set of a recipe: its name, or the folder it really was where the name was a path."""
+    name, source = recipe.get("dataset", ""), recipe.get("source", "")
+    found = name not in BUILT_IN and Path(source).is_absolute() and Path(source).is_dir()
+    return source if found else name
 
 
 def check_classes(trained, classes, source):
@@ -117,11 +119,3 @@ def check_classes(trained, classes, source):
         )
         why = f"only there: {there or 'none'}; only here: {here or 'none'}"
     raise UserError(f"{trained.folder} has other classes than {source}: {why}")
-
-
-def _where(config):
-    """The data set of a run: its name, or the folder it really was where the name was a path."""
-    name = str(config.get("dataset") or "")
-    source = str((config.get("data") or {}).get("source") or "")
-    found = name not in BUILT_IN and Path(source).is_absolute() and Path(source).is_dir()
-    return source if found else name

@@ -25,6 +25,11 @@ OLD_KEYS = (
     (re.compile(r"\.mlp\.linear_1\."), ".mlp.0."),
     (re.compile(r"\.mlp\.linear_2\."), ".mlp.3."),
 )
+# Flags of a run that say which images it was trained on.
+DATA_FLAGS = (
+    "image_column", "label_column", "train_split", "val_split", "test_split", "val_fraction",
+    "max_train_samples", "seed",
+)  # fmt: skip
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads that we build googlenet, inception without
 
 
@@ -51,6 +56,21 @@ class Pretrained(NamedTuple):
     stem: str | None = None  # "small" or "standard"
     classes: list[str] | None = None  # in the order of the ids
     preprocessing: Preprocessing | None = None
+    recipes: tuple = ()  # what they were trained on, see `recipes_of`
+
+
+def recipes_of(config) -> list[dict]:
+    """From config.json: which images a network was trained on, and the networks it came from.
+
+    Each is the flags that choose the images, with "dataset" as it was said and "source", where
+    it was; of weights of which nothing is known, {"unknown": their name}.
+    """
+    flags = config.get("flags") or {}
+    own = {name: flags[name] for name in DATA_FLAGS if flags.get(name) is not None}
+    own["dataset"] = str(config.get("dataset") or "")
+    own["source"] = str((config.get("data") or {}).get("source") or "")
+    own["mirrored"] = flags.get("augment") != "none" and flags.get("flip_prob") != 0
+    return [own, *config.get("ancestors", [])]
 
 
 def stored_size(preprocessing) -> int:
@@ -243,6 +263,7 @@ def _stored(spec, name):
         stem if stem in ("small", "standard") else None,
         [str(label) for label in classes] if isinstance(classes, list) else None,
         preprocessing_of(config["pretrained_cfg"], file) if "pretrained_cfg" in config else None,
+        tuple(recipes_of(config) if config.get("flags") else [{"unknown": str(spec)}]),
     )
 
 

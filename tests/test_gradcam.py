@@ -203,8 +203,9 @@ def test_no_heat_is_drawn_as_nothing(run, tmp_path, capsys):
     (copy / "config.json").write_bytes((run / "config.json").read_bytes())
     _, report, maps = explain(tmp_path, copy, split="test", indices="0,1", layer="layer3")
     assert not maps["gradcam/image"].any()
-    assert [row["empty"] for row in report["images"]] == [["gradcam"]] * 2
-    assert "gradcam is zero everywhere" in capsys.readouterr().out
+    names = [row["predicted"] for row in report["images"]]
+    assert [row["empty"] for row in report["images"]] == [[f"gradcam of {n}"] for n in names]
+    assert f"gradcam of {names[0]} is zero everywhere" in capsys.readouterr().out
     pixels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
     colour = sheets.colours("inferno")
     assert (sheets.overlay(pixels, np.zeros((2, 2)), colour, 0.6) == pixels).all()
@@ -228,8 +229,11 @@ def test_two_processes_share_the_work(run, tmp_path):
         reports.append(json.loads((tmp_path / name / "report.json").read_text()))
     for key, one in maps[0].items():
         assert torch.allclose(one.float(), maps[1][key].float(), atol=1e-5), key
-    sources = [[row["source"] for row in report["images"]] for report in reports]
-    assert sources[0] == sources[1] and len(sources[0]) == 5
+    for one, two in zip(reports[0]["images"], reports[1]["images"], strict=True):
+        assert one["source"] == two["source"]
+        for method, values in one["checks"].items():
+            assert values == pytest.approx(two["checks"][method], abs=1e-4)
+    assert len(reports[0]["images"]) == 5
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -255,7 +259,15 @@ def test_what_does_not_fit_is_refused(run, tmp_path):
     assert "numbers are 0 to 9" in refused(tmp_path, run, target="10")
     assert "has 360 images" in refused(tmp_path, run, split="test", indices="1,360")
     assert 'did you mean "inferno"' in refused(tmp_path, run, colormap="infernoo")
-    assert "one of them" in refused(tmp_path, run, contrast=True, all_classes=True)
+    for name, flags in {
+        "contrast": {"contrast": True, "all_classes": True},
+        "weights": {"weights": "default"},
+        "only": {"only": "wrong", "indices": "1"},
+        "region_column": {"region_column": "box"},
+    }.items():
+        assert f"--{name} has no effect" in refused(tmp_path, run, **flags)
+    said = refused(tmp_path, run, "--images", photo(tmp_path / "x.png"), split="test")
+    assert "--split has no effect" in said
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine.txt").write_text("")
     assert "not a report's" in refused(tmp_path, run, run_name="taken")
@@ -356,6 +368,25 @@ def test_right_and_wrong_are_as_many_as_there_are(monkeypatch):
         ("all", 200, (90, 10)),
     ):  # fmt: skip
         args = SimpleNamespace(max_images=number, only=only, seed=0)
-        found = cams._right_and_wrong(args, None, None, range(100), picture)
-        wrong = sum(int(p.source.split()[1]) < 10 for p in found)
+        found = cams._right_and_wrong(args, None, None, 100, picture)
+        wrong = sum(k < 10 for k in found)
         assert (len(found) - wrong, wrong) == expected, (only, number)
+
+
+def test_weights_that_are_not_numbers_are_refused(run, tmp_path):
+    state = load_file(run / "model.safetensors")
+    state["layer1.0.conv1.weight"][0] = float("nan")
+    copy = tmp_path / "nan"
+    copy.mkdir()
+    save_file(state, copy / "model.safetensors")
+    (copy / "config.json").write_bytes((run / "config.json").read_bytes())
+    assert "not finite" in refused(tmp_path, copy, split="test", indices="0,1")
+    assert "not finite" in refused(tmp_path, copy)
+
+
+def test_of_all_classes_the_predicted_one_is_checked(run, tmp_path):
+    flags = {"split": "test", "indices": "0,5", "check": True, "layer": "layer3"}
+    _, one, _ = explain(tmp_path, run, **flags)
+    _, every, _ = explain(tmp_path, run, all_classes=True, **flags)
+    for a, b in zip(one["images"], every["images"], strict=True):
+        assert a["checks"]["gradcam"] == pytest.approx(b["checks"]["gradcam"], abs=1e-5)
