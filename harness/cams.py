@@ -87,17 +87,16 @@ def find_network(args) -> Network:
 
 def check_flags(args):
     """Raise UserError for flags that would have no effect."""
-    without = {
-        "weights": args.run and "a run has its own",
-        "only": args.indices and "--indices names the images",
-        "max_images": args.indices and "--indices names the images",
-        "contrast": args.all_classes and "--all_classes shows every class",
-    }
-    without |= {name: args.images and "--images names the images" for name in OF_SPLITS}
-    if not args.check:
-        without["region_column"] = "--check measures the heat in it"
-    for name, why in without.items():
-        if getattr(args, name) and why:
+    checks = [
+        ("weights", args.run, "a run has its own"),
+        ("only", args.indices, "--indices names the images"),
+        ("max_images", args.indices, "--indices names the images"),
+        ("contrast", args.all_classes, "--all_classes shows every class"),
+        ("region_column", not args.check, "--check measures the heat in it"),
+        *((name, args.images, "--images names the images") for name in OF_SPLITS),
+    ]
+    for name, idle, why in checks:
+        if idle and getattr(args, name):
             raise UserError(f"--{name} has no effect here: {why}")
 
 
