@@ -88,6 +88,8 @@ def load_model(trained, state=None) -> nn.Module:
 def data_flags(recipe, **asked) -> dict:
     """What load_data needs for the images of a recipe; what is `asked` for (not None) wins."""
     flags = {name: recipe[name] for name in DATA_FLAGS if name in recipe}
+    if flags.get("test_split") == "none":  # training did without, which is no reason to
+        del flags["test_split"]
     flags |= {"dataset": where(recipe)}
     flags |= {name: value for name, value in asked.items() if value is not None}
     if not flags["dataset"]:

@@ -170,6 +170,7 @@ def test_views_have_their_gain_and_cost(report):
         assert one["views"] != "none" or one["gain"] == 0
 
 
+@pytest.mark.slow
 def test_a_soup_is_a_network_of_its_own(runs, report, tmp_path):
     """Its folder is a run's: as a member it has the soup's accuracy."""
     found = report_of(report)
@@ -185,6 +186,7 @@ def test_a_soup_is_a_network_of_its_own(runs, report, tmp_path):
     assert again["fitted"]["images"] == found["fitted"]["images"]  # its parts' held-out images
 
 
+@pytest.mark.slow
 def test_given_weights_and_logits(runs, tmp_path):
     folder = smallruns.ensemble(
         tmp_path, runs.a, runs.b, member_weights="3,0", average="logits", soup=False
@@ -203,6 +205,7 @@ def test_given_weights_and_logits(runs, tmp_path):
     assert repeated["results"] == found["results"]
 
 
+@pytest.mark.slow
 def test_one_member_is_scored_alone(runs, tmp_path):
     found = report_of(smallruns.ensemble(tmp_path, runs.b, tta="flip"))
     assert [row["name"] for row in found["results"]] == ["b"]
@@ -272,6 +275,7 @@ def test_rows_are_those_of_the_stored_split_after_a_cut():
         assert kept.dataset["x"][:] == stored_rows(kept).tolist()
 
 
+@pytest.mark.slow
 def test_without_held_out_images_the_test_split_is_cross_fitted(copies, tmp_path):
     edit(copies.d / "config.json", lambda c: c["flags"].update(max_train_samples=None))
     folder = smallruns.ensemble(tmp_path, copies.a, copies.d)
@@ -280,6 +284,12 @@ def test_without_held_out_images_the_test_split_is_cross_fitted(copies, tmp_path
     assert "cross-fitted on the test images" in (folder / "report.md").read_text()
     assert len(row(found, "weighted")["weights"]) == 2
     assert len(row(found, "a")["temperature"]) == 2
+
+
+def test_a_test_split_that_training_did_without_is_scored(copies):
+    edit(copies.a / "config.json", lambda c: c["flags"].update(test_split="none"))
+    images = find_images(read_members([copies.a]), ASKED)
+    assert images.role == "test" and len(images.scored) == 360
 
 
 def test_val_is_scored_where_it_is_asked_for(runs):
@@ -300,6 +310,7 @@ def test_a_member_trained_on_test_is_refused(copies):
 # -- kept predictions ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_kept_predictions_are_reused_and_only_where_they_hold(runs, copies, tmp_path, monkeypatch):
     first = report_of(smallruns.ensemble(tmp_path, copies.a, copies.b, soup=False))
     forward, passes = predictions.Predictions._forward, []

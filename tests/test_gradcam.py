@@ -20,8 +20,8 @@ from tricks.cam import CAM_METHODS
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder, status = smallruns.train(
-        tmp_path_factory.mktemp("trained"), model="resnet18", image_size=16, epochs=2,
-        max_train_samples=400, batch_size=20, gradient_accumulation_steps=1, augment="none",
+        tmp_path_factory.mktemp("trained"), model="resnet18", image_size=16, epochs=1,
+        max_train_samples=500, batch_size=20, gradient_accumulation_steps=1, augment="none",
         mix_prob=0, random_erasing=0, ema_decay=0, dropout=None, val_fraction=0.2,
         max_eval_samples=None, run_name="digits",
     )  # fmt: skip
@@ -96,6 +96,7 @@ def test_the_maps_are_those_of_the_trick(run, tmp_path):
     assert [row["true"] for row in report["images"]] == [str(test.labels[k]) for k in (14, 3)]
 
 
+@pytest.mark.slow
 def test_methods_and_classes_stand_side_by_side(run, tmp_path):
     folder, report, maps = explain(
         tmp_path, run, only="wrong", contrast=True, method=",".join(CAM_METHODS), layer="layer4",
@@ -114,6 +115,7 @@ def test_methods_and_classes_stand_side_by_side(run, tmp_path):
     assert all(row["true"] == row["predicted"] for row in report["images"])
 
 
+@pytest.mark.slow
 def test_checks_tell_maps_from_chance(run, tmp_path, capsys):
     _, report, _ = explain(
         tmp_path, run, check=True, layer="layer2", method="hirescam", only="right", split="test",
@@ -126,6 +128,7 @@ def test_checks_tell_maps_from_chance(run, tmp_path, capsys):
     assert all(row["checks"]["hirescam"].keys() >= {"deletion"} for row in report["images"])
 
 
+@pytest.mark.slow
 def test_the_heat_in_a_region_is_measured_where_the_data_has_one(run, tmp_path):
     import datasets
 
@@ -147,7 +150,9 @@ def test_the_heat_in_a_region_is_measured_where_the_data_has_one(run, tmp_path):
         share = (heat[:8].sum() / heat.sum()).item()
         assert found["heat_in_region"] == pytest.approx(share, abs=0.01)
     with pytest.raises(UserError, match='no such column, did you mean "box"'):
-        explain(tmp_path, run, dataset=tmp_path / "data", split="test", region_column="boxx")
+        explain(
+            tmp_path, run, dataset=tmp_path / "data", split="test", check=True, region_column="boxx"
+        )
 
 
 def test_files_folders_and_patterns(run, tmp_path):
@@ -161,6 +166,7 @@ def test_files_folders_and_patterns(run, tmp_path):
     assert all(row["true"] is None and row["targets"] == ["3"] for row in report["images"])
 
 
+@pytest.mark.slow
 def test_a_published_network_needs_no_run(tmp_path, monkeypatch):
     import torchvision
 
@@ -176,6 +182,7 @@ def test_a_published_network_needs_no_run(tmp_path, monkeypatch):
     assert maps["gradcam/image"].shape == (1, 1, 224, 224)
 
 
+@pytest.mark.slow
 def test_names_are_drawn_and_written_safely(run, tmp_path):
     long = "a name that is much longer than any panel of a sheet could ever be wide " * 3
     names = ["../../x", "a/b\\c", "纸 ☃", long, "", "CON", "a\0b", "é|ü", "7", "."]
@@ -273,6 +280,7 @@ def test_what_does_not_fit_is_refused(run, tmp_path):
     assert "not a report's" in refused(tmp_path, run, run_name="taken")
 
 
+@pytest.mark.slow
 def test_bad_images_are_named(run, tmp_path, capsys):
     good = photo(tmp_path / "good.png")
     text = tmp_path / "text.png"
@@ -328,6 +336,7 @@ def test_a_hostile_file_is_not_run(run, tmp_path):
     assert str(pth) in said and not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_a_recipe_repeats_the_command(run, tmp_path):
     folder, report, _ = explain(tmp_path, run, indices="2,1", split="test", layer="layer3")
     again, status = smallruns.run(
@@ -384,6 +393,7 @@ def test_weights_that_are_not_numbers_are_refused(run, tmp_path):
     assert "not finite" in refused(tmp_path, copy)
 
 
+@pytest.mark.slow
 def test_of_all_classes_the_predicted_one_is_checked(run, tmp_path):
     flags = {"split": "test", "indices": "0,5", "check": True, "layer": "layer3"}
     _, one, _ = explain(tmp_path, run, **flags)

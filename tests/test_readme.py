@@ -82,6 +82,7 @@ def place(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "argv"), REPORTS)
 def test_a_report_is_made_by_every_command(script, argv, place, monkeypatch):
     monkeypatch.chdir(place)

@@ -383,7 +383,8 @@ def test_a_run_folder_says_how_it_was_trained(tmp_path):
     for spec in (folder, f"{folder}/model.safetensors"):
         weights = find_weights(spec, "resnet18")
         look = Preprocessing(32, 0.8, "bicubic", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-        assert weights[1:] == (spec, "resnet18", "small", LETTERS, look)
+        assert weights[1:6] == (spec, "resnet18", "small", LETTERS, look)
+        assert weights.recipes == ({"unknown": str(spec)},)  # a config.json without flags
         assert stored_size(look) == 40
         assert weights.state.keys() == {"x.weight"}
     with pytest.raises(UserError, match=f"^{folder} holds a resnet18: add --model resnet18$"):
@@ -404,10 +405,10 @@ def test_a_run_folder_says_how_it_was_trained(tmp_path):
 )
 def test_what_a_foreign_config_leaves_out_is_not_known(tmp_path, config, known):
     folder = write_run(tmp_path / "theirs", config)
-    assert find_weights(folder, "resnet18")[2:] == known
+    assert find_weights(folder, "resnet18")[2:6] == known
     elsewhere = tmp_path / "theirs" / "step.safetensors"  # not what config.json is about
     (tmp_path / "theirs" / "model.safetensors").rename(elsewhere)
-    assert find_weights(str(elsewhere), "resnet18")[2:] == (None, "standard", None, None)
+    assert find_weights(str(elsewhere), "resnet18")[2:6] == (None, "standard", None, None)
 
 
 def test_timms_own_folder(tmp_path):
@@ -418,7 +419,7 @@ def test_timms_own_folder(tmp_path):
     weights = find_weights(str(tmp_path), "resnet10t")
     cfg = model.pretrained_cfg
     look = (cfg["input_size"][-1], cfg["crop_pct"], cfg["interpolation"], cfg["mean"], cfg["std"])
-    assert weights[2:] == ("resnet10t", "standard", LETTERS, look)
+    assert weights[2:6] == ("resnet10t", "standard", LETTERS, look)
     ours = models.build_model("resnet10t", 7, image_size=64)
     assert load_pretrained(ours, weights, LETTERS) == f"weights {tmp_path}"
     assert torch.equal(ours.fc.weight, model.fc.weight)
@@ -458,7 +459,7 @@ def test_a_file_shows_its_stem_where_the_shapes_differ(tmp_path, name, stem):
     file = str(tmp_path / "w.pth")
     weights = find_weights(file, name)
     assert weights.stem == (stem if shown else "standard")
-    assert weights[2] is None and weights[4:] == (None, None) and weights.state.keys() == {key}
+    assert weights[2] is None and weights[4:6] == (None, None) and weights.state.keys() == {key}
     assert find_weights(file, name, stem).stem == stem
     other = {"small": "standard", "standard": "small"}[stem]
     if shown:
