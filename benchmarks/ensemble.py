@@ -44,6 +44,7 @@ from harness.scoring import BATCH, BATCH_PIXELS
 from harness.trained import load_model
 from harness.weights import stored_size
 
+SIDES = ("bare", "ours", "plain", "kept")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -128,6 +129,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", nargs="+", required=True, help="folders of trained runs")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--max_eval_samples", type=int, help="a quicker look")
     args = parser.parse_args()
     limit = ["--max_eval_samples", str(args.max_eval_samples)] if args.max_eval_samples else []
@@ -148,24 +150,32 @@ def main():
         rounds = []
         ours(folders, temporary, limit)  # decodes what is not decoded yet
         for number in range(args.rounds):
-            seconds = {
-                "bare": bare(accelerator, members, fast, splits),
-                "ours": ours(folders, temporary, limit),
-                "plain": plain(accelerator.device, members, usual, splits, images.image_column),
-            }
-            seconds["answer"], seconds["kept"] = kept(folders, temporary, limit)
+            seconds = {}
+            if "bare" in args.sides:
+                seconds["bare"] = bare(accelerator, members, fast, splits)
+            if "ours" in args.sides:
+                seconds["ours"] = ours(folders, temporary, limit)
+            if "plain" in args.sides:
+                column = images.image_column
+                seconds["plain"] = plain(accelerator.device, members, usual, splits, column)
+            if "kept" in args.sides:
+                seconds["answer"], seconds["kept"] = kept(folders, temporary, limit)
             rounds.append(seconds)
             print(number + 1, json.dumps({k: round(v, 2) for k, v in seconds.items()}), flush=True)
     print(f"\n{words['device']}, {words['precision']}, {sum(map(len, splits)):,} images, members: "
           + ", ".join(member.config["architecture"] for member in members))  # fmt: skip
     print("\n| figure | median (min–max) | n |\n|---|---|---|")
     figures = {
-        "ours / bare forward passes": [r["ours"] / r["bare"] for r in rounds],
-        "usual evaluations / ours": [r["plain"] / r["ours"] for r in rounds],
-        "kept predictions, a new pair of members, to the answer, s": [r["answer"] for r in rounds],
-        "the same, to the end of the process, s": [r["kept"] for r in rounds],
+        "ours / bare forward passes": lambda r: r["ours"] / r["bare"],
+        "usual evaluations / ours": lambda r: r["plain"] / r["ours"],
+        "kept predictions, a new pair of members, to the answer, s": lambda r: r["answer"],
+        "the same, to the end of the process, s": lambda r: r["kept"],
     }
-    for name, values in figures.items():
+    for name, figure in figures.items():
+        try:
+            values = [figure(r) for r in rounds]
+        except KeyError:  # of a side that was left out
+            continue
         middle, low, high = statistics.median(values), min(values), max(values)
         print(f"| {name} | {middle:.2f} ({low:.2f}–{high:.2f}) | {len(values)} |")
 

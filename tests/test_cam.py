@@ -427,6 +427,7 @@ def test_score_cam_equals_the_packages_but_for_its_corners(monkeypatch):
 # -- layers --------------------------------------------------------------------------------------
 
 # family: what builds it, the layer, its positions from images of a height and width
+EVERY_DAY = ("resnet", "mobilenet", "shufflenet", "squeezenet", "vit", "swin")
 LAYERS = {
     "alexnet": ("alexnet", "features.11", (3, 5), (64, 96)),
     "convnext": ("convnext_tiny", "features", (2, 3), (64, 96)),
@@ -457,7 +458,13 @@ def test_every_family_is_in_the_table():
         assert callable(name) or family_of(name) is FAMILIES[key.split()[0]]
 
 
-@pytest.mark.parametrize("family", LAYERS)
+@pytest.mark.parametrize(
+    "family",
+    [
+        family if family in EVERY_DAY else pytest.param(family, marks=pytest.mark.slow)
+        for family in LAYERS
+    ],
+)
 def test_the_layer_of_every_torchvision_family(family):
     make, layer, positions, size = LAYERS[family]
     if callable(make):

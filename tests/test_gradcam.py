@@ -119,7 +119,7 @@ def test_methods_and_classes_stand_side_by_side(run, tmp_path):
 def test_checks_tell_maps_from_chance(run, tmp_path, capsys):
     _, report, _ = explain(
         tmp_path, run, check=True, layer="layer2", method="hirescam", only="right", split="test",
-        max_images=12,
+        max_images=8,
     )  # fmt: skip
     mean = report["checks"]["hirescam"]
     assert mean["insertion"] > mean["insertion_random"]
@@ -227,7 +227,7 @@ def test_two_processes_share_the_work(run, tmp_path):
     maps, reports = [], []
     for name in ("cpu", "cpu_2proc"):
         done = smallruns.launch(
-            tmp_path, script="gradcam.py", argv=[run], report_to="none", max_images=5, threads=1,
+            tmp_path, script="gradcam.py", argv=[run], report_to="none", max_images=3, threads=1,
             launcher=("--config_file", str(configs / f"{name}.yaml")), run_name=name,
             layer="layer3", method="gradcam,eigencam", check=True,
         )  # fmt: skip
@@ -240,7 +240,7 @@ def test_two_processes_share_the_work(run, tmp_path):
         assert one["source"] == two["source"]
         for method, values in one["checks"].items():
             assert values == pytest.approx(two["checks"][method], abs=1e-4)
-    assert len(reports[0]["images"]) == 5
+    assert len(reports[0]["images"]) == 3
 
 
 # -- what is refused -------------------------------------------------------------------------------
