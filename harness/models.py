@@ -152,7 +152,7 @@ def library_of(name, library=None) -> str:
 
     Raises UserError that gives the nearest name.
     """
-    import torchvision  # late: three seconds, which what only reads predictions can do without
+    import torchvision  # late: it takes seconds, which what only reads predictions can do without
 
     known = torchvision.models.list_models(module=torchvision.models)
     if name in known and library != "timm":
