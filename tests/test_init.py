@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from tricks.init import kaiming_normal_
+from tricks.init import dirac_part_, kaiming_normal_
 
 
 def seeded(seed=0):
@@ -91,3 +91,16 @@ def test_what_has_no_affine_weights_or_is_of_another_kind_is_left_alone():
     kaiming_normal_(model, seeded())
     assert torch.equal(model[2].weight, embedding)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "kernel"), [(3, 5, 3), (5, 3, 3), (4, 4, 1)])
+def test_the_first_filters_pass_their_channels_on(inputs, outputs, kernel):
+    conv = nn.Conv2d(inputs, outputs, kernel, padding="same", bias=False)
+    before = conv.weight.clone()
+    dirac_part_(conv)
+    x = torch.randn(2, inputs, 6, 7, generator=seeded())
+    both = min(inputs, outputs)
+    assert torch.equal(conv(x)[:, :both], x[:, :both])
+    assert torch.equal(conv.weight[both:], before[both:])
+    with pytest.raises(ValueError, match="grouped"):
+        dirac_part_(nn.Conv2d(4, 4, 3, groups=2))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from tricks.schedule import set_lr, warmup_cosine
+from tricks.schedule import set_lr, warmup_cosine, warmup_linear
 
 
 @pytest.mark.parametrize(
@@ -39,9 +39,30 @@ def test_equals_torchs_schedulers(total, warmup, final):
         reference.step()
 
 
+@pytest.mark.parametrize(
+    ("step", "factor"), [(0, 0.1), (9, 1.0), (34, 0.75), (59, 0.5), (109, 0.0)]
+)
+def test_points_of_the_line(step, factor):
+    assert warmup_linear(step, total_steps=109, warmup_steps=9) == pytest.approx(factor, abs=1e-12)
+
+
+@pytest.mark.parametrize(("total", "warmup", "final"), [(50, 10, 0.0), (7, 3, 0.1), (9, 0, 0.0)])
+def test_the_line_equals_torchs_schedulers(total, warmup, final):
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.4)
+    up = lr_scheduler.LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup)
+    down = lr_scheduler.LinearLR(optimizer, 1.0, final, total_iters=total - warmup)
+    reference = lr_scheduler.SequentialLR(optimizer, [up, down], milestones=[warmup])
+    for step in range(total):
+        ours = 0.4 * warmup_linear(step, total, warmup, final)
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-7), step
+        optimizer.step()
+        reference.step()
+
+
+@pytest.mark.parametrize("schedule", [warmup_cosine, warmup_linear])
 @pytest.mark.parametrize(("total", "warmup"), [(1, 0), (1, 1), (2, 1), (100, 0), (100, 5), (9, 9)])
-def test_shape(total, warmup):
-    factors = [warmup_cosine(step, total, warmup) for step in range(total)]
+def test_shape(total, warmup, schedule):
+    factors = [schedule(step, total, warmup) for step in range(total)]
     peak = min(warmup, total - 1)
     assert all(0 < factor <= 1 for factor in factors)  # no step is wasted on a rate of 0
     assert factors[: peak + 1] == sorted(factors[: peak + 1])

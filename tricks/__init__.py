@@ -1,6 +1,7 @@
 """Training tricks, one a file, torch only. Import them, or copy one file into your own project."""
 
 from .augment import (
+    alternate_flips,
     crop_batch,
     draw_crops,
     draw_erasing,
@@ -63,11 +64,13 @@ from .ensemble import (
     majority_vote,
 )
 from .freeze import freeze_except, frozen_digest, unfreeze
-from .init import kaiming_normal_
+from .init import dirac_part_, kaiming_normal_
 from .label_smoothing import smooth_labels, soft_cross_entropy
 from .lr_groups import check_groups, layer_decay_rates, prefix_groups, weight_decay_groups
 from .mixup import draw_mixup, mixup_batch, neighbour_pairs
-from .schedule import set_lr, warmup_cosine
+from .muon import Muon, muon_groups, orthogonalize
+from .progressive import progressive_size, resize_batch
+from .schedule import set_lr, warmup_cosine, warmup_linear
 from .significance import (
     McNemar,
     bootstrap_interval,
@@ -79,6 +82,7 @@ from .significance import (
 )
 from .soup import greedy_ingredients, greedy_soup, recompute_batch_norm, uniform_soup
 from .tta import View, average_views, tta_views
+from .whitening import patch_whitening, whiten_conv_
 
 __all__ = [
     "CAM_METHODS",
@@ -88,11 +92,13 @@ __all__ = [
     "GradCam",
     "McNemar",
     "ModelEma",
+    "Muon",
     "Ops",
     "Reliability",
     "SpatialLayer",
     "View",
     "accuracy",
+    "alternate_flips",
     "apply_ops",
     "average_logits",
     "average_probabilities",
@@ -106,6 +112,7 @@ __all__ = [
     "cutmix_batch",
     "decay_at",
     "deletion_insertion",
+    "dirac_part_",
     "disagreement",
     "draw_autoaugment",
     "draw_crops",
@@ -141,17 +148,22 @@ __all__ = [
     "majority_vote",
     "mcnemar_exact",
     "mixup_batch",
+    "muon_groups",
     "neighbour_pairs",
     "nll",
     "normalize_batch",
     "normalize_maps",
     "oracle_accuracy",
+    "orthogonalize",
     "paired_bootstrap_interval",
+    "patch_whitening",
     "prefix_groups",
+    "progressive_size",
     "rank_correlation",
     "recompute_batch_norm",
     "reinitialized_copy",
     "reliability_table",
+    "resize_batch",
     "resized_crop_batch",
     "score_cam",
     "set_lr",
@@ -163,5 +175,7 @@ __all__ = [
     "uniform_soup",
     "upsample_maps",
     "warmup_cosine",
+    "warmup_linear",
     "weight_decay_groups",
+    "whiten_conv_",
 ]

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 __all__ = [
+    "alternate_flips",
     "crop_batch",
     "draw_crops",
     "draw_erasing",
@@ -78,6 +79,20 @@ def draw_flips(n: int, p: float = 0.5, generator: torch.Generator | None = None)
     tensor(0.5000)
     """
     return torch.rand(n, generator=generator) < p
+
+
+def alternate_flips(first: torch.Tensor, epoch: int) -> torch.Tensor:
+    """Whether to mirror each image in `epoch`, counted from 0: as in the first, then in turns.
+
+    first: bool (n,), drawn once for every image of the data set (`draw_flips`), in the order of
+    the batch. Every image is seen both ways in each two epochs, where independent draws show a
+    quarter of them the same way twice. Keller Jordan 2024, https://arxiv.org/abs/2404.00498
+
+    >>> first = torch.tensor([True, False])
+    >>> [alternate_flips(first, epoch).tolist() for epoch in range(3)]
+    [[True, False], [False, True], [True, False]]
+    """
+    return first ^ bool(epoch % 2)
 
 
 def flip_batch(images: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:

@@ -98,9 +98,13 @@ def cutmix_batch(
             f"got {tuple(targets.shape)} and {tuple(permutation.shape)}"
         )
     partner = permutation.to(images.device, non_blocking=True)
-    inside = (..., slice(top, top + box_height), slice(left, left + box_width))
     pasted = images.clone()
-    pasted[inside] = images[inside][partner]
+    # index_select is fast along memory: seen with the channels last where they lie so
+    inside = (..., slice(top, top + box_height), slice(left, left + box_width))
+    source, target = images[inside], pasted[inside]
+    if images.is_contiguous(memory_format=torch.channels_last):
+        source, target = source.permute(0, 2, 3, 1), target.permute(0, 2, 3, 1)
+    target.copy_(source.index_select(0, partner))
     lam = _kept(box, height, width)
     return pasted, torch.lerp(targets[partner], targets, lam), lam
 

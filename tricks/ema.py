@@ -112,6 +112,10 @@ class ModelEma:
             with torch.no_grad():
                 torch._foreach_copy_(tensors, raw)
 
+    def tensors(self) -> list[Tensor]:
+        """The averages themselves, to be changed in place."""
+        return list(self._averages.values())
+
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by name, each contiguous, as safetensors wants them.
 

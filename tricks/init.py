@@ -1,14 +1,15 @@
-"""Kaiming-normal initialisation of convolutional networks.
+"""Initialisation of convolutional networks: Kaiming normal, and filters that pass their input on.
 
 He et al., "Delving Deep into Rectifiers", ICCV 2015, https://arxiv.org/abs/1502.01852
 The last layer: Goyal et al., "Accurate, Large Minibatch SGD", 2017, section 5.1,
 https://arxiv.org/abs/1706.02677
+Passing on: Zagoruyko and Komodakis, "DiracNets", 2017, https://arxiv.org/abs/1706.00388
 """
 
 import torch
 from torch import nn
 
-__all__ = ["kaiming_normal_"]
+__all__ = ["dirac_part_", "kaiming_normal_"]
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -48,3 +49,22 @@ def kaiming_normal_(model: nn.Module, generator: torch.Generator | None = None) 
             continue
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def dirac_part_(conv: nn.Conv2d) -> None:
+    """Make the first filters of a convolution pass their input channels on, in place.
+
+    As many filters as there are input channels (all, where there are fewer filters): 1 at the
+    kernel's centre for the filter's own channel, 0 elsewhere. The other filters keep what they
+    have. A network without shortcuts starts as one that has them. Raises ValueError for groups.
+
+    >>> conv = nn.Conv2d(2, 3, 3, padding=1, bias=False)
+    >>> dirac_part_(conv)
+    >>> x = torch.randn(1, 2, 4, 4)
+    >>> torch.equal(conv(x)[:, :2], x)
+    True
+    """
+    if conv.groups != 1:
+        raise ValueError(f"grouped convolutions have no channel to pass on: {conv}")
+    nn.init.dirac_(conv.weight[: conv.in_channels])

@@ -1,16 +1,17 @@
-"""Linear warm-up, then a cosine: the learning rate as a pure function of the optimizer step.
+"""Linear warm-up, then a cosine or a line: the learning rate as a pure function of the step.
 
 Nothing is remembered, so nothing has to be saved, and a resumed run has the rate it would have had.
 
 Warm-up: Goyal et al., "Accurate, Large Minibatch SGD", 2017, https://arxiv.org/abs/1706.02677
 Cosine: Loshchilov and Hutter, "SGDR", ICLR 2017, https://arxiv.org/abs/1608.03983
+Linear: Li et al., "Budgeted Training", ICLR 2020, https://arxiv.org/abs/1905.04753
 """
 
 import math
 
 from torch.optim import Optimizer
 
-__all__ = ["set_lr", "warmup_cosine"]
+__all__ = ["set_lr", "warmup_cosine", "warmup_linear"]
 
 
 def warmup_cosine(
@@ -31,6 +32,32 @@ def warmup_cosine(
     >>> [round(warmup_cosine(step, total_steps=8, warmup_steps=3), 3) for step in range(8)]
     [0.25, 0.5, 0.75, 1.0, 0.905, 0.655, 0.345, 0.095]
     """
+    progress = _progress(step, total_steps, warmup_steps, final_factor)
+    if progress <= 0:
+        return 1 + progress
+    return final_factor + (1 - final_factor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def warmup_linear(
+    step: int, total_steps: int, warmup_steps: int = 0, final_factor: float = 0.0
+) -> float:
+    """The factor in [0, 1] on the base learning rate: up along a line, and down along another.
+
+        s ≤ W:  (s + 1) / (W + 1)
+        s > W:  1 - (1 - f) · (s - W) / (T - W)
+
+    Symbols, ends and errors are those of `warmup_cosine`. For runs of few epochs, which a cosine
+    leaves too little time at small rates.
+
+    >>> [round(warmup_linear(step, total_steps=8, warmup_steps=3), 3) for step in range(8)]
+    [0.25, 0.5, 0.75, 1.0, 0.8, 0.6, 0.4, 0.2]
+    """
+    progress = _progress(step, total_steps, warmup_steps, final_factor)
+    return 1 + progress if progress <= 0 else 1 - (1 - final_factor) * progress
+
+
+def _progress(step: int, total_steps: int, warmup_steps: int, final_factor: float) -> float:
+    """The part of the way down in (0, 1], or, in warm-up, what is missing to the peak, as ≤ 0."""
     if not 0 <= warmup_steps <= total_steps:
         raise ValueError(f"warm-up must be in [0, {total_steps}] steps, got {warmup_steps}")
     if not 0 <= step <= total_steps:
@@ -38,9 +65,8 @@ def warmup_cosine(
     if not 0 <= final_factor <= 1:
         raise ValueError(f"final_factor must be in [0, 1], got {final_factor}")
     if step <= warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    progress = (step - warmup_steps) / (total_steps - warmup_steps)
-    return final_factor + (1 - final_factor) * (1 + math.cos(math.pi * progress)) / 2
+        return (step + 1) / (warmup_steps + 1) - 1
+    return (step - warmup_steps) / (total_steps - warmup_steps)
 
 
 def set_lr(optimizer: Optimizer, factor: float) -> None:

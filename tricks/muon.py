@@ -1,0 +1,158 @@
+"""Muon: momentum whose update of each matrix or filter bank is orthogonalised.
+
+Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
+https://kellerjordan.github.io/posts/muon; convolutions and the fixed norm as in "airbench94_muon",
+https://github.com/KellerJordan/cifar10-airbench
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+__all__ = ["Muon", "muon_groups", "orthogonalize"]
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # chosen for the largest slope at 0, not for convergence
+
+
+def orthogonalize(matrix: Tensor, steps: int = 3, eps: float = 1e-7) -> Tensor:
+    """Replace the singular values of a matrix by numbers near 1: U S Vᵀ → about U Vᵀ.
+
+    Newton-Schulz iteration of the quintic a·x + b·x³ + c·x⁵, which drives all but the smallest
+    singular values into about [0.7, 1.2] (in 5 steps; in 3 those under a tenth of the norm stay
+    smaller). matrix: float (rows, columns). Returns the same shape and dtype; computed in float32
+    on a CPU, in bfloat16 elsewhere. A matrix of zeros stays one.
+
+    >>> matrix = torch.diag(torch.tensor([4.0, 2.0, 1.0]))
+    >>> orthogonalize(matrix, steps=5).diagonal().sub(1).abs().max() < 0.35
+    tensor(True)
+    """
+    if matrix.ndim != 2:
+        raise ValueError(f"expected a matrix, got the shape {tuple(matrix.shape)}")
+    a, b, c = COEFFICIENTS
+    x = matrix.float() if matrix.device.type == "cpu" else matrix.bfloat16()
+    x = x / (x.norm() + eps)  # no singular value is above 1
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.T if tall else x).to(matrix.dtype)
+
+
+class Muon(Optimizer):
+    """SGD with momentum; in groups with "orthogonal": True every update is orthogonalised.
+
+        m ← μ·m + g        u = g + μ·m (Nesterov), or m
+        orthogonal:  w ← w · √rows / |w|,  w ← w - lr · orthogonalize(u)
+        others:      SGD as torch's, with its weight decay
+
+    An orthogonal parameter is seen as a matrix (outputs, the rest). Its norm is set anew before
+    each step, so that its rate means the same at any time, and weight decay would do nothing: it
+    has to be 0 there. `muon_groups` makes the groups. torch.optim.Muon is for matrices alone, and
+    leaves all other parameters to a second optimizer.
+
+    params: parameters or groups. lr: of groups that have none; μ = momentum in [0, 1).
+    Raises ValueError for a rate, momentum or decay that is negative, and for an orthogonal
+    parameter of fewer than two dimensions.
+
+    >>> layer = nn.Linear(4, 4, bias=False)
+    >>> optimizer = Muon([{"params": layer.parameters(), "orthogonal": True}], lr=0.5)
+    >>> layer(torch.randn(8, 4)).square().sum().backward()
+    >>> optimizer.step()
+    >>> layer.weight.norm() > 1
+    tensor(True)
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.24,
+        momentum: float = 0.6,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        orthogonal: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay,
+            "orthogonal": orthogonal,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            if group["lr"] < 0 or not 0 <= group["momentum"] < 1 or group["weight_decay"] < 0:
+                raise ValueError(
+                    f"lr and weight_decay must be ≥ 0 and momentum in [0, 1), got {group['lr']}, "
+                    f"{group['weight_decay']} and {group['momentum']}"
+                )
+            if group["orthogonal"] and any(p.ndim < 2 for p in group["params"]):
+                raise ValueError("an orthogonal parameter needs two dimensions or more")
+            if group["orthogonal"] and group["weight_decay"]:
+                raise ValueError("weight_decay does nothing to weights whose norm is fixed")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Take one step; closure, as in torch's optimizers, computes the loss anew."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            updates = self._updates(parameters, group)
+            if group["orthogonal"]:
+                for parameter, update in zip(parameters, updates, strict=True):
+                    rows = len(parameter)
+                    parameter.mul_(rows**0.5 / parameter.norm())
+                    update = orthogonalize(update.reshape(rows, -1)).view(update.shape)
+                    parameter.sub_(update, alpha=group["lr"])
+            else:
+                torch._foreach_add_(parameters, updates, alpha=-group["lr"])
+        return loss
+
+    def _updates(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> Sequence[Tensor]:
+        """The momentum's updates, in new tensors; buffers are kept in the state."""
+        gradients = [p.grad for p in parameters]
+        if group["weight_decay"]:
+            gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
+        if not group["momentum"]:
+            return gradients
+        buffers = []
+        for parameter in parameters:
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            buffers.append(state["momentum_buffer"])
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, gradients)
+        if not group["nesterov"]:
+            return buffers
+        return torch._foreach_add(gradients, buffers, alpha=group["momentum"])
+
+
+def muon_groups(groups: Iterable[dict[str, Any]], head: nn.Module) -> list[dict[str, Any]]:
+    """Cut parameter groups in two: what is orthogonalised, and what stays with SGD.
+
+    Orthogonalised are the filters and matrices, of two dimensions and more, but for those of
+    `head`, whose rows are classes, and embeddings of three dimensions. Their group is named
+    "NAME (muon)" and has no weight decay; the rest keeps its name and what else its group has.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+    >>> groups = muon_groups([{"name": "all", "params": list(model.parameters())}], model[2])
+    >>> [(group["name"], len(group["params"])) for group in groups]
+    [('all (muon)', 1), ('all', 3)]
+    """
+    spared = {id(parameter) for parameter in head.parameters()}
+    cut = []
+    for group in groups:
+        own = [p for p in group["params"] if p.ndim in (2, 4) and id(p) not in spared]
+        chosen = {id(p) for p in own}
+        rest = [p for p in group["params"] if id(p) not in chosen]
+        special = {"name": f"{group.get('name', '')} (muon)".strip(), "params": own}
+        special |= {"orthogonal": True, "weight_decay": 0.0}
+        cut += [{**group, **special}] if own else []
+        cut += [{**group, "params": rest}] if rest else []
+    return cut
