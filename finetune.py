@@ -41,8 +41,9 @@ from harness import stages as staging
 from harness.counters import generator
 from harness.folder import check_folder
 from harness.launch import in_turn, make_accelerator, script
+from harness.optimizers import make_optimizer
 from harness.pictures import save_train_batch
-from harness.run import Run, check_batch, make_optimizer
+from harness.run import Run, check_batch
 from harness.scoring import evaluate, score
 from harness.views import decode_splits, draw_mixing, make_views, mixes, train_batches
 from harness.weights import find_weights, load_pretrained, stored_size
@@ -200,7 +201,7 @@ def train_stage(run, stage, optimizer, splits, look, classes, known):
             if not cached and run.wants_picture():
                 save_train_batch(run.picture, views.to_pixels(images), targets, classes)
         norm = accelerator.clip_grad_norm_(network.parameters(), args.clip_grad_norm or math.inf)
-        run.agree(norm)  # a non-finite number on any process stops all, before the update
+        run.agree(norm)  # a non-finite number on any process: all stop, or skip, before the update
         optimizer.step()
         optimizer.zero_grad()
         if run.ema and not accelerator.optimizer_step_was_skipped:

@@ -14,7 +14,7 @@ def read_flags(argv=None):
     parser = flags.Parser(__doc__)
     flags.data_flags(parser, dataset="cifar10")
     flags.model_flags(parser, model="resnet18")
-    flags.optimization_flags(parser)
+    flags.speed_flags(flags.optimization_flags(parser, ("sgd", "adamw", "muon")))
     flags.augmentation_flags(parser)
     flags.running_flags(parser)
     flags.output_flags(parser, project="image-classification")
@@ -31,15 +31,24 @@ from harness import models, plan
 from harness.counters import generator
 from harness.folder import check_folder
 from harness.launch import in_turn, make_accelerator, script
+from harness.optimizers import make_groups, make_optimizer
 from harness.pictures import save_train_batch
-from harness.run import Run, check_batch, make_optimizer
+from harness.run import Run, check_batch
 from harness.scoring import evaluate, score
-from harness.views import decode_splits, draw_mixing, make_views, mixes, train_batches
+from harness.views import (
+    decode_splits,
+    draw_mixing,
+    make_views,
+    mixes,
+    scored_views,
+    train_batches,
+)
 from harness.weights import find_weights, load_pretrained, stored_size
 from tricks.ema import ModelEma
 from tricks.label_smoothing import smooth_labels, soft_cross_entropy
-from tricks.lr_groups import check_groups, weight_decay_groups
-from tricks.schedule import set_lr, warmup_cosine
+from tricks.lr_groups import check_groups
+from tricks.progressive import progressive_size, resize_batch
+from tricks.schedule import set_lr
 
 
 def main(args):
@@ -53,6 +62,7 @@ def main(args):
     data = plan.load(args)
     pretrained = in_turn(accelerator, lambda: find_weights(args.weights, args.model, args.stem))
     look = plan.preprocessing(args, data, pretrained)
+    seen = scored_views(args.tta, look.size, args.seed)
     stem = models.resolve_stem(args.model, pretrained.stem or args.stem, look.size)
     check_batch(args, accelerator.num_processes, len(data.train), mixes(args))
     per_epoch = len(data.train) // args.batch_size  # the images that don't fill a batch are left
@@ -64,16 +74,17 @@ def main(args):
     )
     initialised = models.initialise(model, args.init, generator(args.seed, "init"))
     loaded = load_pretrained(model, pretrained, data.classes)
+    start_size = models.check_start_size(model, args.model, args.start_size, look.size)
     model.to(device, memory_format=torch.channels_last)
 
-    # tricks
-    views = make_views(args, look)
-    ema = ModelEma(model, args.ema_decay) if args.ema_decay else None
-
     # optimizer and schedule: the learning rate is a function of the step, nothing to save
-    groups = weight_decay_groups(model, args.weight_decay, args.norm_weight_decay)
+    groups = make_groups(
+        model, args.lr, args.head_lr, args.bias_lr, args.weight_decay, args.norm_weight_decay,
+        muon=args.optimizer == "muon",
+    )  # fmt: skip
     optimizer = make_optimizer(args, groups, accelerator, args.lr)
     check_groups(model, optimizer.param_groups)
+    schedule = plan.SCHEDULES[args.schedule]
     warmup = min(round(args.warmup_epochs * len(data.train) / args.batch_size), total // 2)
 
     machine |= {"weights": f"init {initialised}; {loaded}"}
@@ -85,6 +96,17 @@ def main(args):
         data, stored_size(look), interpolation=look.interpolation,
         progress=accelerator.is_local_main_process,
     ))  # fmt: skip
+
+    # tricks
+    views = make_views(args, look)
+
+    def some(n):
+        return views.evaluation(splits["train"].take(torch.arange(len(data.train))[:n], device)[0])
+
+    if pretrained.state is None:
+        models.whiten(model, some)
+    ema = ModelEma(model, args.ema_decay) if args.ema_decay else None
+
     model, optimizer = accelerator.prepare(model, optimizer)
     run = Run(
         args, accelerator, folder, model, optimizer, ema, total=total, per_epoch=per_epoch,
@@ -107,7 +129,8 @@ def main(args):
         return {f"{split}/{name}": value for name, value in score(run.module, ema, once).items()}
 
     for step, batch in run.steps(batches, evaluate_epoch):
-        set_lr(optimizer, warmup_cosine(step, total, warmup))
+        set_lr(optimizer, schedule(step, total, warmup))
+        size = progressive_size(step, total, start_size, look.size)
         mix = draw_mixing(
             args.mixup_alpha, args.cutmix_alpha, args.mix_prob, look.size,
             generator(args.seed, "mixing", step),
@@ -117,7 +140,7 @@ def main(args):
                 images = views.train(part.images, part.draw)
                 targets = F.one_hot(part.labels, len(data.classes)).float()
                 images, targets = mix(images, targets)
-                logits = model(images)
+                logits = model(resize_batch(images, size))
                 loss = soft_cross_entropy(logits, smooth_labels(targets, args.label_smoothing))
                 accelerator.backward(loss)
             # how much of its target each prediction hits: accuracy weighted by λ
@@ -125,16 +148,19 @@ def main(args):
             if run.wants_picture():
                 save_train_batch(run.picture, views.to_pixels(images), targets, data.classes)
         norm = accelerator.clip_grad_norm_(model.parameters(), args.clip_grad_norm or float("inf"))
-        run.agree(norm)  # a non-finite number on any process stops all, before the update
+        run.agree(norm)  # a non-finite number on any process: all stop, or skip, before the update
         optimizer.step()
         optimizer.zero_grad()
         if ema and not accelerator.optimizer_step_was_skipped:
             ema.update(run.module, step)
 
-    def test_result():
-        return evaluate(accelerator, run.module, splits["test"], views.evaluation)
+    def result(split="test", seen=None):
+        return evaluate(accelerator, run.module, splits[split], views.evaluation, seen)
 
-    summary = run.finish(test_result if "test" in splits else None)
+    def over_views(split):
+        return result(split, seen)
+
+    summary = run.finish(result if "test" in splits else None, tta=seen and over_views)
     accelerator.print(plan.closing(summary, folder, run.tracking.line))
 
 

@@ -3,19 +3,26 @@
 A checkpoint is a folder of safetensors and one state.json, with a manifest of sizes and sha256
 written last. It is written beside its final name, synced and renamed; only then are older ones
 pruned. Reading verifies every byte before anything is touched. Nothing is ever unpickled.
+
+Training waits only while its tensors are copied; a thread writes the copies.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
+from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 
 from harness.errors import UserError
@@ -29,13 +36,68 @@ class Damaged(Exception):
     """A checkpoint that does not verify; the text says which file and why."""
 
 
-def save_checkpoint(root, step, tensors, state, keep):
-    """Publish checkpoint `step` under `root`, then prune to the newest `keep`.
+class CheckpointWriter:
+    """Writes checkpoints in the background, one at a time; training waits for the copies only.
 
-    tensors: {"model": {name: tensor}, "ema": ..., "optimizer": ...}, one safetensors file each.
-    state: what JSON can hold. Raises OSError (disk full, read-only) with the older ones untouched.
+    One thread writes while another hashes. The copies are the files' bytes and stay allocated for
+    the next checkpoint. Python waits for a write at exit, and `wait` is called there if by nobody
+    before, so that no failure is lost.
     """
-    root = Path(root)
+
+    def __init__(self):
+        self._threads = ThreadPoolExecutor(2, "checkpoint")
+        self._buffers, self._write = {}, None
+
+    def start(self, root, step, tensors, state, keep, then=None):
+        """Copy the tensors and begin to publish checkpoint `step` under `root`.
+
+        tensors: {"model": {name: tensor}, "ema": ..., "optimizer": ...}, a safetensors file each.
+        state: what JSON can hold. keep: how many to prune to afterwards. then: a function that
+        the writer calls after that. Waits for the write before, and raises what stopped it.
+        """
+        self.wait()
+        self._buffers = {k: as_file(group, self._buffers.get(k)) for k, group in tensors.items()}
+        if any(t.is_cuda for group in tensors.values() for t in group.values()):
+            torch.cuda.synchronize()
+        files = {f"{k}.safetensors": memoryview(b.numpy()) for k, b in self._buffers.items()}
+        files["state.json"] = json.dumps(state, indent=1).encode()
+        listed = self._threads.submit(_describe, files)  # first: the write waits for it
+        self.step = step
+        self._write = self._threads.submit(_publish, Path(root), step, files, listed, keep, then)
+        atexit.register(self.wait)
+
+    def done(self):
+        """Whether a write has ended that nobody has waited for yet."""
+        return self._write is not None and self._write.done()
+
+    def wait(self):
+        """Until nothing is being written any more; returns the folder that was.
+
+        Raises what stopped it, once: OSError (disk full, read-only) leaves older ones untouched.
+        """
+        if self._write is None:
+            return None
+        futures.wait([self._write])
+        write, self._write = self._write, None
+        atexit.unregister(self.wait)
+        return write.result()
+
+
+def save_checkpoint(root, step, tensors, state, keep):
+    """Publish a checkpoint and wait for it (see `CheckpointWriter.start`); returns its folder."""
+    writer = CheckpointWriter()
+    writer.start(root, step, tensors, state, keep)
+    return writer.wait()
+
+
+def _describe(files):
+    return {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in files.items()
+    }
+
+
+def _publish(root, step, files, listed, keep, then):
     root.mkdir(parents=True, exist_ok=True)
     for left_over in root.glob(".writing-*"):
         shutil.rmtree(left_over, ignore_errors=True)
@@ -44,19 +106,10 @@ def save_checkpoint(root, step, tensors, state, keep):
     replaced = root / f".writing-replaced-{os.getpid()}"
     try:
         writing.mkdir()
-        files = {f"{name}.safetensors": to_bytes(t) for name, t in tensors.items()}
-        files["state.json"] = json.dumps(state, indent=1).encode()
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "files": {
-                name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-                for name, data in files.items()
-            },
-        }
-        files["manifest.json"] = json.dumps(manifest, indent=1).encode()
         for name, data in files.items():
             write_synced(writing / name, data)
+        manifest = {"format": FORMAT, "step": step, "files": listed.result()}
+        write_synced(writing / "manifest.json", json.dumps(manifest, indent=1).encode())
         sync_folder(writing)
         if final.exists():  # the same step again, after a resume from an earlier checkpoint
             os.rename(final, replaced)
@@ -71,6 +124,8 @@ def save_checkpoint(root, step, tensors, state, keep):
     # Of those up to this step: later ones are left from before a resume from an older checkpoint
     for old in [p for p in checkpoints(root) if int(p.name[5:]) <= step][:-keep]:
         shutil.rmtree(old, ignore_errors=True)
+    if then:
+        then()
     return final
 
 
@@ -143,6 +198,41 @@ def to_bytes(tensors, metadata=None):
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     return safetensors.torch.save(tensors, metadata=metadata or {"format": "pt"})
+
+
+def as_file(tensors, buffer=None):
+    """Copy tensors into the bytes of a safetensors file: a vector of uint8 on the CPU.
+
+    buffer: what an earlier call gave, which is written over where the size is the same. Pinned
+    where tensors are on a GPU; synchronise before it is read. The copies are contiguous and in
+    safetensors' own order: the widest types first, so that everything is aligned.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header, sizes, end = {"__metadata__": {"format": "pt"}}, [], 0
+    for name in names:
+        tensor = tensors[name]
+        sizes.append(tensor.numel() * tensor.element_size())
+        place = [end, end + sizes[-1]]
+        word = _dtype_word(tensor.dtype)
+        header[name] = {"dtype": word, "shape": list(tensor.shape), "data_offsets": place}
+        end = place[1]
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+    head = len(head).to_bytes(8, "little") + head
+    if buffer is None or len(buffer) != len(head) + end:
+        pinned = any(tensor.is_cuda for tensor in tensors.values())
+        buffer = torch.empty(len(head) + end, dtype=torch.uint8, pin_memory=pinned)
+    buffer[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+    for name, place in zip(names, buffer[len(head) :].split(sizes), strict=True):
+        tensor = tensors[name].detach()
+        place.view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=tensor.is_cuda)
+    return buffer
+
+
+@functools.cache
+def _dtype_word(dtype):
+    """safetensors' word for a type, as "F32"."""
+    return json.loads(to_bytes({"": torch.empty(0, dtype=dtype)})[8:])[""]["dtype"]
 
 
 def write_synced(path, data):

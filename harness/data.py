@@ -16,7 +16,7 @@ import torch
 from harness.counters import generator
 from harness.errors import UserError
 from harness.flags import nearest
-from harness.pixels import native_size
+from harness.pixels import find_bad, native_size
 
 if TYPE_CHECKING:
     from datasets import Dataset  # otherwise imported late: a second that `--help` does not need
@@ -100,6 +100,7 @@ class Data:
     image_size: int  # px: the images' own size where all are the same small square, else 224
     mean: tuple[float, float, float]  # of pixels in 0..1
     std: tuple[float, float, float]
+    bad: dict[str, dict[int, str]] = field(default_factory=dict)  # left out: split, row, why
 
 
 def load_data(
@@ -114,6 +115,7 @@ def load_data(
     max_train_samples=None,
     max_eval_samples=None,
     seed=42,
+    bad_images="stop",
 ):
     """Find a data set, its columns and its splits, and check every label.
 
@@ -131,6 +133,8 @@ def load_data(
         max_train_samples: keep this many of the train samples, stratified; None for all.
         max_eval_samples: the same for validation and test.
         seed: decides which samples are held out and kept; nothing else does.
+        bad_images: "stop" leaves images that can't be read for decoding to refuse; "skip" leaves
+            them out of their splits, before any part is held out or cut.
 
     Returns:
         Data.
@@ -175,6 +179,13 @@ def load_data(
         _check_split(name, stored[name], features, image_column, label_column)
         labels = _read_labels(name, stored[name], label_column, values)
         splits[role] = Split(name, stored[name], np.arange(len(labels)), labels)
+    bad = {}
+    if bad_images == "skip":
+        for role, split in splits.items():
+            found = split and find_bad(split.dataset, image_column, name=split.name)
+            if found:
+                bad[split.name] = found
+                splits[role] = _leave_out(split, found)
     _check_every_class(splits["train"], classes)
 
     if val_fraction:
@@ -194,6 +205,7 @@ def load_data(
         image_size=native_size(stored[chosen["train"]], image_column) or 224,
         mean=mean,
         std=std,
+        bad=bad,
     )
 
 
@@ -533,6 +545,18 @@ def _check_every_class(train, classes):
 
 
 # --- parts of a split ---
+
+
+def _leave_out(split, bad):
+    """The split without its rows `bad`, {row: why}."""
+    rows = np.setdiff1d(split.rows, list(bad))
+    if not len(rows):
+        row, why = next(iter(bad.items()))
+        raise UserError(
+            f"none of the {len(bad):,} images of split '{split.name}' can be read "
+            f"(image {row}: {why})"
+        )
+    return Split(split.name, split.dataset, rows, split.labels[rows])
 
 
 def _hold_out(train, fraction, classes, seed):

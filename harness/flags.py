@@ -25,16 +25,17 @@ AUGMENTS = ("none", "basic", "autoaugment", "randaugment", "trivialaugment")
 # Flags that a stage of a fine-tune may have of its own.
 STAGE_FLAGS = {
     "warmup_epochs", "layer_decay", "bn_mode", "views", "augment", "crop_scale", "crop_padding",
-    "flip_prob", "randaugment_ops", "randaugment_magnitude", "random_erasing", "mixup_alpha",
-    "cutmix_alpha", "mix_prob", "label_smoothing",
+    "flip", "flip_prob", "randaugment_ops", "randaugment_magnitude", "random_erasing",
+    "mixup_alpha", "cutmix_alpha", "mix_prob", "label_smoothing",
 }  # fmt: skip
 
 # Flags that change where a run is written and what it tells, never what it computes: the only ones
-# that may differ between a checkpoint and the command that resumes it.
+# that may differ between a checkpoint and the command that resumes it. (A run that met a number
+# that is not finite, and stopped, may go on with --nonfinite skip.)
 OPERATIONAL = {
     "config", "output_dir", "run_name", "overwrite", "dry_run", "report_to", "project", "group",
     "log_model", "threads", "checkpointing_steps", "max_checkpoints", "resume_from_checkpoint",
-    "stop_after",
+    "stop_after", "nonfinite",
 }  # fmt: skip
 
 
@@ -305,6 +306,9 @@ def data_flags(parser, dataset):
                    "it; 0: train on all, the last weights are the result")
     g.add_argument("--max_train_samples", type=whole(1), help="images; cut for a quick look")
     g.add_argument("--max_eval_samples", type=whole(1), help="images; cut for a quick look")
+    g.add_argument("--bad_images", choices=("stop", "skip"), default="stop",
+                   help="that can't be read: stop and name the first one, or leave them out, "
+                   "count and name them (one more pass of decoding, once)")
 
 
 def model_flags(parser, model):
@@ -347,7 +351,7 @@ def transfer_flags(parser):
                    "head trains; 1: no augmentation; 0: the network runs anew every step")
 
 
-def optimization_flags(parser):
+def optimization_flags(parser, optimizers=("sgd", "adamw")):
     g = parser.add_argument_group("optimization")
     g.add_argument("--batch_size", type=whole(1), default=128,
                    help="images one optimizer step sees, over all processes and accumulation")
@@ -355,21 +359,44 @@ def optimization_flags(parser):
                    help="parts the batch is cut into on each process; 1: off")
     g.add_argument("--epochs", type=whole(1), default=100, help="passes over train")
     g.add_argument("--max_steps", type=whole(1), help="optimizer steps; overrides --epochs")
-    g.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="update rule")
+    g.add_argument("--optimizer", choices=optimizers, default="sgd", help="update rule")
     g.add_argument("--lr", type=number(above=0), default=0.1, help="peak learning rate")
     g.add_argument("--momentum", type=number(0, 0.9999), default=0.9,
-                   help="of sgd; beta1 of adamw")
-    g.add_argument("--nesterov", action=Switch, default=True, help="Nesterov momentum of sgd")
+                   help="of sgd and muon; beta1 of adamw")
+    g.add_argument("--nesterov", action=Switch, default=True,
+                   help="Nesterov momentum of sgd and muon")
     g.add_argument("--weight_decay", type=number(0), default=5e-4, help="of weights; 0: off")
     g.add_argument("--norm_weight_decay", type=number(0), default=0.0,
                    help="of norms and biases; 0: off")
     g.add_argument("--warmup_epochs", type=number(0), default=5.0,
                    help="epochs of linear warm-up before the cosine; 0: off")
+    g.add_argument("--nonfinite", choices=("stop", "skip"), default="stop",
+                   help="at a loss or gradient that is not finite; skip: no process updates, up to "
+                   "10 steps in a row; without a fused optimizer (fp16) the host then waits for "
+                   "the device at every step")
     g.add_argument("--clip_grad_norm", type=number(0), default=1.0, help="L2 norm; 0: off")
     g.add_argument("--ema_decay", type=number(0, 0.999999), default=0.9999,
                    help="of the averaged weights; warmed up as min(d, (1+t)/(10+t)); 0: off")
     g.add_argument("--label_smoothing", type=number(0, 0.99), default=0.1,
                    help="mass spread over all classes; 0: off")
+    return g
+
+
+def speed_flags(group):
+    """What gets from scratch to an accuracy in few steps, in the group of optimization_flags."""
+    g = group
+    g.add_argument("--schedule", choices=("cosine", "linear"), default="cosine",
+                   help="how the rate falls after the warm-up; linear: for few epochs")
+    g.add_argument("--head_lr", type=number(above=0),
+                   help="peak learning rate of the last layer's weights; unset: --lr")
+    g.add_argument("--bias_lr", type=number(above=0),
+                   help="peak learning rate of norms and biases; unset: --lr")
+    g.add_argument("--start_size", type=whole(4),
+                   help="pixels a side in the first step, growing to the full size over 60 %% of "
+                   "the steps; unset: off")
+    g.add_argument("--tta", default="none", metavar="VIEWS",
+                   help="the result is scored over several views, too: flip, shift, crops:N, "
+                   "random:N; none: off")
 
 
 def augmentation_flags(parser):
@@ -377,6 +404,8 @@ def augmentation_flags(parser):
     g.add_argument("--augment", choices=AUGMENTS, default="randaugment",
                    help="basic: crop + flip; the others add their operations to it")
     g.add_argument("--flip_prob", type=number(0, 1), default=0.5, help="horizontal flip; 0: off")
+    g.add_argument("--flip", choices=("random", "alternating"), default="random",
+                   help="alternating: drawn once an image, then every epoch the other way")
     g.add_argument("--crop_scale", type=number(0, 1), default=0.0,
                    help="random resized crop of at least this share of the area; 0: the padded "
                    "crop instead")

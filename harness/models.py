@@ -1,7 +1,8 @@
 """Classifiers: built by name, fitted to small images, cut into blocks, rebuilt from JSON.
 
-torchvision's classifiers by their names, timm's where timm is installed; on equal names
-torchvision wins. What their code does not say of itself stands in one table, FAMILIES.
+torchvision's classifiers by their names, timm's where timm is installed, and this project's own
+(harness.fastnet); on equal names torchvision wins. What torchvision's code does not say of itself
+stands in one table, FAMILIES.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from harness import fastnet
 from harness.errors import UserError
 from harness.flags import nearest
+from tricks.whitening import whiten_conv_
 
+WHITENED = 5000  # images that the whitening layer is computed from
 SMALL_IMAGE = 64  # pixels a side up to which `--stem auto` takes the small stem
 
 
@@ -122,7 +126,7 @@ def build_model(
     stem: see `resolve_stem`. dropout: probability before the head; None leaves the model's own,
     a number replaces it, where the family has none too, without changing the state's keys.
     head: "linear", the model's own last layer, or "mlp", an `MlpHead` in its place.
-    library: "torchvision" or "timm", where a name is in both.
+    library: "torchvision" or "timm", where a name is in both; "own" is this project's.
 
     Raises UserError for an unknown name, a stem the family lacks, an mlp where the last layer is
     no linear one or where `dropout` would act nowhere, or an image size at which the model does
@@ -148,22 +152,25 @@ def build_model(
 
 
 def library_of(name, library=None) -> str:
-    """Whose model `name` is: "torchvision" or "timm"; `library` chooses where it is in both.
+    """Whose model `name` is: "own", "torchvision" or "timm"; `library` chooses between the last.
 
     Raises UserError that gives the nearest name.
     """
+    if name in fastnet.WIDTHS:
+        return "own"
     import torchvision  # late: it takes seconds, which what only reads predictions can do without
 
     known = torchvision.models.list_models(module=torchvision.models)
     if name in known and library != "timm":
         return "torchvision"
     if importlib.util.find_spec("timm") is None:
-        raise UserError(f'unknown model "{name}"{nearest(name, known)} (timm is not installed)')
+        hint = nearest(name, [*fastnet.WIDTHS, *known])
+        raise UserError(f'unknown model "{name}"{hint} (timm is not installed)')
     import timm
 
     if timm.is_model(name) and library != "torchvision":
         return "timm"
-    hint = nearest(name, known) or nearest(name, timm.list_models())
+    hint = nearest(name, [*fastnet.WIDTHS, *known]) or nearest(name, timm.list_models())
     raise UserError(f'unknown model "{name}" in {library or "torchvision and timm"}{hint}')
 
 
@@ -209,7 +216,8 @@ def blocks(model, name, library=None) -> list[tuple[str, ...]]:
 
     model: from `build_model`; name, library: what it was built by.
     """
-    if library_of(name, library) == "torchvision":
+    library = library_of(name, library)
+    if library == "torchvision":
         trunk = family_of(name).trunk
     else:
         children = dict(model.named_children())
@@ -250,9 +258,12 @@ def initialise(model, how="auto", generator=None) -> str:
     """Draw the weights anew where asked, and return the word for what was done.
 
     "kaiming": tricks.init.kaiming_normal_. "own": what the constructor drew stays. "auto": kaiming
-    for networks with BatchNorm2d and without LayerNorm (not transformers, ConvNeXt, plain vgg).
+    for networks with BatchNorm2d and without LayerNorm (not transformers, ConvNeXt, plain vgg),
+    but for FastNet, whose filters start otherwise.
     """
-    if how == "auto":
+    if how == "auto" and isinstance(model, fastnet.FastNet):
+        how = "own"
+    elif how == "auto":
         batch_norm, layer_norm = (
             any(isinstance(module, kind) for module in model.modules())
             for kind in (nn.BatchNorm2d, nn.LayerNorm)
@@ -263,6 +274,39 @@ def initialise(model, how="auto", generator=None) -> str:
 
         kaiming_normal_(model, generator)
     return how
+
+
+def whiten(model, images):
+    """Compute the first layer of a FastNet from images; of another network, nothing.
+
+    images: a function of a number -> up to so many of train (n, 3, H, W), normalised. Every
+    process computes the same.
+    """
+    if isinstance(model, fastnet.FastNet):
+        whiten_conv_(model.whitening, images(WHITENED))
+
+
+def check_start_size(model, name, start, full) -> int:
+    """Pixels a side in the first step: `--start_size`, or `full` where it is None.
+
+    Raises UserError where it is above `full`, and where the network does not run at it.
+    """
+    if start is None:
+        return full
+    if start > full:
+        raise UserError(f"--start_size {start} is above the image size, {full}")
+    training = model.training
+    try:
+        with torch.no_grad():
+            device = next(model.parameters()).device
+            model.eval()(torch.zeros(1, 3, start, start, device=device))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"--start_size {start}: {name} does not run at it: {one_line(error)}"
+        ) from None
+    finally:
+        model.train(training)
+    return start
 
 
 def describe(model) -> dict:
@@ -285,7 +329,9 @@ def family_of(name) -> Family:
 def _try_build(name, library, num_classes, stem, dropout, kind, image_size):
     """(model, None), or (None, the error) where it can't be built for or run at this size."""
     try:
-        if library == "timm":
+        if library == "own":
+            model = _build_own(name, num_classes, dropout)
+        elif library == "timm":
             model = _build_timm(name, num_classes, dropout, image_size)
         else:
             model = _build_torchvision(name, num_classes, stem, dropout, image_size)
@@ -318,6 +364,13 @@ def _build_torchvision(name, num_classes, stem, dropout, image_size):
         if family.stem_pool:
             model.set_submodule(family.stem_pool, nn.Identity())
     if dropout is not None:
+        _set_dropout(model, dropout)
+    return model
+
+
+def _build_own(name, num_classes, dropout):
+    model = fastnet.FastNet(num_classes, fastnet.WIDTHS[name])
+    if dropout:
         _set_dropout(model, dropout)
     return model
 

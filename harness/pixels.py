@@ -8,6 +8,7 @@ once per data set and image size. The result lies in the cache folder of `datase
 import errno
 import hashlib
 import io
+import json
 import os
 import shutil
 import warnings
@@ -21,6 +22,7 @@ from filelock import FileLock
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
+from harness.checkpoint import replace_file
 from harness.counters import generator
 from harness.errors import UserError
 from harness.flags import nearest
@@ -33,7 +35,9 @@ SMALL_SQUARE = 64  # native sizes up to this many px are trained at as they are
 FILTERS = {word.name.lower(): word for word in Image.Resampling}  # "bilinear", "bicubic", ...
 
 
-def decode_split(dataset, image_column, size, *, name, interpolation="bilinear", progress=True):
+def decode_split(
+    dataset, image_column, size, *, name, interpolation="bilinear", progress=True, rows=None
+):
     """Decode every image of `dataset` to RGB pixels of one size, or find them in the cache.
 
     The cache key is the data set's fingerprint, the column, the size, the interpolation and
@@ -47,6 +51,8 @@ def decode_split(dataset, image_column, size, *, name, interpolation="bilinear",
         name: what the split is called in messages.
         interpolation: Pillow's filter, see `decode_image`.
         progress: show a bar when decoding takes more than a second.
+        rows: the rows that will be used, None for all; what can't be read among the others is
+            left black.
 
     Returns:
         uint8 (len(dataset), 3, size, size), memory-mapped and never to be written to: the
@@ -68,24 +74,62 @@ def decode_split(dataset, image_column, size, *, name, interpolation="bilinear",
     key = hashlib.blake2b(repr(recipe).encode(), digest_size=12).hexdigest()
     file = Path(datasets.config.HF_DATASETS_CACHE) / "pixels" / f"{key}.npy"
     shape = (len(dataset), 3, size, size)
+    used = np.ones(len(dataset), bool) if rows is None else np.isin(np.arange(len(dataset)), rows)
+
+    def refuse(bad):
+        for row, reason in bad.items():
+            if used[row]:
+                raise UserError(_unreadable(dataset, image_column, name, row, reason))
+
     if not _is_whole(file, shape):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{file}.lock"):
                 if not _is_whole(file, shape):  # nobody else made it while we waited
                     decode = partial(decode_image, size=size, interpolation=interpolation)
-                    _write_pixels(file, shape, dataset, image_column, decode, name, progress)
+                    images = _encoded(dataset, image_column)
+                    _write_pixels(file, shape, images, decode, refuse, name, progress)
         except OSError as error:
             raise UserError(
                 f"cannot write the decoded images of split '{name}' ({np.prod(shape):,} bytes) to "
                 f"{file}: {error.strerror or error}; make room, or set HF_DATASETS_CACHE to a "
                 "folder that has it"
             ) from error
+    refuse(_read_bad(file))  # a file that another run made, which used other rows
     # Mode "r": Linux refuses a copy-on-write mapping that is larger than the memory.
     pixels = np.load(file, mmap_mode="r")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return torch.from_numpy(pixels)
+
+
+def find_bad(dataset, image_column, *, name, progress=True):
+    """{row: why} of the images of `dataset` that can't be decoded; kept beside the pixels.
+
+    The first start decodes every image once for it, the next ones read a file. Any number of
+    processes may call this at once.
+    """
+    import datasets
+
+    recipe = (dataset._fingerprint, image_column, "bad", DECODE_VERSION)
+    key = hashlib.blake2b(repr(recipe).encode(), digest_size=12).hexdigest()
+    file = Path(datasets.config.HF_DATASETS_CACHE) / "pixels" / key
+    found = _bad_file(file)
+    if not found.exists():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{file}.lock"):
+                if not found.exists():
+                    images, bad = _encoded(dataset, image_column), {}
+                    decode = partial(decode_image, size=8)  # JPEGs at an eighth: fast
+                    _decode_all(images, decode, lambda row, pixels: None, bad, name, progress)
+                    _write_bad(file, bad)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {found}: {error.strerror or error}; make room, or set "
+                "HF_DATASETS_CACHE to a folder that has it"
+            ) from error
+    return _read_bad(file)
 
 
 def decode_image(file, size, interpolation="bilinear"):
@@ -162,8 +206,32 @@ def _is_whole(file, shape):
     return pixels.shape == shape and pixels.dtype == np.uint8
 
 
-def _write_pixels(file, shape, dataset, image_column, decode, name, progress):
-    """Decode into a file beside `file` and rename it when it is complete and on the disk."""
+def _bad_file(file):
+    """Where it is said which images of the pixels in `file` could not be decoded."""
+    return file.with_name(f"{file.stem}.bad.json")
+
+
+def _read_bad(file):
+    """{row: why} of the images that are black in `file`."""
+    try:
+        said = json.loads(_bad_file(file).read_bytes())
+        return {int(row): str(why) for row, why in said.items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError, OSError) as error:
+        files = _bad_file(file).name.replace("bad.json", "*")
+        raise UserError(f"{_bad_file(file)} is damaged ({error}): delete {files}") from None
+
+
+def _write_bad(file, bad):
+    replace_file(_bad_file(file), json.dumps(dict(sorted(bad.items()))).encode())
+
+
+def _write_pixels(file, shape, images, decode, refuse, name, progress):
+    """Decode into a file beside `file` and rename it when it is complete and on the disk.
+
+    refuse: called with {row: why} for an image that can't be read; raises where it is needed.
+    """
     part = file.with_suffix(".part")
     num_bytes = int(np.prod(shape))
     if shutil.disk_usage(file.parent).free < num_bytes:
@@ -175,31 +243,41 @@ def _write_pixels(file, shape, dataset, image_column, decode, name, progress):
             # map it would be a SIGBUS later.
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(handle.fileno(), 0, os.fstat(handle.fileno()).st_size)
-            _decode_into(pixels, dataset, image_column, decode, name, progress)
+            bad = {}
+            _decode_all(images, decode, pixels.__setitem__, bad, name, progress, refuse)
             pixels.flush()
             os.fsync(handle.fileno())
+        _bad_file(file).unlink(missing_ok=True)
+        if bad:  # first: black pixels are never there without it
+            _write_bad(file, bad)
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _decode_into(pixels, dataset, image_column, decode, name, progress):
-    """Fill `pixels` with all images, in blocks over as many threads as this process has cores."""
-    images = _encoded(dataset, image_column)
+def _decode_all(images, decode, keep, bad, name, progress, refuse=lambda bad: None):
+    """keep(row, pixels) for all images, in blocks over as many threads as this process has cores.
+
+    images: from `_encoded`. bad: takes {row: why} for those that can't be read, after `refuse`.
+    """
+    (column,) = images.column_names
 
     def decode_block(start):
-        block = images[start : start + BLOCK][image_column].to_pylist()
+        block = images[start : start + BLOCK][column].to_pylist()
         for row, image in enumerate(block, start):
             try:
-                pixels[row] = decode(_source(image))
+                pixels = decode(_source(image))
             except Exception as error:  # Pillow's readers raise a dozen types for a bad file
-                raise UserError(_unreadable(dataset, name, row, image, error)) from error
+                refuse({row: _reason(error)})
+                bad[row] = _reason(error)
+            else:
+                keep(row, pixels)
         return len(block)
 
     has_affinity = hasattr(os, "sched_getaffinity")
     threads = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
     bar = tqdm(
-        total=len(dataset),
+        total=len(images),
         desc=f"decoding {name}",
         unit=" images",
         delay=1,
@@ -210,7 +288,7 @@ def _decode_into(pixels, dataset, image_column, decode, name, progress):
         # decode_image refuses what this only warns of.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
-            for done in pool.map(decode_block, range(0, len(dataset), BLOCK)):
+            for done in pool.map(decode_block, range(0, len(images), BLOCK)):
                 bar.update(done)
         except BaseException:  # Ctrl-C too: don't decode the rest before leaving
             pool.shutdown(wait=True, cancel_futures=True)
@@ -229,14 +307,22 @@ def _source(image):
     return io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
 
 
-def _unreadable(dataset, name, row, image, error):
+def _reason(error):
+    unknown = isinstance(error, UnidentifiedImageError)  # Pillow's text shows a memory address
+    text = str(error).partition("\n")[0] or type(error).__name__
+    return "not an image format Pillow knows" if unknown else text
+
+
+def _unreadable(dataset, image_column, name, row, reason):
     """One line that lets the user find the bad image: the index is the one before any cut."""
+    (image,) = _encoded(dataset, image_column)[row : row + 1][image_column].to_pylist()
     if dataset._indices is not None:
         row = dataset._indices.column(0)[row].as_py()
     path = f" ({image['path']})" if image and image["path"] else ""
-    unknown = isinstance(error, UnidentifiedImageError)  # Pillow's text shows a memory address
-    reason = "not an image format Pillow knows" if unknown else str(error).partition("\n")[0]
-    return f"cannot read image {row} of split '{name}'{path}: {reason}; mend it or leave it out"
+    return (
+        f"cannot read image {row} of split '{name}'{path}: {reason}; mend it, or leave such "
+        "images out of training with --bad_images skip"
+    )
 
 
 def _to_rgb(image):

@@ -8,7 +8,7 @@ from harness import models
 from harness.data import load_data
 from harness.weights import Preprocessing, stored_size
 from tricks.ema import half_life
-from tricks.schedule import warmup_cosine
+from tricks.schedule import warmup_cosine, warmup_linear
 
 CROP_PCT = 0.875  # of the stored pixels, what the network sees, where random crops need more
 
@@ -26,12 +26,22 @@ def load(args):
         max_train_samples=args.max_train_samples,
         max_eval_samples=args.max_eval_samples,
         seed=args.seed,
+        bad_images=args.bad_images,
     )
 
 
 def sizes(data):
     """{"train": n, ...} of the splits there are."""
     return {r: len(getattr(data, r)) for r in ("train", "val", "test") if getattr(data, r)}
+
+
+def left_out(data):
+    """How many images --bad_images skip left out, and the first of them."""
+    bad = [
+        f"{split} {row} ({why})" for split, rows in data.bad.items() for row, why in rows.items()
+    ]
+    counts = ", ".join(f"{len(rows):,} of {split}" for split, rows in data.bad.items())
+    return f"{counts} can't be read: {', '.join(bad[:5])}" + (", …" if len(bad) > 5 else "")
 
 
 def preprocessing(args, data, pretrained):
@@ -68,6 +78,7 @@ def text(args, machine, data, model, look, total, rows):
         "data": f"{data.name} ({data.source}): "
         + ", ".join(f"{n:,} {role}" for role, n in sizes(data).items())
         + f"; {len(data.classes)} classes",
+        **({"left out": left_out(data)} if data.bad else {}),
         "images": f"{look.size}×{look.size}{stored} {look.interpolation}, {colours}; "
         + augmentation(args),
         "model": f"{args.model}, {about['parameters']:,} parameters, head {about['head']}; "
@@ -84,15 +95,21 @@ def text(args, machine, data, model, look, total, rows):
     return "\n".join(f"{name:<12} {value}" for name, value in [*rows.items(), *_given(args)])
 
 
+SCHEDULES = {"cosine": warmup_cosine, "linear": warmup_linear}  # of --schedule
+
+
 def rates(args, train_size, total, warmup):
     """The learning rate at the points of its schedule."""
+    schedule = SCHEDULES[args.schedule]
     points = (0, warmup, total // 2, total * 3 // 4, total - 1)
     words = ", ".join(
-        f"{args.lr * warmup_cosine(s, total, warmup):.3g} at {s}" for s in sorted(set(points))
+        f"{args.lr * schedule(s, total, warmup):.3g} at {s}" for s in sorted(set(points))
     )
     wanted = round(args.warmup_epochs * train_size / args.batch_size)
     if warmup < wanted:
         words += f"; warm-up cut from {wanted:,} to {warmup:,} steps, half of this short run"
+    others = {"the head": args.head_lr, "norms and biases": args.bias_lr}
+    words += "".join(f"; {what} from {rate:g}" for what, rate in others.items() if rate)
     return f"{args.optimizer}: {words}"
 
 
@@ -110,6 +127,8 @@ def augmentation(args):
     words = [args.augment]
     if args.augment != "none" and args.crop_scale:
         words += [f"random resized crop from {args.crop_scale:.0%}"]
+    if args.augment != "none" and args.flip == "alternating":
+        words += ["alternating flips"]
     words += [f"erasing {args.random_erasing:g}"] if args.random_erasing else []
     mixed = {"mixup": args.mixup_alpha, "CutMix": args.cutmix_alpha} if args.mix_prob else {}
     words += [f"{name} α {alpha:g}" for name, alpha in mixed.items() if alpha]
@@ -142,7 +161,10 @@ def result_config(args, data, look, stem, job_type, pretrained, head="linear"):
         ),
         "job_type": job_type,
         "dataset": data.name,
-        "data": {"source": data.source, "splits": sizes(data)},
+        "data": {
+            "source": data.source, "splits": sizes(data),
+            "left_out": {split: list(rows) for split, rows in data.bad.items()},
+        },
         "metric": "top-1 accuracy",
         "ancestors": list(pretrained.recipes),
     }  # fmt: skip
@@ -168,6 +190,8 @@ def closing(summary, folder, tracked):
     splits = summary["data"]["splits"]
     if accuracy is not None:
         score += f" of {splits[split]:,} images, trained on {splits['train']:,}"
+    averaged = summary["scores"].get(f"{split}/acc_tta")
+    score += f"; {averaged:.2%} over several views" if averaged is not None else ""
     if summary["best_epoch"]:
         score += f"; epoch {summary['best_epoch']}, the best on {splits['val']:,} val images"
     return (

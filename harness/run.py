@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from harness import flags, state
-from harness.checkpoint import checkpoints, replace_file, save_checkpoint, to_bytes
+from harness.checkpoint import CheckpointWriter, checkpoints, replace_file, to_bytes
 from harness.counters import seed_of
 from harness.errors import RunStopped, UserError
 from harness.folder import claim_folder, git_commit, read_metrics, versions
@@ -35,6 +35,11 @@ SUMS = ("loss", "mixed_acc", "grad_norm")  # what is summed over the steps of an
 # On a GPU the check of step t is read while step t + 2 is queued, so that the host never waits for
 # the device; the update itself was already withheld there (see `agree`).
 GPU_LAG = 2
+
+# With --nonfinite skip: so many non-finite steps in a row, and the run stops all the same.
+MOST_SKIPPED = 10
+
+UNWRITTEN = "the result could not be written"
 
 # Signals as numbers whose sum over the processes still says which there were.
 STOP = {signal.SIGINT: 1.0, signal.SIGTERM: 1e6}
@@ -54,19 +59,6 @@ def check_batch(args, processes, train_size, mixing):
         )
     if train_size < args.batch_size:
         raise UserError(f"--batch_size {args.batch_size} is over the {train_size} train images")
-
-
-def make_optimizer(args, parameters, accelerator, lr):
-    """torch's optimizer of these flags over parameters or groups, not yet prepared.
-
-    Fused on a GPU, but where a gradient scaler has to look at the gradients first (fp16). lr: of
-    the groups that have none of their own.
-    """
-    fused = True if accelerator.device.type == "cuda" and accelerator.scaler is None else None
-    if args.optimizer == "sgd":
-        nesterov = args.nesterov and args.momentum > 0
-        return torch.optim.SGD(parameters, lr, args.momentum, nesterov=nesterov, fused=fused)
-    return torch.optim.AdamW(parameters, lr, (args.momentum, 0.999), fused=fused)
 
 
 class Run:
@@ -96,7 +88,11 @@ class Run:
         device = accelerator.device
         self.step, self.seconds, self.images_per_second = 0, 0.0, 0.0
         self.best, self._best_weights, self.scores = None, None, {}
-        self._best_is_written = True
+        self._best_on_disk = None  # which of `best` model.safetensors is, on the main process
+        self._writer = CheckpointWriter()
+        self.nonfinite = self._in_a_row = 0  # steps skipped
+        self._skips = args.nonfinite == "skip"
+        self._buffers = [buffer for buffer in self.module.buffers() if buffer.numel()]
         self._interval = torch.zeros(len(SUMS) + 1, device=device)  # sums and their number of steps
         self._epoch = torch.zeros(len(SUMS) + 1, device=device)
         self._now = torch.zeros(2, device=device)  # loss and accuracy of the step under way
@@ -111,7 +107,8 @@ class Run:
         self._lock = self._on_main(
             lambda: claim_folder(folder, args, self.step if resumed else None)
         )
-        self._write_best()
+        if self.best:  # the result may be of a later one, if the run was killed
+            self._on_main(lambda: self._write_best(self.best, self._best_weights), UNWRITTEN)
         self.tracking = Tracking(
             accelerator, parse_report_to(args.report_to), folder=folder, project=args.project,
             name=folder.name, group=args.group, job_type=config["job_type"],
@@ -145,7 +142,11 @@ class Run:
             torch.manual_seed(
                 seed_of(self.args.seed, "step", self.step, self.accelerator.process_index)
             )
+            if self._skips:
+                self._buffers_before = state.copy_by_kind(self._buffers)
             yield self.step, batch
+            if self._skips:
+                self._put_averages_back()
             self.step += 1
             self._epoch_images += self.args.batch_size
             self._bar.update()
@@ -162,7 +163,7 @@ class Run:
 
         Loss, accuracy and BatchNorm's running statistics are averaged over the processes, and a
         signal to one is a signal to all. A non-finite loss or gradient anywhere stops the run on
-        every process before this step's update.
+        every process before this step's update; with --nonfinite skip, only the step is lost.
         """
         stop = self._now.new_tensor([STOP.get(self._signal, 0.0)])
         vector = torch.cat([self._now, grad_norm.detach().float().reshape(1), stop])
@@ -172,14 +173,17 @@ class Run:
             vector = self._average_over_processes(vector)
         scaler = self.accelerator.scaler
         finite = torch.isfinite(vector[:1] if scaler else vector[:-1]).all()
-        if scaler:  # fp16 gradients overflow now and then; the scaler skips those updates
-            vector = vector.nan_to_num(nan=0.0, posinf=0.0)
+        # fp16 gradients overflow now and then; the scaler skips those updates
+        counted = vector[:-1].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) * finite
         for sums in (self._interval, self._epoch):
-            sums[:-1] += vector[:-1]
-            sums[-1] += 1
-        if self.optimizer.defaults.get("fused") and not scaler:
+            sums[:-1] += counted
+            sums[-1] += finite
+        fused = bool(self.optimizer.defaults.get("fused")) and not scaler
+        if fused:
             # Fused optimizers skip the update on the device where this is 1: no host sync needed.
             self.optimizer.found_inf = (~finite).float()
+        if self._skips:
+            self._withhold(~finite, fused)
         host = torch.cat([vector, finite.float().reshape(1)])
         event = None
         if host.device.type == "cuda":
@@ -188,6 +192,29 @@ class Run:
             event.record()
         self._unread.append((self.step, host, event))
         self._read_checks(GPU_LAG if event else 0)
+
+    def _withhold(self, bad, fused):
+        """Let a bad step leave no trace. bad: a boolean on the device.
+
+        BatchNorm's running statistics, and whatever else the forward pass keeps, are put back at
+        once; the averages when the script has taken the unchanged weights into them.
+        """
+        # A fused SGD whose first update is withheld would leave its momentum uninitialised
+        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        begun = all(self.optimizer.state.get(p) for p in parameters if p.grad is not None)
+        on_host = not (fused and begun)
+        self._bad = None if on_host and not bad else bad
+        if self._bad is None:
+            return
+        state.put_back(self._buffers, self._buffers_before, bad)
+        if self.ema:
+            self._averages_before = state.copy_by_kind(self.ema.tensors())
+        if on_host:
+            self.optimizer.zero_grad()  # an optimizer passes by what has no gradient
+
+    def _put_averages_back(self):
+        if self.ema and self._bad is not None:
+            state.put_back(self.ema.tensors(), self._averages_before, self._bad)
 
     def _check_used(self):
         parameters = self.module.named_parameters() if self.step == self._first_step else ()
@@ -216,17 +243,31 @@ class Run:
             if event:
                 event.synchronize()
             loss, _, norm, stop, finite = host.tolist()
+            self._in_a_row = 0 if finite else self._in_a_row + 1
             if not finite:
-                self._stop_nonfinite(step + 1, loss, norm)
+                self._nonfinite(step + 1, loss, norm)
             if stop:
                 self._stop = signal.SIGTERM if stop >= STOP[signal.SIGTERM] else signal.SIGINT
 
+    def _nonfinite(self, step, loss, norm):
+        if not self._skips or self._in_a_row == MOST_SKIPPED:
+            self._stop_nonfinite(step, loss, norm)
+        self.nonfinite += 1
+        if self.nonfinite == 1:
+            self.say(
+                f"warning: step {step}: loss is {loss:.4g}, gradient norm is {norm:.4g}; skipped, "
+                "as others will be (train/nonfinite counts them)"
+            )
+
     def _stop_nonfinite(self, step, loss, norm):
+        self._settle()
+        self.accelerator.wait_for_everyone()
         kept = checkpoints(self.folder / "checkpoints")
         last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+        skipped = f" and after {self._in_a_row - 1} skipped ones" if self._in_a_row > 1 else ""
         self.fail(
             f"step {step}: loss is {loss:.4g}, gradient norm is {norm:.4g}; stopped before the "
-            f"update, {last}; a lower --lr or --mixed_precision no may help"
+            f"update{skipped}, {last}; a lower --lr or --mixed_precision no may help"
         )
 
     def fail(self, reason):
@@ -237,6 +278,8 @@ class Run:
 
     def _after_step(self, evaluate):
         args = self.args
+        if self._writer.done():
+            self._settle()
         if self.step % args.logging_steps == 0 or self.step == self.total:
             self._log_interval()
         end_of_epoch = self.step % self.steps_per_epoch == 0 or self.step == self.total
@@ -264,19 +307,21 @@ class Run:
         self._read_checks(0)
         loss, mixed_acc, norm, steps = self._interval.tolist()
         self._interval.zero_()
-        record = {
-            "train/loss": loss / steps,
-            "train/mixed_acc": mixed_acc / steps,
-            "train/grad_norm": norm / steps,
-            **self._learning_rates(),
-        }
+        record, loss = {}, loss / steps if steps else math.nan
+        if steps:  # else all were skipped
+            record["train/loss"] = loss
+            record["train/mixed_acc"] = mixed_acc / steps
+            record["train/grad_norm"] = norm / steps
+        record |= self._learning_rates()
+        if self._skips:
+            record["train/nonfinite"] = self.nonfinite
         if self.accelerator.scaler:
             record["train/loss_scale"] = self.accelerator.scaler.get_scale()
             if record["train/loss_scale"] < 1:
-                self._stop_nonfinite(self.step, loss / steps, math.nan)
-        self._bar.set_postfix(loss=f"{loss / steps:.3f}", refresh=False)
+                self._stop_nonfinite(self.step, loss, math.nan)
+        self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if self._bar.disable and time.perf_counter() - self._said > 30:  # no bar: a sign of life
-            self.say(f"step {self.step:>6} of {self.total}  loss {loss / steps:.4f}")
+            self.say(f"step {self.step:>6} of {self.total}  loss {loss:.4f}")
         self._record(record)
 
     def _learning_rates(self):
@@ -291,7 +336,8 @@ class Run:
         self._epoch.zero_()
         speed = self._epoch_images / (time.perf_counter() - self._epoch_began)
         epoch = math.ceil(self.step / self.steps_per_epoch)
-        record = {"epoch/loss": loss / steps, "epoch/mixed_acc": mixed_acc / steps}
+        loss, mixed_acc = (loss / steps, mixed_acc / steps) if steps else (math.nan, math.nan)
+        record = {"epoch/loss": loss, "epoch/mixed_acc": mixed_acc} if steps else {}
         scores = {}
         if epoch % self.args.eval_epochs == 0 or self.step == self.total:
             self._read_checks(0)
@@ -304,8 +350,8 @@ class Run:
         self._epoch_images = 0
         words = score_words(scores, self.config["data"]["splits"])
         self.say(
-            f"epoch {epoch:>3}  step {self.step:>6}  loss {record['epoch/loss']:.4f}  "
-            f"mixed_acc {record['epoch/mixed_acc']:6.2%}  {words}"
+            f"epoch {epoch:>3}  step {self.step:>6}  loss {loss:.4f}  "
+            f"mixed_acc {mixed_acc:6.2%}  {words}"
             f"{speed:,.0f} images/s  {self.seconds:,.0f} s"
         )
 
@@ -316,7 +362,7 @@ class Run:
             return
         if self.best is None or accuracy > self.best["scores"][key]:
             self.best = {"epoch": epoch, "step": self.step, "scores": self.scores}
-            self._best_weights, self._best_is_written = self._result_weights(), False
+            self._best_weights = self._result_weights()
 
     # ---------------------------------------------------------------- what it writes
 
@@ -343,11 +389,22 @@ class Run:
             self.tracking.log(record, self.step)
 
     def _checkpoint(self, must):
+        """Begin to write one, in the background; wait for it where it must be there."""
+        if self.main:
+            self._settle()
+            self._start_checkpoint()
+        if must:
+            failure = f"the checkpoint of step {self.step} could not be written"
+            self._on_main(self._writer.wait, failure)
+        self._checkpointed = time.perf_counter()
+
+    def _start_checkpoint(self):
         counters = {
             "step": self.step,
             "identity": self.identity,
             "interval": self._interval.tolist(),
             "epoch": self._epoch.tolist(),
+            "nonfinite": [self.nonfinite, self._in_a_row],
             "scores": self.scores,
             "best": self.best,
             "seconds": self.seconds + time.perf_counter() - self._since,
@@ -355,31 +412,32 @@ class Run:
             "scaler": self.accelerator.scaler and self.accelerator.scaler.state_dict(),
         }
         tensors = state.gather_tensors(self.module, self.optimizer, self.ema)
-        tensors |= {"best": self._best_weights} if self.best else {}
+        best, weights = self.best, self._best_weights
+        tensors |= {"best": weights} if best else {}
+        # The result follows the checkpoint that has it: a run that is resumed may not fall behind
+        self._writer.start(
+            self.folder / "checkpoints", self.step, tensors, counters, self.args.max_checkpoints,
+            then=lambda: self._write_best(best, weights),
+        )  # fmt: skip
 
-        def save():
-            root, keep = self.folder / "checkpoints", self.args.max_checkpoints
-            try:
-                save_checkpoint(root, self.step, tensors, counters, keep)
-            except OSError as error:
-                if must:
-                    raise
-                warning = f"warning: no checkpoint of step {self.step}: {error}"
-                self.say(f"{warning}; training goes on, older checkpoints are intact")
-
-        self._on_main(save, f"the checkpoint of step {self.step} could not be written")
-        self._write_best()
-        self._checkpointed = time.perf_counter()
+    def _settle(self):
+        """Wait for the checkpoint that is being written; where it failed, say so and give why."""
+        try:
+            self._writer.wait()
+        except OSError as error:
+            warning = f"warning: no checkpoint of step {self._writer.step}: {error}"
+            self.say(f"{warning}; training goes on, older checkpoints are intact")
+            return error
 
     def _result_weights(self):
         """What the run would give if it ended here: the averaged weights where there are any."""
         with self.ema.applied_to(self.module) if self.ema else contextlib.nullcontext():
             return {k: v.to("cpu", copy=True) for k, v in clean_state_dict(self.module).items()}
 
-    def _write_best(self):
-        if not self._best_is_written:
-            self._write_result(self._best_weights)
-        self._best_is_written = True
+    def _write_best(self, best, weights):
+        if best is not self._best_on_disk:
+            self._write_result(weights)
+        self._best_on_disk = best
 
     def _write_result(self, weights):
         config = self.config | {
@@ -387,12 +445,8 @@ class Run:
             "flags": flags.to_recipe(self.args),
             "versions": versions(),
         }
-
-        def write():
-            replace_file(self.folder / "model.safetensors", to_bytes(weights))
-            replace_file(self.folder / "config.json", _json(config))
-
-        self._on_main(write, "the result could not be written")
+        replace_file(self.folder / "model.safetensors", to_bytes(weights))
+        replace_file(self.folder / "config.json", _json(config))
 
     def _on_main(self, action, failure="the run's folder could not be made ready"):
         """Do it on the main process; where it fails there, every process stops with its reason.
@@ -413,23 +467,35 @@ class Run:
             raise error
         return result
 
-    def finish(self, test=None, facts=None):
+    def finish(self, test=None, facts=None, tta=None):
         """Write the result, the summary and the curves; returns the summary.
 
         test: a function without arguments -> {"acc", "loss"} of the weights in the model, called
         with the chosen ones where a validation split chose them. facts: what else the summary
-        should say.
+        should say. tta: the same over several views of each image, for the scored split, called
+        with the result's weights.
         """
         self._bar.close()
-        if self.best is None:
-            self._write_result(self._result_weights())
-        self._write_best()
+        weights = self._best_weights if self.best else self._result_weights()
+
+        def write():
+            failed = self._settle()
+            self._write_best(self.best or {}, weights)
+            if failed:
+                raise failed
+
+        self._on_main(write, "the last checkpoint or the result could not be written")
         final = dict(self.best["scores"] if self.best else self.scores)
         suffix = "_ema" if self.ema else ""
-        if self.best is not None and test is not None:
+        if self.best is not None:
             self.module.load_state_dict(self._best_weights)
-            final |= {f"test/{k}{suffix}": v for k, v in test().items()}
+            final |= {f"test/{k}{suffix}": v for k, v in test().items()} if test else {}
         split = next((s for s in ("test", "val") if f"{s}/acc" + suffix in final), None)
+        if split and tta:
+            averaged = self.ema and self.best is None
+            with self.ema.applied_to(self.module) if averaged else contextlib.nullcontext():
+                final |= {f"{split}/{k}_tta": v for k, v in tta(split).items()}
+            self.seconds += time.perf_counter() - self._since
         summary = {
             "split": split,
             "accuracy": final.get(f"{split}/acc{suffix}"),
@@ -438,6 +504,7 @@ class Run:
             "best_epoch": self.best and self.best["epoch"],
             "scores": final,
             "steps": self.step,
+            "nonfinite": self.nonfinite,
             "epochs": self.step / self.steps_per_epoch,
             "seconds": round(self.seconds, 3),
             "images_per_second": round(self.images_per_second, 1),
@@ -481,6 +548,7 @@ class Run:
         raise SystemExit(code)
 
     def _close(self, exit_code):
+        self._settle()
         self.accelerator.wait_for_everyone()  # first: a tracker may take its time
         self.tracking.finish(exit_code=exit_code)
         for number, handler in self._handlers.items():
@@ -512,8 +580,8 @@ class Run:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.best, self._best_weights = saved["best"], tensors.get("best")
-        self._best_is_written = self.best is None
         self.scores = saved["scores"]
+        self.nonfinite, self._in_a_row = saved.get("nonfinite", (0, 0))
         self._interval += torch.tensor(saved["interval"], device=self._interval.device)
         self._epoch += torch.tensor(saved["epoch"], device=self._epoch.device)
         say(f"resuming     {path}, step {self.step} of {self.total}")

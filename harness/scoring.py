@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from tricks.tta import average_views
+
 BATCH = (64, 512)  # fewest and most samples of an evaluation batch
 BATCH_PIXELS = 2**21  # and between them as many as have so many pixels
 
@@ -17,11 +19,12 @@ def batch_starts(split) -> range:
 
 
 @torch.inference_mode()
-def evaluate(accelerator, model, split, prepare):
+def evaluate(accelerator, model, split, prepare, seen=None):
     """Top-1 accuracy and mean cross-entropy (no smoothing) of `model` on one split.
 
     model: the unwrapped module. split: harness.views.Samples. prepare: uint8 batch on the device
-    -> what the network takes.
+    -> what the network takes. seen: tricks.tta's views, whose probabilities are averaged; None for
+    the image as it is.
 
     The samples are cut into fixed batches by index and dealt to the processes in turn; sums are
     kept per batch and added in the order of the batches. So neither padding nor duplicates exist,
@@ -36,8 +39,11 @@ def evaluate(accelerator, model, split, prepare):
         index = torch.arange(starts[k], min(starts[k] + starts.step, total))
         images, labels = split.take(index, accelerator.device)
         with accelerator.autocast():
-            logits = model(prepare(images))
-        logits = logits.float()
+            if seen is None:
+                logits = model(prepare(images)).float()
+            else:
+                views = [model(prepare(view.apply(images, index))).float() for view in seen]
+                logits = average_views(torch.stack(views), [view.weight for view in seen])
         correct = (logits.argmax(1) == labels).sum()
         loss = F.cross_entropy(logits, labels, reduction="sum")
         sums[k] = torch.stack([loss, correct.float(), loss.new_tensor(len(labels))])

@@ -43,6 +43,28 @@ def restore_tensors(path, tensors, model, optimizer, ema):
     optimizer.load_state_dict(optimizer_state)
 
 
+def copy_by_kind(tensors):
+    """The values of the floats and of the whole numbers among `tensors`, a vector each."""
+    return [torch.cat([t.detach().reshape(-1) for t in kind]) for kind in _kinds(tensors)]
+
+
+@torch.no_grad()
+def put_back(tensors, before, where):
+    """Give the tensors the values that `copy_by_kind` took, if `where`, a boolean on the device.
+
+    By choosing, not by arithmetic: NaN goes. And without the host's knowledge of `where`.
+    """
+    for kind, old, now in zip(_kinds(tensors), before, copy_by_kind(tensors), strict=True):
+        pieces = torch.where(where, old, now).split([t.numel() for t in kind])
+        torch._foreach_copy_(kind, [p.view(t.shape) for p, t in zip(pieces, kind, strict=True)])
+
+
+def _kinds(tensors):
+    floats = [t for t in tensors if t.is_floating_point()]
+    others = [t for t in tensors if not t.is_floating_point()]
+    return [kind for kind in (floats, others) if kind]
+
+
 def find_checkpoint(asked, folder, accelerator, say):
     """(path, tensors, state) of the checkpoint to resume from, or None; the same everywhere.
 

@@ -8,11 +8,13 @@ from typing import NamedTuple
 import torch
 
 from harness.counters import generator
+from harness.errors import UserError
 from harness.pixels import decode_split, epoch_order, gather
 from harness.weights import stored_size
 from tricks import augment, autoaugment
 from tricks.cutmix import cutmix_batch, draw_cutmix
 from tricks.mixup import draw_mixup, mixup_batch, neighbour_pairs
+from tricks.tta import tta_views
 
 
 class Samples(NamedTuple):
@@ -49,7 +51,7 @@ def decode(split, image_column, size, progress, interpolation="bilinear"):
     """Samples of one harness.data.Split; see `decode_splits`."""
     pixels = decode_split(
         split.dataset, image_column, size, name=split.name, interpolation=interpolation,
-        progress=progress,
+        progress=progress, rows=split.rows,
     )  # fmt: skip
     return Samples(pixels, torch.from_numpy(split.rows), torch.from_numpy(split.labels))
 
@@ -66,10 +68,11 @@ class Views:
     """Batches of uint8 pixels -> what the network takes: whole batches, every sample its own draw.
 
     augment: a word of flags.AUGMENTS. padding: pixels of the random crop, 0 for none. flip_prob
-    and erasing: probabilities. ops and magnitude: RandAugment's. mean and std: a number a channel.
-    size: pixels a side that the network sees; stored: of the images that come in, None for `size`.
-    crop_scale: the least share of the area in a random resized crop, which takes the place of the
-    padded crop; 0: the padded crop. Without a resized crop, larger images are cut to their centre.
+    and erasing: probabilities. alternating: `train_batches` hands `draw` the flips, drawn once an
+    image. ops and magnitude: RandAugment's. mean and std: a number a channel. size: pixels a side
+    that the network sees; stored: of the images that come in, None for `size`. crop_scale: the
+    least share of the area in a random resized crop, which takes the place of the padded crop; 0:
+    the padded crop. Without a resized crop, larger images are cut to their centre.
 
     Raises ValueError where fewer pixels are stored than seen.
     """
@@ -86,18 +89,23 @@ class Views:
         erasing,
         ops,
         magnitude,
+        alternating=False,
         stored=None,
         crop_scale=0.0,
     ):
         self.size, self.mean, self.std = size, mean, std
         self.augment, self.padding, self.flip_prob = augment, padding, flip_prob
         self.erasing, self.ops, self.magnitude = erasing, ops, magnitude
+        self.alternating = alternating
         self.stored, self.crop_scale = stored or size, crop_scale
         if self.stored < size:
             raise ValueError(f"stored must be at least the size, {size}, got {stored}")
 
-    def draw(self, n, rng):
-        """Draw for a whole batch of n, on the CPU: tensors (or tuples of them) of length n."""
+    def draw(self, n, rng, flips=None):
+        """Draw for a whole batch of n, on the CPU: tensors (or tuples of them) of length n.
+
+        flips: bool (n,), what is mirrored, instead of a draw.
+        """
         size, draw = self.size, {}
         if self.augment != "none" and self.crop_scale:
             draw["resized"] = augment.draw_resized_crops(
@@ -106,7 +114,8 @@ class Views:
         elif self.augment != "none" and self.padding:
             draw["crop"] = augment.draw_crops(n, self.padding, rng)
         if self.augment != "none" and self.flip_prob:
-            draw["flip"] = augment.draw_flips(n, self.flip_prob, rng)
+            draws = augment.draw_flips(n, self.flip_prob, rng)
+            draw["flip"] = draws if flips is None else flips
         if self.augment == "randaugment":
             draw["ops"] = autoaugment.draw_randaugment(
                 n, size, size, self.ops, self.magnitude, generator=rng
@@ -159,7 +168,18 @@ def make_views(args, look):
         padding=look.size // 8 if args.crop_padding is None else args.crop_padding,
         erasing=args.random_erasing, ops=args.randaugment_ops,
         magnitude=args.randaugment_magnitude, stored=stored_size(look), crop_scale=args.crop_scale,
+        alternating=args.flip == "alternating",
     )  # fmt: skip
+
+
+def scored_views(kind, size, seed):
+    """tricks.tta's views of `--tta`, or None for none; a kind that is none is a UserError."""
+    if kind == "none":
+        return None
+    try:
+        return tta_views(kind, size, seed)
+    except ValueError as error:
+        raise UserError(f"--tta: {error}") from None
 
 
 def mixes(args):
@@ -195,6 +215,9 @@ def train_batches(split, views, accelerator, *, batch_size, accumulation, seed, 
     n = batch_size // (accumulation * processes)
     per_epoch = len(split.labels) // batch_size
     order = {}  # of one epoch, the last one used
+    first = None
+    if views.alternating:
+        first = augment.draw_flips(len(split.labels), views.flip_prob, generator(seed, "flips"))
 
     def parts_of(step):
         epoch, place = divmod(step, per_epoch)
@@ -202,7 +225,8 @@ def train_batches(split, views, accelerator, *, batch_size, accumulation, seed, 
             order.clear()
             order[epoch] = epoch_order(len(split.labels), seed, epoch)
         rows = order[epoch][place * batch_size : (place + 1) * batch_size]
-        draw = views.draw(batch_size, generator(seed, "views", step))
+        flips = None if first is None else augment.alternate_flips(first[rows], epoch)
+        draw = views.draw(batch_size, generator(seed, "views", step), flips)
         parts = []
         for turn in range(accumulation):
             start = (turn * processes + rank) * n

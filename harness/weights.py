@@ -28,7 +28,7 @@ OLD_KEYS = (
 # Flags of a run that say which images it was trained on.
 DATA_FLAGS = (
     "image_column", "label_column", "train_split", "val_split", "test_split", "val_fraction",
-    "max_train_samples", "seed",
+    "max_train_samples", "seed", "bad_images",
 )  # fmt: skip
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads that we build googlenet, inception without
 
@@ -222,8 +222,8 @@ def find_weights(spec, name, stem="auto") -> Pretrained:
     library = library_of(name)
     if spec != "default" and (Path(spec).exists() or Path(spec).suffix or "/" in spec):
         found = _stored(spec, name)
-    elif library == "timm":
-        raise UserError(f"--weights {spec}: timm's {name} takes a run folder or a file")
+    elif library != "torchvision":
+        raise UserError(f"--weights {spec}: {name} takes a run folder or a file")
     else:
         found = _published(spec, name)
     state = {_plain(key): value for key, value in found.state.items()}

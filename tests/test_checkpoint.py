@@ -6,14 +6,20 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import struct
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
 
 from harness import checkpoint
 from harness.checkpoint import (
+    CheckpointWriter,
     Damaged,
+    as_file,
     checkpoints,
     load_checkpoint,
     newest_valid,
@@ -394,3 +400,153 @@ def test_replace_file_is_all_or_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="full"):
         replace_file(path, b"new")
     assert path.read_bytes() == b"older" and os.listdir(tmp_path) == ["summary.json"]
+
+
+# --- in the background ---
+
+
+def test_the_copies_are_the_bytes_that_safetensors_writes_and_their_memory_is_used_again():
+    buffer = None
+    for step in (1, 2):
+        for group in contents(step)[0].values():
+            assert bytes(as_file(group).numpy()) == to_bytes(group)
+        model = contents(step)[0]["model"]
+        buffer, before = as_file(model, buffer), buffer
+        assert bytes(buffer.numpy()) == to_bytes(model)
+        assert before is None or before.data_ptr() == buffer.data_ptr()
+    assert bytes(as_file({"w": torch.ones(3)}, buffer).numpy()) == to_bytes({"w": torch.ones(3)})
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Writes wait until held.set()."""
+    gate = threading.Event()
+
+    def write(path, data, real=checkpoint.write_synced):
+        assert gate.wait(30)
+        real(path, data)
+
+    monkeypatch.setattr(checkpoint, "write_synced", write)
+    yield gate
+    gate.set()
+
+
+def test_training_goes_on_while_it_is_written_and_does_not_change_it(tmp_path, held):
+    tensors, state = contents(5)
+    writer, after = CheckpointWriter(), []
+    writer.start(tmp_path, 5, tensors, state, keep=2, then=lambda: after.append(1))
+    for group in tensors.values():
+        for tensor in group.values():
+            tensor.zero_()
+    assert not writer.done() and not checkpoints(tmp_path) and not after
+    held.set()
+    folder = writer.wait()
+    assert_is(load_checkpoint(folder), 5)
+    assert after == [1] and writer.wait() is None
+
+
+def test_the_next_one_waits_for_the_one_before(tmp_path, held):
+    writer = CheckpointWriter()
+    writer.start(tmp_path, 1, *contents(1), keep=2)
+    threading.Timer(0.2, held.set).start()
+    writer.start(tmp_path, 2, *contents(2), keep=2)
+    assert [path.name[-1] for path in checkpoints(tmp_path)][:1] == ["1"]
+    writer.wait()
+    for step, folder in enumerate(checkpoints(tmp_path), 1):
+        assert_is(load_checkpoint(folder), step)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), ZeroDivisionError("a mistake")])
+def test_what_stops_the_writer_is_raised_once_where_it_is_waited_for(tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    writer = CheckpointWriter()
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write_synced", fail)
+        writer.start(tmp_path, 1, *contents(1), keep=2)
+        with pytest.raises(type(error)):
+            writer.wait()
+    assert writer.wait() is None and not list(tmp_path.iterdir())
+    writer.start(tmp_path, 2, *contents(2), keep=2)
+    assert_is(load_checkpoint(writer.wait()), 2)
+
+
+@pytest.mark.slow
+def test_a_script_that_dies_leaves_the_write_to_its_end_and_its_failure_is_printed(tmp_path):
+    program = """
+import sys, time, torch
+from harness import checkpoint
+real = checkpoint.write_synced
+def slow(path, data):
+    time.sleep(0.3)
+    if sys.argv[2] == "fails" and path.name == "state.json":
+        raise OSError(28, "No space left on device")
+    real(path, data)
+checkpoint.write_synced = slow
+checkpoint.CheckpointWriter().start(sys.argv[1], 1, {"model": {"w": torch.ones(3)}}, {}, 2)
+raise RuntimeError("the script's own")
+"""
+    for how, words in (("writes", []), ("fails", ["No space left on device"])):
+        root = tmp_path / how
+        command = [sys.executable, "-c", program, str(root), how]
+        environment = os.environ | {"PYTHONPATH": os.getcwd()}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 1
+        assert all(word in done.stderr for word in ["the script's own", *words]), done.stderr
+        assert [path.name for path in root.iterdir()] == ["step-00000001"] * (how == "writes")
+    load_checkpoint(tmp_path / "writes" / "step-00000001")
+
+
+def write_and_die(root, step, point):
+    """Begin a checkpoint and be killed at the `point`-th of the points, if there are as many."""
+    calls = iter(range(99))
+
+    def may_die():
+        if next(calls) == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(function):
+        def call(*args, **kwargs):
+            may_die()
+            result = function(*args, **kwargs)
+            may_die()
+            return result
+
+        return call
+
+    checkpoint.write_synced = counted(checkpoint.write_synced)
+    checkpoint.os.rename = counted(os.rename)
+    checkpoint.shutil.rmtree = counted(shutil.rmtree)
+    writer = CheckpointWriter()
+    writer.start(root, step, *contents(step), keep=2)
+    writer.wait()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize("step", [2, 3], ids=["same step", "next step"])
+def test_a_kill_at_any_point_of_a_write_leaves_a_valid_one(tmp_path, step):
+    """Before and after each write, rename and removal that the writer does."""
+    killed = 0
+    for point in range(99):
+        root = tmp_path / str(point)
+        save(root, 1)
+        save(root, 2)
+        child = os.fork()
+        if child == 0:
+            try:
+                write_and_die(root, step, point)
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(child, 0)
+        path, *found = newest_valid(root, print)
+        newest = int(path.name[5:])
+        assert_is(found, newest)
+        # Between the two renames that replace a checkpoint, the one before it is the newest
+        assert newest in ((1, 2) if step == 2 else (2, 3))
+        save(root, 4, keep=2)  # and what was left is cleaned up
+        assert not list(root.glob(".writing-*"))
+        if not os.WIFSIGNALED(status):
+            break
+        killed += 1
+    assert newest == step and killed >= 14

@@ -88,6 +88,57 @@ def test_every_family_builds_runs_and_is_rebuilt(name):
     load_state(again, model.state_dict())
 
 
+@pytest.mark.parametrize("size", [9, 20, 32, 33, 64])
+def test_fastnet_builds_runs_and_is_rebuilt(size):
+    model = models.build_model("fastnet_small", 7, image_size=size)
+    logits = model(torch.randn(4, 3, size, size))
+    assert logits.shape == (4, 7) and logits.abs().max() < 1  # it starts near equal odds
+    where, last = models.head(model)
+    assert where == "fc" and last.weight.shape == (7, 128)
+    config = models.model_config("fastnet_small", list("abcdefg"), size, (0.5,) * 3, (0.2,) * 3,
+                                 stem="standard", library="own")  # fmt: skip
+    load_state(models.rebuild_model(json.loads(json.dumps(config))), model.state_dict())
+    names = [name for block in models.blocks(model, "fastnet_small") for name in block]
+    held = [
+        n for n, _ in model.named_parameters() if sum(n.startswith(f"{x}.") for x in names) == 1
+    ]
+    assert held == [n for n, _ in model.named_parameters()]
+
+
+def test_fastnet_starts_whitened_and_passing_on():
+    model = models.build_model("fastnet", 10, image_size=32)
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert frozen[0] == "whitening.weight" and len(frozen) == 7  # and BatchNorm's scales
+    assert models.initialise(model, "auto") == "own"
+    images = torch.randn(300, 3, 32, 32)
+    models.whiten(model, lambda n: images[:n])
+    outputs = model.whitening(images).transpose(0, 1).flatten(1)[:12]
+    assert torch.allclose(outputs @ outputs.T / outputs.shape[1], torch.eye(12), atol=0.02)
+    x = torch.rand(2, 256, 8, 8)
+    assert torch.equal(model.layers[2][0](x), x)
+    models.whiten(shapes_only("resnet18", image_size=32), None)  # others are left alone
+
+
+def test_fastnet_is_named_in_errors_and_has_no_small_stem(tmp_path):
+    with pytest.raises(UserError, match='did you mean "fastnet"'):
+        models.build_model("fasnet", 10, image_size=32)
+    assert models.resolve_stem("fastnet", "auto", 32) == "standard"
+    with pytest.raises(UserError, match="fastnet"):
+        models.build_model("fastnet", 10, image_size=8)
+    model = models.build_model("fastnet", 10, image_size=32, dropout=0.3)
+    assert models.head(model)[1].p == 0.3
+
+
+def test_the_first_size_has_to_be_one_that_the_network_runs_at():
+    model = models.build_model("fastnet", 10, image_size=32)
+    assert models.check_start_size(model, "fastnet", None, 32) == 32
+    assert models.check_start_size(model, "fastnet", 20, 32) == 20 and model.training
+    with pytest.raises(UserError, match="--start_size 8: fastnet does not run at it"):
+        models.check_start_size(model, "fastnet", 8, 32)
+    with pytest.raises(UserError, match="--start_size 33 is above the image size, 32"):
+        models.check_start_size(model, "fastnet", 33, 32)
+
+
 def test_every_torchvision_classifier_has_a_family():
     names = torchvision.models.list_models(module=torchvision.models)
     assert len(names) >= 80

@@ -1,13 +1,21 @@
 """Stop anywhere, resume, and get the uninterrupted run: bit for bit."""
 
+import errno
+import hashlib
 import json
 import shutil
 
 import pytest
+import torch
 import yaml
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import smallruns
-from harness.errors import UserError
+import train
+from harness import checkpoint
+from harness.errors import RunStopped, UserError
+from harness.folder import read_metrics
+from harness.run import Run
 
 STEPS = 12
 
@@ -63,6 +71,27 @@ def test_a_validation_split_chooses_the_epoch_also_across_a_resume(tmp_path):
     on_val = [r["val/acc_ema"] for r in records if "val/acc_ema" in r]
     assert summaries[0]["scores"]["val/acc_ema"] == max(on_val)  # of that epoch, not the last
     assert not any("test/acc" in r for r in records)  # test is scored once, at the end
+
+
+FAST = {
+    "model": "fastnet_small", "optimizer": "muon", "lr": 0.2, "head_lr": 0.02, "bias_lr": 2.0,
+    "schedule": "linear", "flip": "alternating", "start_size": 12, "tta": "shift", "dropout": None,
+}  # fmt: skip
+
+
+def test_the_fast_recipes_tricks_resume_bit_for_bit_and_score_several_views(tmp_path):
+    whole, _ = smallruns.train(tmp_path / "a", **FAST)
+    smallruns.train(tmp_path / "b", **FAST, stop_after=7)
+    parts, _ = smallruns.train(tmp_path / "b", **FAST, resume_from_checkpoint="auto")
+    assert smallruns.digest(whole) == smallruns.digest(parts)
+    summaries = [json.loads((f / "summary.json").read_text()) for f in (whole, parts)]
+    assert summaries[0]["scores"] == summaries[1]["scores"]
+    assert 0 <= summaries[0]["scores"]["test/acc_tta"] <= 1
+    records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    rates = {k: v for k, v in records[0].items() if k.startswith("train/lr/")}
+    assert set(rates) == {
+        "train/lr/weight (muon)", "train/lr/head", "train/lr/norm_and_bias",
+    }  # fmt: skip
 
 
 def test_resuming_a_finished_run_says_the_same_result(straight):
@@ -143,3 +172,209 @@ def test_a_finished_run_without_its_checkpoints_is_not_thrown_away(tmp_path):
     with pytest.raises(UserError, match="finished run without checkpoints"):
         smallruns.train(tmp_path, epochs=1, resume_from_checkpoint="auto")
     assert (folder / "model.safetensors").exists()
+
+
+# --- a checkpoint that can't be written ---
+
+
+def fails_at(monkeypatch, steps, error):
+    """Let the writer fail at the checkpoints of these steps."""
+
+    def write(path, data, real=checkpoint.write_synced):
+        if any(f"step-{step:08d}-" in path.parent.name for step in steps):
+            raise error
+        real(path, data)
+
+    monkeypatch.setattr(checkpoint, "write_synced", write)
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_in_the_background_is_a_warning_and_training_goes_on(
+    straight, tmp_path, monkeypatch, capsys
+):
+    fails_at(monkeypatch, [5, 6], FULL)
+    folder, status = smallruns.train(tmp_path, checkpointing_steps=1)
+    out = capsys.readouterr().out
+    assert status == 0 and smallruns.digest(folder) == smallruns.digest(straight)
+    for step in (5, 6):
+        assert out.count(f"warning: no checkpoint of step {step}: [Errno 28] No space left") == 1
+    assert not list((folder / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("flags", [{"epochs": 1}, {"stop_after": 4}], ids=["end", "stop"])
+def test_a_last_checkpoint_that_fails_is_an_error(tmp_path, monkeypatch, flags):
+    fails_at(monkeypatch, [4], FULL)
+    with pytest.raises(RunStopped, match=r"checkpoint .*could not be written: .*No space left"):
+        smallruns.train(tmp_path, checkpointing_steps=3, **flags)
+    names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert names == ["step-00000003"]
+    # What was learned is not lost for it
+    assert (tmp_path / "run" / "model.safetensors").exists() == ("epochs" in flags)
+
+
+def test_a_mistake_in_the_writer_comes_to_light(tmp_path, monkeypatch):
+    fails_at(monkeypatch, [3], ZeroDivisionError("a mistake"))
+    with pytest.raises(ZeroDivisionError):
+        smallruns.train(tmp_path, checkpointing_steps=3)
+
+
+def test_the_best_epoch_on_disk_is_never_ahead_of_the_checkpoints(tmp_path, monkeypatch):
+    """model.safetensors is written after the checkpoint that has it; a failed one is made up."""
+    seen = []
+
+    def write(path, data, real=checkpoint.write_synced):
+        if path.name == ".model.safetensors.writing":
+            newest = checkpoint.checkpoints(path.parent / "checkpoints")[-1]
+            best = checkpoint.load_checkpoint(newest)[0]["best"]
+            assert checkpoint.to_bytes(best) == bytes(data)
+            seen.append(newest.name)
+        real(path, data)
+
+    monkeypatch.setattr(checkpoint, "write_synced", write)
+    flags = {"val_fraction": 0.25, "batch_size": 24, "epochs": 4}
+    _, status = smallruns.train(tmp_path, **flags)
+    assert status == 0 and seen
+
+
+# --- --nonfinite skip ---
+
+
+def poison(monkeypatch, steps):
+    """NaN into BatchNorm in training at these steps: statistics, loss and gradients."""
+    now, forward, real = {}, _BatchNorm.forward, Run.steps
+
+    def counted(run, *args, **kwargs):
+        for step, batch in real(run, *args, **kwargs):
+            now["bad"] = step in steps
+            yield step, batch
+            now["bad"] = False
+
+    def poisoned(norm, x):
+        return forward(norm, x * float("nan") if now.get("bad") and norm.training else x)
+
+    monkeypatch.setattr(Run, "steps", counted)
+    monkeypatch.setattr(_BatchNorm, "forward", poisoned)
+
+
+def fuse(monkeypatch):
+    """The fused optimizer and its found_inf, which a GPU has, on the CPU."""
+
+    def make(args, parameters, accelerator, lr):
+        return torch.optim.SGD(parameters, lr, args.momentum, nesterov=True, fused=True)
+
+    monkeypatch.setattr(train, "make_optimizer", make)
+
+
+def states(folder):
+    """{step: sha256 of model, averages and optimizer}."""
+    return {
+        int(path.name[5:]): [
+            hashlib.sha256((path / f"{name}.safetensors").read_bytes()).hexdigest()
+            for name in ("model", "ema", "optimizer")
+        ]
+        for path in checkpoint.checkpoints(folder / "checkpoints")
+    }
+
+
+SKIP = {"nonfinite": "skip", "checkpointing_steps": 1, "max_checkpoints": 99, "logging_steps": 1}
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["host", "device"])
+def test_a_skipped_step_leaves_no_trace_and_is_counted(tmp_path, monkeypatch, fused):
+    if fused:
+        fuse(monkeypatch)
+    poison(monkeypatch, {5, 8, 9})
+    folder, status = smallruns.train(tmp_path / "whole", **SKIP)
+    assert status == 0
+    found = states(folder)
+    same = [s for s in found if s > 1 and found[s] == found[s - 1]]
+    assert same == [6, 9, 10]  # and all others differ in each
+    assert all(a != b for a, b in zip(found[7], found[6], strict=True))
+    tensors, _ = checkpoint.load_checkpoint(folder / "checkpoints/step-00000012")
+    floats = [t for group in tensors.values() for t in group.values() if t.is_floating_point()]
+    assert floats and all(torch.isfinite(t).all() for t in floats)
+    records = {r["step"]: r for r in read_metrics(folder / "metrics.jsonl") if "train/lr" in r}
+    assert [records[s]["train/nonfinite"] for s in (5, 6, 9, 12)] == [0, 1, 2, 3]
+    assert "train/loss" in records[5] and "train/loss" not in records[6]
+    assert json.loads((folder / "summary.json").read_text())["nonfinite"] == 3
+
+    for stop in (6, 9):
+        smallruns.train(tmp_path / str(stop), **SKIP, stop_after=stop)
+        parts, _ = smallruns.train(tmp_path / str(stop), **SKIP, resume_from_checkpoint="auto")
+        assert smallruns.digest(parts) == smallruns.digest(folder)
+        assert json.loads((parts / "summary.json").read_text())["nonfinite"] == 3
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["host", "device"])
+def test_a_run_whose_first_step_is_skipped(tmp_path, monkeypatch, fused):
+    """A fused SGD would leave the momentum of a withheld first step uninitialised."""
+    if fused:
+        fuse(monkeypatch)
+    poison(monkeypatch, {0})
+    folder, status = smallruns.train(tmp_path, **SKIP, stop_after=2)
+    assert status == 0
+    first, _ = checkpoint.load_checkpoint(folder / "checkpoints/step-00000001")
+    assert not first["optimizer"]
+    second, _ = checkpoint.load_checkpoint(folder / "checkpoints/step-00000002")
+    assert all(t.abs().max() < 1e3 for t in second["optimizer"].values())
+
+
+def test_skipping_where_nothing_is_bad_changes_nothing(straight, tmp_path):
+    folder, _ = smallruns.train(tmp_path, nonfinite="skip", checkpointing_steps=5)
+    ours, theirs = smallruns.digest(folder), smallruns.digest(straight)
+    assert ours.pop("metrics.jsonl") != theirs["metrics.jsonl"]  # it has train/nonfinite
+    assert ours.items() <= theirs.items()
+
+
+def test_ten_in_a_row_stop_the_run_also_across_a_resume(tmp_path, monkeypatch):
+    poison(monkeypatch, range(1, 99))
+    flags = {**SKIP, "max_checkpoints": 2}
+    smallruns.train(tmp_path, **flags, stop_after=6)
+    with pytest.raises(RunStopped, match=r"step 11: loss is nan.*9 skipped ones, .*step-00000010"):
+        smallruns.train(tmp_path, **flags, resume_from_checkpoint="auto")
+
+
+def test_a_run_that_stopped_goes_on_with_skip(tmp_path, monkeypatch):
+    poison(monkeypatch, {6})
+    with pytest.raises(RunStopped, match=r"step 7: loss is nan.*is .*step-00000006"):
+        smallruns.train(tmp_path, checkpointing_steps=3)
+    folder, status = smallruns.train(
+        tmp_path, nonfinite="skip", checkpointing_steps=3, resume_from_checkpoint="auto"
+    )
+    assert status == 0
+    assert json.loads((folder / "summary.json").read_text())["nonfinite"] == 1
+
+
+@pytest.mark.slow
+def test_two_processes_skip_alike_and_resume(tmp_path):
+    """Process 1 alone meets an infinite loss at the third step."""
+    script = tmp_path / "poisoned.py"
+    script.write_text(
+        "import os, train\n"
+        "from harness.launch import script\n"
+        "from harness.run import Run\n"
+        "real = Run.count\n"
+        "def count(run, loss, acc):\n"
+        "    bad = os.environ['RANK'] == '1' and run.step == 2\n"
+        "    real(run, loss + float('inf') if bad else loss, acc)\n"
+        "Run.count = count\n"
+        "with script('poisoned.py'):\n"
+        "    train.main(train.read_flags())\n"
+    )
+    two = ("--config_file", str(smallruns.ROOT / "accelerate_configs" / "cpu_2proc.yaml"))
+    folders = []
+    for name, stops in (("whole", [None]), ("parts", [3, None])):
+        (tmp_path / name).mkdir()
+        for number, stop in enumerate(stops):
+            done = smallruns.launch(
+                tmp_path / name, launcher=two, script=script, **SKIP, epochs=2, stop_after=stop,
+                resume_from_checkpoint="auto" if number else None,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stdout
+        folders.append(tmp_path / name / "run")
+    assert smallruns.digest(folders[0]) == smallruns.digest(folders[1])
+    found = states(folders[0])
+    assert [s for s in found if s > 1 and found[s] == found[s - 1]] == [3]
+    assert json.loads((folders[0] / "summary.json").read_text())["nonfinite"] == 1

@@ -10,6 +10,7 @@ from torch import nn
 from harness.scoring import batch_starts, evaluate, score
 from harness.views import Samples
 from tricks.ema import ModelEma
+from tricks.tta import tta_views
 
 CPU = torch.device("cpu")
 
@@ -173,3 +174,19 @@ def test_batches_are_of_as_many_images_as_have_so_many_pixels():
     assert sizes(224) == list(range(0, 600, 64))
     features = Samples(torch.empty(600, 2, 2048), None, range(600))
     assert list(batch_starts(features)) == [0, 512]
+
+
+def test_several_views_are_averaged_by_their_weights(network):
+    pixels = torch.randint(0, 256, (40, 3, 6, 6), dtype=torch.uint8)
+    split = Samples(pixels, torch.arange(40), torch.randint(0, 3, (40,)))
+    network.first = nn.Linear(108, 5)
+    views = tta_views("shift", 6)
+    got = evaluate(Alone(), network, split, prepare, views)
+    network.eval()
+    with torch.no_grad():
+        mean = sum(
+            view.weight * network(prepare(view.apply(pixels, None))).softmax(1) for view in views
+        )
+    assert got["acc"] == (mean.argmax(1) == split.labels).sum().item() / 40
+    assert got["loss"] == pytest.approx(F.nll_loss(mean.log(), split.labels).item(), abs=1e-5)
+    assert got["loss"] != evaluate(Alone(), network, split, prepare)["loss"]

@@ -275,9 +275,11 @@ def make_split():
     return Samples(pixels, rows, torch.arange(SAMPLES))
 
 
-def run_batches(processes=1, accumulation=1, first=0, total=TOTAL, device=CPU, seed=SEED):
+def run_batches(
+    processes=1, accumulation=1, first=0, total=TOTAL, device=CPU, seed=SEED, **changes
+):
     """[step][process] -> Parts, as every process of a run would get them."""
-    split, views = make_split(), make_views()
+    split, views = make_split(), make_views(**changes)
     runs = []
     for rank in range(processes):
         accelerator = SimpleNamespace(device=device, process_index=rank, num_processes=processes)
@@ -347,3 +349,26 @@ def test_the_thread_that_works_ahead_keeps_the_order():
         for one, other in zip(plain, ahead, strict=True):
             assert same(join(one).draw, join(other).draw)
             assert other[0][0].images.device.type == "meta"
+
+
+def test_alternating_flips_show_every_image_both_ways_in_two_epochs():
+    per_epoch = SAMPLES // BATCH
+    steps = [join(step) for step in run_batches(processes=2, total=4 * per_epoch, alternating=True)]
+    seen = [{} for _ in range(4)]  # of every epoch: sample -> whether it was mirrored
+    for number, batch in enumerate(steps):
+        flips = batch.draw["flip"][0].tolist()
+        seen[number // per_epoch] |= dict(zip(batch.labels.tolist(), flips, strict=True))
+    compared = 0
+    for epoch in range(3):
+        both = seen[epoch].keys() & seen[epoch + 1].keys()
+        assert all(seen[epoch][i] != seen[epoch + 1][i] for i in both)
+        compared += len(both)
+    assert compared > SAMPLES
+    assert 0.3 < sum(seen[0].values()) / len(seen[0]) < 0.7
+
+
+def test_alternating_flips_leave_every_other_draw_as_it_is():
+    for one, other in zip(run_batches(), run_batches(alternating=True), strict=True):
+        (one,), (other,) = one[0], other[0]
+        assert not torch.equal(one.draw.pop("flip"), other.draw.pop("flip"))
+        assert same(one.draw, other.draw)
