@@ -45,6 +45,7 @@ from harness.optimizers import make_optimizer
 from harness.pictures import save_train_batch
 from harness.run import Run, check_batch
 from harness.scoring import evaluate, score
+from harness.verify import verify_resume
 from harness.views import decode_splits, draw_mixing, make_views, mixes, train_batches
 from harness.weights import find_weights, load_pretrained, stored_size
 from tricks.ema import ModelEma
@@ -56,8 +57,9 @@ from tricks.schedule import set_lr, warmup_cosine
 
 def main(args):
     accelerator, machine = make_accelerator(
-        args.mixed_precision, args.gradient_accumulation_steps, args.threads, args.seed
-    )
+        args.mixed_precision, args.gradient_accumulation_steps, args.threads, args.seed,
+        args.deterministic,
+    )  # fmt: skip
     device = accelerator.device
     folder = check_folder(args)
 
@@ -215,4 +217,4 @@ def train_stage(run, stage, optimizer, splits, look, classes, known):
 
 if __name__ == "__main__":
     with script("finetune.py"):
-        main(args)
+        verify_resume(__file__, args) if args.verify_resume else main(args)

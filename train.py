@@ -35,6 +35,7 @@ from harness.optimizers import make_groups, make_optimizer
 from harness.pictures import save_train_batch
 from harness.run import Run, check_batch
 from harness.scoring import evaluate, score
+from harness.verify import verify_resume
 from harness.views import (
     decode_splits,
     draw_mixing,
@@ -53,8 +54,9 @@ from tricks.schedule import set_lr
 
 def main(args):
     accelerator, machine = make_accelerator(
-        args.mixed_precision, args.gradient_accumulation_steps, args.threads, args.seed
-    )
+        args.mixed_precision, args.gradient_accumulation_steps, args.threads, args.seed,
+        args.deterministic,
+    )  # fmt: skip
     device = accelerator.device
     folder = check_folder(args)
 
@@ -166,4 +168,4 @@ def main(args):
 
 if __name__ == "__main__":
     with script("train.py"):
-        main(args)
+        verify_resume(__file__, args) if args.verify_resume else main(args)

@@ -31,11 +31,17 @@ class FastNet(nn.Sequential):
         self.activation = nn.GELU()
         inputs = (whitened, *widths)
         self.layers = nn.Sequential(*(_block(n, m) for n, m in zip(inputs, widths, strict=False)))
-        self.pool = nn.AdaptiveMaxPool2d(1)
-        self.flatten = nn.Flatten()
+        self.pool = GlobalMaxPool()
         self.fc = nn.Linear(widths[-1], num_classes, bias=False)
         # Of this size after a maximum over GELUs, logits start small and are moved by any rate
         nn.init.normal_(self.fc.weight, std=1 / widths[-1])
+
+
+class GlobalMaxPool(nn.Module):
+    """(N, C, H, W) -> (N, C). AdaptiveMaxPool2d's gradient is not deterministic on a GPU."""
+
+    def forward(self, features):
+        return features.amax((2, 3))
 
 
 def _block(inputs, outputs):

@@ -16,6 +16,7 @@ import yaml
 
 OF_ONE_COMMAND = {
     "config", "given", "overwrite", "dry_run", "stop_after", "resume_from_checkpoint",
+    "verify_resume",
 }  # fmt: skip
 
 STRATEGIES = ("feature_extraction", "staged", "full", "auto")
@@ -35,7 +36,7 @@ STAGE_FLAGS = {
 OPERATIONAL = {
     "config", "output_dir", "run_name", "overwrite", "dry_run", "report_to", "project", "group",
     "log_model", "threads", "checkpointing_steps", "max_checkpoints", "resume_from_checkpoint",
-    "stop_after", "nonfinite",
+    "stop_after", "nonfinite", "verify_resume",
 }  # fmt: skip
 
 
@@ -535,3 +536,8 @@ def output_flags(parser, project):
     g.add_argument("--stop_after", type=whole(1),
                    help="optimizer steps, then a checkpoint and exit 0; the schedule is that of "
                    "the whole run")
+    g.add_argument("--verify_resume", type=whole(2), metavar="STEPS",
+                   help="train nothing: so many steps straight, the same killed half-way and "
+                   "resumed, then PASS or the first difference")
+    g.add_argument("--deterministic", action=Switch,
+                   help="algorithms that give the same bits every time, on a GPU too; slower there")

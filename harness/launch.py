@@ -26,11 +26,14 @@ from accelerate.utils import broadcast_object_list, set_seed
 from harness.errors import UserError
 
 
-def make_accelerator(mixed_precision="auto", gradient_accumulation_steps=1, threads=None, seed=0):
+def make_accelerator(
+    mixed_precision="auto", gradient_accumulation_steps=1, threads=None, seed=0, deterministic=False
+):
     """The Accelerator of this process, plus a dict of words for the plan.
 
     mixed_precision: "auto", "no", "bf16" or "fp16". threads: intra-op CPU threads, None for all
-    cores divided by the processes on this machine. Raises UserError where training would run on
+    cores divided by the processes on this machine. deterministic: torch's deterministic algorithms,
+    and an error where an operation has none. Raises UserError where training would run on
     fewer processes than were asked for.
     """
     _follow_launcher()
@@ -52,6 +55,9 @@ def make_accelerator(mixed_precision="auto", gradient_accumulation_steps=1, thre
     threads = _set_threads(threads)
     if cpu:
         _keep_freed_memory()
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
+    torch.use_deterministic_algorithms(deterministic)
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=precision,
@@ -59,6 +65,7 @@ def make_accelerator(mixed_precision="auto", gradient_accumulation_steps=1, thre
         # Buffers are averaged over the processes every step (Run.agree) instead of taking rank 0's
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    torch.set_num_threads(threads)  # Accelerate sets another number without OMP_NUM_THREADS
     if accelerator.num_processes != world:
         raise UserError(
             f"the launcher started {world} processes but they don't know of each other "
@@ -66,7 +73,7 @@ def make_accelerator(mixed_precision="auto", gradient_accumulation_steps=1, thre
         )
     set_seed(seed)
     if accelerator.device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = not deterministic  # it chooses by what is faster now
         torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
     words = {
         "precision": f"{precision} ({origin})",
@@ -213,6 +220,11 @@ def script(name):
     except UserError as error:
         _print_once(f"{name}: {' '.join(str(error).split())}")
         raise SystemExit(error.status) from None
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        _print_once(f"{name}: --deterministic: {str(error).partition(',')[0]}")
+        raise SystemExit(2) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise

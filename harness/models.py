@@ -469,7 +469,7 @@ def rebuild_model(config) -> nn.Module:
             head=config.get("head", "linear"),  # older folders don't say it
             library=config["library"],
         )
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise UserError(f"config.json is not one of this project's ({error!r})") from None
 
 

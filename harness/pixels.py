@@ -179,7 +179,7 @@ def native_size(dataset, image_column):
         try:
             with Image.open(_source(image)) as opened:
                 sizes.add(opened.size)
-        except (OSError, ValueError):
+        except Exception:  # Pillow's readers raise a dozen types, a bomb's among them
             continue
     if len(sizes) != 1:
         return None

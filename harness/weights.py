@@ -70,7 +70,7 @@ def recipes_of(config) -> list[dict]:
     own["dataset"] = str(config.get("dataset") or "")
     own["source"] = str((config.get("data") or {}).get("source") or "")
     own["mirrored"] = flags.get("augment") != "none" and flags.get("flip_prob") != 0
-    return [own, *config.get("ancestors", [])]
+    return [own, *(config.get("ancestors") or [])]
 
 
 def stored_size(preprocessing) -> int:
@@ -277,6 +277,12 @@ def read_config(file) -> dict:
         raise UserError(f"{file} is not JSON ({one_line(error)})") from None
     if not isinstance(config, dict):
         raise UserError(f"{file} is not a JSON object")
+    ancestors = config.get("ancestors") or []
+    if not isinstance(ancestors, list) or not all(isinstance(a, dict) for a in ancestors):
+        raise UserError(f"{file}: ancestors is not a list of objects")
+    for key in ("flags", "data"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise UserError(f"{file}: {key} is not an object")
     return config
 
 

@@ -378,3 +378,66 @@ def test_two_processes_skip_alike_and_resume(tmp_path):
     found = states(folders[0])
     assert [s for s in found if s > 1 and found[s] == found[s - 1]] == [3]
     assert json.loads((folders[0] / "summary.json").read_text())["nonfinite"] == 1
+
+
+VERIFIED = {"epochs": 2, "verify_resume": 6, "gradient_accumulation_steps": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher", [(), ("--config_file", "CPU_2PROC")], ids=["one process", "two processes"]
+)
+def test_verify_resume_passes_under_the_launcher(tmp_path, launcher):
+    two = str(smallruns.ROOT / "accelerate_configs" / "cpu_2proc.yaml")
+    words = [two if word == "CPU_2PROC" else word for word in launcher]
+    ended = smallruns.launch(tmp_path, launcher=words, deterministic=True, **VERIFIED)
+    assert ended.returncode == 0, ended.stdout
+    assert ended.stdout.count("PASS: 6 steps, killed and resumed at 3: 7 records") == 1
+    assert not list(tmp_path.iterdir())  # it leaves nothing
+
+
+def compared(straight, tmp_path, change):
+    """What --verify_resume says of a run and of a copy that `change(folder)` has been at."""
+    from harness.verify import _compare
+
+    copy = tmp_path / "copy"
+    shutil.copytree(straight, copy)
+    change(copy)
+    return _compare(straight, copy, STEPS)
+
+
+def test_verify_resume_names_the_first_difference(straight, tmp_path, capsys):
+    from harness.checkpoint import load_checkpoint, save_checkpoint
+
+    assert compared(straight, tmp_path, lambda folder: None).startswith("PASS: 12 steps")
+
+    def another_loss(folder):
+        file = folder / "metrics.jsonl"
+        lines = file.read_text().splitlines()
+        lines[1] = json.dumps(json.loads(lines[1]) | {"train/loss": 9.5})
+        file.write_text("\n".join(lines) + "\n")
+
+    with pytest.raises(RunStopped, match=r"FAIL: step \d+: train/loss is 9.5"):
+        compared(straight, tmp_path / "a", another_loss)
+
+    def another_tensor(folder):
+        newest = sorted((folder / "checkpoints").iterdir())[-1]
+        tensors, state = load_checkpoint(newest)
+        tensors["ema"]["fc.bias"] = tensors["ema"]["fc.bias"] + 0.25
+        save_checkpoint(newest.parent, STEPS, tensors, state, 2)
+
+    with pytest.raises(RunStopped, match=r"FAIL: after step 12: ema fc.bias differs by up to 0.25"):
+        compared(straight, tmp_path / "b", another_tensor)
+
+
+def test_verify_resume_of_a_shorter_run_is_refused(straight):
+    from harness.verify import _compare
+
+    with pytest.raises(UserError, match="--verify_resume 99: the run ends after 12 steps"):
+        _compare(straight, straight, 99)
+
+
+def test_deterministic_changes_nothing_on_a_cpu(straight, tmp_path):
+    folder, status = smallruns.train(tmp_path, deterministic=True, checkpointing_steps=5)
+    assert status == 0
+    assert smallruns.digest(folder) == smallruns.digest(straight)
