@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 MEMBERS := resnet18 googlenet shufflenet_v2_x1_0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo flowers ensemble test test-quick setup lint clean
+.PHONY: demo flowers ablate ensemble bench test test-quick test-faults setup lint clean
 
 demo: $(VENV)/demo
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train.py --config recipes/digits.yaml
 
 flowers: $(VENV)/demo    # feature extraction, staged, full, from scratch, over seeds: wants a GPU
 	$(BIN)/python benchmarks/transfer.py
+
+ablate: $(VENV)/demo     # crop and flip, plus each trick, over seeds: wants a GPU
+	$(BIN)/python benchmarks/ablate.py
 
 ensemble: $(VENV)/demo   # three architectures on the digits, combined
 	for model in $(MEMBERS); do \
@@ -22,11 +25,17 @@ ensemble: $(VENV)/demo   # three architectures on the digits, combined
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml ensemble_eval.py \
 	  $(MEMBERS:%=runs/digits-%) --run_name digits-ensemble
 
+bench: setup             # ours against the peers, about 25 minutes: DATA=folder, QUICK=1
+	$(BIN)/python benchmarks/bench.py $(if $(DATA),--data $(DATA)) $(if $(QUICK),--quick)
+
 test: setup
 	$(BIN)/python -m pytest
 
 test-quick: setup        # the everyday part: what is not marked slow
 	$(BIN)/python -m pytest -m "not slow"
+
+test-faults: setup       # kill it anywhere, damage anything: 8 minutes on two cores
+	$(BIN)/python -m pytest -m faults
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,7 +7,6 @@ Both sides are `accelerate launch finetune.py --strategy feature_extraction`, ou
 round. Whatever this script does not know goes to both.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -15,16 +14,18 @@ import sys
 import tempfile
 from pathlib import Path
 
-from train_speed import ROOT, machine, spread
+from measure import ROOT, Row, parser, report
 
 SIDES = {"kept": [], "plain": ["--views=0"]}
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="seeds a side")
-    parser.add_argument("--epochs", type=int, default=10)
-    return parser.parse_known_args()
+    made = parser(__doc__, rounds=5)
+    made.add_argument("--epochs", type=int, default=10)
+    args, passed_on = made.parse_known_args()
+    if args.quick:
+        args.rounds, args.epochs = 1, 2
+    return args, passed_on
 
 
 def run(side, seed, epochs, passed_on, folder):
@@ -56,10 +57,11 @@ def main():
     pairs = list(zip(found["kept"], found["plain"], strict=True))
     epoch = [kept["images_per_second"] / plain["images_per_second"] for kept, plain in pairs]
     total = [plain["seconds"] / kept["seconds"] for kept, plain in pairs]
-    print(f"{machine()}; {' '.join(passed_on)}; {args.epochs} epochs\n")
-    print("| figure | ratio (min–max) | n |\n|---|---|---|")
-    print(f"| an epoch of the head, recomputed / kept | {spread(epoch, 1)} |")
-    print(f"| training time, recomputed / kept with the extraction | {spread(total, 1)} |")
+    rows = [
+        Row("an epoch of the head, recomputed / kept", epoch, 20),
+        Row("training time, recomputed / kept with the extraction", total, 5),
+    ]
+    report(args, rows, f"{' '.join(passed_on)}; {args.epochs} epochs")
     print("\n| side | test accuracy, mean ± s.d. |\n|---|---|")
     for side, runs in found.items():
         values = [100 * r["accuracy"] for r in runs]

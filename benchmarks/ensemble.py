@@ -1,6 +1,7 @@
 """What the evaluation of an ensemble costs: ours against bare passes and the usual evaluations.
 
     python benchmarks/ensemble.py --runs runs/a runs/b runs/c
+    python benchmarks/ensemble.py --data FOLDER    on networks of one step: the time is the same
 
 In turns, each in this process and on the same images, for as many rounds as asked for:
 
@@ -15,13 +16,11 @@ Then, each a process of its own: ensemble_eval.py where predictions are kept, im
 The runs are copied, their kept predictions stay as they are.
 """
 
-import argparse
 import contextlib
 import io
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,11 +30,11 @@ from types import SimpleNamespace
 
 import torch
 from accelerate.state import AcceleratorState
+from measure import ROOT, Row, data_flag, parser, read, report
 from PIL import Image
+from processes import folder_of, launch
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ensemble_eval
 from harness.launch import make_accelerator
@@ -45,7 +44,6 @@ from harness.trained import load_model
 from harness.weights import stored_size
 
 SIDES = ("bare", "ours", "plain", "kept")
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class Encoded(Dataset):
@@ -125,18 +123,43 @@ def kept(folders, output, limit):
     return answered, time.perf_counter() - began
 
 
+def make_runs(models, data, temporary):
+    """Folders of networks that were trained for one step on `data`, a tenth of it held out."""
+    folders, cache = [], os.environ["HF_DATASETS_CACHE"]
+    data, _ = folder_of(data, temporary, count=4000)
+    for seed, model in enumerate(models):
+        flags = {"dataset": data, "model": model, "val_fraction": 0.1, "max_steps": 1, "seed": seed,
+                 "batch_size": 32, "max_eval_samples": 32}  # fmt: skip
+        output = Path(temporary) / "trained" / f"{model}-{seed}"
+        output.mkdir(parents=True)
+        _, folder, _ = launch(flags, str(output), cache, [sys.executable])
+        folders.append(folder.rename(output / output.name))
+    return folders
+
+
+def read_args():
+    made = parser(__doc__, rounds=5)
+    data_flag(made)
+    made.add_argument("--runs", nargs="+", help="folders of trained runs; unset: --models")
+    made.add_argument("--models", nargs="+", default=["resnet18", "resnet18", "resnet18"])
+    made.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    made.add_argument("--max_eval_samples", type=int, help="a quicker look")
+    args = read(made)
+    if args.quick:
+        args.max_eval_samples, args.models = 64, ["shufflenet_v2_x0_5"] * 2
+    return args
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", nargs="+", required=True, help="folders of trained runs")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
-    parser.add_argument("--max_eval_samples", type=int, help="a quicker look")
-    args = parser.parse_args()
+    args = read_args()
     limit = ["--max_eval_samples", str(args.max_eval_samples)] if args.max_eval_samples else []
     accelerator, words = make_accelerator()
     with tempfile.TemporaryDirectory() as temporary:
-        folders = [Path(temporary) / "runs" / Path(run).name for run in args.runs]
-        for run, folder in zip(args.runs, folders, strict=True):
+        os.environ.setdefault("HF_DATASETS_CACHE", f"{temporary}/cache")
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+        runs = args.runs or make_runs(args.models, args.data, temporary)
+        folders = [Path(temporary) / "runs" / Path(run).name for run in runs]
+        for run, folder in zip(runs, folders, strict=True):
             leave = shutil.ignore_patterns("predictions", "checkpoints", "wandb")
             shutil.copytree(run, folder, ignore=leave)
         members = read_members(folders)
@@ -161,23 +184,23 @@ def main():
             if "kept" in args.sides:
                 seconds["answer"], seconds["kept"] = kept(folders, temporary, limit)
             rounds.append(seconds)
-            print(number + 1, json.dumps({k: round(v, 2) for k, v in seconds.items()}), flush=True)
-    print(f"\n{words['device']}, {words['precision']}, {sum(map(len, splits)):,} images, members: "
-          + ", ".join(member.config["architecture"] for member in members))  # fmt: skip
-    print("\n| figure | median (min–max) | n |\n|---|---|---|")
-    figures = {
-        "ours / bare forward passes": lambda r: r["ours"] / r["bare"],
-        "usual evaluations / ours": lambda r: r["plain"] / r["ours"],
-        "kept predictions, a new pair of members, to the answer, s": lambda r: r["answer"],
-        "the same, to the end of the process, s": lambda r: r["kept"],
+            line = json.dumps({k: round(v, 2) for k, v in seconds.items()})
+            print(number + 1, line, file=sys.stderr, flush=True)
+    figures = {  # at most, or the usual evaluations' at least
+        "ensemble: ours / bare forward passes": (lambda r: r["ours"] / r["bare"], 1.1),
+        "ensemble: usual evaluations / ours": (lambda r: r["plain"] / r["ours"], 2.5),
+        "kept predictions, a new pair of members, to the answer, s": (lambda r: r["answer"], 5),
+        "the same, to the end of the process, s": (lambda r: r["kept"], None),
     }
-    for name, figure in figures.items():
-        try:
+    rows = []
+    for name, (figure, wanted) in figures.items():
+        with contextlib.suppress(KeyError):  # of a side that was left out
             values = [figure(r) for r in rounds]
-        except KeyError:  # of a side that was left out
-            continue
-        middle, low, high = statistics.median(values), min(values), max(values)
-        print(f"| {name} | {middle:.2f} ({low:.2f}–{high:.2f}) | {len(values)} |")
+            rows.append(Row(name, values, wanted, at_most="usual" not in name))
+    setting = (
+        f"{words['device']}, {words['precision']}, {sum(map(len, splits)):,} images, members: "
+    )
+    report(args, rows, setting + ", ".join(m.config["architecture"] for m in members))
 
 
 if __name__ == "__main__":

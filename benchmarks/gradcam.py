@@ -7,17 +7,12 @@ predicted class of every image, at the image's resolution. The package is given 
 it wants it; ours has found it once, before. The two give the same maps, which is checked.
 """
 
-import argparse
-import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 import torchvision
+from measure import Row, parser, read, report
 from pytorch_grad_cam import GradCAM
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tricks.cam import GradCam, normalize_maps, upsample_maps
 
@@ -54,24 +49,21 @@ def speeds_of(model, images, rounds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50"])
-    parser.add_argument("--size", type=int, default=224, help="px")
-    parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
+    made = parser(__doc__, rounds=7)
+    made.add_argument("--models", nargs="+", default=["resnet18", "resnet50"])
+    made.add_argument("--size", type=int, default=224, help="px")
+    args = read(made)
+    size = 64 if args.quick else args.size
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"{device}, torch {torch.__version__}, batch {BATCH}, {args.size} px\n")
-    print("| network | ours, images/s | grad-cam, images/s | ratio (min–max) | n |")
-    print("|---|---|---|---|---|")
-    for name in args.models:
+    rows = []
+    for name in args.models[:1] if args.quick else args.models:
         torch.manual_seed(0)
         model = torchvision.models.get_model(name, weights=None, num_classes=10).eval().to(device)
-        images = torch.randn(BATCH, 3, args.size, args.size, device=device)
+        images = torch.randn(BATCH, 3, size, size, device=device)
         speeds = speeds_of(model, images, args.rounds)
-        ratios = [a / b for a, b in speeds]
-        a, b = (statistics.median(side) for side in zip(*speeds, strict=True))
-        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
-        print(f"| {name} | {a:.1f} | {b:.1f} | {ratio} | {len(ratios)} |", flush=True)
+        rows.append(Row(f"Grad-CAM, {name}: ours / grad-cam", [a / b for a, b in speeds], 1.5))
+        rows.append(Row(f"Grad-CAM, {name}: ours, images/s", [a for a, _ in speeds]))
+    report(args, rows, f"{device}, batch {BATCH}, {size} px")
 
 
 if __name__ == "__main__":

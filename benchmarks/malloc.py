@@ -6,18 +6,15 @@ Both sides train ResNet-18 on one synthetic batch of 128, each in a process of i
 one as it is, one after `harness.launch._keep_freed_memory()`.
 """
 
-import argparse
 import json
 import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
-from train_speed import BATCH, bare, machine, spread
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from measure import Row, parser, read, report
+from train_speed import BATCH, bare
 
 from harness.launch import _keep_freed_memory
 
@@ -43,26 +40,26 @@ def measure(precision, keep):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--precision", choices=("no", "bf16"), default="bf16")
-    parser.add_argument("--side", choices=("as it is", "kept"), help="one side, as a round runs it")
-    args = parser.parse_args()
+    made = parser(__doc__, rounds=4)
+    made.add_argument("--precision", choices=("no", "bf16"), default="bf16")
+    made.add_argument("--side", choices=("as it is", "kept"), help="one side, as a round runs it")
+    args = read(made)
     if args.side:
         print(json.dumps(measure(args.precision, args.side == "kept")))
         return
-    rounds = []
+    found = {"kept": [], "as it is": []}
     for _ in range(args.rounds):
         command = [sys.executable, __file__, "--precision", args.precision, "--side"]
-        rounds.append(
-            [json.loads(subprocess.check_output([*command, s])) for s in ("kept", "as it is")]
-        )
-    print(f"{machine()}; {args.precision}")
-    print("\n| figure | kept / as it is, median (min–max) | n |\n|---|---|---|")
-    for name, title in (("speed", "images/s"), ("memory", "peak memory")):
-        print(f"| {title} | {spread([k[name] / p[name] for k, p in rounds], 2)} |")
-    for side, title in enumerate(("kept", "as it is")):
-        print(f"| page faults a step, {title} | {spread([r[side]['faults'] for r in rounds], 0)} |")
+        for side, measured in found.items():
+            measured.append(json.loads(subprocess.check_output([*command, side])))
+    pairs = list(zip(*found.values(), strict=True))
+    rows = [
+        Row(f"freed memory kept / as it is: {title}", [k[name] / p[name] for k, p in pairs])
+        for name, title in (("speed", "images/s"), ("memory", "peak memory"))
+    ]
+    for side, measured in found.items():
+        rows.append(Row(f"page faults a step, {side}", [m["faults"] for m in measured]))
+    report(args, rows, f"ResNet-18, batch {BATCH}, {args.precision}")
 
 
 if __name__ == "__main__":

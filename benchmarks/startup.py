@@ -1,15 +1,18 @@
 """How long a start takes: decoding CIFAR-10 once, reaching the first step after that, --help.
 
-    python benchmarks/startup.py            about 5 minutes on two cores
+    python benchmarks/startup.py            minutes on two cores
     python benchmarks/startup.py --quick    600 images, once: does it run?
 
 - decode: a process with an empty cache folder, from before `load_data` to after `decode_split` of
   train and test, 60,000 PNG files in parquet as on the Hub; imports are not in it.
-- start: `accelerate launch train.py` with those images already decoded, from before the launcher's
-  process is made to the line that train.py adds to metrics.jsonl after its first optimizer step
-  (--logging_steps 1), imports of launcher and script included, nothing subtracted. The run is that
-  of all the defaults, ended by --stop_after 1. The first one, which writes Python's bytecode and
-  fills the disk cache, is not counted.
+- start: train.py with those images already decoded, from before its process (or the launcher's) is
+  made to the line that train.py adds to metrics.jsonl after its first optimizer step
+  (--logging_steps 1), all imports included, nothing subtracted. The run is that of all the
+  defaults, ended by --stop_after 1. The first one, which writes Python's bytecode and fills the
+  disk cache, is not counted.
+- against: plain_script.py, started in the same way, from before its process is made to the line
+  that it prints after its first step. It has its images as arrays, which takes least, or as rows of
+  a `datasets` data set in its cache.
 - help: `python train.py --help`, from before its process is made to its end.
 """
 
@@ -21,15 +24,16 @@ import sys
 import tempfile
 import time
 
+import numpy as np
 import torch
-from train_speed import (
+from measure import ROOT, Row, data_flag, over, parser, read, report
+from processes import (
     PIXELS,
-    ROOT,
+    by_accelerate,
     environment,
     launch,
-    machine,
+    run_json,
     smooth_noise,
-    spread,
     write_folder,
 )
 
@@ -37,16 +41,17 @@ from harness.data import load_data
 from harness.pixels import decode_split
 
 SIZES = {"train": 50_000, "test": 10_000}
-TRACKERS = ("none", "wandb")  # the default, offline so that no network is in the figure
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="", help="folder of images; unset: smooth noise")
-    parser.add_argument("--rounds", type=int, default=5, help="times each figure is measured")
-    parser.add_argument("--quick", action="store_true", help="a smoke test")
-    parser.add_argument("--decode", metavar="FOLDER", help="that alone, as a round runs it")
-    return parser.parse_args()
+    made = parser(__doc__, rounds=3)
+    data_flag(made)
+    made.add_argument("--decodes", type=int, default=2, help="times that all is decoded")
+    made.add_argument("--decode", metavar="FOLDER", help="that alone, as a round runs it")
+    args = read(made)
+    if args.quick:
+        args.decodes = 1
+    return args
 
 
 def read_images(source: str, count: int, split: str):
@@ -56,7 +61,7 @@ def read_images(source: str, count: int, split: str):
     data = load_data(source)
     stored = getattr(data, split)
     pixels = decode_split(stored.dataset, data.image_column, PIXELS, name=split, progress=False)
-    return pixels[:count], stored.labels[:count]
+    return pixels[:count], torch.as_tensor(stored.labels[:count])
 
 
 def decode(folder: str) -> dict:
@@ -70,19 +75,28 @@ def decode(folder: str) -> dict:
     return {"load": found - start, "decode": time.perf_counter() - found}
 
 
-def time_decode(folder: str, cache: str) -> dict:
-    command = [sys.executable, __file__, "--decode", folder]
-    done = subprocess.run(command, env=environment(cache), capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def time_start(folder: str, cache: str, tracker: str) -> float:
+def start_ours(folder: str, cache: str, launcher: list[str], tracker: str = "none") -> float:
     flags = {"dataset": folder, "logging_steps": 1, "stop_after": 1, "report_to": tracker}
-    config = "single_gpu.yaml" if torch.cuda.is_available() else "cpu.yaml"
     with tempfile.TemporaryDirectory() as output_dir:
-        return launch(flags, output_dir, cache, config)[0][1]
+        return launch(flags, output_dir, cache, launcher)[0][1]
+
+
+def start_plain(images: list, cache: str, launcher: list[str]) -> float:
+    """Seconds until the usual script says what the loss of its first step was."""
+    command = [*launcher, str(ROOT / "benchmarks" / "plain_script.py"), *images, "--steps", "1"]
+    start = time.perf_counter()
+    with subprocess.Popen(
+        command, env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:  # fmt: skip
+        for line in process.stdout:
+            if line.startswith("loss "):
+                taken = time.perf_counter() - start
+                break
+        else:
+            sys.exit(f"{' '.join(command)} made no step")
+        process.stdout.read()
+    return taken
 
 
 def time_help() -> float:
@@ -98,31 +112,56 @@ def main() -> None:
     if args.decode:
         print(json.dumps(decode(args.decode)))
         return
-    rounds, share = (1, 0.01) if args.quick else (args.rounds, 1)
-    sizes = {split: int(size * share) for split, size in SIZES.items()}
+    sizes = {split: int(size * (0.01 if args.quick else 1)) for split, size in SIZES.items()}
+    config = "single_gpu.yaml" if torch.cuda.is_available() else "cpu.yaml"
+    accelerate, python = by_accelerate(config), [sys.executable]
     with tempfile.TemporaryDirectory() as temporary:
-        os.environ["HF_DATASETS_CACHE"] = f"{temporary}/own"
+        os.environ.setdefault("HF_DATASETS_CACHE", f"{temporary}/own")
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
         folder = f"{temporary}/cifar10"
         splits = {s: read_images(args.data, count, s) for s, count in sizes.items()}
         write_folder(folder, splits)
-        caches = [f"{temporary}/cache{k}" for k in range(rounds)]
-        decodes = [time_decode(folder, cache) for cache in caches]
-        time_start(folder, caches[-1], "none")
-        starts = {t: [] for t in TRACKERS}
-        for _ in range(rounds):
-            for tracker, seconds in starts.items():
-                seconds.append(time_start(folder, caches[-1], tracker))
-    helps = [time_help() for _ in range(rounds + 1)][1:]
+        pixels, labels = splits["train"]
+        np.save(f"{temporary}/pixels.npy", np.ascontiguousarray(pixels.permute(0, 2, 3, 1)))
+        np.save(f"{temporary}/labels.npy", np.asarray(labels))
+        arrays = ["--pixels", f"{temporary}/pixels.npy", "--labels", f"{temporary}/labels.npy"]
+        rows_of = ["--dataset", folder]
+        caches = [f"{temporary}/cache{k}" for k in range(args.decodes)]
+        command = [sys.executable, __file__, "--decode", folder]
+        decodes = [run_json(command, cache) for cache in caches]
+        cache = caches[-1]
+        sides = {
+            "ours": lambda: start_ours(folder, cache, accelerate),
+            "ours, wandb": lambda: start_ours(folder, cache, accelerate, "wandb"),
+            "plain": lambda: start_plain(arrays, cache, accelerate),
+            "ours by python": lambda: start_ours(folder, cache, python),
+            "plain by python": lambda: start_plain(arrays, cache, python),
+            "rows by python": lambda: start_plain(rows_of, cache, python),
+        }
+        taken = {side: [] for side in sides}
+        for done in range(args.rounds if args.quick else args.rounds + 1):
+            for side, start in sides.items():
+                seconds = start()
+                if done or args.quick:  # the first writes bytecode and fills caches
+                    taken[side].append(seconds)
+    helps = [time_help() for _ in range(args.rounds + 1)][1:]
 
-    print(machine())
-    print("\n| figure | seconds, median (min–max) | n |\n|---|---|---|")
-    count = f"{sum(sizes.values()):,} images"
-    print(f"| {count}: found and decoded once | {spread([sum(d.values()) for d in decodes], 1)} |")
-    print(f"| of which decoding | {spread([d['decode'] for d in decodes], 1)} |")
-    for tracker, seconds in starts.items():
-        print(f"| second start to first step, --report_to {tracker} | {spread(seconds, 1)} |")
-    print(f"| train.py --help | {spread(helps, 2)} |")
+    whole = [sum(d.values()) for d in decodes]
+    second = "second start to first step"
+    rows = [
+        Row(f"{second}, accelerate launch: train.py / usual script, images as arrays",
+            over(taken["ours"], taken["plain"]), 0.7, at_most=True),
+        Row(f"{second}, python: train.py / usual script, images as arrays",
+            over(taken["ours by python"], taken["plain by python"]), 0.7, at_most=True),
+        Row(f"{second}, python: train.py / usual script, `datasets` rows",
+            over(taken["ours by python"], taken["rows by python"]), 0.7, at_most=True),
+        Row(f"{second}, --report_to none, s", taken["ours"], 12, at_most=True),
+        Row(f"{second}, --report_to wandb, s", taken["ours, wandb"], 12, at_most=True),
+        Row(f"{sum(sizes.values()):,} images found and decoded once, s", whole, 30, at_most=True),
+        Row("of which decoding, s", [d["decode"] for d in decodes]),
+        Row("train.py --help, s", helps, 1.5, at_most=True),
+    ]  # fmt: skip
+    report(args, rows, f"images: {args.data or 'smooth noise'}")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ import json
 import math
 import re
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from training_runs import finish_run
+
 # The three stages of recipes/flowers102_resnet50.yaml, every rate times ten: those are made for
 # ImageNet's features, and others may have further to go
 TENFOLD = [
@@ -69,22 +69,12 @@ def main():
         if args.show or (folder / "summary.json").exists():
             continue
         print(f"{count} of {len(plan)}: {folder.name}", flush=True)
-        command = [sys.executable, "-m", "accelerate.commands.launch"]
-        command += ["--config_file", args.config_file] if args.config_file else []
-        command += [
-            str(ROOT / "finetune.py"), f"--dataset={args.dataset}", f"--model={args.model}",
-            f"--weights={args.weights}", f"--stem={args.stem}", f"--image_size={size}",
-            f"--seed={seed}", f"--epochs={args.epochs}", f"--output_dir={args.output_dir}",
-            f"--run_name={folder.name}", "--group=transfer", *STRATEGIES[strategy], *passed_on,
-            "--resume_from_checkpoint=auto",
+        words = [
+            f"--dataset={args.dataset}", f"--model={args.model}", f"--weights={args.weights}",
+            f"--stem={args.stem}", f"--image_size={size}", f"--seed={seed}",
+            f"--epochs={args.epochs}", "--group=transfer", *STRATEGIES[strategy], *passed_on,
         ]  # fmt: skip
-        log = args.output_dir / f"{folder.name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "w") as file:
-            run = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT)
-        if run.returncode:
-            sys.exit(f"{' '.join(command)}\nended with {run.returncode}, its last lines ({log}):\n"
-                     + "\n".join(log.read_text().splitlines()[-5:]))  # fmt: skip
+        finish_run("finetune.py", folder, words, args.config_file)
         show(args)
     show(args)
 

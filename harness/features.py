@@ -42,11 +42,13 @@ class Cut(NamedTuple):
 class CachedViews:
     """In the place of `harness.views.Views` for samples that are features (n, views, ...)."""
 
+    alternating = False  # images were mirrored, or not, when their features were computed
+
     def __init__(self, views):
         self.views = views
 
-    def draw(self, n, rng):
-        """Draw which view each of n samples shows."""
+    def draw(self, n, rng, flips=None):
+        """Draw which view each of n samples shows; flips are for images."""
         return {"view": torch.randint(self.views, (n,), generator=rng)}
 
     def train(self, features, draw):

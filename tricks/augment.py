@@ -188,18 +188,33 @@ def resized_crop_batch(images: torch.Tensor, boxes: torch.Tensor, size: int) -> 
     """Crop each image to its own box and resize it to size × size: bilinear, antialiased.
 
     images: uint8 (n, C, H, W); boxes: int64 (n, 4) as from `draw_resized_crops`, on the CPU.
-    Returns uint8 (n, C, size, size). Two matrix products per image, one down and one across.
+    Returns uint8 (n, C, size, size).
 
-    Equal to cropping and `F.interpolate(mode="bilinear", antialias=True)` in float32, rounded
-    (what torchvision's resized_crop does on a GPU) but for values that lie halfway between two
-    levels; within 1 level of its uint8 CPU kernel, which rounds twice. Where matrix products may
-    use TF32, within 1 level too.
+    On a CPU each image goes through torch's own uint8 kernel, and the result is that of
+    torchvision's resized_crop(antialias=True). Elsewhere it is two matrix products an image for
+    the whole batch, one down and one across: equal to interpolating in float32 and rounding but
+    for values that lie halfway between two levels. The kernel rounds twice: the two are within 1
+    level of each other (and where matrix products may use TF32).
 
     >>> image = torch.tensor([[0, 0, 100, 200]] * 4, dtype=torch.uint8).view(1, 1, 4, 4)
     >>> resized_crop_batch(image, torch.tensor([[1, 2, 2, 2]]), 2).view(2, 2)
     tensor([[100, 200],
             [100, 200]], dtype=torch.uint8)
     """
+    if images.device.type == "cpu":
+        return _resize_each(images, boxes, size)
+    return _resize_at_once(images, boxes, size)
+
+
+def _resize_each(images: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:
+    resized = images.new_empty((*images.shape[:2], size, size))
+    for image, target, (top, left, h, w) in zip(images, resized, boxes.tolist(), strict=True):
+        box = image[None, :, top : top + h, left : left + w]
+        target.copy_(F.interpolate(box, (size, size), mode="bilinear", antialias=True)[0])
+    return resized
+
+
+def _resize_at_once(images: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:
     height, width = images.shape[-2:]
     top, left, h, w = boxes.to(images.device, non_blocking=True).unbind(1)
     down = _resize_weights(top, h, height, size)

@@ -1,0 +1,78 @@
+"""All benchmarks, each a process of its own, and one table of what they found.
+
+    make bench                       or with DATA=folder, QUICK=1
+    python benchmarks/bench.py --only ema mix
+    python benchmarks/bench.py --data FOLDER --json all.json
+
+Each part prints its own report as it ends; the table of all figures is printed at the end. A part
+that fails is named there, and the exit status is then 1. The images of --data (a folder of parquet
+files in the Hub's layout, as of CIFAR-10) are decoded once for all parts, in a temporary cache.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from measure import ROOT, machine, read_rows, table
+
+# part: (its flags, whether it takes --data); what a two-core machine needs 25 minutes for
+PARTS = {
+    "augment": (["--rounds", "4"], True),
+    "input_epoch": (["--rounds", "3", "--max_images", "10000"], True),
+    "train_speed": (["--rounds", "3", "--steps", "10"], True),
+    "ema": ([], False),
+    "mix": ([], False),
+    "gradcam": (["--rounds", "5"], False),
+    "ensemble": (["--rounds", "3", "--max_eval_samples", "1000"], True),
+    "cached_features": (["--rounds", "3"], False),
+    "checkpoint": ([], False),
+    "resume": (["--rounds", "3"], True),
+    "startup": ([], True),
+    "where_time_goes": (["--phases"], True),
+}
+# Feature extraction takes the flags of finetune.py: digits are at hand, weights need not be
+FEATURES = ["--dataset=digits", "--model=resnet18", "--weights=none", "--image_size=64"]
+FEATURES += ["--max_train_samples=600", "--max_eval_samples=100"]
+
+
+def main():
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
+                      help=f"some of: {', '.join(PARTS)}")  # fmt: skip
+    made.add_argument("--data", default="", help="folder of images; unset: smooth noise")
+    made.add_argument("--quick", action="store_true", help="does everything run?")
+    made.add_argument("--json", metavar="FILE", help="write the rows there, too")
+    args = made.parse_args()
+    rows, failed = [], []
+    with tempfile.TemporaryDirectory() as temporary:
+        cache = os.environ.get("HF_DATASETS_CACHE", f"{temporary}/cache")
+        environment = {**os.environ, "HF_DATASETS_CACHE": cache, "HF_HUB_OFFLINE": "1"}
+        for part in args.only:
+            flags, takes_data = PARTS[part]
+            file = Path(temporary) / f"{part}.json"
+            command = [sys.executable, str(ROOT / "benchmarks" / f"{part}.py"), "--json", str(file)]
+            command += ["--quick"] if args.quick else flags
+            command += ["--data", args.data] if args.data and takes_data else []
+            command += FEATURES if part == "cached_features" else []
+            print(f"\n## {part}\n", flush=True)
+            start = time.time()
+            status = subprocess.run(command, env=environment).returncode
+            print(f"\n({time.time() - start:.0f} s)", flush=True)
+            if status:
+                failed.append(part)
+            else:
+                rows += read_rows(file)
+    print(f"\n## All\n\n{machine()}\n\n{table(rows)}")
+    if args.json:
+        Path(args.json).write_text(json.dumps([row._asdict() for row in rows], indent=1))
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""An epoch of input from a `datasets` data set: ours against `with_transform` rows in a DataLoader.
+
+    python benchmarks/input_epoch.py
+
+The second epoch on: decoded once and caches warm on our side, workers alive on the other. Ours is
+the input of train.py: order, draws, gather, augmentation of batches (`train_batches` and `Views`,
+crop, flip, RandAugment, normalise, erasing), in one process with the threads of all cores. The
+peer is the documented way of `datasets`: `with_transform` with torchvision's transforms on the
+rows' PIL images, and a shuffling DataLoader with as many persistent workers as cores. Both end in
+float batches on the CPU; nothing is trained, so all cores are the input's.
+"""
+
+import os
+import tempfile
+import time
+
+import torch
+from accelerate import Accelerator
+from measure import Row, data_flag, over, parser, read, report
+from processes import PIXELS, folder_of
+from resume import BATCH, MEAN, STD, collate, transform_rows
+from torch.utils.data import DataLoader
+
+from harness.data import load_data
+from harness.views import Views, decode_splits, train_batches
+
+
+def main():
+    made = parser(__doc__, rounds=4)
+    data_flag(made)
+    made.add_argument("--max_images", type=int, default=20_000, help="of the train split")
+    args = read(made)
+    if args.quick:
+        args.max_images = 640
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(cores)
+    with tempfile.TemporaryDirectory() as temporary:
+        os.environ.setdefault("HF_DATASETS_CACHE", f"{temporary}/cache")
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+        folder, words = folder_of(args.data, temporary, args.max_images)
+        data = load_data(folder, test_split="none", max_train_samples=args.max_images)
+        split = decode_splits(data, PIXELS, progress=False)["train"]
+        views = Views(PIXELS, MEAN, STD, augment="randaugment", padding=4, flip_prob=0.5,
+                      erasing=0.25, ops=2, magnitude=9)  # fmt: skip
+        per_epoch = len(data.train) // BATCH
+        batches = train_batches(
+            split, views, Accelerator(cpu=True), batch_size=BATCH, seed=0, accumulation=1,
+            total_steps=per_epoch * (args.rounds + 1),
+        )  # fmt: skip
+        steps = batches(0)
+        stored = data.train.dataset.select(data.train.rows)
+        loader = DataLoader(
+            stored.with_transform(transform_rows(data.image_column, data.label_column)), BATCH,
+            shuffle=True, drop_last=True, num_workers=cores, persistent_workers=True,
+            collate_fn=collate,
+        )  # fmt: skip
+
+        def ours():
+            for _ in range(per_epoch):
+                for part in next(steps):
+                    views.train(part.images, part.draw)
+
+        def peer():
+            assert sum(1 for _ in loader) == per_epoch
+
+        taken = {"ours": [], "peer": []}
+        for epoch in range(args.rounds + 1):
+            for side, work in (("ours", ours), ("peer", peer)):
+                start = time.perf_counter()
+                work()
+                if epoch:  # the first warms up
+                    taken[side].append(time.perf_counter() - start)
+    images = per_epoch * BATCH
+    rows = [
+        Row("an epoch of input: ours / with_transform rows in a DataLoader",
+            over(taken["peer"], taken["ours"]), 10),
+        Row("an epoch of input, ours, images/s", [images / s for s in taken["ours"]]),
+        Row("an epoch of input, with_transform, images/s", [images / s for s in taken["peer"]]),
+    ]  # fmt: skip
+    report(args, rows, f"{words}, {images:,} images, batch {BATCH}, {cores} cores")
+
+
+if __name__ == "__main__":
+    main()
