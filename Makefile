@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TWO := -n 2 --dist loadfile    # files of tests at a time: most of it waits for imports
 MEMBERS := resnet18 googlenet shufflenet_v2_x1_0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -29,10 +30,10 @@ bench: setup             # ours against the peers, about 25 minutes: DATA=folder
 	$(BIN)/python benchmarks/bench.py $(if $(DATA),--data $(DATA)) $(if $(QUICK),--quick)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO)
 
 test-quick: setup        # the everyday part: what is not marked slow
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(TWO) -m "not slow"
 
 test-faults: setup       # kill it anywhere, damage anything: 8 minutes on two cores
 	$(BIN)/python -m pytest -m faults

@@ -123,7 +123,10 @@ def _publish(root, step, files, listed, keep, then):
     shutil.rmtree(replaced, ignore_errors=True)
     # Of those up to this step: later ones are left from before a resume from an older checkpoint
     for old in [p for p in checkpoints(root) if int(p.name[5:]) <= step][:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        gone = root / f".writing-pruned-{old.name}-{os.getpid()}"  # never half a checkpoint
+        with contextlib.suppress(OSError):
+            os.rename(old, gone)
+            shutil.rmtree(gone, ignore_errors=True)
     if then:
         then()
     return final
@@ -144,6 +147,11 @@ def load_checkpoint(path):
             raise Damaged(f"manifest.json is of step {manifest['step']}")
         if "state.json" not in listed or not all(FILE.fullmatch(name) for name in listed):
             raise Damaged("manifest.json lists unexpected files")
+        for file in path.iterdir():
+            if FILE.fullmatch(file.name) and file.name not in {*listed, "manifest.json"}:
+                raise Damaged(f"manifest.json does not list {file.name}")
+            if file.is_symlink():
+                raise Damaged(f"{file.name} is a link")
         tensors, state = {}, None
         for name, expected in listed.items():
             data = (path / name).read_bytes()
@@ -179,6 +187,8 @@ def newest_valid(root, say):
     found = checkpoints(root)
     for path in reversed(found):
         try:
+            if path.is_symlink():  # it may lead anywhere; a path that the user gave may be one
+                raise Damaged("it is a link")
             return path, *load_checkpoint(path)
         except Damaged as damage:
             say(f"{path} is damaged ({damage}); trying the one before")

@@ -30,8 +30,6 @@ from harness.pictures import save_curves
 from harness.tracking import Tracking, parse_report_to
 from harness.weights import clean_state_dict
 
-SUMS = ("loss", "mixed_acc", "grad_norm")  # what is summed over the steps of an interval
-
 # On a GPU the check of step t is read while step t + 2 is queued, so that the host never waits for
 # the device; the update itself was already withheld there (see `agree`).
 GPU_LAG = 2
@@ -93,8 +91,10 @@ class Run:
         self.nonfinite = self._in_a_row = 0  # steps skipped
         self._skips = args.nonfinite == "skip"
         self._buffers = [buffer for buffer in self.module.buffers() if buffer.numel()]
-        self._interval = torch.zeros(len(SUMS) + 1, device=device)  # sums and their number of steps
-        self._epoch = torch.zeros(len(SUMS) + 1, device=device)
+        self._interval = torch.zeros(
+            len(state.SUMS) + 1, device=device
+        )  # sums and their number of steps
+        self._epoch = torch.zeros(len(state.SUMS) + 1, device=device)
         self._now = torch.zeros(2, device=device)  # loss and accuracy of the step under way
         self._unread = deque()
         self._signal = None  # what this process was sent
@@ -102,6 +102,9 @@ class Run:
         self._shown = False
         self.picture = folder / "train_batch.png"
         self._norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm)]
+        self._statistics = [
+            b for m in self._norms for b in (m.running_mean, m.running_var) if b is not None
+        ]
 
         resumed = self._resume() if args.resume_from_checkpoint else None
         self._lock = self._on_main(
@@ -173,6 +176,9 @@ class Run:
             vector = self._average_over_processes(vector)
         scaler = self.accelerator.scaler
         finite = torch.isfinite(vector[:1] if scaler else vector[:-1]).all()
+        if self._statistics:  # an activation that overflows may leave the loss as it is
+            norms = torch._foreach_norm(self._statistics)
+            finite = finite & torch.isfinite(torch.stack(norms)).all()
         # fp16 gradients overflow now and then; the scaler skips those updates
         counted = vector[:-1].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) * finite
         for sums in (self._interval, self._epoch):
@@ -264,10 +270,11 @@ class Run:
         self.accelerator.wait_for_everyone()
         kept = checkpoints(self.folder / "checkpoints")
         last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+        others = ", BatchNorm's statistics are not finite" if math.isfinite(loss + norm) else ""
         skipped = f" and after {self._in_a_row - 1} skipped ones" if self._in_a_row > 1 else ""
         self.fail(
-            f"step {step}: loss is {loss:.4g}, gradient norm is {norm:.4g}; stopped before the "
-            f"update{skipped}, {last}; a lower --lr or --mixed_precision no may help"
+            f"step {step}: loss is {loss:.4g}, gradient norm is {norm:.4g}{others}; stopped before "
+            f"the update{skipped}, {last}; a lower --lr or --mixed_precision no may help"
         )
 
     def fail(self, reason):
@@ -412,6 +419,7 @@ class Run:
             "scaler": self.accelerator.scaler and self.accelerator.scaler.state_dict(),
         }
         tensors = state.gather_tensors(self.module, self.optimizer, self.ema)
+        counters["moments"] = len(tensors["optimizer"])
         best, weights = self.best, self._best_weights
         tensors |= {"best": weights} if best else {}
         # The result follows the checkpoint that has it: a run that is resumed may not fall behind
@@ -574,8 +582,11 @@ class Run:
             say(f"no checkpoint yet in {self.folder}: starting from step 0")
             return None
         path, tensors, saved = found
-        state.check_identity(path, saved["identity"], self.identity)
-        state.restore_tensors(path, tensors, self.module, self.optimizer, self.ema)
+        state.check_state(path, saved)
+        state.check_identity(path, saved["identity"], self.identity, self.args.given)
+        state.restore_tensors(
+            path, tensors, self.module, self.optimizer, self.ema, saved.get("moments")
+        )
         if self.accelerator.scaler and saved["scaler"]:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.step, self.seconds = saved["step"], saved["seconds"]

@@ -11,6 +11,8 @@ from harness.checkpoint import Damaged, load_checkpoint, newest_valid
 from harness.errors import UserError
 from harness.weights import clean_state_dict
 
+SUMS = ("loss", "mixed_acc", "grad_norm")  # what is summed over the steps of an interval
+
 
 def gather_tensors(model, optimizer, ema):
     """{"model": {name: tensor}, "optimizer": ..., "ema": ...}: what a checkpoint holds.
@@ -29,8 +31,16 @@ def gather_tensors(model, optimizer, ema):
     return {"model": clean_state_dict(model), "optimizer": moments, **averages}
 
 
-def restore_tensors(path, tensors, model, optimizer, ema):
-    """Put what `gather_tensors` gave back; raises UserError before anything is touched."""
+def restore_tensors(path, tensors, model, optimizer, ema, moments=None):
+    """Put what `gather_tensors` gave back; raises UserError before anything is touched.
+
+    moments: how many tensors the optimizer had, where that is known.
+    """
+    if moments not in (None, len(tensors["optimizer"])):
+        raise UserError(
+            f"{path}/optimizer.safetensors has {len(tensors['optimizer'])} tensors, there were "
+            f"{moments}"
+        )
     _check(path, "model", tensors["model"], clean_state_dict(model))
     if bool(ema) != ("ema" in tensors):
         raise UserError(f"{path} and --ema_decay differ on whether weights are averaged")
@@ -83,9 +93,36 @@ def find_checkpoint(asked, folder, accelerator, say):
     return found if accelerator.num_processes == 1 else _share(found, accelerator)
 
 
-def check_identity(path, saved, ours):
-    """Raise UserError, naming the first difference, unless a checkpoint is of these very flags."""
+def check_state(path, saved):
+    """Raise UserError unless a checkpoint's state.json says where a run is."""
+    sums = len(SUMS) + 1
+    checks = {
+        "step": lambda v: type(v) is int and v >= 0,
+        "identity": lambda v: isinstance(v, dict),
+        "interval": lambda v: len(v) == sums and all(isinstance(x, float) for x in v),
+        "epoch": lambda v: len(v) == sums and all(isinstance(x, float) for x in v),
+        "scores": lambda v: isinstance(v, dict),
+        "best": lambda v: v is None or isinstance(v["scores"], dict),
+        "seconds": lambda v: isinstance(v, float) and v >= 0,
+    }
+    for name, fits in checks.items():
+        try:
+            known = fits(saved[name])
+        except (KeyError, TypeError):
+            known = False
+        if not known:
+            raise UserError(f"{path}/state.json has no usable {name}")
+
+
+def check_identity(path, saved, ours, given):
+    """Raise UserError, naming the first difference, unless a checkpoint is of these very flags.
+
+    given: the flags that are not at their defaults; a checkpoint of an older version may not know
+    the others.
+    """
     for name in [*ours, *(saved.keys() - ours.keys())]:
+        if name not in saved and name not in given:
+            continue
         if saved.get(name) != ours.get(name):
             raise UserError(
                 f"{path} was written with {name} {saved.get(name)}, this command has "
@@ -128,7 +165,9 @@ def _optimizer_state(path, moments, model, optimizer):
 
 def _check(path, file, got, expected):
     strays = sorted(got.keys() ^ expected.keys())
-    strays = strays or [k for k in expected if got[k].shape != expected[k].shape]
+    strays = strays or [
+        k for k, v in expected.items() if (got[k].shape, got[k].dtype) != (v.shape, v.dtype)
+    ]
     if strays:
         more = f" and {len(strays) - 3} more" if len(strays) > 3 else ""
         raise UserError(

@@ -320,7 +320,9 @@ def test_every_flag_has_help_that_shows_its_default(parser):
     text = " ".join(parser.format_help().split())
     assert all(action.help for action in declared(parser).values())
     assert "peak learning rate (default: 0.1)" in text
-    assert "Nesterov momentum of sgd and muon (default: on)" in text and "(default: False)" not in text
+    assert (
+        "Nesterov momentum of sgd and muon (default: on)" in text and "(default: False)" not in text
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -359,7 +361,9 @@ def test_every_recipe_parses(path):
 
 
 def test_there_are_recipes():
-    assert {"digits", "cifar10_fast", "cifar10_resnet18", "flowers102_resnet50"} <= {p.stem for p in RECIPES}
+    assert {"digits", "cifar10_fast", "cifar10_resnet18", "flowers102_resnet50"} <= {
+        p.stem for p in RECIPES
+    }
 
 
 @pytest.mark.parametrize(

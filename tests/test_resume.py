@@ -136,6 +136,16 @@ def test_a_folder_that_holds_a_run_is_refused_and_overwrite_replaces_it(straight
     assert yaml.safe_load((folder / "config.yaml").read_text())["epochs"] == 3
 
 
+def test_a_flag_that_an_older_version_did_not_know_counts_as_its_default():
+    from harness.state import check_identity
+
+    saved = {"lr": 0.1, "flip_prob": 0.5}
+    check_identity("step-1", saved, saved | {"flip": "random"}, given={"lr": "command line"})
+    for given, ours in (({"flip": "here"}, saved | {"flip": "alternating"}), ({}, {"lr": 0.1})):
+        with pytest.raises(UserError, match="step-1 was written with flip"):
+            check_identity("step-1", saved, ours, given)
+
+
 def test_a_checkpoint_of_other_data_is_refused(straight, tmp_path):
     checkpoint = sorted((straight / "checkpoints").iterdir())[-1]
     with pytest.raises(UserError, match="max_train_samples 200, this command has 150"):

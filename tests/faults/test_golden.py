@@ -1,0 +1,62 @@
+"""What each released version wrote is read by this one (made by make_golden.py)."""
+
+import contextlib
+import json
+import shutil
+from types import SimpleNamespace
+
+import make_golden
+import pytest
+import torch
+
+import smallruns
+from harness.data import load_data
+from harness.scoring import evaluate
+from harness.trained import load_model, read_trained
+from harness.views import decode_splits
+from tricks.augment import normalize_batch
+
+VERSIONS = sorted(path for path in make_golden.GOLDEN.iterdir() if path.is_dir())
+
+
+def test_there_are_some_and_they_are_small():
+    assert VERSIONS
+    for version in VERSIONS:
+        assert sum(f.stat().st_size for f in version.rglob("*") if f.is_file()) < 150_000
+
+
+@pytest.mark.everyday
+@pytest.mark.parametrize("version", VERSIONS, ids=lambda path: path.name)
+def test_a_checkpoint_goes_on(version, tmp_path):
+    shutil.copytree(version / "run", tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    expected = json.loads((version / "expected.json").read_text())["losses"]
+    with make_golden.tiny():
+        folder, status = smallruns.train(
+            tmp_path, **make_golden.FLAGS, resume_from_checkpoint="auto"
+        )
+    assert status == 0
+    found = make_golden.losses(folder)
+    assert found.keys() == expected.keys() and len(found) == 8
+    for step in ("1", "2", "3", "4", "5"):  # the first four were in the folder
+        assert found[step] == pytest.approx(expected[step], abs=1e-6), step
+
+
+@pytest.mark.parametrize("version", VERSIONS, ids=lambda path: path.name)
+def test_a_result_scores_the_same(version):
+    with make_golden.tiny():
+        trained = read_trained(version / "run")
+        model = load_model(trained)
+    data = load_data("digits", max_eval_samples=100)
+    splits = decode_splits(data, trained.look.size, progress=False)
+    alone = SimpleNamespace(
+        device=torch.device("cpu"), process_index=0, num_processes=1,
+        autocast=contextlib.nullcontext, reduce=lambda sums, how: sums,
+    )  # fmt: skip
+    scores = evaluate(
+        alone, model, splits["test"],
+        lambda x: normalize_batch(x, trained.look.mean, trained.look.std),
+    )  # fmt: skip
+    expected = json.loads((version / "expected.json").read_text())["scores"]
+    assert scores["acc"] == expected["test/acc_ema"]
+    assert scores["loss"] == pytest.approx(expected["test/loss_ema"], abs=1e-6)
