@@ -473,7 +473,7 @@ def test_timm_models_by_name_at_their_size():
     assert models.head(model) == ("fc", model.fc)
     model = models.build_model("vit_tiny_patch16_224", 7, image_size=48)
     assert model(torch.zeros(2, 3, 48, 48)).shape == (2, 7)
-    with pytest.raises(UserError, match="timm's resnet10t takes a run folder or a file"):
+    with pytest.raises(UserError, match="resnet10t takes a run folder or a file"):
         find_weights("default", "resnet10t")
     with pytest.raises(UserError, match="timm's resnet10t has none"):
         models.build_model("resnet10t", 7, image_size=32, stem="small")

@@ -82,7 +82,7 @@ def save_until(root, step, n):
     "step",
     [
         pytest.param(3, id="next"),
-        pytest.param(2, id="same step again", marks=pytest.mark.everyday),
+        pytest.param(2, id="same step again", marks=[pytest.mark.everyday, pytest.mark.slow]),
     ],
 )
 def test_killed_at_every_point_of_a_save(tmp_path, step):

@@ -104,6 +104,7 @@ def test_resumed_once_and_trained_to_the_end(straight, tmp_path):
 
 
 @pytest.mark.everyday
+@pytest.mark.slow
 def test_two_processes_resume_bit_for_bit(tmp_path):
     """BatchNorm, dropout, mixing and accumulation included."""
     whole = faulty.start(tmp_path / "a", processes=2)
