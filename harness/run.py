@@ -197,7 +197,7 @@ class Run:
             event = torch.cuda.Event()
             event.record()
         self._unread.append((self.step, host, event))
-        self._read_checks(GPU_LAG if event else 0)
+        self._read_checks(GPU_LAG if event and (fused or scaler) else 0)
 
     def _withhold(self, bad, fused):
         """Let a bad step leave no trace. bad: a boolean on the device.

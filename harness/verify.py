@@ -36,7 +36,7 @@ def verify_resume(script, args):
     with tempfile.TemporaryDirectory() as mine:
         root = _shared_folder(mine)
         recipe = root / "recipe.yaml"
-        if main:
+        if _first_here():
             recipe.write_bytes(flags.to_yaml(args))
         while not recipe.exists():
             time.sleep(POLL_SECONDS)
@@ -46,26 +46,34 @@ def verify_resume(script, args):
             "--checkpointing_steps", str(steps // 2), "--no_log_model",
         ]  # fmt: skip
         straight, killed = root / "straight", root / "killed"
-        _run([*command, "--output_dir", str(straight)], 1)
         middle = killed / "run" / "checkpoints" / f"step-{steps // 2:08d}"
-        _run([*command, "--output_dir", str(killed)], 2, kill_at=middle)
-        _run([*command, "--output_dir", str(killed), "--resume_from_checkpoint", "auto"], 3)
-        if main:
-            print(_compare(straight / "run", killed / "run", steps))
+        try:
+            _run([*command, "--output_dir", str(straight)], 1)
+            _run([*command, "--output_dir", str(killed)], 2, kill_at=middle)
+            _run([*command, "--output_dir", str(killed), "--resume_from_checkpoint", "auto"], 3)
+            if main:
+                print(_compare(straight / "run", killed / "run", steps))
+        finally:
+            if _first_here() and root.is_symlink():
+                root.unlink()
 
 
 def _shared_folder(mine):
-    """A folder that all processes on this machine find: the first one's, by the launcher's port."""
+    """A folder that all processes on this machine find: its first one's, by the launcher's port."""
     port = os.environ.get("MASTER_PORT")
     if port is None:
         return Path(mine)
     link = Path(tempfile.gettempdir()) / f"verify-resume-{os.getuid()}-{port}-{os.getppid()}"
-    if int(os.environ.get("RANK", 0)) == 0:
+    if _first_here():
         link.unlink(missing_ok=True)
         link.symlink_to(mine)
     while not link.exists():
         time.sleep(POLL_SECONDS)
     return link
+
+
+def _first_here():
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def _run(command, number, kill_at=None):

@@ -34,6 +34,16 @@ def test_trains_and_resumes_under_the_config(tmp_path, name):
     assert not any("_orig_mod" in n or n.startswith("module.") for n in names)
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_the_fast_recipe_resumes_bit_for_bit_with_deterministic_algorithms(tmp_path, precision):
+    recipe = smallruns.ROOT / "recipes" / "cifar10_fast.yaml"
+    words = {"config": recipe, "model": "fastnet", "start_size": 12, "deterministic": True}
+    done = smallruns.launch(
+        tmp_path, mixed_precision=precision, verify_resume=8, dropout=None, **words
+    )
+    assert done.returncode == 0 and "PASS: 8 steps" in done.stdout, done.stdout
+
+
 @pytest.mark.parametrize("name", ["single_gpu", "single_gpu_fp16", "single_gpu_compile"])
 def test_fine_tunes_in_stages_and_resumes_under_the_config(tmp_path, name):
     """Stopped in the second of three stages; the first trains on kept features."""
