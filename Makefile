@@ -26,7 +26,7 @@ ensemble: $(VENV)/demo   # three architectures on the digits, combined
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml ensemble_eval.py \
 	  $(MEMBERS:%=runs/digits-%) --run_name digits-ensemble
 
-bench: setup             # ours against the peers, about 25 minutes: DATA=folder, QUICK=1
+bench: setup             # ours against the peers, long: DATA=folder, QUICK=1
 	$(BIN)/python benchmarks/bench.py $(if $(DATA),--data $(DATA)) $(if $(QUICK),--quick)
 
 test: setup
@@ -35,7 +35,7 @@ test: setup
 test-quick: setup        # the everyday part: what is not marked slow
 	$(BIN)/python -m pytest $(TWO) -m "not slow"
 
-test-faults: setup       # kill it anywhere, damage anything: 8 minutes on two cores
+test-faults: setup       # kill it anywhere, damage anything
 	$(BIN)/python -m pytest -m faults
 
 lint: setup

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from measure import ROOT, machine, read_rows, table
 
-# part: (its flags, whether it takes --data); what a two-core machine needs 25 minutes for
+# part: (its flags, whether it takes --data)
 PARTS = {
     "augment": (["--rounds", "4"], True),
     "input_epoch": (["--rounds", "3", "--max_images", "10000"], True),

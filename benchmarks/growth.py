@@ -1,6 +1,6 @@
 """How cost grows: curves of train.py and ensemble_eval.py, and on paper what eight GPUs would take.
 
-    python benchmarks/growth.py              about 15 minutes; writes GROWTH.md, .png and .json
+    python benchmarks/growth.py              writes GROWTH.md, .png and .json
     python benchmarks/growth.py --only data parts --keep     those anew, the rest as it was
     python benchmarks/growth.py --keep --only                page and plot anew from GROWTH.json
     python benchmarks/growth.py --quick --out /tmp/growth    does it run?
