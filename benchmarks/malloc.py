@@ -3,7 +3,7 @@
     python benchmarks/malloc.py [--rounds 4] [--precision bf16]
 
 Both sides train ResNet-18 on one synthetic batch of 128, each in a process of its own, in turn:
-one as it is, one after `harness.launch._keep_freed_memory()`.
+one as it is, one after `harness.launch.keep_freed_memory()`.
 """
 
 import json
@@ -16,7 +16,7 @@ import torch
 from measure import Row, parser, read, report
 from train_speed import BATCH, bare
 
-from harness.launch import _keep_freed_memory
+from harness.launch import keep_freed_memory
 
 STEPS = 8
 
@@ -24,7 +24,7 @@ STEPS = 8
 def measure(precision, keep):
     """Images/s, page faults a step and peak memory of one process."""
     if keep:
-        _keep_freed_memory()
+        keep_freed_memory()
     step = bare(torch.device("cpu"), precision)
     for _ in range(2):
         step()

@@ -6,7 +6,8 @@ Both start from the samples of a batch, float images of 3×32×32 and labels, an
 and soft targets; steps alternate between mixup and CutMix. The peer is torchvision's documented
 way: `RandomChoice([CutMix, MixUp])` on what `default_collate` makes of a list of samples. Ours is
 what train.py does: gather the rows of one tensor, `draw_mixing`, mix. The second row is the mixing
-alone, of a batch that is already together on both sides.
+alone, of a batch that is already together on both sides. As in train.py, malloc keeps what a step
+frees, for both sides.
 """
 
 import torch
@@ -15,6 +16,7 @@ from measure import Row, over, parser, read, report, seconds_in_turns
 from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
+from harness.launch import keep_freed_memory
 from harness.views import draw_mixing
 
 CLASSES, PIXELS, ALPHA = 10, 32, 1.0
@@ -25,6 +27,7 @@ def main():
     made.add_argument("--batch", type=int, default=128)
     made.add_argument("--steps", type=int, default=20, help="a side and round")
     args = read(made)
+    keep_freed_memory()
     steps = 2 if args.quick else args.steps
     rng = torch.Generator().manual_seed(0)
     torch.manual_seed(0)

@@ -32,7 +32,7 @@ from train_speed import BATCH, bare
 
 import harness.views
 import train
-from harness.launch import _keep_freed_memory
+from harness.launch import keep_freed_memory
 from harness.run import Run
 from tricks.ema import ModelEma
 
@@ -175,7 +175,7 @@ def milliseconds(layer, dtype, memory_format):
 
 
 def print_operators():
-    _keep_freed_memory()
+    keep_freed_memory()
     profile_steps()
     print("\n| convolution | bf16 channels_last, ms | fp32 NCHW, ms | ratio |\n|---|---|---|---|")
     for layer in LAYERS:

@@ -54,7 +54,7 @@ def make_accelerator(
         raise UserError(f"bf16 ({origin}) is not supported by this device; use fp16 or no")
     threads = _set_threads(threads)
     if cpu:
-        _keep_freed_memory()
+        keep_freed_memory()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
     torch.use_deterministic_algorithms(deterministic)
@@ -187,7 +187,7 @@ def _set_threads(threads):
     return threads
 
 
-def _keep_freed_memory():
+def keep_freed_memory():
     """Let malloc keep what a step frees for the next one (glibc).
 
     By default it gives large activations back to the system, which hands out zeroed pages at the

@@ -214,13 +214,13 @@ class Run:
             return
         state.put_back(self._buffers, self._buffers_before, bad)
         if self.ema:
-            self._averages_before = state.copy_by_kind(self.ema.tensors())
+            self._averages_before = state.copy_by_kind(self.ema.tensors().values())
         if on_host:
             self.optimizer.zero_grad()  # an optimizer passes by what has no gradient
 
     def _put_averages_back(self):
         if self.ema and self._bad is not None:
-            state.put_back(self.ema.tensors(), self._averages_before, self._bad)
+            state.put_back(self.ema.tensors().values(), self._averages_before, self._bad)
 
     def _check_used(self):
         parameters = self.module.named_parameters() if self.step == self._first_step else ()

@@ -9,13 +9,13 @@ from accelerate.utils import broadcast, broadcast_object_list
 
 from harness.checkpoint import Damaged, load_checkpoint, newest_valid
 from harness.errors import UserError
-from harness.weights import clean_state_dict
+from harness.weights import clean_state_dict, plain_state_dict
 
 SUMS = ("loss", "mixed_acc", "grad_norm")  # what is summed over the steps of an interval
 
 
 def gather_tensors(model, optimizer, ema):
-    """{"model": {name: tensor}, "optimizer": ..., "ema": ...}: what a checkpoint holds.
+    """{"model": {name: tensor}, "optimizer": ..., "ema": ...}: what a checkpoint holds, uncopied.
 
     model: the unwrapped module; optimizer: torch's; ema: a ModelEma or None. The optimizer's
     tensors are named "PARAMETER//KEY", so they do not depend on the order of the groups.
@@ -27,8 +27,8 @@ def gather_tensors(model, optimizer, ema):
         for key, value in values.items()
         if value is not None
     }
-    averages = {"ema": ema.state_dict()} if ema else {}
-    return {"model": clean_state_dict(model), "optimizer": moments, **averages}
+    averages = {"ema": ema.tensors()} if ema else {}
+    return {"model": plain_state_dict(model), "optimizer": moments, **averages}
 
 
 def restore_tensors(path, tensors, model, optimizer, ema, moments=None):

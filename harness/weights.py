@@ -86,7 +86,12 @@ def clean_state_dict(model) -> dict[str, torch.Tensor]:
 
     safetensors refuses channels_last tensors, so those are copied; the others share memory.
     """
-    return {_plain(k): v.detach().contiguous() for k, v in model.state_dict().items()}
+    return {name: tensor.contiguous() for name, tensor in plain_state_dict(model).items()}
+
+
+def plain_state_dict(model) -> dict[str, torch.Tensor]:
+    """The state by the plain model's names, as it lies in memory: nothing is copied."""
+    return {_plain(name): tensor.detach() for name, tensor in model.state_dict().items()}
 
 
 def load_state(model, state, source="weights"):

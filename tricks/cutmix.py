@@ -106,7 +106,7 @@ def cutmix_batch(
         source, target = source.permute(0, 2, 3, 1), target.permute(0, 2, 3, 1)
     target.copy_(source.index_select(0, partner))
     lam = _kept(box, height, width)
-    return pasted, torch.lerp(targets[partner], targets, lam), lam
+    return pasted, targets[partner].lerp_(targets, lam), lam
 
 
 def _kept(box: Box, height: int, width: int) -> float:

@@ -112,9 +112,9 @@ class ModelEma:
             with torch.no_grad():
                 torch._foreach_copy_(tensors, raw)
 
-    def tensors(self) -> list[Tensor]:
-        """The averages themselves, to be changed in place."""
-        return list(self._averages.values())
+    def tensors(self) -> dict[str, Tensor]:
+        """The averages themselves by name, to be changed in place."""
+        return dict(self._averages)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by name, each contiguous, as safetensors wants them.

@@ -88,11 +88,8 @@ def mixup_batch(
             f"got {tuple(targets.shape)} and {tuple(permutation.shape)}"
         )
     partner = permutation.to(images.device, non_blocking=True)
-    # lerp(a, b, λ) = a + λ·(b - a), in one pass, and exact where a = b.
-    return (
-        torch.lerp(_take(images, partner), images, lam),
-        torch.lerp(targets[partner], targets, lam),
-    )
+    # lerp(a, b, λ) = a + λ·(b - a), in one pass, exact where a = b, and into the partner's copy.
+    return _take(images, partner).lerp_(images, lam), targets[partner].lerp_(targets, lam)
 
 
 def _take(images: Tensor, index: Tensor) -> Tensor:
