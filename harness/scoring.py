@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from tricks.tta import average_views
 
-BATCH = (64, 512)  # fewest and most samples of an evaluation batch
+BATCH = (64, 256)  # fewest and most samples of an evaluation batch
 BATCH_PIXELS = 2**21  # and between them as many as have so many pixels
 
 
