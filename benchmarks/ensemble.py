@@ -6,7 +6,8 @@
 In turns, each in this process and on the same images, for as many rounds as asked for:
 
 - ours: all of ensemble_eval.py --tta flip: decoded images found, predictions of every member in two
-  views for the scored and the fitted images, all combinations, the comparison, the report.
+  views for the scored and the fitted images, all combinations, the comparison, the report. Without
+  soups, which are more networks than the members.
 - bare: as many forward passes on one synthetic batch that lies on the device, in the same
   precision, channels_last, inference mode; nothing else.
 - plain: an evaluation of the usual kind for each member, of the same images: PIL transforms in a
@@ -44,6 +45,7 @@ from harness.trained import load_model
 from harness.weights import stored_size
 
 SIDES = ("bare", "ours", "plain", "kept")
+ASKED = ["--tta", "flip", "--no_soup", "--report_to", "none"]
 
 
 class Encoded(Dataset):
@@ -68,7 +70,7 @@ class Encoded(Dataset):
 def ours(folders, output, limit):
     for folder in folders:
         shutil.rmtree(folder / "predictions", ignore_errors=True)
-    words = ["--tta", "flip", "--report_to", "none", "--output_dir", output, *limit]
+    words = [*ASKED, "--output_dir", output, *limit]
     args = ensemble_eval.read_flags([*map(str, folders), *words, "--run_name", "report"])
     AcceleratorState._reset_state(True)
     began = time.perf_counter()
@@ -111,7 +113,7 @@ def plain(device, members, models, splits, column):
 
 def kept(folders, output, limit):
     """Seconds until the answer is on the terminal, and to the end of the process."""
-    words = ["--tta", "flip", "--report_to", "none", "--output_dir", output, *limit]
+    words = [*ASKED, "--output_dir", output, *limit]
     command = [sys.executable, str(ROOT / "ensemble_eval.py"), *map(str, folders[:2]), *words]
     began, answered = time.perf_counter(), None
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}

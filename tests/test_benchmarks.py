@@ -51,14 +51,13 @@ def test_on_paper_the_whole_batch_is_drawn_by_every_process():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["ema", "mix", "resume"])
-def test_a_benchmark_gives_rows(part, tmp_path):
+def test_benchmarks_give_rows(tmp_path):
     file = tmp_path / "rows.json"
-    command = [sys.executable, str(FOLDER / "bench.py"), "--quick", "--only", part]
+    command = [sys.executable, str(FOLDER / "bench.py"), "--quick", "--only", "mix", "resume"]
     done = subprocess.run(
         [*command, "--json", str(file)], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads(file.read_text())
-    assert rows and all(value > 0 for row in rows for value in row["values"])
+    assert len(rows) > 5 and all(value > 0 for row in rows for value in row["values"])
     assert all(row["figure"] in done.stdout.split("## All")[1] for row in rows)

@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import faulty
 import smallruns
 from harness import models
 from harness.folder import read_metrics
@@ -271,24 +272,19 @@ def test_two_processes_train_every_stage_as_one_does(tmp_path):
         "bn_mode": "eval", "mixed_precision": "no", "logging_steps": 1,
         "gradient_accumulation_steps": 1,
     }  # fmt: skip
+    connected = {**flags, "script": "finetune", "processes": 2}
+    stopped = faulty.start(tmp_path / "again", stop_after=6, **connected)
     one, _ = smallruns.finetune(tmp_path / "one", **flags)
-    (tmp_path / "two").mkdir()
-    done = smallruns.launch(tmp_path / "two", launcher=TWO, script="finetune.py", **flags)
-    assert done.returncode == 0, done.stdout
-    two = tmp_path / "two" / "run"
+    two = faulty.start(tmp_path / "two", **connected).done()
     assert len(losses(one)) == 12
     assert losses(two) == pytest.approx(losses(one), abs=1e-4)
     ends = [raw_weights(f, 12) for f in (one, two)]
     moved = torch.linalg.vector_norm(ends[0] - raw_weights(one, 8))
     assert torch.linalg.vector_norm(ends[1] - ends[0]) < 0.02 * moved
     # Stopped in the second stage and resumed, both processes
-    (tmp_path / "again").mkdir()
-    for more in ({"stop_after": 6}, {"resume_from_checkpoint": "auto"}):
-        done = smallruns.launch(
-            tmp_path / "again", launcher=TWO, script="finetune.py", **flags, **more
-        )
-        assert done.returncode == 0, done.stdout
-    assert smallruns.digest(tmp_path / "again" / "run") == smallruns.digest(two)
+    stopped.done()
+    again = faulty.start(tmp_path / "again", resume_from_checkpoint="auto", **connected).done()
+    assert smallruns.digest(again) == smallruns.digest(two)
 
 
 # --- auto, plan, errors ---

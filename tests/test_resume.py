@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import yaml
 from torch.nn.modules.batchnorm import _BatchNorm
 
+import faulty
 import smallruns
 import train
 from harness import checkpoint
@@ -357,50 +359,38 @@ def test_a_run_that_stopped_goes_on_with_skip(tmp_path, monkeypatch):
     assert json.loads((folder / "summary.json").read_text())["nonfinite"] == 1
 
 
+def poison_on_one():
+    """Process 1 alone meets an infinite loss at the third step."""
+    from harness.run import Run
+
+    count = Run.count
+
+    def poisoned(run, loss, acc):
+        bad = os.environ["RANK"] == "1" and run.step == 2
+        count(run, loss + float("inf") if bad else loss, acc)
+
+    Run.count = poisoned
+
+
 @pytest.mark.slow
 def test_two_processes_skip_alike_and_resume(tmp_path):
-    """Process 1 alone meets an infinite loss at the third step."""
-    script = tmp_path / "poisoned.py"
-    script.write_text(
-        "import os, train\n"
-        "from harness.launch import script\n"
-        "from harness.run import Run\n"
-        "real = Run.count\n"
-        "def count(run, loss, acc):\n"
-        "    bad = os.environ['RANK'] == '1' and run.step == 2\n"
-        "    real(run, loss + float('inf') if bad else loss, acc)\n"
-        "Run.count = count\n"
-        "with script('poisoned.py'):\n"
-        "    train.main(train.read_flags())\n"
-    )
-    two = ("--config_file", str(smallruns.ROOT / "accelerate_configs" / "cpu_2proc.yaml"))
-    folders = []
-    for name, stops in (("whole", [None]), ("parts", [3, None])):
-        (tmp_path / name).mkdir()
-        for number, stop in enumerate(stops):
-            done = smallruns.launch(
-                tmp_path / name, launcher=two, script=script, **SKIP, epochs=2, stop_after=stop,
-                resume_from_checkpoint="auto" if number else None,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stdout
-        folders.append(tmp_path / name / "run")
-    assert smallruns.digest(folders[0]) == smallruns.digest(folders[1])
-    found = states(folders[0])
+    flags = {**SKIP, "epochs": 2, "processes": 2, "fault": poison_on_one}
+    whole = faulty.start(tmp_path / "whole", **flags)
+    faulty.start(tmp_path / "parts", stop_after=3, **flags).done()
+    parts = faulty.start(tmp_path / "parts", resume_from_checkpoint="auto", **flags).done()
+    assert smallruns.digest(whole.done()) == smallruns.digest(parts)
+    found = states(parts)
     assert [s for s in found if s > 1 and found[s] == found[s - 1]] == [3]
-    assert json.loads((folders[0] / "summary.json").read_text())["nonfinite"] == 1
-
-
-VERIFIED = {"epochs": 2, "verify_resume": 6, "gradient_accumulation_steps": 1}
+    assert json.loads((parts / "summary.json").read_text())["nonfinite"] == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "launcher", [(), ("--config_file", "CPU_2PROC")], ids=["one process", "two processes"]
-)
-def test_verify_resume_passes_under_the_launcher(tmp_path, launcher):
+def test_verify_resume_passes_under_the_launcher(tmp_path):
     two = str(smallruns.ROOT / "accelerate_configs" / "cpu_2proc.yaml")
-    words = [two if word == "CPU_2PROC" else word for word in launcher]
-    ended = smallruns.launch(tmp_path, launcher=words, deterministic=True, **VERIFIED)
+    ended = smallruns.launch(
+        tmp_path, launcher=("--config_file", two), deterministic=True, epochs=2, verify_resume=6,
+        gradient_accumulation_steps=1,
+    )  # fmt: skip
     assert ended.returncode == 0, ended.stdout
     assert ended.stdout.count("PASS: 6 steps, killed and resumed at 3: 7 records") == 1
     assert not list(tmp_path.iterdir())  # it leaves nothing

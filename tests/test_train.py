@@ -2,12 +2,15 @@
 
 import contextlib
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import safetensors.torch
 import torch
 
+import faulty
 import smallruns
 from harness import models
 from harness.errors import RunStopped, UserError
@@ -30,65 +33,58 @@ def losses(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one_and_resume_bit_for_bit(tmp_path):
-    for name in ("two", "again", "stopped"):
-        (tmp_path / name).mkdir()
-    one, _ = smallruns.train(tmp_path / "one", **PLAIN)
-    two = smallruns.launch(tmp_path / "two", launcher=TWO, **PLAIN)
+def test_two_launched_processes_give_the_losses_of_one_and_resume_bit_for_bit(tmp_path):
+    flags = {**PLAIN, "threads": 1}
+    (tmp_path / "two").mkdir()
+    stopped = faulty.start(tmp_path / "stopped", processes=2, stop_after=3, **flags)
+    two = smallruns.launch(tmp_path / "two", launcher=TWO, **flags)
     assert two.returncode == 0, two.stdout
     assert "CPU × 2 processes" in two.stdout
+    one, _ = smallruns.train(tmp_path / "one", **flags)
     ours, theirs = losses(one), losses(tmp_path / "two" / "run")
     assert ours.keys() == theirs.keys() and len(ours) == 8
     for step, loss in ours.items():
         assert theirs[step] == pytest.approx(loss, abs=1e-4), f"step {step}"
 
-    stopped = smallruns.launch(tmp_path / "stopped", launcher=TWO, **PLAIN, stop_after=3)
-    assert stopped.returncode == 0, stopped.stdout
-    resumed = smallruns.launch(
-        tmp_path / "stopped", launcher=TWO, **PLAIN, resume_from_checkpoint="auto"
-    )
-    assert resumed.returncode == 0, resumed.stdout
-    assert smallruns.digest(tmp_path / "stopped" / "run") == smallruns.digest(
-        tmp_path / "two" / "run"
-    )
+    stopped.done()
+    resumed = faulty.start(
+        tmp_path / "stopped", processes=2, resume_from_checkpoint="auto", **flags
+    ).done()
+    assert smallruns.digest(resumed) == smallruns.digest(tmp_path / "two" / "run")
 
 
 @pytest.mark.slow
-def test_two_processes_resume_bit_for_bit_with_batchnorm_dropout_and_accumulation(tmp_path):
-    for name in ("straight", "stopped"):
-        (tmp_path / name).mkdir()
-    straight = smallruns.launch(tmp_path / "straight", launcher=TWO)
-    assert straight.returncode == 0, straight.stdout
-    stopped = smallruns.launch(tmp_path / "stopped", launcher=TWO, stop_after=7)
-    assert stopped.returncode == 0, stopped.stdout
-    resumed = smallruns.launch(tmp_path / "stopped", launcher=TWO, resume_from_checkpoint="auto")
-    assert resumed.returncode == 0, resumed.stdout
-    assert smallruns.digest(tmp_path / "stopped" / "run") == smallruns.digest(
-        tmp_path / "straight" / "run"
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", smallruns.SIGNALS, ids=lambda n: n.name)
-@pytest.mark.parametrize("launcher", [ONE, TWO], ids=["one process", "two processes"])
+@pytest.mark.parametrize(
+    ("launcher", "processes", "number"), [(ONE, 1, signal.SIGINT), (TWO, 2, signal.SIGTERM)]
+)
 def test_a_signal_publishes_a_checkpoint_and_the_resumed_run_is_the_same(
-    tmp_path, number, launcher
+    tmp_path, launcher, processes, number
 ):
+    """Other places and signals, without a launcher: tests/faults/test_kill.py."""
     import psutil
 
-    flags = {"epochs": 40, "gradient_accumulation_steps": 1, "logging_steps": 1}
-    process = smallruns.launch(tmp_path, launcher=launcher, wait=False, **flags)
-    folder = tmp_path / "run"
+    flags = {
+        "epochs": 12, "gradient_accumulation_steps": 1, "logging_steps": 1, "threads": 1,
+        "checkpointing_steps": 100,
+    }  # fmt: skip
+    (tmp_path / "stopped").mkdir()
+    process = smallruns.launch(tmp_path / "stopped", launcher=launcher, wait=False, **flags)
+    folder = tmp_path / "stopped" / "run"
     smallruns.wait_for_step(folder, 5, process)
     workers = psutil.Process(process.pid).children()
     workers[-1].send_signal(number)  # to one process only
     output, _ = process.communicate(timeout=60)
-    assert f"{number.name}: a checkpoint after this step" in output or len(workers) > 1
+    assert f"{number.name}: a checkpoint after this step" in output or processes == 2
     assert "stopped at step" in output, output
     assert str(smallruns.SIGNALS[number]) in output  # the launcher names the status it saw
-    step = int(sorted((folder / "checkpoints").iterdir())[-1].name[5:])
-    assert 5 <= step < 160
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in workers)
+    step = int(sorted((folder / "checkpoints").iterdir())[-1].name[5:])
+    assert 5 <= step < 48
+    whole = faulty.start(tmp_path / "whole", processes=processes, **flags)
+    resumed = faulty.start(
+        tmp_path / "stopped", processes=processes, resume_from_checkpoint="auto", **flags
+    )
+    assert smallruns.digest(resumed.done()) == smallruns.digest(whole.done())
 
 
 @pytest.mark.slow
@@ -115,26 +111,26 @@ def test_a_non_finite_loss_stops_before_the_update_with_the_step_named(tmp_path)
     assert all(torch.isfinite(w).all() for w in weights.values())
 
 
+def poison_on_one():
+    """Process 1 meets, at its third step, an infinite loss with finite gradients."""
+    import train
+
+    real, calls = train.soft_cross_entropy, []
+
+    def poisoned(logits, targets):
+        calls.append(1)
+        bad = os.environ["RANK"] == "1" and len(calls) == 3
+        return real(logits, targets) + (float("inf") if bad else 0)
+
+    train.soft_cross_entropy = poisoned
+
+
 @pytest.mark.slow
 def test_a_non_finite_loss_on_one_process_stops_both(tmp_path):
-    script = tmp_path / "poisoned.py"
-    script.write_text(
-        "import os, torch, train\n"
-        "from harness.launch import script\n"
-        "real, calls = train.soft_cross_entropy, []\n"
-        "def poisoned(logits, targets):\n"
-        "    calls.append(1)\n"
-        "    loss = real(logits, targets)\n"
-        "    bad = os.environ['RANK'] == '1' and len(calls) == 3\n"
-        "    return loss + float('inf') if bad else loss\n"  # an inf loss with finite gradients
-        "train.soft_cross_entropy = poisoned\n"
-        "with script('poisoned.py'):\n"
-        "    train.main(train.read_flags())\n"
-    )
     flags = {"gradient_accumulation_steps": 1, "checkpointing_steps": 1}
-    done = smallruns.launch(tmp_path, launcher=TWO, script=script, **flags)
-    assert done.returncode != 0
-    assert "step 3: loss is inf" in done.stdout, done.stdout
+    run = faulty.start(tmp_path, processes=2, fault=poison_on_one, **flags)
+    assert all(run.wait()), run.output()
+    assert "step 3: loss is inf" in run.output()
     names = [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())]
     assert names[-1] == "step-00000002"
 

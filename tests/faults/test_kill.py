@@ -417,3 +417,29 @@ def test_torchrun_ends_with_an_error_and_restarts_to_the_same_end(whole, tmp_pat
     assert (tmp_path / "died").exists()
     flags["checkpointing_steps"] = 100
     assert smallruns.digest(again / "run") == smallruns.digest(whole[2])
+
+
+SIGNALS_TORCHRUN = """
+import os, signal, train
+from harness.launch import script
+real, calls = train.draw_mixing, []
+def draw_mixing(*args):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 6:
+        os.kill(os.getppid(), signal.SIGTERM)
+    return real(*args)
+train.draw_mixing = draw_mixing
+if __name__ == "__main__":
+    with script("faulted.py"):
+        train.main(train.read_flags())
+"""
+
+
+def test_a_signal_to_torchrun_stops_both_with_a_checkpoint(whole, tmp_path):
+    """As Slurm does before a job's time is over."""
+    flags = {**SHORT, "epochs": 2, "checkpointing_steps": 100}
+    status, output, left = torchrun(tmp_path, SIGNALS_TORCHRUN, **flags)
+    assert status != 0 and not left, output
+    assert "stopped at step" in output and 5 <= newest(tmp_path / "run") < 24, output
+    resumed = faulty.start(tmp_path, processes=2, resume_from_checkpoint="auto", **flags)
+    assert smallruns.digest(resumed.done()) == smallruns.digest(whole[2])

@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [p for p in map(str, (HERE, HERE.parent, HERE.parents[1])) if p not in sys.path]
+FOLDERS = [str(folder) for folder in (HERE, HERE / "faults", HERE.parent)]
+sys.path[:0] = [folder for folder in FOLDERS if folder not in sys.path]
 
 import smallruns  # noqa: E402
 
@@ -33,8 +34,8 @@ def context():
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["faulty", *PRELOAD])
     known = os.environ.get("PYTHONPATH", "")
-    if str(HERE) not in known.split(os.pathsep):  # the server takes sys.path from here only
-        os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:3], *filter(None, [known])])
+    if FOLDERS[1] not in known.split(os.pathsep):  # the server takes sys.path from here only
+        os.environ["PYTHONPATH"] = os.pathsep.join([*FOLDERS, *filter(None, [known])])
     return forks
 
 
