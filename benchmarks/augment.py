@@ -6,7 +6,8 @@
 Each pipeline is crop + flip + policy + normalise + random erasing of decoded images of 32 px, and
 one is random resized crop to 224 + flip + RandAugment + normalise of decoded images of 256 px. Ours
 is what train.py does (`harness.views.Views`, draws included): a uint8 batch in, a normalised
-channels_last one out, every sample with operations of its own. The peers, which take turns with it:
+channels_last one out, every sample with operations of its own. As in train.py, malloc keeps what is
+freed, for all sides. The peers, which take turns with it:
 
 - PIL: torchvision.transforms on PIL images, one by one, stacked at the end;
 - v2: torchvision.transforms.v2 on uint8 tensors, one by one, stacked at the end;
@@ -27,6 +28,7 @@ from processes import PIXELS, first_images
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
+from harness.launch import keep_freed_memory
 from harness.views import Views
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -119,6 +121,7 @@ def main():
     made.add_argument("--batch", type=int, nargs="+", default=[128, 512], help="batch sizes")
     made.add_argument("--threads", type=int, default=1, help="torch threads")
     args = read(made)
+    keep_freed_memory()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     count, times = (max(args.batch), 1) if args.quick else (NUM_IMAGES, OURS)

@@ -22,6 +22,7 @@ from resume import BATCH, MEAN, STD, collate, transform_rows
 from torch.utils.data import DataLoader
 
 from harness.data import load_data
+from harness.launch import keep_freed_memory
 from harness.views import Views, decode_splits, train_batches
 
 
@@ -30,6 +31,7 @@ def main():
     data_flag(made)
     made.add_argument("--max_images", type=int, default=20_000, help="of the train split")
     args = read(made)
+    keep_freed_memory()
     if args.quick:
         args.max_images = 640
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
