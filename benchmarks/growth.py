@@ -7,9 +7,9 @@
 
 Each point is train.py as it is launched, its steady steps timed from outside (images/s, ResNet-18):
 
-- batch, image, threads, processes: one thing varies, the rest is batch 128 at 32 px (at 64 px and
-  above the stem is the standard one, and the batch 32) with the threads and the process of a plain
-  launch.
+- batch, image, threads, processes: one thing varies, the rest is batch 128 at 32 px with the
+  threads and the process of a plain launch. Sizes are measured at batch 32; above 64 px the stem
+  is the standard one, which leaves a sixteenth of the pixels.
 - data: 2,000 to 500,000 synthetic images, decoded beforehand: seconds of a second start to its
   first step, peak memory of the process, and how much of that no file is behind. The last must not
   grow: the memory map is file-backed, and only the pages in use need to be in memory.
@@ -253,13 +253,29 @@ def draw_curves(found, file):
     curves = found["curves"]
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
     for axis, (name, points) in zip(axes.flat, curves.items(), strict=False):
-        for key in points[0]:
-            if key != "x":
-                axis.plot([p["x"] for p in points], [p[key] for p in points], "o-", label=key)
-        axis.set(xlabel=LABELS[name], ylim=(0, None))
+        keys = [key for key in points[0] if key != "x"]
+        places = [p["x"] for p in points]
+        for key in keys:
+            values = [p[key] for p in points]
+            if key == "start, s":  # beside memory it would be a line along the axis
+                for x, value in zip(places, values, strict=True):
+                    axis.annotate(f"start {value:.1f} s", (x, 0), (0, 6), ha="center", fontsize=8,
+                                  textcoords="offset points")  # fmt: skip
+            else:
+                axis.plot(places, values, "o-", label=key)
+        shown = [key for key in keys if key != "start, s"]
+        axis.set_ylim(0, 1.12 * max(p[key] for p in points for key in shown))
         if name in ("batch", "data"):
             axis.set_xscale("log")
-        axis.legend(frameon=False)
+            axis.margins(x=0.12)
+        axis.set_xticks(places, [f"{x:,}" for x in places])
+        axis.minorticks_off()
+        axis.set(xlabel=LABELS[name], ylabel=shown[0] if len(shown) == 1 else "MiB")
+        if name == "image":
+            axis.axvline(64.5, color="#999999", linewidth=1, linestyle=":")
+            axis.text(67, 0, "standard stem →", fontsize=8, color="#555555", va="bottom")
+        if len(shown) > 1:
+            axis.legend(frameon=False, loc=(0.05, 0.25))
     for axis in axes.flat[len(curves) :]:
         axis.remove()
     figure.savefig(file, dpi=110)
