@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import faulty
 import smallruns
 from harness import charts, predictions
 from harness import members as membership
@@ -375,7 +374,7 @@ def test_a_folder_that_cannot_be_written_to_keeps_nothing_and_says_so(copies, tm
     assert capsys.readouterr().out.count("predictions of a are not kept") == 1
 
 
-# -- two processes ---------------------------------------------------------------------------------
+# -- two processes, as a user would --------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -383,11 +382,14 @@ def test_two_processes_give_the_report_of_one(copies, tmp_path):
     """Soups, cross-fitting and views included; another folder, so that nothing is kept."""
     edit(copies.d / "config.json", lambda c: c["flags"].update(max_train_samples=None))
     members, reports = (copies.a, copies.c, copies.d), []
-    for processes in (1, 2):
-        flags = {"output_dir": tmp_path, "run_name": str(processes), "tta": "flip", "threads": 1}
-        argv = [*map(str, members), *smallruns.words({**flags, "report_to": "none"})]
-        faulty.start(tmp_path, script="ensemble_eval", argv=argv, processes=processes).done()
-        reports.append(report_of(tmp_path / str(processes)))
+    two = ("--config_file", str(smallruns.ROOT / "accelerate_configs" / "cpu_2proc.yaml"))
+    for name, launcher in (("one", ()), ("two", two)):
+        done = smallruns.launch(
+            tmp_path, script="ensemble_eval.py", argv=members, launcher=launcher, tta="flip",
+            threads=1, run_name=name, report_to="none",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        reports.append(report_of(tmp_path / name))
         for member in members:
             shutil.rmtree(member / "predictions")
     one, two = reports

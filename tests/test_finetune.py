@@ -272,10 +272,14 @@ def test_two_processes_train_every_stage_as_one_does(tmp_path):
         "bn_mode": "eval", "mixed_precision": "no", "logging_steps": 1,
         "gradient_accumulation_steps": 1,
     }  # fmt: skip
+    flags["threads"] = 1
     connected = {**flags, "script": "finetune", "processes": 2}
+    (tmp_path / "two").mkdir()
     stopped = faulty.start(tmp_path / "again", stop_after=6, **connected)
     one, _ = smallruns.finetune(tmp_path / "one", **flags)
-    two = faulty.start(tmp_path / "two", **connected).done()
+    done = smallruns.launch(tmp_path / "two", launcher=TWO, script="finetune.py", **flags)
+    assert done.returncode == 0, done.stdout
+    two = tmp_path / "two" / "run"
     assert len(losses(one)) == 12
     assert losses(two) == pytest.approx(losses(one), abs=1e-4)
     ends = [raw_weights(f, 12) for f in (one, two)]

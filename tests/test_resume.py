@@ -384,11 +384,14 @@ def test_two_processes_skip_alike_and_resume(tmp_path):
     assert json.loads((parts / "summary.json").read_text())["nonfinite"] == 1
 
 
+TWO = ("--config_file", str(smallruns.ROOT / "accelerate_configs" / "cpu_2proc.yaml"))
+
+
 @pytest.mark.slow
-def test_verify_resume_passes_under_the_launcher(tmp_path):
-    two = str(smallruns.ROOT / "accelerate_configs" / "cpu_2proc.yaml")
+@pytest.mark.parametrize("launcher", [(), TWO], ids=["one process", "two processes"])
+def test_verify_resume_passes_under_the_launcher(tmp_path, launcher):
     ended = smallruns.launch(
-        tmp_path, launcher=("--config_file", two), deterministic=True, epochs=2, verify_resume=6,
+        tmp_path, launcher=launcher, deterministic=True, epochs=2, verify_resume=6,
         gradient_accumulation_steps=1,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 
 import pytest
 import safetensors.torch
@@ -54,8 +53,9 @@ def test_two_launched_processes_give_the_losses_of_one_and_resume_bit_for_bit(tm
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", smallruns.SIGNALS, ids=lambda n: n.name)
 @pytest.mark.parametrize(
-    ("launcher", "processes", "number"), [(ONE, 1, signal.SIGINT), (TWO, 2, signal.SIGTERM)]
+    ("launcher", "processes"), [(ONE, 1), (TWO, 2)], ids=["one process", "two processes"]
 )
 def test_a_signal_publishes_a_checkpoint_and_the_resumed_run_is_the_same(
     tmp_path, launcher, processes, number

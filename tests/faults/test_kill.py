@@ -386,7 +386,9 @@ def torchrun(tmp_path, script, *words, **flags):
     return process.returncode, output, left
 
 
-DIES_ONCE = """
+def signals_once(number, victim):
+    """train.py, in which process 1 sends a signal in its sixth step, unless it has before."""
+    return f"""
 import os, signal, time, train
 from harness.launch import script
 real, calls, marker = train.draw_mixing, [], os.environ["MARKER"]
@@ -394,13 +396,16 @@ def draw_mixing(*args):
     calls.append(1)
     if os.environ["RANK"] == "1" and len(calls) == 6 and not os.path.exists(marker):
         open(marker, "w").write(repr(time.time()))
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.{victim}(), signal.{number})
     return real(*args)
 train.draw_mixing = draw_mixing
 if __name__ == "__main__":
     with script("faulted.py"):
         train.main(train.read_flags())
 """
+
+
+DIES_ONCE = signals_once("SIGKILL", "getpid")
 
 
 def test_torchrun_ends_with_an_error_and_restarts_to_the_same_end(whole, tmp_path, monkeypatch):
@@ -421,26 +426,11 @@ def test_torchrun_ends_with_an_error_and_restarts_to_the_same_end(whole, tmp_pat
     assert smallruns.digest(again / "run") == smallruns.digest(whole[2])
 
 
-SIGNALS_TORCHRUN = """
-import os, signal, train
-from harness.launch import script
-real, calls = train.draw_mixing, []
-def draw_mixing(*args):
-    calls.append(1)
-    if os.environ["RANK"] == "1" and len(calls) == 6:
-        os.kill(os.getppid(), signal.SIGTERM)
-    return real(*args)
-train.draw_mixing = draw_mixing
-if __name__ == "__main__":
-    with script("faulted.py"):
-        train.main(train.read_flags())
-"""
-
-
-def test_a_signal_to_torchrun_stops_both_with_a_checkpoint(whole, tmp_path):
+def test_a_signal_to_torchrun_stops_both_with_a_checkpoint(whole, tmp_path, monkeypatch):
     """As Slurm does before a job's time is over."""
+    monkeypatch.setenv("MARKER", str(tmp_path / "sent"))
     flags = {**SHORT, "epochs": 2, "checkpointing_steps": 100}
-    status, output, left = torchrun(tmp_path, SIGNALS_TORCHRUN, **flags)
+    status, output, left = torchrun(tmp_path, signals_once("SIGTERM", "getppid"), **flags)
     assert status != 0 and not left, output
     assert "stopped at step" in output and 5 <= newest(tmp_path / "run") < 24, output
     resumed = faulty.start(tmp_path, processes=2, resume_from_checkpoint="auto", **flags)
