@@ -211,8 +211,8 @@ def measure_parts(quick):
 
 PAGE = """# How cost grows
 
-Written by `python benchmarks/growth.py`, which says how each point is measured. Each is a single run
-of a few steps (n = 1): a trend, not a figure to quote.
+Written by `python benchmarks/growth.py`, which says how each point is measured. Each is a single
+run of a few steps (n = 1): a trend, not a figure to quote.
 
 {machine}
 
