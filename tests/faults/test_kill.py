@@ -371,6 +371,8 @@ def torchrun(tmp_path, script, *words, **flags):
     """Start a script with a fault in it on two processes; returns (status, output, children)."""
     (tmp_path / "faulted.py").write_text(script)
     env = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(smallruns.ROOT)}
+    # Else a restarted process may read from the agent's store where the killed one listened
+    env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
         *words, str(tmp_path / "faulted.py"),
