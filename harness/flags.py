@@ -505,7 +505,8 @@ def running_flags(parser, precision=True):
         g.add_argument("--mixed_precision", choices=("auto", "no", "bf16", "fp16"), default="auto",
                        help="auto: what the launcher says, else bf16 where the device computes it")
     g.add_argument(
-        "--threads", type=whole(1), help="CPU threads a process; unset: all cores, shared"
+        "--threads", type=whole(1),
+        help="CPU threads a process; unset: all cores, shared. A resumed run keeps its own",
     )
     g.add_argument("--seed", type=whole(0, 2**32 - 1), default=42, help="of everything random")
     g.add_argument("--dry_run", action=Switch, help="print the plan and stop")

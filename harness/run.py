@@ -17,7 +17,7 @@ import time
 from collections import deque
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
@@ -107,6 +107,7 @@ class Run:
         ]
 
         resumed = self._resume() if args.resume_from_checkpoint else None
+        self._threads = gather_object([torch.get_num_threads()])  # of each process
         self._lock = self._on_main(
             lambda: claim_folder(folder, args, self.step if resumed else None)
         )
@@ -412,6 +413,7 @@ class Run:
             "interval": self._interval.tolist(),
             "epoch": self._epoch.tolist(),
             "nonfinite": [self.nonfinite, self._in_a_row],
+            "threads": self._threads,
             "scores": self.scores,
             "best": self.best,
             "seconds": self.seconds + time.perf_counter() - self._since,
@@ -582,7 +584,7 @@ class Run:
             say(f"no checkpoint yet in {self.folder}: starting from step 0")
             return None
         path, tensors, saved = found
-        state.check_state(path, saved)
+        saved = state.check_state(path, saved)
         state.check_identity(path, saved["identity"], self.identity, self.args.given)
         state.restore_tensors(
             path, tensors, self.module, self.optimizer, self.ema, saved.get("moments")
@@ -592,11 +594,22 @@ class Run:
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.best, self._best_weights = saved["best"], tensors.get("best")
         self.scores = saved["scores"]
-        self.nonfinite, self._in_a_row = saved.get("nonfinite", (0, 0))
+        self.nonfinite, self._in_a_row = saved["nonfinite"]
         self._interval += torch.tensor(saved["interval"], device=self._interval.device)
         self._epoch += torch.tensor(saved["epoch"], device=self._epoch.device)
         say(f"resuming     {path}, step {self.step} of {self.total}")
+        self._keep_threads(saved["threads"])
         return saved
+
+    def _keep_threads(self, saved):
+        """Compute on as many CPU threads as before: another number adds up in another order.
+
+        saved: those of each process; with another number of processes the bits differ anyway.
+        """
+        now, rank = torch.get_num_threads(), self.accelerator.process_index
+        if len(saved) == self.accelerator.num_processes and saved[rank] != now:
+            torch.set_num_threads(saved[rank])
+            self.say(f"threads      {saved[rank]} as before, not {now}: so the bits stay the same")
 
 
 def score_words(scores, sizes):

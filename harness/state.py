@@ -94,13 +94,20 @@ def find_checkpoint(asked, folder, accelerator, say):
 
 
 def check_state(path, saved):
-    """Raise UserError unless a checkpoint's state.json says where a run is."""
+    """A checkpoint's state.json, with what an older version did not write.
+
+    Raises UserError unless it says where a run is.
+    """
+    if isinstance(saved, dict):
+        saved = {"nonfinite": [0, 0], "threads": []} | saved
     sums = len(SUMS) + 1
     checks = {
         "step": lambda v: type(v) is int and v >= 0,
         "identity": lambda v: isinstance(v, dict),
         "interval": lambda v: len(v) == sums and all(isinstance(x, float) for x in v),
         "epoch": lambda v: len(v) == sums and all(isinstance(x, float) for x in v),
+        "nonfinite": lambda v: len(v) == 2 and all(type(n) is int and n >= 0 for n in v),
+        "threads": lambda v: all(type(n) is int and 0 < n < 1025 for n in v),
         "scores": lambda v: isinstance(v, dict),
         "best": lambda v: v is None or isinstance(v["scores"], dict),
         "seconds": lambda v: isinstance(v, float) and v >= 0,
@@ -112,6 +119,7 @@ def check_state(path, saved):
             known = False
         if not known:
             raise UserError(f"{path}/state.json has no usable {name}")
+    return saved
 
 
 def check_identity(path, saved, ours, given):

@@ -274,7 +274,8 @@ def test_a_state_that_is_no_state_is_one_line(copy):
     tensors = {f.stem: load_file(f) for f in newest.glob("*.safetensors")}
     counters = json.loads((newest / "state.json").read_text())
     for broken in ({}, [], {**counters, "step": "many"}, {**counters, "identity": None},
-                   {**counters, "interval": [1]}, {**counters, "step": -3}):  # fmt: skip
+                   {**counters, "interval": [1]}, {**counters, "step": -3},
+                   {**counters, "threads": [0]}, {**counters, "nonfinite": 1}):  # fmt: skip
         shutil.rmtree(newest)
         save_checkpoint(newest.parent, 4, tensors, broken, keep=9)
         with pytest.raises(UserError):

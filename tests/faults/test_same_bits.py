@@ -126,6 +126,26 @@ def test_the_decoders_threads_change_nothing(tmp_path):
     assert smallruns.digest(resumed) == smallruns.digest(whole)
 
 
+@pytest.mark.parametrize(
+    ("first", "then", "processes"), [(2, 1, 1), (1, 2, 1), (2, 3, 1), (2, 1, 2)]
+)
+def test_another_number_of_threads_changes_nothing(tmp_path, first, then, processes):
+    """The run goes on with the number that it began with, and says so."""
+    case = {"processes": processes, "epochs": 2}
+    whole = faulty.start(tmp_path / "a", **case, threads=first).done()
+    faulty.start(tmp_path / "b", **case, threads=first, stop_after=7).done()
+    resumed = faulty.start(tmp_path / "b", **case, threads=then, resume_from_checkpoint="auto")
+    assert smallruns.digest(resumed.done()) == smallruns.digest(whole)
+    assert f"threads      {first} as before, not {then}" in resumed.output()
+    assert json.loads((resumed.folder / "summary.json").read_text())["threads"] == first
+
+
+def test_another_number_of_threads_does_give_other_bits(tmp_path):
+    """Else the test above would prove nothing."""
+    one, two = (faulty.start(tmp_path / str(n), epochs=2, threads=n).done() for n in (1, 2))
+    assert smallruns.digest(one) != smallruns.digest(two)
+
+
 def another_cache():
     import datasets
 
