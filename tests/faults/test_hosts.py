@@ -92,25 +92,57 @@ def test_launched_with_multi_node_yaml(one_host, hosts, tmp_path):
     assert smallruns.digest(tmp_path / "run") == smallruns.digest(one_host)
 
 
-def slow_and_impatient(seconds=0.3):
-    """Steps take a while; a collective that nobody answers ends after TIMEOUT_S."""
+def impatient(timeout_s=TIMEOUT_S):
+    """A collective that nobody answers ends after timeout_s."""
     from accelerate import InitProcessGroupKwargs
 
-    import train
     from harness import launch
 
-    real, accelerator = train.draw_mixing, launch.Accelerator
+    accelerator = launch.Accelerator
+
+    def with_timeout(*args, kwargs_handlers=(), **options):
+        kept = [h for h in kwargs_handlers if not isinstance(h, InitProcessGroupKwargs)]
+        timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout_s))
+        return accelerator(*args, kwargs_handlers=[*kept, timeout], **options)
+
+    launch.Accelerator = with_timeout
+
+
+def slow_and_impatient(seconds=0.3):
+    """Steps take a while, too."""
+    import train
+
+    real = train.draw_mixing
 
     def draw_mixing(*args):
         time.sleep(seconds)
         return real(*args)
 
-    def impatient(*args, kwargs_handlers=(), **options):
-        kept = [h for h in kwargs_handlers if not isinstance(h, InitProcessGroupKwargs)]
-        timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=TIMEOUT_S))
-        return accelerator(*args, kwargs_handlers=[*kept, timeout], **options)
+    train.draw_mixing = draw_mixing
+    impatient()
 
-    train.draw_mixing, launch.Accelerator = draw_mixing, impatient
+
+def decodes_for_long():
+    """Longer than a collective may take, and then the test has seen what it wants."""
+    import train
+    from harness import launch
+
+    decode = train.decode_splits
+
+    def decode_splits(*args, **options):
+        splits = decode(*args, **options)
+        if options["progress"]:
+            time.sleep(12)
+        return splits
+
+    train.decode_splits, launch.ASK_SECONDS = decode_splits, 1
+    impatient(6)
+
+
+def test_the_others_wait_for_a_long_decoding(tmp_path):
+    """At 10 minutes NCCL would end them all."""
+    run = faulty.start(tmp_path, processes=2, fault=decodes_for_long, **FLAGS | {"stop_after": 1})
+    run.done()
 
 
 def kill(run, hosts):
