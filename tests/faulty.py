@@ -21,7 +21,6 @@ sys.path[:0] = [folder for folder in FOLDERS if folder not in sys.path]
 
 import smallruns  # noqa: E402
 
-TRAIN = {**smallruns.SMALL, "threads": 1}
 PRELOAD = (  # what a run imports sooner or later, 3 seconds of it
     "train", "finetune", "datasets", "torchvision.models", "torchvision.transforms.v2",
     "torch._dynamo", "torch.optim", "matplotlib.figure", "matplotlib.backends.backend_agg",
@@ -51,7 +50,7 @@ class Started:
         self, output_dir, *, fault=None, processes=1, script="train", argv=None, env=(), cwd=None,
         hosts=(), **flags,
     ):  # fmt: skip
-        base = TRAIN | (smallruns.FINETUNE if script == "finetune" else {})
+        base = smallruns.SMALL | (smallruns.FINETUNE if script == "finetune" else {})
         if argv is None:
             argv = smallruns.words({**base, "output_dir": output_dir, **flags})
         self.folder = Path(output_dir) / (flags.get("run_name") or "run")

@@ -419,6 +419,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_processes_agree_and_share_one_cache(tmp_path, cache):
     folders = [make_folder(kind, tmp_path / kind) for kind in KINDS + KINDS_WITHOUT_SPLITS]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(cache), "PYTHONPATH": str(ROOT)}

@@ -22,8 +22,8 @@ from harness.members import find_images, read_members, view_sets
 from harness.trained import read_trained
 
 QUICK = {
-    "model": "resnet18", "image_size": 8, "max_train_samples": 500, "batch_size": 20, "epochs": 1,
-    "mixed_precision": "no", "val_fraction": 0.2, "gradient_accumulation_steps": 1,
+    "model": "fastnet_small", "image_size": 16, "max_train_samples": 500, "batch_size": 20,
+    "epochs": 1, "mixed_precision": "no", "val_fraction": 0.2, "gradient_accumulation_steps": 1,
     "augment": "none", "mix_prob": 0,
     "random_erasing": 0, "ema_decay": 0, "dropout": None,
 }  # fmt: skip
@@ -35,7 +35,7 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("members")
     members = {
         "a": {},
-        "b": {"model": "shufflenet_v2_x0_5", "image_size": 16},
+        "b": {"model": "test_resnet", "image_size": 24},
         "c": {"weights": root / "a", "lr": 0.01, "warmup_epochs": 0},
         "d": {"val_fraction": 0, "seed": 1},
     }
@@ -355,7 +355,7 @@ def test_kept_predictions_are_reused_and_only_where_they_hold(runs, copies, tmp_
         assert seen == [("a", 360, ["centre"])] and again["results"] == first["results"]
     # other weights
     state = load_file(copies.a / "model.safetensors")
-    state["fc.bias"] += 0.01
+    state["fc.weight"] += 0.01
     save_file(state, copies.a / "model.safetensors")
     assert {(m, n) for m, n, _ in passes_of()[0]} == {("a", 360), ("a", 287)}
 
@@ -457,13 +457,13 @@ def test_damaged_weights_stop_the_run_before_any_forward_pass(runs, copies, tmp_
         assert not (tmp_path / "ran").exists()
         file.write_bytes(whole)
         state = load_file(file)
-        del state["fc.bias"]
+        del state["fc.weight"]
         save_file(state, file)
-        assert "missing: fc.bias" in refused([copies.a, copies.b], tmp_path)
+        assert "missing: fc.weight" in refused([copies.a, copies.b], tmp_path)
         edit(copies.c / "config.json", lambda c: c.update(architecture="resnet19"))
         assert "resnet19" in refused([copies.c], tmp_path)
     state = load_file(copies.d / "model.safetensors")
-    state["fc.bias"][3] = float("nan")
+    state["fc.weight"][3] = float("nan")
     save_file(state, copies.d / "model.safetensors")
     said = refused([copies.d], tmp_path)
     assert "not finite for 360 of 360 scored images" in said and str(copies.d) in said
@@ -496,7 +496,7 @@ def test_members_and_flags_may_stand_in_any_order():
 
 def test_names_tell_members_apart(runs, copies):
     state = load_file(copies.a / "model.safetensors")
-    state["fc.bias"] += 1
+    state["fc.weight"] += 1
     save_file(state, copies.a / "model.safetensors")
     names = [member.name for member in read_members([runs.a, copies.a])]
     assert len(set(names)) == 2 and all(name.endswith("/a") for name in names)

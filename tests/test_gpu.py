@@ -48,10 +48,7 @@ def test_the_fast_recipe_resumes_bit_for_bit_with_deterministic_algorithms(tmp_p
 def test_fine_tunes_in_stages_and_resumes_under_the_config(tmp_path, name):
     """Stopped in the second of three stages; the first trains on kept features."""
     launcher = ("--config_file", str(CONFIGS / f"{name}.yaml"))
-    stages = smallruns.STAGES.replace("conv5", "layer4")
-    flags = {
-        "script": "finetune.py", "model": "resnet18", "mixed_precision": "auto", "stages": stages
-    }  # fmt: skip
+    flags = {"script": "finetune.py", "model": "resnet18", "mixed_precision": "auto"}
     stopped = smallruns.launch(tmp_path, launcher=launcher, **flags, stop_after=6)
     assert stopped.returncode == 0, stopped.stdout
     done = smallruns.launch(tmp_path, launcher=launcher, **flags, resume_from_checkpoint="auto")

@@ -3,7 +3,6 @@
 import re
 import shlex
 import subprocess
-import sys
 
 import pytest
 import torchvision
@@ -114,11 +113,12 @@ def test_make_demo_is_the_command_of_the_readme():
     )
 
 
-def test_the_python_runs():
+def test_the_python_runs(monkeypatch):
+    monkeypatch.chdir(smallruns.ROOT)
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert blocks
     for block in blocks:
-        subprocess.run([sys.executable, "-c", block], check=True, cwd=smallruns.ROOT, timeout=60)
+        exec(compile(block, "README.md", "exec"), {})
 
 
 def test_linked_files_exist():

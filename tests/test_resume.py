@@ -22,6 +22,14 @@ from harness.run import Run
 STEPS = 12
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_curves():
+    """A run's curves take a quarter of its time and are not what is looked at here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_draw_curves", lambda self: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """The digests of the run that was never stopped."""
@@ -59,9 +67,9 @@ def test_same_flags_same_bits_and_config_yaml_repeats_the_run(straight, tmp_path
 
 
 def test_a_validation_split_chooses_the_epoch_also_across_a_resume(tmp_path):
-    flags = {"val_fraction": 0.25, "batch_size": 24, "epochs": 4}
+    flags = {"val_fraction": 0.25, "epochs": 4}
     whole, _ = smallruns.train(tmp_path / "a", **flags)
-    smallruns.train(tmp_path / "b", **flags, stop_after=19)
+    smallruns.train(tmp_path / "b", **flags, stop_after=10)
     (tmp_path / "b" / "run" / "model.safetensors").unlink()  # the best so far: a checkpoint has it
     parts, _ = smallruns.train(tmp_path / "b", **flags, resume_from_checkpoint="auto")
     assert smallruns.digest(whole) == smallruns.digest(parts)
@@ -81,6 +89,7 @@ FAST = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_fast_recipes_tricks_resume_bit_for_bit_and_score_several_views(tmp_path):
     whole, _ = smallruns.train(tmp_path / "a", **FAST)
     smallruns.train(tmp_path / "b", **FAST, stop_after=7)
@@ -245,8 +254,7 @@ def test_the_best_epoch_on_disk_is_never_ahead_of_the_checkpoints(tmp_path, monk
         real(path, data)
 
     monkeypatch.setattr(checkpoint, "write_synced", write)
-    flags = {"val_fraction": 0.25, "batch_size": 24, "epochs": 4}
-    _, status = smallruns.train(tmp_path, **flags)
+    _, status = smallruns.train(tmp_path, val_fraction=0.25, batch_size=24, epochs=2)
     assert status == 0 and seen
 
 
@@ -293,7 +301,9 @@ def states(folder):
 SKIP = {"nonfinite": "skip", "checkpointing_steps": 1, "max_checkpoints": 99, "logging_steps": 1}
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["host", "device"])
+@pytest.mark.parametrize(
+    "fused", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["host", "device"]
+)
 def test_a_skipped_step_leaves_no_trace_and_is_counted(tmp_path, monkeypatch, fused):
     if fused:
         fuse(monkeypatch)

@@ -33,7 +33,7 @@ def losses(folder):
 
 @pytest.mark.slow
 def test_two_launched_processes_give_the_losses_of_one_and_resume_bit_for_bit(tmp_path):
-    flags = {**PLAIN, "threads": 1}
+    flags = PLAIN
     (tmp_path / "two").mkdir()
     stopped = faulty.start(tmp_path / "stopped", processes=2, stop_after=3, **flags)
     two = smallruns.launch(tmp_path / "two", launcher=TWO, **flags)
@@ -64,7 +64,7 @@ def test_a_signal_publishes_a_checkpoint_and_the_resumed_run_is_the_same(
     import psutil
 
     flags = {
-        "epochs": 12, "gradient_accumulation_steps": 1, "logging_steps": 1, "threads": 1,
+        "epochs": 12, "gradient_accumulation_steps": 1, "logging_steps": 1,
         "checkpointing_steps": 100,
     }  # fmt: skip
     (tmp_path / "stopped").mkdir()
@@ -135,6 +135,7 @@ def test_a_non_finite_loss_on_one_process_stops_both(tmp_path):
     assert names[-1] == "step-00000002"
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_saved_under_clean_names_and_resumes(tmp_path, monkeypatch):
     plain, _ = smallruns.train(tmp_path / "plain", epochs=1)
     # "eager" goes the whole way through torch.compile but for a compiler, which may be missing.
@@ -250,7 +251,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     _, status = smallruns.train(tmp_path, dry_run=True)
     out = capsys.readouterr().out
     assert status == 0 and not any(tmp_path.iterdir())
-    for fact in ("200 train, 100 test", "352,042 parameters", "12 = 3 epochs of 4",
+    for fact in ("200 train, 100 test", "373,658 parameters", "12 = 3 epochs of 4",
                  "48 = 1 processes × 2 accumulation × 24", "half-life"):  # fmt: skip
         assert fact in out
 

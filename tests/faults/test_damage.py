@@ -14,7 +14,7 @@ import smallruns
 from harness.checkpoint import save_checkpoint
 from harness.errors import UserError
 
-FLAGS = {"threads": 1, "epochs": 1, "checkpointing_steps": 2, "logging_steps": 1}
+FLAGS = {"epochs": 1, "checkpointing_steps": 2, "logging_steps": 1}
 
 
 @pytest.fixture(scope="module")

@@ -125,7 +125,7 @@ def test_a_read_only_disk_is_refused_at_once(small_disk):
     disk = small_disk(10)
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     with pytest.raises((UserError, OSError)) as error:
-        smallruns.train(disk, threads=1, **FLAGS)
+        smallruns.train(disk, **FLAGS)
     assert str(disk) in str(error.value) or error.value.errno == errno.EROFS
 
 

@@ -184,7 +184,7 @@ def test_manifests(tmp_path):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("fuzzed")
-    folder, status = smallruns.train(root, threads=1, max_steps=1, epochs=None, warmup_epochs=0)
+    folder, status = smallruns.train(root, max_steps=1, epochs=None, warmup_epochs=0)
     assert status == 0
     return folder
 

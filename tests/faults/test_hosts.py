@@ -77,7 +77,7 @@ def test_launched_with_multi_node_yaml(one_host, hosts, tmp_path):
     del config["gpu_ids"]
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(config))
     env = {**os.environ, "PYTHONPATH": str(smallruns.ROOT), "GLOO_SOCKET_IFNAME": "veth"}
-    flags = smallruns.words({**faulty.TRAIN, **FLAGS, "output_dir": tmp_path})
+    flags = smallruns.words({**smallruns.SMALL, **FLAGS, "output_dir": tmp_path})
     started = [
         subprocess.Popen(
             ["ip", "netns", "exec", name, sys.executable, "-m", "accelerate.commands.launch",

@@ -141,7 +141,7 @@ def make_data(folder, bad, num=60, classes=2):
 
 ROWS = {3: "truncated", 17: "text", 40: "bomb", 41: "missing", 59: "empty"}
 FLAGS = {
-    "max_train_samples": None, "max_eval_samples": None, "batch_size": 12, "threads": 1,
+    "max_train_samples": None, "max_eval_samples": None, "batch_size": 12,
     "gradient_accumulation_steps": 1, "epochs": 2, "logging_steps": 1,
 }  # fmt: skip
 

@@ -376,7 +376,7 @@ def torchrun(tmp_path, script, *words, **flags):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
         *words, str(tmp_path / "faulted.py"),
-        *smallruns.words({**faulty.TRAIN, "output_dir": tmp_path, **flags}),
+        *smallruns.words({**smallruns.SMALL, "output_dir": tmp_path, **flags}),
     ]  # fmt: skip
     process = subprocess.Popen(
         command, env={**os.environ, **env}, text=True, start_new_session=True,

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import smallruns
 from harness.errors import RunStopped, UserError
 
-FLAGS = {"threads": 1, "batch_size": 24, "epochs": 3, "val_fraction": 0.25, "dropout": 0}
+FLAGS = {"batch_size": 24, "epochs": 3, "val_fraction": 0.25, "dropout": 0}
 
 
 def poison_evaluation(monkeypatch, epoch):
