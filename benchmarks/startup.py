@@ -13,6 +13,8 @@
 - against: plain_script.py, started in the same way, from before its process is made to the line
   that it prints after its first step. It has its images as arrays, which takes least, or as rows of
   a `datasets` data set in its cache.
+- a bare step: torch and torchvision imported, the network built, one step on a synthetic batch in
+  fp32 (train_speed.py's bare loop): what no script on them can be faster than.
 - help: `python train.py --help`, from before its process is made to its end.
 """
 
@@ -41,6 +43,13 @@ from harness.data import load_data
 from harness.pixels import decode_split
 
 SIZES = {"train": 50_000, "test": 10_000}
+
+BARE = """
+import torch
+from train_speed import bare
+bare(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"), "no")()
+print("loss of a step is not asked for", flush=True)
+"""
 
 
 def parse_args() -> argparse.Namespace:
@@ -83,11 +92,15 @@ def start_ours(folder: str, cache: str, launcher: list[str], tracker: str = "non
 
 def start_plain(images: list, cache: str, launcher: list[str]) -> float:
     """Seconds until the usual script says what the loss of its first step was."""
-    command = [*launcher, str(ROOT / "benchmarks" / "plain_script.py"), *images, "--steps", "1"]
+    script = str(ROOT / "benchmarks" / "plain_script.py")
+    return seconds_to_loss([*launcher, script, *images, "--steps", "1"], cache)
+
+
+def seconds_to_loss(command: list[str], cache: str) -> float:
     start = time.perf_counter()
     with subprocess.Popen(
         command, env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        text=True,
+        text=True, cwd=ROOT / "benchmarks",
     ) as process:  # fmt: skip
         for line in process.stdout:
             if line.startswith("loss "):
@@ -136,6 +149,7 @@ def main() -> None:
             "plain": lambda: start_plain(arrays, cache, accelerate),
             "ours by python": lambda: start_ours(folder, cache, python),
             "plain by python": lambda: start_plain(arrays, cache, python),
+            "bare by python": lambda: seconds_to_loss([sys.executable, "-c", BARE], cache),
             "rows by python": lambda: start_plain(rows_of, cache, python),
         }
         taken = {side: [] for side in sides}
@@ -155,6 +169,8 @@ def main() -> None:
             over(taken["ours by python"], taken["plain by python"]), 0.7, at_most=True),
         Row(f"{second}, python: train.py / usual script, `datasets` rows",
             over(taken["ours by python"], taken["rows by python"]), 0.7, at_most=True),
+        Row(f"{second}, python: a bare step / usual script, images as arrays",
+            over(taken["bare by python"], taken["plain by python"])),
         Row(f"{second}, --report_to none, s", taken["ours"], 12, at_most=True),
         Row(f"{second}, --report_to wandb, s", taken["ours, wandb"], 12, at_most=True),
         Row(f"{sum(sizes.values()):,} images found and decoded once, s", whole, 30, at_most=True),
