@@ -80,7 +80,7 @@ def compare(policy, batch, pictures, tensors, many, rounds, resized=False):
     )  # fmt: skip
     kornia = kornia_pipeline(of_kornia, resized)
 
-    def ours():
+    def own(views):
         for part in many.split(batch):
             views.train(part, views.draw(len(part), rng))
 
@@ -92,23 +92,30 @@ def compare(policy, batch, pictures, tensors, many, rounds, resized=False):
         for part in tensors.split(batch):
             transform(part)
 
+    plain = views_of("basic", resized)
     sides = {
-        "ours": ours,
+        "ours": lambda: own(views),
         "PIL": lambda: each(pictures, pil),
         "v2": lambda: each(tensors, own_v2),
         "v2, whole batch": lambda: batches(whole),
         "kornia": lambda: batches(lambda part: kornia(part.float() / 255)),
     }
+    if resized:  # what faster operations could give at most
+        sides["without"] = lambda: own(plain)
     taken = seconds_in_turns(sides, rounds)
-    own = taken.pop("ours")
+    ours, without = taken.pop("ours"), taken.pop("without", None)
     share = len(many) / len(tensors)
     what = "resized crop to 224 + flip + randaugment" if resized else policy
     wanted = dict(zip(("PIL", "v2", "kornia"), (2, None, None) if resized else wanted, strict=True))
-    return [
+    rows = [
         Row(f"{what}, batch {batch}: ours / {peer}",
-            [share * ratio for ratio in over(theirs, own)], wanted.get(peer))
+            [share * ratio for ratio in over(theirs, ours)], wanted.get(peer))
         for peer, theirs in taken.items()
-    ] + [Row(f"{what}, batch {batch}: ours, images/s", [len(many) / s for s in own])]  # fmt: skip
+    ]  # fmt: skip
+    if without:
+        name = f"{what}, batch {batch}: ours without any operation / PIL with them"
+        rows.append(Row(name, [share * ratio for ratio in over(taken["PIL"], without)]))
+    return [*rows, Row(f"{what}, batch {batch}: ours, images/s", [len(many) / s for s in ours])]
 
 
 def as_tensors(pictures):

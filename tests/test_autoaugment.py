@@ -8,6 +8,7 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional._geometry import _affine_grid
 
+from tricks import autoaugment
 from tricks.autoaugment import (
     OPERATIONS,
     Ops,
@@ -138,6 +139,24 @@ def test_a_slice_of_the_batch_is_the_batch_of_the_slice(draw):
     for a, b in [(0, 1), (5, 5), (5, 12), (12, 37)]:
         part = apply_ops(images[a:b], Ops(*(t[a:b] for t in ops)))
         assert torch.equal(part, whole[a:b])
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_in_parts_that_fit_a_cache_as_at_once(draw, monkeypatch):
+    images = torch.randint(0, 256, (37, 3, 16, 24), generator=seeded(), dtype=torch.uint8)
+    ops = draw(37, 16, 24, generator=seeded())
+    whole = apply_ops(images, ops, fill=9)
+    for count in (1, 2):
+        monkeypatch.setattr(autoaugment, "CACHED", count * images[0].numel())
+        assert torch.equal(apply_ops(images, ops, fill=9), whole)
+
+
+@pytest.mark.parametrize("by", [-30, -24, -23, -1, 0, 1, 23, 24, 30])
+@pytest.mark.parametrize("name", ["TranslateX", "TranslateY"])
+def test_a_translation_of_its_own_is_that_of_the_others(name, by):
+    images = torch.randint(0, 256, (1, 3, 24, 24), generator=seeded(), dtype=torch.uint8)
+    theirs = autoaugment._move(images, [name], [by + 0.3], 9)
+    assert torch.equal(autoaugment._shift(images, [name], [by + 0.3], 9), theirs)
 
 
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)

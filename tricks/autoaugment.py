@@ -12,6 +12,7 @@ torch.Size([8, 3, 32, 32])
 
 import math
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,8 @@ OPERATIONS = (
     "Invert",  # only in AutoAugment
 )
 MOVES = range(1, 6)
+SHIFTS = range(3, 5)
+CACHED = 2**19  # pixel values that a CPU works on at once, so that they stay in its cache
 FIRST_UNSIGNED = OPERATIONS.index("Posterize")
 NUM_RANDAUGMENT = OPERATIONS.index("Invert")
 
@@ -259,15 +262,23 @@ def _apply_sorted(
 ) -> None:
     """One operation per image, in place; `op` is sorted."""
     bounds = [0, *op.bincount(minlength=len(OPERATIONS)).cumsum(0).tolist()]
-    moved = slice(bounds[MOVES.start], bounds[MOVES.stop])
-    if moved.start < moved.stop:
-        names = [OPERATIONS[i] for i in op[moved].tolist()]
-        images[moved] = _move(images[moved], names, magnitude[moved].tolist(), fill)
+    cpu = images.device.type == "cpu"
+    most = max(1, CACHED // images.shape[1:].numel() if cpu else len(images))
+    kinds = (MOVES.start, SHIFTS.start, SHIFTS.stop, MOVES.stop)
+    # All at once, unless there are parts anyway: then translations go their shorter way
+    for start, stop in pairwise(kinds) if most < len(images) else [(kinds[0], kinds[-1])]:
+        move = _shift if start == SHIFTS.start else _move
+        for part in _slices(bounds[start], bounds[stop], most):
+            names = [OPERATIONS[i] for i in op[part].tolist()]
+            images[part] = move(images[part], names, magnitude[part].tolist(), fill)
     m = magnitude.view(-1, 1, 1, 1).to(images.device, non_blocking=True)
     for kind in range(MOVES.stop, len(OPERATIONS)):
-        group = slice(bounds[kind], bounds[kind + 1])
-        if group.start < group.stop:
-            images[group] = _RECOLOUR[OPERATIONS[kind]](images[group], m[group])
+        for part in _slices(bounds[kind], bounds[kind + 1], most):
+            images[part] = _RECOLOUR[OPERATIONS[kind]](images[part], m[part])
+
+
+def _slices(start: int, stop: int, most: int) -> list[slice]:
+    return [slice(i, min(i + most, stop)) for i in range(start, stop, most)]
 
 
 @lru_cache(maxsize=4096)
@@ -296,17 +307,38 @@ def _move(
     images: torch.Tensor, names: list[str], magnitudes: list[float], fill: int
 ) -> torch.Tensor:
     """Shear, translate or rotate, each image by its own; nearest pixel, `fill` outside."""
-    height, width = images.shape[-2:]
+    channels, height, width = images.shape[1:]
     maps = [_source(name, m, height, width) for name, m in zip(names, magnitudes, strict=True)]
-    # grid_sample's coordinates run from -1 to 1 over the image.
+    # Coordinates run from -1 to 1 over the image and become pixels as in grid_sample, rounding too.
     maps = torch.tensor(maps, dtype=torch.float32).view(-1, 2, 3)
     maps /= torch.tensor([width / 2, height / 2]).view(2, 1)
     a, b, c = maps.to(images.device, non_blocking=True)[..., None, None].unbind(2)
     x = torch.linspace((1 - width) / 2, (width - 1) / 2, width, device=images.device)
     y = torch.linspace((1 - height) / 2, (height - 1) / 2, height, device=images.device)
-    grid = (a * x + b * y.view(-1, 1)).add_(c).permute(0, 2, 3, 1)
-    moved = F.grid_sample(images.float().sub_(fill), grid, mode="nearest", align_corners=False)
-    return moved.add_(fill).short()
+    across, down = (a * x + b * y.view(-1, 1)).add_(c).unbind(1)
+    across.add_(1).mul_(width / 2).sub_(0.5).round_().clamp_(-1, width)
+    down.add_(1).mul_(height / 2).sub_(0.5).round_().clamp_(-1, height)
+    # What lies outside is taken from a frame of one pixel around it. Floats count to 2²⁴, and more
+    # pixels no image has here.
+    source = down.add_(1).mul_(width + 2).add_(across).add_(1).long()
+    framed = F.pad(images, (1, 1, 1, 1), value=fill).flatten(2)
+    source = source.flatten(1).unsqueeze(1).expand(-1, channels, -1)
+    return framed.gather(2, source).view_as(images)
+
+
+def _shift(
+    images: torch.Tensor, names: list[str], magnitudes: list[float], fill: int
+) -> torch.Tensor:
+    """The same for translations only, each image on its own: less to do on a CPU."""
+    moved = torch.full_like(images, fill)
+    for image, place, name, m in zip(images, moved, names, magnitudes, strict=True):
+        side = -1 if name == "TranslateX" else -2
+        length = image.shape[side]
+        by = max(-length, min(length, int(m)))
+        kept = length - abs(by)
+        from_ = image.narrow(side, max(-by, 0), kept)
+        place.narrow(side, max(by, 0), kept).copy_(from_)
+    return moved
 
 
 # The functions below take uint8 images (n, C, H, W) and magnitudes m (n, 1, 1, 1), and return an
@@ -320,7 +352,7 @@ def _levels(pixels: torch.Tensor) -> torch.Tensor:
 
 def _blend(images: torch.Tensor, other: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
     """(1 + m) · images - m · other. addcmul fuses its multiply and add, as torchvision's does."""
-    return _levels((images * (1 + m)).addcmul_(other, -m))
+    return _levels(images.float().mul_(1 + m).addcmul_(other, -m))
 
 
 def _gray(images: torch.Tensor) -> torch.Tensor:
@@ -332,7 +364,7 @@ def _gray(images: torch.Tensor) -> torch.Tensor:
 
 
 def _brightness(images: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
-    return _levels(images * (1 + m))
+    return _levels(images.float().mul_(1 + m))
 
 
 def _color(images: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
@@ -340,7 +372,9 @@ def _color(images: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
 
 
 def _contrast(images: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
-    return _blend(images, _gray(images).mean((1, 2, 3), keepdim=True), m)
+    gray = _gray(images)
+    # Written out for every pixel: one number an image takes addcmul three times as long
+    return _blend(images, gray.copy_(gray.mean((1, 2, 3), keepdim=True)), m)
 
 
 def _sharpness(images: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
@@ -371,7 +405,8 @@ def _autocontrast(images: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
     low = images.amin((2, 3), keepdim=True).float()
     span = (images.amax((2, 3), keepdim=True) - low).mul_(1 / 255)
     flat = span == 0
-    return _levels((images - low.masked_fill_(flat, 0)).div_(span.masked_fill_(flat, 1)))
+    stretched = images.float().sub_(low.masked_fill_(flat, 0)).div_(span.masked_fill_(flat, 1))
+    return _levels(stretched)
 
 
 def _equalize(images: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
