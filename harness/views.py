@@ -131,15 +131,17 @@ class Views:
 
     def train(self, images, draw):
         """The augmented, normalised batch (n, 3, size, size), float32, channels_last."""
-        if "resized" in draw:
-            images = augment.resized_crop_batch(images, draw["resized"], self.size)
-        images = self._centre(images)
-        if "crop" in draw:
-            images = augment.crop_batch(images, draw["crop"], self.padding)
-        if "flip" in draw:
-            images = augment.flip_batch(images, draw["flip"])
-        if "ops" in draw:
-            images = autoaugment.apply_ops(images, draw["ops"])
+        with torch.inference_mode():  # of many small operations an eighth is autograd's bookkeeping
+            if "resized" in draw:
+                images = augment.resized_crop_batch(images, draw["resized"], self.size)
+            images = self._centre(images)
+            if "crop" in draw:
+                images = augment.crop_batch(images, draw["crop"], self.padding)
+            if "flip" in draw:
+                images = augment.flip_batch(images, draw["flip"])
+            if "ops" in draw:
+                images = autoaugment.apply_ops(images, draw["ops"])
+        # Outside, because a network keeps its input for the backward pass
         images = augment.normalize_batch(images, self.mean, self.std)
         if "erasing" in draw:
             images = augment.erase_batch(images, draw["erasing"])

@@ -8,6 +8,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from tricks.augment import (
+    _erase_at_once,
     _resize_at_once,
     crop_batch,
     draw_crops,
@@ -192,6 +193,7 @@ def test_erase_equals_torchvision(shape, kind):
     value = torch.tensor(3.0).to(images.dtype)
     expected = [TF.erase(x, *box, value) for x, box in zip(images, boxes.tolist(), strict=True)]
     assert torch.equal(erased, torch.stack(expected))
+    assert torch.equal(_erase_at_once(images.clone(), boxes, 3.0), erased)  # as on a GPU
     assert erased.dtype == images.dtype and erased.stride() == images.stride()
     assert torch.equal(images, before)
 

@@ -263,6 +263,18 @@ def erase_batch(images: torch.Tensor, boxes: torch.Tensor, value: float = 0.0) -
     tensor([[1., 0., 1.],
             [1., 0., 1.]])
     """
+    erase = _erase_each if images.device.type == "cpu" else _erase_at_once
+    return erase(images.clone(), boxes, value)
+
+
+def _erase_each(images: torch.Tensor, boxes: torch.Tensor, value: float) -> torch.Tensor:
+    for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True):
+        if height * width:
+            image[:, top : top + height, left : left + width] = value
+    return images
+
+
+def _erase_at_once(images: torch.Tensor, boxes: torch.Tensor, value: float) -> torch.Tensor:
     chosen = (boxes[:, 2] * boxes[:, 3]).nonzero().squeeze(1)
     top, left, height, width = boxes[chosen].view(-1, 4, 1).unbind(1)
     y, x = torch.arange(images.shape[2]), torch.arange(images.shape[3])
@@ -271,10 +283,9 @@ def erase_batch(images: torch.Tensor, boxes: torch.Tensor, value: float = 0.0) -
     chosen, rows, columns = (
         t.to(images.device, non_blocking=True) for t in (chosen, rows, columns)
     )
-    erased = images.clone()
     inside = rows[:, None, :, None] & columns[:, None, None, :]
-    erased[chosen] = erased[chosen].masked_fill_(inside, value)
-    return erased
+    images[chosen] = images[chosen].masked_fill_(inside, value)
+    return images
 
 
 def normalize_batch(
