@@ -36,7 +36,7 @@ test-quick: setup        # the everyday part: what is not marked slow
 	$(BIN)/python -m pytest $(TWO) -m "not slow"
 
 test-faults: setup       # kill it anywhere, damage anything
-	$(BIN)/python -m pytest -m faults
+	$(BIN)/python -m pytest $(TWO) -m faults
 
 lint: setup
 	$(BIN)/ruff check .
