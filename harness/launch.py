@@ -26,7 +26,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 
 from harness.errors import UserError
 
-ASK_SECONDS = 5
+ASK_SECONDS = 5  # how often those who wait for another process's work ask for it
 
 
 def make_accelerator(

@@ -107,7 +107,7 @@ def check_state(path, saved):
         "interval": lambda v: len(v) == sums and all(isinstance(x, float) for x in v),
         "epoch": lambda v: len(v) == sums and all(isinstance(x, float) for x in v),
         "nonfinite": lambda v: len(v) == 2 and all(type(n) is int and n >= 0 for n in v),
-        "threads": lambda v: all(type(n) is int and 0 < n < 1025 for n in v),
+        "threads": lambda v: all(type(n) is int and 0 < n <= 2**16 for n in v),
         "scores": lambda v: isinstance(v, dict),
         "best": lambda v: v is None or isinstance(v["scores"], dict),
         "seconds": lambda v: isinstance(v, float) and v >= 0,

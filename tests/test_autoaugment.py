@@ -259,5 +259,7 @@ def test_bad_input_is_named():
         apply_ops(images.float(), ops)
     with pytest.raises(ValueError, match="2, 8, 8"):
         apply_ops(images[:, :2], ops)
+    with pytest.raises(ValueError, match="4096, 4096"):
+        apply_ops(torch.empty(1, 1, 4096, 4096, dtype=torch.uint8), ops)
     with pytest.raises(ValueError, match="7 images but a draw for 8"):
         apply_ops(images[:7], ops)

@@ -229,6 +229,7 @@ def apply_ops(images: torch.Tensor, ops: Ops, fill: int = 0) -> torch.Tensor:
     multiply and add, ties between two pixels fall otherwise for up to 0.04 % of the moved pixels.
     Its Contrast of images that are no multiple of 16 values large may differ by one level in the
     last 15 values, which its vectorised loop leaves over and rounds in another way.
+    ValueError for another shape or dtype, and for images of 16 million pixels.
 
     >>> images = torch.arange(8, dtype=torch.uint8).view(2, 1, 2, 2)
     >>> op = [[OPERATIONS.index("Invert")], [OPERATIONS.index("TranslateX")]]
@@ -241,6 +242,8 @@ def apply_ops(images: torch.Tensor, ops: Ops, fill: int = 0) -> torch.Tensor:
     if images.dtype != torch.uint8 or images.ndim != 4 or channels not in (1, 3):
         shape = tuple(images.shape)
         raise ValueError(f"images must be uint8 (n, 1 or 3, H, W), got {images.dtype} {shape}")
+    if (images.shape[2] + 2) * (images.shape[3] + 2) > 2**24:  # floats can't count further
+        raise ValueError(f"images of {tuple(images.shape[2:])} pixels are too large")
     if len(ops.op) != n:
         raise ValueError(f"{n} images but a draw for {len(ops.op)}")
     sample = torch.arange(n)  # sample[i] is the one that lies at place i of the batch
@@ -318,8 +321,7 @@ def _move(
     across, down = (a * x + b * y.view(-1, 1)).add_(c).unbind(1)
     across.add_(1).mul_(width / 2).sub_(0.5).round_().clamp_(-1, width)
     down.add_(1).mul_(height / 2).sub_(0.5).round_().clamp_(-1, height)
-    # What lies outside is taken from a frame of one pixel around it. Floats count to 2²⁴, and more
-    # pixels no image has here.
+    # What lies outside is taken from a frame of one pixel around the image.
     source = down.add_(1).mul_(width + 2).add_(across).add_(1).long()
     framed = F.pad(images, (1, 1, 1, 1), value=fill).flatten(2)
     source = source.flatten(1).unsqueeze(1).expand(-1, channels, -1)
