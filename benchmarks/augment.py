@@ -92,7 +92,6 @@ def compare(policy, batch, pictures, tensors, many, rounds, resized=False):
         for part in tensors.split(batch):
             transform(part)
 
-    plain = views_of("basic", resized)
     sides = {
         "ours": lambda: own(views),
         "PIL": lambda: each(pictures, pil),
@@ -101,7 +100,8 @@ def compare(policy, batch, pictures, tensors, many, rounds, resized=False):
         "kornia": lambda: batches(lambda part: kornia(part.float() / 255)),
     }
     if resized:  # what faster operations could give at most
-        sides["without"] = lambda: own(plain)
+        basic = views_of("basic", resized)
+        sides["without"] = lambda: own(basic)
     taken = seconds_in_turns(sides, rounds)
     ours, without = taken.pop("ours"), taken.pop("without", None)
     share = len(many) / len(tensors)

@@ -48,7 +48,7 @@ BARE = """
 import torch
 from train_speed import bare
 bare(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"), "no")()
-print("loss of a step is not asked for", flush=True)
+print("step", flush=True)
 """
 
 
@@ -93,17 +93,18 @@ def start_ours(folder: str, cache: str, launcher: list[str], tracker: str = "non
 def start_plain(images: list, cache: str, launcher: list[str]) -> float:
     """Seconds until the usual script says what the loss of its first step was."""
     script = str(ROOT / "benchmarks" / "plain_script.py")
-    return seconds_to_loss([*launcher, script, *images, "--steps", "1"], cache)
+    return seconds_until("loss ", [*launcher, script, *images, "--steps", "1"], cache)
 
 
-def seconds_to_loss(command: list[str], cache: str) -> float:
+def seconds_until(word: str, command: list[str], cache: str) -> float:
+    """Seconds until the command prints a line that begins with the word."""
     start = time.perf_counter()
     with subprocess.Popen(
         command, env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         text=True, cwd=ROOT / "benchmarks",
     ) as process:  # fmt: skip
         for line in process.stdout:
-            if line.startswith("loss "):
+            if line.startswith(word):
                 taken = time.perf_counter() - start
                 break
         else:
@@ -149,7 +150,7 @@ def main() -> None:
             "plain": lambda: start_plain(arrays, cache, accelerate),
             "ours by python": lambda: start_ours(folder, cache, python),
             "plain by python": lambda: start_plain(arrays, cache, python),
-            "bare by python": lambda: seconds_to_loss([sys.executable, "-c", BARE], cache),
+            "bare by python": lambda: seconds_until("step", [sys.executable, "-c", BARE], cache),
             "rows by python": lambda: start_plain(rows_of, cache, python),
         }
         taken = {side: [] for side in sides}
