@@ -61,6 +61,7 @@ def make_accelerator(
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
     torch.use_deterministic_algorithms(deterministic)
+    _meet_after_a_restart(cpu)
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=precision,
@@ -142,6 +143,29 @@ def _follow_launcher():
         pr_set_pdeathsig = 1
         with contextlib.suppress(OSError):
             ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _meet_after_a_restart(cpu):
+    """Form the process group of a job that torchrun has restarted (--max-restarts), on one machine.
+
+    torch 2.15 meets in the agent's store, which still says where the processes of the last try
+    had listened: some would wait there for ever. Here each try has keys of its own. On several
+    machines the number of restarts is not the same on all, so they are left to Accelerate.
+    """
+    env = os.environ
+    restarts = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+    shared = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    here = env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE") != "1"
+    if restarts == "0" or not (shared and here):
+        return
+    store, rank, world = next(torch.distributed.rendezvous("env://"))
+    device = torch.device("cpu") if cpu else torch.accelerator.current_accelerator()
+    torch.distributed.init_process_group(
+        torch.distributed.get_default_backend_for_device(device),
+        store=torch.distributed.PrefixStore(f"restart {restarts}", store),
+        rank=rank,
+        world_size=world,
+    )
 
 
 def launcher_settings():

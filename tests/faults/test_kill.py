@@ -371,10 +371,8 @@ def torchrun(tmp_path, script, *words, **flags):
     """Start a script with a fault in it on two processes; returns (status, output, children)."""
     (tmp_path / "faulted.py").write_text(script)
     env = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(smallruns.ROOT)}
-    # Else a restarted process may read from the agent's store where the killed one listened
-    env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
         *words, str(tmp_path / "faulted.py"),
         *smallruns.words({**smallruns.SMALL, "output_dir": tmp_path, **flags}),
     ]  # fmt: skip
@@ -410,29 +408,34 @@ if __name__ == "__main__":
 DIES_ONCE = signals_once("SIGKILL", "getpid")
 
 
-def test_torchrun_ends_with_an_error_and_restarts_to_the_same_end(whole, tmp_path, monkeypatch):
+ONCE = {**SHORT, "epochs": 2, "checkpointing_steps": 3, "resume_from_checkpoint": "auto"}
+
+
+def test_torchrun_ends_with_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("MARKER", str(tmp_path / "died"))
-    flags = {**SHORT, "epochs": 2, "checkpointing_steps": 3, "resume_from_checkpoint": "auto"}
-    status, output, left = torchrun(tmp_path, DIES_ONCE, **flags)
+    status, output, left = torchrun(tmp_path, DIES_ONCE, "--standalone", **ONCE)
     assert time.time() - float((tmp_path / "died").read_text()) < 30
     assert status != 0 and not left, output
     assert newest(tmp_path / "run") == 3
 
-    again = tmp_path / "again"
-    again.mkdir()
-    (tmp_path / "died").unlink()
-    status, output, left = torchrun(again, DIES_ONCE, "--max-restarts", "1", **flags)
+
+@pytest.mark.parametrize("rendezvous", ["--standalone", "--master_port"])
+def test_torchrun_restarts_to_the_same_end(whole, tmp_path, monkeypatch, rendezvous):
+    monkeypatch.setenv("MARKER", str(tmp_path / "died"))
+    words = [rendezvous, *([str(faulty.free_port())] if rendezvous == "--master_port" else [])]
+    status, output, left = torchrun(tmp_path, DIES_ONCE, *words, "--max-restarts", "1", **ONCE)
     assert status == 0 and not left, output
     assert (tmp_path / "died").exists()
-    flags["checkpointing_steps"] = 100
-    assert smallruns.digest(again / "run") == smallruns.digest(whole[2])
+    assert smallruns.digest(tmp_path / "run") == smallruns.digest(whole[2])
 
 
 def test_a_signal_to_torchrun_stops_both_with_a_checkpoint(whole, tmp_path, monkeypatch):
     """As Slurm does before a job's time is over."""
     monkeypatch.setenv("MARKER", str(tmp_path / "sent"))
     flags = {**SHORT, "epochs": 2, "checkpointing_steps": 100}
-    status, output, left = torchrun(tmp_path, signals_once("SIGTERM", "getppid"), **flags)
+    status, output, left = torchrun(
+        tmp_path, signals_once("SIGTERM", "getppid"), "--standalone", **flags
+    )
     assert status != 0 and not left, output
     assert "stopped at step" in output and 5 <= newest(tmp_path / "run") < 24, output
     resumed = faulty.start(tmp_path, processes=2, resume_from_checkpoint="auto", **flags)
