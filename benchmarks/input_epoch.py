@@ -18,12 +18,14 @@ import torch
 from accelerate import Accelerator
 from measure import Row, data_flag, over, parser, read, report
 from processes import PIXELS, folder_of
-from resume import BATCH, MEAN, STD, collate, transform_rows
+from resume import MEAN, STD, collate, transform_rows
 from torch.utils.data import DataLoader
 
 from harness.data import load_data
 from harness.launch import keep_freed_memory
 from harness.views import Views, decode_splits, train_batches
+
+BATCHES = 128, 512
 
 
 def main():
@@ -36,50 +38,56 @@ def main():
         args.max_images = 640
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(cores)
+    rows = []
     with tempfile.TemporaryDirectory() as temporary:
         os.environ.setdefault("HF_DATASETS_CACHE", f"{temporary}/cache")
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
         folder, words = folder_of(args.data, temporary, args.max_images)
         data = load_data(folder, test_split="none", max_train_samples=args.max_images)
         split = decode_splits(data, PIXELS, progress=False)["train"]
-        views = Views(PIXELS, MEAN, STD, augment="randaugment", padding=4, flip_prob=0.5,
-                      erasing=0.25, ops=2, magnitude=9)  # fmt: skip
-        per_epoch = len(data.train) // BATCH
-        batches = train_batches(
-            split, views, Accelerator(cpu=True), batch_size=BATCH, seed=0, accumulation=1,
-            total_steps=per_epoch * (args.rounds + 1),
-        )  # fmt: skip
-        steps = batches(0)
-        stored = data.train.dataset.select(data.train.rows)
-        loader = DataLoader(
-            stored.with_transform(transform_rows(data.image_column, data.label_column)), BATCH,
-            shuffle=True, drop_last=True, num_workers=cores, persistent_workers=True,
-            collate_fn=collate,
-        )  # fmt: skip
+        for batch in BATCHES:
+            images = len(data.train) // batch * batch
+            ours, peer = seconds(args.rounds, data, split, batch, cores)
+            what = f"an epoch of input, batch {batch}"
+            rows += [
+                Row(f"{what}: ours / with_transform rows in a DataLoader", over(peer, ours), 10),
+                Row(f"{what}, ours, images/s", [images / s for s in ours]),
+                Row(f"{what}, with_transform, images/s", [images / s for s in peer]),
+            ]
+    report(args, rows, f"{words}, {len(data.train):,} images, {cores} cores")
 
-        def ours():
-            for _ in range(per_epoch):
-                for part in next(steps):
-                    views.train(part.images, part.draw)
 
-        def peer():
-            assert sum(1 for _ in loader) == per_epoch
+def seconds(rounds, data, split, batch, cores):
+    """The times of an epoch on both sides, (ours, the peer's), a number for each of the rounds."""
+    views = Views(PIXELS, MEAN, STD, augment="randaugment", padding=4, flip_prob=0.5,
+                  erasing=0.25, ops=2, magnitude=9)  # fmt: skip
+    per_epoch = len(data.train) // batch
+    steps = train_batches(
+        split, views, Accelerator(cpu=True), batch_size=batch, seed=0, accumulation=1,
+        total_steps=per_epoch * (rounds + 1),
+    )(0)  # fmt: skip
+    stored = data.train.dataset.select(data.train.rows)
+    loader = DataLoader(
+        stored.with_transform(transform_rows(data.image_column, data.label_column)), batch,
+        shuffle=True, drop_last=True, num_workers=cores, persistent_workers=True,
+        collate_fn=collate,
+    )  # fmt: skip
 
-        taken = {"ours": [], "peer": []}
-        for epoch in range(args.rounds + 1):
-            for side, work in (("ours", ours), ("peer", peer)):
-                start = time.perf_counter()
-                work()
-                if epoch:  # the first warms up
-                    taken[side].append(time.perf_counter() - start)
-    images = per_epoch * BATCH
-    rows = [
-        Row("an epoch of input: ours / with_transform rows in a DataLoader",
-            over(taken["peer"], taken["ours"]), 10),
-        Row("an epoch of input, ours, images/s", [images / s for s in taken["ours"]]),
-        Row("an epoch of input, with_transform, images/s", [images / s for s in taken["peer"]]),
-    ]  # fmt: skip
-    report(args, rows, f"{words}, {images:,} images, batch {BATCH}, {cores} cores")
+    def ours():
+        for _ in range(per_epoch):
+            for part in next(steps):
+                views.train(part.images, part.draw)
+
+    def peer():
+        assert sum(1 for _ in loader) == per_epoch
+
+    taken = []
+    for _ in range(rounds + 1):
+        for work in (ours, peer):
+            start = time.perf_counter()
+            work()
+            taken.append(time.perf_counter() - start)
+    return taken[2::2], taken[3::2]  # the first epoch warms up
 
 
 if __name__ == "__main__":

@@ -257,3 +257,27 @@ def test_bad_input_is_named():
         draw_erasing(2, 8, 8, ratio=(0, 1))
     with pytest.raises(ValueError, match=r"std .*\(0.2, 0.0, 0.2\)"):
         normalize_batch(random_images(2, 3, 8, 8), MEAN, (0.2, 0.0, 0.2))
+    with pytest.raises(ValueError, match=r"uint8, got torch.float32"):
+        normalize_batch(torch.rand(2, 3, 8, 8), MEAN, MEAN)
+
+
+@pytest.mark.parametrize("offset", [-1, 5])
+def test_a_crop_drawn_for_another_padding(offset):
+    """It would show pixels of another image."""
+    offsets = torch.tensor([[0, 4], [offset, 2]])
+    with pytest.raises(ValueError, match="from 0 to 4"):
+        crop_batch(random_images(2, 3, 8, 8), offsets, 2)
+    assert crop_batch(random_images(0, 3, 8, 8), offsets[:0], 2).shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize("box", [[-1, 0, 4, 4], [0, 5, 4, 4], [5, 0, 4, 4], [0, 0, 0, 4]])
+def test_a_box_that_is_not_inside(box):
+    with pytest.raises(ValueError, match=r"\(8, 8\)"):
+        resized_crop_batch(random_images(2, 3, 8, 8), torch.tensor([[0, 0, 8, 8], box]), 8)
+
+
+def test_autocast_changes_no_pixel():
+    images, boxes = random_images(8, 3, 40, 40), draw_resized_crops(8, 40, 40, generator=seeded())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = _resize_at_once(images, boxes, 32)
+    assert torch.equal(found, _resize_at_once(images, boxes, 32))

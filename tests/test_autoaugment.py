@@ -204,6 +204,8 @@ def test_randaugment_takes_its_numbers():
     assert set(rotated.abs().tolist()) == {12.0}
     images = sample_images(3, 8, 8)
     assert torch.equal(apply_ops(images, draw_randaugment(8, 8, 8, num_ops=0)), images)
+    one = draw_randaugment(500, 8, 8, magnitude=0, num_magnitude_bins=1, generator=seeded())
+    assert set(one.magnitude[one.op == OPERATIONS.index("Posterize")].tolist()) == {8.0}
 
 
 def test_trivialaugment_has_torchvisions_distribution():

@@ -93,6 +93,18 @@ def test_reliability_table_by_hand():
     assert ece == pytest.approx((1 * 0.75 + 2 * 0.05 + 2 * 0.425) / 5)
 
 
+def test_an_edge_is_one_in_either_precision():
+    """0.6 in float32 is a little above 0.6."""
+    probabilities, labels = (
+        torch.tensor([[0.6, 0.4], [0.2, 0.8], [0.4, 0.6]]),
+        torch.tensor([0] * 3),
+    )
+    for dtype in (torch.float32, torch.float64):
+        exact = (probabilities.double() * 10).round() / 10
+        table = reliability_table(exact.to(dtype), labels, bins=5)
+        assert table.counts.tolist() == [0, 0, 2, 1, 0], dtype
+
+
 def test_one_bin_compares_the_means():
     probabilities, labels = some_predictions()
     gap = abs(accuracy(probabilities, labels) - probabilities.amax(1).mean().item())

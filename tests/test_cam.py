@@ -295,6 +295,8 @@ def test_normalize_and_upsample():
     expected = torch.tensor([[[0.0, 0.25], [0.5, 1.0]], [[0.0, 0.0], [0.0, 0.0]]])
     assert torch.equal(normalize_maps(maps), expected)
     assert torch.equal(normalize_maps(maps.double()), expected)
+    broken = torch.tensor([[[float("nan"), 0.0], [1.0, 2.0]]])
+    assert normalize_maps(broken).isnan().all()
     several = maps.unsqueeze(0).expand(3, 2, 2, 2)
     assert torch.equal(normalize_maps(several), expected.expand(3, 2, 2, 2))
     large = upsample_maps(several, (5, 7))

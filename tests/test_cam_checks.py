@@ -188,6 +188,9 @@ def test_as_the_constructor_draws():
     assert drawn[0].weight.abs().max() <= bound and drawn[0].weight.abs().mean() > bound / 3
     assert torch.equal(drawn[1].running_var, torch.ones(40))
     assert torch.equal(drawn[1].weight, torch.ones(40))
+    attention = nn.MultiheadAttention(8, 2)  # sets its inner layer's bias to 0 after that is built
+    drawn = reinitialized_copy(trained(attention), torch.Generator().manual_seed(0))
+    assert not drawn.out_proj.bias.any() and drawn.in_proj_weight.any()
 
 
 def test_named_parts_only_in_a_cascade():

@@ -191,6 +191,7 @@ def test_naming_what_changes_gives_the_same_average():
     assert torch.equal(named.state_dict()["0.weight"], before["0.weight"])
     with pytest.raises(KeyError):
         named.update(model, 4, ["4.wieght"])
+    named.update(model, 4, [])
 
 
 def test_the_model_may_replace_its_tensors():

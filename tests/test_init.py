@@ -91,6 +91,10 @@ def test_what_has_no_affine_weights_or_is_of_another_kind_is_left_alone():
     kaiming_normal_(model, seeded())
     assert torch.equal(model[2].weight, embedding)
     assert all(parameter.requires_grad for parameter in model.parameters())
+    norm = nn.RMSNorm(5)
+    nn.init.constant_(norm.weight, 3)
+    kaiming_normal_(norm, seeded())
+    assert norm.weight.unique().tolist() == [1]
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "kernel"), [(3, 5, 3), (5, 3, 3), (4, 4, 1)])

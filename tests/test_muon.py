@@ -137,6 +137,29 @@ def test_groups_hold_each_parameter_once():
     assert sum(len(g["params"]) for g in cut) == len(list(model.parameters())) + 1
 
 
+def test_groups_of_a_generator_and_of_gains():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 2))
+    model.gain = nn.Parameter(torch.ones(8, 1, 1, 1))
+    cut = muon_groups([{"name": "all", "params": model.parameters()}], model[2])
+    assert [tuple(p.shape) for p in cut[0]["params"]] == [(8, 3, 3, 3)]
+    assert sum(len(g["params"]) for g in cut) == len(list(model.parameters()))
+
+
+def test_weights_that_are_all_zero_begin_to_move():
+    layer = nn.Linear(4, 4, bias=False)
+    nn.init.zeros_(layer.weight)
+    optimizer = Muon(layer.parameters(), lr=0.1, orthogonal=True)
+    layer(matrix(3, 4)).sub(1).square().sum().backward()
+    optimizer.step()
+    assert layer.weight.isfinite().all() and layer.weight.any()
+
+
+def test_a_group_added_later_is_checked():
+    optimizer = Muon(nn.Linear(2, 2).parameters())
+    with pytest.raises(ValueError, match="two dimensions"):
+        optimizer.add_param_group({"params": [torch.zeros(3)], "orthogonal": True})
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -44,3 +44,10 @@ def test_images_are_resized_and_keep_their_format():
     reference = F.interpolate(images.contiguous(), 7, mode="bilinear", antialias=True)
     assert torch.allclose(small, reference, atol=1e-6)
     assert resize_batch(images, 10) is images
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    images = torch.rand(2, 3, 10, 10, generator=torch.Generator().manual_seed(0)).to(dtype)
+    small = resize_batch(images, 7)
+    assert small.dtype == dtype and torch.equal(small, resize_batch(images.float(), 7).to(dtype))

@@ -110,6 +110,8 @@ def test_one_state_is_its_soup():
 def test_a_score_of_nan_is_named():
     with pytest.raises(ValueError, match="state 1 is nan"):
         greedy_soup([at(4.0), at(5.0)], lambda state: math.nan if state["w"] == 5 else 1.0)
+    with pytest.raises(ValueError, match=r"state 0 \+ 1 is nan"):
+        greedy_soup([at(4.0), at(6.0)], lambda state: math.nan if state["w"] == 5 else 1.0)
 
 
 # --- BatchNorm ----------------------------------------------------------------------------------

@@ -146,6 +146,9 @@ def test_a_random_view_is_a_resized_crop(dtype, shape):
         expected = expected.flip(-1) if flip else expected
         limit = 0.51 if dtype == torch.uint8 else 1e-3
         assert (result.float() - expected).abs().max() <= limit
+    with torch.autocast("cpu", torch.bfloat16):
+        (cast,) = seen("random:1", images, 20, seed=3, index=index).values()
+    assert torch.equal(cast, found)
 
 
 def test_a_sample_is_seen_alike_in_every_batch():

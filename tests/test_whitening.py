@@ -58,8 +58,13 @@ def test_a_layer_with_both_signs_frozen_and_a_bias_that_learns():
 
 @pytest.mark.parametrize(
     "conv",
-    [nn.Conv2d(3, 25, 2), nn.Conv2d(3, 24, (2, 1)), nn.Conv2d(4, 32, 2, groups=2)],
-    ids=["channels", "square", "groups"],
+    [
+        nn.Conv2d(3, 25, 2),
+        nn.Conv2d(3, 24, (2, 1)),
+        nn.Conv2d(4, 32, 2, groups=2),
+        nn.Conv2d(3, 24, 2, dilation=2),
+    ],
+    ids=["channels", "square", "groups", "dilation"],
 )
 def test_a_layer_that_cannot_be_one(conv):
     with pytest.raises(ValueError, match="channels out"):
@@ -69,5 +74,14 @@ def test_a_layer_that_cannot_be_one(conv):
 def test_images_that_cannot_be_used():
     with pytest.raises(ValueError, match="5 pixels don't fit images of 4×8"):
         patch_whitening(torch.randn(2, 3, 4, 8), 5)
+    with pytest.raises(ValueError, match=r"0 and 0\.0005"):
+        patch_whitening(torch.randn(0, 3, 8, 8), 2)
+    with pytest.raises(ValueError, match="2 and 0"):
+        patch_whitening(torch.randn(2, 3, 8, 8), 2, eps=0)
     with pytest.raises(ValueError, match="not finite"):
         patch_whitening(torch.full((2, 3, 4, 4), float("nan")), 2)
+
+
+def test_channels_that_are_all_the_same():
+    gray = torch.randn(50, 1, 8, 8).expand(-1, 3, -1, -1)
+    assert patch_whitening(gray, 2, eps=1e-20).isfinite().all()

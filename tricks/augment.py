@@ -56,13 +56,19 @@ def crop_batch(
 
     images: uint8 (n, C, H, W); offsets: int64 (n, 2) as from `draw_crops`, on the CPU. Returns the
     same shape: images[i, :, y, x] comes from (y + offsets[i, 0] - padding, x + offsets[i, 1] -
-    padding). Equal to torchvision's RandomCrop((H, W), padding) at the same offset.
+    padding). Equal to torchvision's RandomCrop((H, W), padding) at the same offset. ValueError for
+    an offset outside of 0 to 2 · padding.
 
     >>> crop_batch(torch.arange(1, 5).view(1, 1, 2, 2), torch.tensor([[0, 1]]), 1).view(2, 2)
     tensor([[0, 0],
             [1, 2]])
     """
     n, channels, height, width = images.shape
+    if not n:
+        return images.clone()
+    low, high = (bound.item() for bound in offsets.aminmax())
+    if not 0 <= low <= high <= 2 * padding:
+        raise ValueError(f"offsets must be from 0 to {2 * padding}, got {low} to {high}")
     padded = F.pad(images, (padding,) * 4, value=fill)
     # Every run of `width` pixels of the padded batch is a row of this view; a crop takes C × H.
     rows = padded.flatten().unfold(0, width, 1)
@@ -189,7 +195,7 @@ def resized_crop_batch(images: torch.Tensor, boxes: torch.Tensor, size: int) -> 
     """Crop each image to its own box and resize it to size × size: bilinear, antialiased.
 
     images: uint8 (n, C, H, W); boxes: int64 (n, 4) as from `draw_resized_crops`, on the CPU.
-    Returns uint8 (n, C, size, size).
+    Returns uint8 (n, C, size, size). ValueError for a box that is empty or not inside.
 
     On a CPU each image goes through torch's own uint8 kernel, and the result is that of
     torchvision's resized_crop(antialias=True). Elsewhere it is two matrix products an image for
@@ -202,6 +208,9 @@ def resized_crop_batch(images: torch.Tensor, boxes: torch.Tensor, size: int) -> 
     tensor([[100, 200],
             [100, 200]], dtype=torch.uint8)
     """
+    inside = boxes[:, :2] + boxes[:, 2:] <= torch.tensor(images.shape[2:])
+    if not (inside.all() and (boxes[:, :2] >= 0).all() and (boxes[:, 2:] > 0).all()):
+        raise ValueError(f"a box is empty or not inside the images, {tuple(images.shape[2:])}")
     if images.device.type == "cpu":
         return _resize_each(images, boxes, size)
     return _resize_at_once(images, boxes, size)
@@ -220,7 +229,8 @@ def _resize_at_once(images: torch.Tensor, boxes: torch.Tensor, size: int) -> tor
     top, left, h, w = boxes.to(images.device, non_blocking=True).unbind(1)
     down = _resize_weights(top, h, height, size)
     across = _resize_weights(left, w, width, size)
-    resized = down.unsqueeze(1) @ (images.float() @ across.mT.unsqueeze(1))
+    with torch.autocast(images.device.type, enabled=False):  # else products in 16 bits
+        resized = down.unsqueeze(1) @ (images.float() @ across.mT.unsqueeze(1))
     return resized.round_().to(torch.uint8)
 
 
@@ -297,13 +307,16 @@ def normalize_batch(
     """(images / 255 - mean) / std, per channel, in channels_last memory format.
 
     images: uint8 (n, C, H, W); mean and std: one number a channel, for values from 0 to 1. It is
-    computed in float32 and then rounded to `dtype`. ValueError if a std is not positive.
+    computed in float32 and then rounded to `dtype`. ValueError if a std is not positive, and for
+    images that are not uint8.
 
     >>> normalize_batch(torch.full((1, 1, 1, 1), 51, dtype=torch.uint8), [0.5], [0.1]).item()
     -3.0
     """
     if min(std) <= 0:
         raise ValueError(f"std must be positive, got {tuple(std)}")
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8, got {images.dtype}")
     # One multiply and one subtract: x / (255 std) - mean / std.
     factor = torch.tensor([[1 / (255 * s)] for s in std], dtype=torch.float32).unsqueeze(2)
     shift = torch.tensor([[m / s] for m, s in zip(mean, std, strict=True)], dtype=torch.float32)

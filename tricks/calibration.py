@@ -137,7 +137,8 @@ def reliability_table(probabilities: Tensor, labels: Tensor, bins: int = 15) -> 
         raise ValueError(f"bins must be ≥ 1, got {bins}")
     confidence, predicted = _checked(probabilities, labels).max(1)
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=confidence.device)
-    place = torch.bucketize(confidence, edges[1:-1])
+    # Rounded as the probabilities are: 0.6 in float32 is above 0.6, and yet its bin's upper edge
+    place = torch.bucketize(confidence, edges[1:-1].to(probabilities.dtype).double())
     counts = place.bincount(minlength=bins)
     filled = counts.clamp(min=1)
     right = (predicted == labels).double()

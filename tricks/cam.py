@@ -205,9 +205,9 @@ CAM_METHODS = (*GRADIENT_METHODS, "eigencam", "scorecam")
 def normalize_maps(maps: Tensor) -> Tensor:
     """Each map from its least value, then 0, to its largest, then 1: float32 (..., h, w).
 
-    A map that is the same everywhere, zero or not, points nowhere and becomes 0. A map that is
-    signed (hirescam, eigencam) has its zero somewhere in between: `maps.relu()` first shows what
-    speaks for the class.
+    A map that is the same everywhere, zero or not, points nowhere and becomes 0; one with a NaN in
+    it becomes NaN. A map that is signed (hirescam, eigencam) has its zero somewhere in between:
+    `maps.relu()` first shows what speaks for the class.
 
     >>> normalize_maps(torch.tensor([[[2.0, 3.0, 6.0]], [[0.0, 0.0, 0.0]]]))
     tensor([[[0.0000, 0.2500, 1.0000]],
@@ -216,7 +216,7 @@ def normalize_maps(maps: Tensor) -> Tensor:
     """
     maps = maps.float()
     low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
-    return torch.where(high > low, (maps - low) / (high - low), 0.0)
+    return torch.where(high == low, 0.0, (maps - low) / (high - low))
 
 
 def upsample_maps(maps: Tensor, size: Sequence[int]) -> Tensor:

@@ -145,7 +145,7 @@ def reinitialized_copy(
     model.cpu()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        for name, module in model.named_modules():
+        for name, module in reversed(list(model.named_modules())):  # inner ones first, as built
             _redraw(module, name, names)
     return model.to(device)
 

@@ -95,7 +95,8 @@ class ModelEma:
             else:
                 counters.append(average)
                 counts.append(tensor)
-        torch._foreach_lerp_(averages, sources, 1 - decay)  # a + (1 - d)·(w - a)
+        if averages:
+            torch._foreach_lerp_(averages, sources, 1 - decay)  # a + (1 - d)·(w - a)
         if counters:
             torch._foreach_copy_(counters, counts)
 
@@ -123,6 +124,7 @@ class ModelEma:
         """
         return {name: average.contiguous() for name, average in self._averages.items()}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over averages that `state_dict` gave; nothing is touched unless all of it fits."""
         _check_same(state, self._averages, "the loaded average")

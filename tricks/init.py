@@ -11,7 +11,7 @@ from torch import nn
 
 __all__ = ["dirac_part_", "kaiming_normal_"]
 
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def kaiming_normal_(model: nn.Module, generator: torch.Generator | None = None) 
                 nn.init.ones_(module.weight)
         else:
             continue
-        if module.bias is not None:
+        if getattr(module, "bias", None) is not None:  # RMSNorm has none
             nn.init.zeros_(module.bias)
 
 

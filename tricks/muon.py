@@ -50,9 +50,9 @@ class Muon(Optimizer):
         others:      SGD as torch's, with its weight decay
 
     An orthogonal parameter is seen as a matrix (outputs, the rest). Its norm is set anew before
-    each step, so that its rate means the same at any time, and weight decay would do nothing: it
-    has to be 0 there. `muon_groups` makes the groups. torch.optim.Muon is for matrices alone, and
-    leaves all other parameters to a second optimizer.
+    each step, unless it is 0, so that its rate means the same at any time, and weight decay would
+    do nothing: it has to be 0 there. `muon_groups` makes the groups. torch.optim.Muon is for
+    matrices alone, and leaves all other parameters to a second optimizer.
 
     params: parameters or groups. lr: of groups that have none; μ = momentum in [0, 1).
     Raises ValueError for a rate, momentum or decay that is negative, and for an orthogonal
@@ -80,16 +80,20 @@ class Muon(Optimizer):
             "orthogonal": orthogonal,
         }  # fmt: skip
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            if group["lr"] < 0 or not 0 <= group["momentum"] < 1 or group["weight_decay"] < 0:
-                raise ValueError(
-                    f"lr and weight_decay must be ≥ 0 and momentum in [0, 1), got {group['lr']}, "
-                    f"{group['weight_decay']} and {group['momentum']}"
-                )
-            if group["orthogonal"] and any(p.ndim < 2 for p in group["params"]):
-                raise ValueError("an orthogonal parameter needs two dimensions or more")
-            if group["orthogonal"] and group["weight_decay"]:
-                raise ValueError("weight_decay does nothing to weights whose norm is fixed")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as torch's optimizers do; ValueError as in the constructor."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["lr"] < 0 or not 0 <= group["momentum"] < 1 or group["weight_decay"] < 0:
+            raise ValueError(
+                f"lr and weight_decay must be ≥ 0 and momentum in [0, 1), got {group['lr']}, "
+                f"{group['weight_decay']} and {group['momentum']}"
+            )
+        if group["orthogonal"] and any(p.ndim < 2 for p in group["params"]):
+            raise ValueError("an orthogonal parameter needs two dimensions or more")
+        if group["orthogonal"] and group["weight_decay"]:
+            raise ValueError("weight_decay does nothing to weights whose norm is fixed")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -106,7 +110,8 @@ class Muon(Optimizer):
             if group["orthogonal"]:
                 for parameter, update in zip(parameters, updates, strict=True):
                     rows = len(parameter)
-                    parameter.mul_(rows**0.5 / parameter.norm())
+                    norm = parameter.norm()
+                    parameter.mul_(torch.where(norm > 0, rows**0.5 / norm, 1.0))
                     update = orthogonalize(update.reshape(rows, -1)).view(update.shape)
                     parameter.sub_(update, alpha=group["lr"])
             else:
@@ -136,9 +141,9 @@ class Muon(Optimizer):
 def muon_groups(groups: Iterable[dict[str, Any]], head: nn.Module) -> list[dict[str, Any]]:
     """Cut parameter groups in two: what is orthogonalised, and what stays with SGD.
 
-    Orthogonalised are the filters and matrices, of two dimensions and more, but for those of
-    `head`, whose rows are classes, and embeddings of three dimensions. Their group is named
-    "NAME (muon)" and has no weight decay; the rest keeps its name and what else its group has.
+    Orthogonalised are filters and matrices, of four and two dimensions, but for those of `head`,
+    whose rows are classes, and what has one number a row (gains). Their group is named "NAME
+    (muon)" and has no weight decay; the rest keeps its name and what else its group has.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2))
     >>> groups = muon_groups([{"name": "all", "params": list(model.parameters())}], model[2])
@@ -148,9 +153,10 @@ def muon_groups(groups: Iterable[dict[str, Any]], head: nn.Module) -> list[dict[
     spared = {id(parameter) for parameter in head.parameters()}
     cut = []
     for group in groups:
-        own = [p for p in group["params"] if p.ndim in (2, 4) and id(p) not in spared]
+        params = list(group["params"])
+        own = [p for p in params if p.ndim in (2, 4) and p.numel() > len(p) and id(p) not in spared]
         chosen = {id(p) for p in own}
-        rest = [p for p in group["params"] if id(p) not in chosen]
+        rest = [p for p in params if id(p) not in chosen]
         special = {"name": f"{group.get('name', '')} (muon)".strip(), "params": own}
         special |= {"orthogonal": True, "weight_decay": 0.0}
         cut += [{**group, **special}] if own else []

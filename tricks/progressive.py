@@ -40,7 +40,7 @@ def progressive_size(
 def resize_batch(images: Tensor, size: int) -> Tensor:
     """Images (n, C, H, W), float, resized to size × size: bilinear, antialiased.
 
-    The memory format is kept. Images that have that size already come back as they are.
+    The memory format and dtype are kept. Images that have that size already come back as they are.
 
     >>> import torch
     >>> resize_batch(torch.arange(16.0).view(1, 1, 4, 4), 2).view(2, 2).round()
@@ -49,4 +49,6 @@ def resize_batch(images: Tensor, size: int) -> Tensor:
     """
     if images.shape[-2:] == (size, size):
         return images
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    # On a CPU there is no such kernel in 16 bits
+    seen = images.float() if images.device.type == "cpu" else images
+    return F.interpolate(seen, (size, size), mode="bilinear", antialias=True).to(images.dtype)

@@ -83,14 +83,18 @@ def greedy_ingredients(count: int, score: Callable[[list[int]], float]) -> list[
     """
     if count < 1:
         raise ValueError(f"a soup needs one network at least, got {count}")
-    scores = [score([index]) for index in range(count)]
-    for index, value in enumerate(scores):
+
+    def checked(indices: list[int]) -> float:
+        value = score(indices)
         if value != value:
-            raise ValueError(f"the score of state {index} is {value}")
+            raise ValueError(f"the score of state {' + '.join(map(str, indices))} is {value}")
+        return value
+
+    scores = [checked([index]) for index in range(count)]
     ranked = sorted(range(count), key=lambda index: -scores[index])
     chosen, best = ranked[:1], scores[ranked[0]]
     for index in ranked[1:]:
-        value = score([*chosen, index])
+        value = checked([*chosen, index])
         if value >= best:
             chosen, best = [*chosen, index], value
     return chosen

@@ -204,7 +204,8 @@ def _random_crop(size: int, seed: int, view: int, images: Tensor, index: Tensor)
     vertical = _resize_weights(top, h, height, size)
     horizontal = _resize_weights(left, w, width, size)
     horizontal = torch.where(flips.view(-1, 1, 1), horizontal.flip(1), horizontal)
-    resized = vertical.unsqueeze(1) @ (images.float() @ horizontal.mT.unsqueeze(1))
+    with torch.autocast(images.device.type, enabled=False):  # else products in 16 bits
+        resized = vertical.unsqueeze(1) @ (images.float() @ horizontal.mT.unsqueeze(1))
     return resized.to(images.dtype) if images.is_floating_point() else _rounded(resized, images)
 
 

@@ -20,8 +20,8 @@ def patch_whitening(images: Tensor, kernel_size: int, eps: float = 5e-4) -> Tens
     brightness. The sign, which eigh leaves open, makes the largest weight positive.
 
     images: float (n, C, H, W), normalised to about mean 0; a few thousand are enough. Computed in
-    float64, on the images' device. Raises ValueError for images smaller than a patch, and for
-    values that are not finite.
+    float64, on the images' device. Raises ValueError for no images, images smaller than a patch,
+    values that are not finite, and an eps that is not above 0.
 
     >>> images = torch.randn(50, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     >>> seen = nn.functional.conv2d(images, patch_whitening(images, 2)).transpose(0, 1).flatten(1)
@@ -29,6 +29,8 @@ def patch_whitening(images: Tensor, kernel_size: int, eps: float = 5e-4) -> Tens
     tensor(True)
     """
     channels, height, width = images.shape[1:]
+    if not len(images) or eps <= 0:
+        raise ValueError(f"whitening needs images and an eps above 0, got {len(images)} and {eps}")
     if not 1 <= kernel_size <= min(height, width):
         raise ValueError(f"patches of {kernel_size} pixels don't fit images of {height}×{width}")
     size = channels * kernel_size**2
@@ -43,7 +45,7 @@ def patch_whitening(images: Tensor, kernel_size: int, eps: float = 5e-4) -> Tens
         raise ValueError("the images are not finite")
     values, vectors = torch.linalg.eigh(moments / count)  # columns, the smallest value first
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    kernels = (vectors * largest.sign() / (values + eps).sqrt()).T
+    kernels = (vectors * largest.sign() / (values.clamp(min=0) + eps).sqrt()).T
     return kernels.reshape(size, channels, kernel_size, kernel_size).float()
 
 
@@ -55,7 +57,7 @@ def whiten_conv_(conv: nn.Conv2d, images: Tensor, eps: float = 5e-4) -> None:
     either sign. A bias is set to 0 and stays trainable.
 
     images: float (n, C, H, W), as the network will see them. Raises ValueError unless conv has
-    square kernels, no groups and 2 · C · k² output channels.
+    square kernels, no groups or dilation and 2 · C · k² output channels.
 
     >>> conv = nn.Conv2d(3, 24, 2)
     >>> whiten_conv_(conv, torch.randn(9, 3, 8, 8))
@@ -64,7 +66,8 @@ def whiten_conv_(conv: nn.Conv2d, images: Tensor, eps: float = 5e-4) -> None:
     """
     size = conv.in_channels * conv.kernel_size[0] ** 2
     square = conv.kernel_size[0] == conv.kernel_size[1]
-    if not square or conv.groups != 1 or conv.out_channels != 2 * size:
+    plain = conv.groups == 1 and conv.dilation == (1, 1)
+    if not square or not plain or conv.out_channels != 2 * size:
         raise ValueError(f"whitening needs square kernels and {2 * size} channels out, got {conv}")
     kernels = patch_whitening(images, conv.kernel_size[0], eps)
     conv.weight.copy_(torch.cat((kernels, -kernels)))
