@@ -99,7 +99,8 @@ def main(args):
     stages = staging.make_stages(args, strategy, model, blocks, per_epoch)
     total = stages[-1].end
     for stage in stages:
-        check_batch(args, accelerator.num_processes, len(data.train), mixes(stage.args))
+        part = check_batch(args, accelerator.num_processes, len(data.train), mixes(stage.args))
+    models.check_part(model, part, look.size)
     cached = features.kept_in(stages, model, look.size)
     idle = staging.idle_flags(args, strategy)
     reason += f"; {', '.join(idle)} not used" if idle else ""

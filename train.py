@@ -66,7 +66,7 @@ def main(args):
     look = plan.preprocessing(args, data, pretrained)
     seen = scored_views(args.tta, look.size, args.seed)
     stem = models.resolve_stem(args.model, pretrained.stem or args.stem, look.size)
-    check_batch(args, accelerator.num_processes, len(data.train), mixes(args))
+    part = check_batch(args, accelerator.num_processes, len(data.train), mixes(args))
     per_epoch = len(data.train) // args.batch_size  # the images that don't fill a batch are left
     total = args.max_steps or args.epochs * per_epoch
 
@@ -77,6 +77,7 @@ def main(args):
     initialised = models.initialise(model, args.init, generator(args.seed, "init"))
     loaded = load_pretrained(model, pretrained, data.classes)
     start_size = models.check_start_size(model, args.model, args.start_size, look.size)
+    models.check_part(model, part, start_size)
     model.to(device, memory_format=torch.channels_last)
 
     # optimizer and schedule: the learning rate is a function of the step, nothing to save

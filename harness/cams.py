@@ -92,6 +92,16 @@ def check_flags(args):
         ("only", args.indices, "--indices names the images"),
         ("max_images", args.indices, "--indices names the images"),
         ("contrast", args.all_classes, "--all_classes shows every class"),
+        (
+            "target",
+            args.contrast and args.target != "predicted",
+            "--contrast shows the true and the predicted class",
+        ),
+        (
+            "target",
+            args.all_classes and args.target != "predicted",
+            "--all_classes shows every class",
+        ),
         ("region_column", not args.check, "--check measures the heat in it"),
         *((name, args.images, "--images names the images") for name in OF_SPLITS),
     ]

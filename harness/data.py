@@ -1,5 +1,6 @@
 """What is where: from the name of a data set to its splits, columns, classes and labels."""
 
+import hashlib
 import json
 import re
 import socket
@@ -27,6 +28,8 @@ SPLIT_NAMES = {
     "val": ("validation", "valid", "val", "dev"),
     "test": ("test",),
 }
+# What image folders are called besides; in any case of letters, as SPLIT_NAMES are too
+OTHER_FOLDERS = {"training": "train", "testing": "test", "eval": "test", "evaluation": "test"}
 HUB_TIMEOUT_S = 3.0
 
 
@@ -170,6 +173,8 @@ def load_data(
     image_column = _find_image_column(features, image_column)
     label_column = _find_label_column(features, label_column, image_column)
     values, classes = _find_classes(stored[chosen["train"]], label_column)
+    if len(classes) < 2:
+        raise UserError(f"{dataset} has {len(classes)} class: there is nothing to tell apart")
 
     splits = {}
     for role, name in chosen.items():
@@ -193,6 +198,8 @@ def load_data(
     mean, std = built_in.statistics if built_in else IMAGENET_STATISTICS
     train = cut(splits["train"], max_train_samples, seed)
     _check_every_class(train, classes)
+    if val_fraction and train is not splits["train"]:
+        splits["val"] = _alone(splits["val"], np.arange(len(splits["val"])))
     return Data(
         name=dataset,
         source=source,
@@ -287,9 +294,16 @@ def _load_saved(folder, name):
     import datasets
 
     # No rows are saved as no file, which `datasets` can't read again.
-    if not json.loads((folder / "state.json").read_text())["_data_files"]:
+    files = json.loads((folder / "state.json").read_text())["_data_files"]
+    if not files:
         raise UserError(f"split '{name}' is empty")
-    return datasets.Dataset.load_from_disk(folder)
+    dataset = datasets.Dataset.load_from_disk(folder)
+    # Its own says how it was made (paths, a function), not what came out: decoded pixels are kept
+    # by it, and those of a set that was made anew would be the old ones.
+    found = [(folder / file["filename"]).stat() for file in files]
+    content = repr((dataset._fingerprint, [(f.st_size, f.st_mtime_ns) for f in found]))
+    dataset._fingerprint = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+    return dataset
 
 
 def _find_image_folders(folder):
@@ -300,11 +314,18 @@ def _find_image_folders(folder):
     """
     if any(folder.glob("*.parquet")) or any(folder.glob("*/*.parquet")):
         return {}  # with pictures beside it, perhaps, for its README
-    known = [name for names in SPLIT_NAMES.values() for name in names]
-    roots = {name: folder / name for name in known if _has_classes(folder / name)}
+    known = {name: name for names in SPLIT_NAMES.values() for name in names} | OTHER_FOLDERS
+    roots = {}
+    for child in sorted(folder.iterdir()):
+        name = known.get(child.name.lower())
+        if name and _has_classes(child):
+            if name in roots:
+                both = f"{roots[name].name}/ and {child.name}/"
+                raise UserError(f"{folder} has {both} for the split '{name}': keep one of them")
+            roots[name] = child
     if "train" not in roots:
         roots = {"train": folder} if _has_classes(folder) else {}
-    return {name: f"{root}/**" for name, root in roots.items()}
+    return {name: f"{root}/*/**" for name, root in roots.items()}  # not the pictures beside them
 
 
 def _has_classes(folder):
@@ -491,7 +512,7 @@ def _check_split(name, split, features, image_column, label_column):
                 f"split '{name}' has no column '{column}'; its columns are "
                 + ", ".join(split.features)
             )
-        if type(split.features[column]) is not type(features[column]):
+        if _kind(split.features[column]) != _kind(features[column]):
             raise UserError(
                 f"column '{column}' is {_type_name(features[column])} in train, but "
                 f"{_type_name(split.features[column])} in split '{name}'"
@@ -499,6 +520,12 @@ def _check_split(name, split, features, image_column, label_column):
     train_names = getattr(features[label_column], "names", None)
     if getattr(split.features[label_column], "names", None) != train_names:
         raise UserError(f"the classes of split '{name}' are not those of train, or in other order")
+
+
+def _kind(feature):
+    """What two splits must share: Image, ClassLabel, whole numbers of any width, text."""
+    name = _type_name(feature)
+    return "text" if "string" in name else re.sub(r"^u?int\d+$", "whole", name)
 
 
 def _find_classes(train, label_column):
@@ -515,8 +542,10 @@ def _read_labels(name, split, label_column, values):
     import pyarrow
     import pyarrow.compute
 
-    stored = _arrow_column(split, label_column)
-    places = pyarrow.compute.index_in(stored, pyarrow.array(values, type=stored.type))
+    stored, values = _arrow_column(split, label_column), pyarrow.array(values)
+    if stored.type != values.type:  # int8 beside int64, string beside large_string
+        stored = stored.cast(values.type)
+    places = pyarrow.compute.index_in(stored, values)
     if places.null_count:
         row = pyarrow.compute.index(pyarrow.compute.is_null(places), True).as_py()
         value = stored[row].as_py()
@@ -586,11 +615,14 @@ def cut(split, max_samples, seed):
     """The first of a split's samples in a seeded stratified order, if it has too many."""
     if split is None or max_samples is None or max_samples >= len(split):
         return split
-    kept = np.sort(stratified_order(split.labels, seed)[:max_samples])
-    # A data set of its own, so that a quick look at ImageNet does not decode all of it.
+    return _alone(split, np.sort(stratified_order(split.labels, seed)[:max_samples]))
+
+
+def _alone(split, kept):
+    """The samples `kept` as a data set of their own: a quick look at ImageNet decodes no more."""
     dataset = split.dataset.select(split.rows[kept])
     stored = stored_rows(split)[kept]
-    return Split(split.name, dataset, np.arange(max_samples), split.labels[kept], stored)
+    return Split(split.name, dataset, np.arange(len(kept)), split.labels[kept], stored)
 
 
 def stored_rows(split):

@@ -15,7 +15,7 @@ from pathlib import Path
 from harness import flags
 from harness.checkpoint import checkpoints, replace_file
 from harness.errors import UserError
-from harness.tracking import parse_report_to
+from harness.tracking import parse_report_to, require_tensorboard
 
 # What a run writes into its folder, and so what --overwrite may delete.
 WRITTEN = (
@@ -35,7 +35,7 @@ def report_folder(args, name):
 
     Raises UserError where it holds anything else, or can't be written.
     """
-    parse_report_to(args.report_to)
+    _check_trackers(args)
     folder = Path(args.output_dir) / (args.run_name or name)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose another --run_name")
@@ -45,6 +45,11 @@ def report_folder(args, name):
         raise UserError(f"{folder} holds files that are not a report's: choose another --run_name")
     _check_writable(args, folder)
     return folder
+
+
+def _check_trackers(args):
+    if "tensorboard" in parse_report_to(args.report_to):
+        require_tensorboard()
 
 
 def _check_writable(args, folder):
@@ -58,7 +63,7 @@ def check_folder(args):
 
     Also where --report_to names no tracker: all that can be refused is, before any long work.
     """
-    parse_report_to(args.report_to)
+    _check_trackers(args)
     dataset = re.sub(r"[^\w.-]+", "_", Path(args.dataset).name or args.dataset)
     folder = Path(args.output_dir) / (args.run_name or f"{dataset}-{args.model}-s{args.seed}")
     taken = (folder / "config.yaml").exists()
@@ -66,8 +71,15 @@ def check_folder(args):
         raise UserError(f"{folder} is a file: choose another --run_name")
     if folder.is_dir() and not taken and any(p.name != ".lock" for p in folder.iterdir()):
         raise UserError(f"{folder} holds files that are not a run's: choose another --run_name")
+    if (folder / "report.json").exists():
+        raise UserError(f"{folder} holds a report: choose another --run_name")
     _check_writable(args, folder)
     asked = args.resume_from_checkpoint
+    if asked not in (None, "auto") and folder.resolve() == Path(asked).resolve():
+        raise UserError(
+            f"--resume_from_checkpoint {asked} is the run's folder: give auto for its newest "
+            "checkpoint, or the path of one, checkpoints/step-…"
+        )
     foreign = asked not in (None, "auto") and folder.resolve() not in Path(asked).resolve().parents
     if taken and foreign and not args.overwrite:
         raise UserError(
@@ -97,6 +109,11 @@ def claim_folder(folder, args, resumed_step):
             raise UserError(
                 f"{folder} holds a finished run without checkpoints to continue from: replace it "
                 "with --overwrite, or choose another --run_name"
+            )
+        if checkpoints(folder / "checkpoints") and not args.overwrite:
+            raise UserError(
+                f"another process has trained in {folder} meanwhile: continue its run with "
+                "--resume_from_checkpoint auto, or choose another --run_name"
             )
         for name in WRITTEN:
             path = folder / name

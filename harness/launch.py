@@ -22,7 +22,7 @@ import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.commands.config.config_args import default_config_file
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, set_seed
 
 from harness.errors import UserError
 
@@ -65,7 +65,8 @@ def make_accelerator(
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=precision,
-        gradient_accumulation_steps=gradient_accumulation_steps,
+        # Not the argument, which ACCELERATE_GRADIENT_ACCUMULATION_STEPS would overrule
+        gradient_accumulation_plugin=GradientAccumulationPlugin(gradient_accumulation_steps),
         # Buffers are averaged over the processes every step (Run.agree) instead of taking rank 0's
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )

@@ -7,6 +7,7 @@ stands in one table, FAMILIES.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -307,6 +308,27 @@ def check_start_size(model, name, start, full) -> int:
     finally:
         model.train(training)
     return start
+
+
+def check_part(model, images, size):
+    """Raise UserError where BatchNorm would see one value a channel: one image, one place left.
+
+    images: of a forward pass in training. size: their pixels a side. model: in the modes that it
+    is trained in; it is not changed.
+    """
+    if images > 1:
+        return
+    shadow = copy.deepcopy(model).to("meta")  # shapes alone
+    try:
+        shadow(torch.zeros(1, 3, size, size, device="meta"))
+    except ValueError as error:
+        if "more than 1 value per channel" in str(error):
+            raise UserError(
+                "one image a forward pass is too few for this network's BatchNorm: choose a larger "
+                "--batch_size, or fewer --gradient_accumulation_steps"
+            ) from None
+    except (RuntimeError, NotImplementedError):  # an operation that needs values
+        return
 
 
 def describe(model) -> dict:

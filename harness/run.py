@@ -44,7 +44,10 @@ STOP = {signal.SIGINT: 1.0, signal.SIGTERM: 1e6}
 
 
 def check_batch(args, processes, train_size, mixing):
-    """Raise UserError where the batch cannot be cut into equal parts, or train cannot fill it."""
+    """The images of one forward pass, --batch_size over processes and accumulation steps.
+
+    Raises UserError where the batch cannot be cut into equal parts, or train cannot fill it.
+    """
     parts = processes * args.gradient_accumulation_steps
     what = f"{processes} processes × {args.gradient_accumulation_steps} accumulation steps"
     if args.batch_size % parts:
@@ -57,6 +60,7 @@ def check_batch(args, processes, train_size, mixing):
         )
     if train_size < args.batch_size:
         raise UserError(f"--batch_size {args.batch_size} is over the {train_size} train images")
+    return part
 
 
 class Run:
@@ -598,6 +602,9 @@ class Run:
         self._interval += torch.tensor(saved["interval"], device=self._interval.device)
         self._epoch += torch.tensor(saved["epoch"], device=self._epoch.device)
         say(f"resuming     {path}, step {self.step} of {self.total}")
+        if self.args.stop_after and self.args.stop_after <= self.step < self.total:
+            say(f"stopped already: --stop_after {self.args.stop_after}")
+            raise SystemExit(0)
         self._keep_threads(saved["threads"])
         return saved
 

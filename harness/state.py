@@ -9,6 +9,7 @@ from accelerate.utils import broadcast, broadcast_object_list
 
 from harness.checkpoint import Damaged, load_checkpoint, newest_valid
 from harness.errors import UserError
+from harness.launch import from_main
 from harness.weights import clean_state_dict, plain_state_dict
 
 SUMS = ("loss", "mixed_acc", "grad_norm")  # what is summed over the steps of an interval
@@ -82,14 +83,18 @@ def find_checkpoint(asked, folder, accelerator, say):
     hands it to the others, which may be on machines that don't see its disk.
     """
     found = None
-    if accelerator.is_main_process:
+
+    def read():
+        nonlocal found
         if asked == "auto":
             found = newest_valid(folder / "checkpoints", say)
-        else:
-            try:
-                found = Path(asked), *load_checkpoint(asked)
-            except Damaged as damage:
-                raise UserError(f"--resume_from_checkpoint {asked}: {damage}") from None
+            return
+        try:
+            found = Path(asked), *load_checkpoint(asked)
+        except Damaged as damage:
+            raise UserError(f"--resume_from_checkpoint {asked}: {damage}") from None
+
+    from_main(accelerator, read)
     return found if accelerator.num_processes == 1 else _share(found, accelerator)
 
 

@@ -87,8 +87,6 @@ class Tracking:
         config: dict,
         run_id: str | None,
     ):
-        if "tensorboard" in report_to:
-            require_tensorboard()  # on every process, so that all of them stop
         # A sweep's agent hands its id over in the environment. Ours exists before wandb.init does.
         self.run_id = run_id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
         self.line = ""

@@ -32,7 +32,10 @@ def verify_resume(script, args):
     the last checkpoint, bit by bit. Under a launcher each process looks after its own; the first
     one compares. Raises RunStopped with the first difference, and where a run ended with an error.
     """
+    if args.dry_run:
+        raise UserError("--verify_resume trains, --dry_run does not: give one of them")
     steps, main = args.verify_resume, int(os.environ.get("RANK", 0)) == 0
+    signal.signal(signal.SIGTERM, _leave)  # so that what is begun here is ended, too
     with tempfile.TemporaryDirectory() as mine:
         root = _shared_folder(mine)
         recipe = root / "recipe.yaml"
@@ -76,6 +79,10 @@ def _first_here():
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
+def _leave(number, frame):
+    raise SystemExit(128 + number)
+
+
 def _run(command, number, kill_at=None):
     """One run of the script in a process of its own, killed when the folder `kill_at` is there."""
     environment = dict(os.environ)
@@ -86,11 +93,16 @@ def _run(command, number, kill_at=None):
         process = subprocess.Popen(
             command, env=environment, stdout=output, stderr=subprocess.STDOUT
         )
-        while kill_at is not None and process.poll() is None and not kill_at.exists():
-            time.sleep(POLL_SECONDS)
-        if kill_at is not None:
-            process.send_signal(signal.SIGKILL)
-        if process.wait() and kill_at is None:
+        try:
+            while kill_at is not None and process.poll() is None and not kill_at.exists():
+                time.sleep(POLL_SECONDS)
+            if kill_at is not None:
+                process.kill()
+            process.wait()
+        finally:  # after a signal, too
+            process.kill()
+            process.wait()
+        if process.returncode and kill_at is None:
             output.seek(0)
             last = " / ".join(output.read().strip().splitlines()[-3:])
             raise RunStopped(

@@ -120,6 +120,38 @@ def test_class_folders_may_have_the_names_of_splits(tmp_path):
     assert loaded.classes == ["dev", "val"] and len(loaded.train) == 2 and loaded.val is None
 
 
+@pytest.mark.parametrize(
+    "names", [("Train", "TEST"), ("Training", "Testing"), ("TRAIN", "Evaluation")]
+)
+def test_split_folders_in_other_words(tmp_path, names):
+    """`datasets` makes one train split of them."""
+    for name, labels, start in zip(names, (TRAIN, TEST), (0, 100), strict=True):
+        save_images(tmp_path / "set" / name, labels, start)
+        (tmp_path / "set" / name / "cover.png").write_bytes(png(7))
+    loaded = load_data(str(tmp_path / "set"))
+    assert (len(loaded.train), len(loaded.test)) == (len(TRAIN), len(TEST))
+    assert loaded.classes == NAMES
+    save_images(tmp_path / "set" / "test", TEST)
+    with pytest.raises(UserError, match=rf"{names[1]}/ and test/ for the split 'test': keep one"):
+        load_data(str(tmp_path / "set"))
+
+
+def test_images_that_were_replaced_in_a_saved_set(tmp_path):
+    """Made in the same way of the same names: to `datasets` it is the same set."""
+    paths = [str(tmp_path / f"{i}.png") for i in range(4)]
+    found = []
+    for value in (10, 200):
+        for path in paths:
+            Path(path).write_bytes(png(value))
+        made = Dataset.from_dict({"picture": paths, "kind": [0, 1, 2, 0]}).cast(
+            Features({"picture": datasets.Image(), "kind": ClassLabel(names=NAMES)})
+        )
+        made.save_to_disk(tmp_path / f"set {value}")
+        dataset = load_data(str(tmp_path / f"set {value}")).train.dataset
+        found.append(decode_split(dataset, "picture", 6, name="train")[0, 0, 0, 0].item())
+    assert found == [10, 200]
+
+
 def test_digits(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     loaded = load_data("digits")
@@ -274,6 +306,8 @@ def test_max_samples(tmp_path):
     for row, label in zip(loaded.test.rows, loaded.test.labels, strict=True):
         assert (TEST * 5)[int(pixels[row, 0, 0, 0]) - 100] == label
     assert len(load_data(folder, max_train_samples=1000).train) == 60
+    quick = load_data(folder, val_fraction=0.2, max_train_samples=7)
+    assert len(quick.val) == len(quick.val.dataset) == 12
     more = load_data(folder, val_fraction=0.2, max_train_samples=8)
     decoded = [
         set(decode_split(part.train.dataset, "picture", 6, name="train")[:, 0, 0, 0].tolist())
@@ -385,12 +419,33 @@ BAD_LABELS = {
         make(["a"], label_type=STRING),
         "'kind' is ClassLabel in train, but string in split 'test'",
     ),
+    "text beside numbers": (
+        make([1, 2], label_type=Value("int64")),
+        make(["1", "2"], label_type=STRING),
+        "'kind' is int64 in train, but string in split 'test'",
+    ),
+    "one class": (
+        make([0, 0], label_type=ClassLabel(names=["ant"])),
+        make([0], label_type=ClassLabel(names=["ant"])),
+        "has 1 class: there is nothing to tell apart",
+    ),
     "other order": (
         make(TRAIN),
         make(TEST, label_type=ClassLabel(names=NAMES[::-1])),
         "classes of split 'test' are not those of train",
     ),
 }
+
+
+def test_labels_of_another_width(tmp_path):
+    folder = save(
+        tmp_path / "set",
+        train=make([0, 300, 7], label_type=Value("int64")),
+        test=make([7, 0], label_type=Value("int8")),
+        validation=make([300], label_type=Value("uint16")),
+    )
+    loaded = load_data(folder)
+    assert loaded.test.labels.tolist() == [1, 0] and loaded.val.labels.tolist() == [2]
 
 
 @pytest.mark.parametrize("case", BAD_LABELS)

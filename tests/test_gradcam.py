@@ -271,6 +271,7 @@ def test_what_does_not_fit_is_refused(run, tmp_path):
         "weights": {"weights": "default"},
         "only": {"only": "wrong", "indices": "1"},
         "region_column": {"region_column": "box"},
+        "target": {"target": "7", "contrast": True},
     }.items():
         assert f"--{name} has no effect" in refused(tmp_path, run, **flags)
     said = refused(tmp_path, run, "--images", photo(tmp_path / "x.png"), split="test")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 from harness import launch
 from harness.errors import RunStopped, UserError
@@ -166,6 +167,18 @@ def shell(monkeypatch, tmp_path):
 
     yield run
     torch.set_num_threads(threads)
+
+
+def test_the_environment_does_not_overrule_the_accumulation(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    try:
+        accelerator, _ = make_accelerator("no", gradient_accumulation_steps=2, threads=1)
+        assert accelerator.gradient_accumulation_steps == 2
+    finally:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(shell):

@@ -145,6 +145,18 @@ def test_the_first_size_has_to_be_one_that_the_network_runs_at():
         models.check_start_size(model, "fastnet", 33, 32)
 
 
+def test_one_image_and_one_place_are_too_few_for_batch_norm():
+    model = models.build_model("resnet18", 10, image_size=16)  # 1 × 1 at the end, with this stem
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserError, match="one image a forward pass"):
+        models.check_part(model, 1, 8)
+    models.check_part(model, 2, 8)
+    models.check_part(model, 1, 64)
+    models.check_part(model.eval(), 1, 8)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
 def test_every_torchvision_classifier_has_a_family():
     names = torchvision.models.list_models(module=torchvision.models)
     assert len(names) >= 80

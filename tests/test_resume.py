@@ -5,7 +5,11 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -16,8 +20,9 @@ import smallruns
 import train
 from harness import checkpoint
 from harness.errors import RunStopped, UserError
-from harness.folder import read_metrics
+from harness.folder import check_folder, claim_folder, read_metrics
 from harness.run import Run
+from harness.verify import verify_resume
 
 STEPS = 12
 
@@ -145,6 +150,40 @@ def test_a_folder_that_holds_a_run_is_refused_and_overwrite_replaces_it(straight
     assert status == 0
     assert smallruns.digest(folder) == smallruns.digest(straight)
     assert yaml.safe_load((folder / "config.yaml").read_text())["epochs"] == 3
+
+
+def test_a_run_that_came_between_is_not_thrown_away(tmp_path):
+    """Another start trains in the folder while this one decodes its images."""
+    args = train.read_flags(smallruns.words({**smallruns.SMALL, "output_dir": tmp_path}))
+    folder = check_folder(args)
+    smallruns.train(tmp_path, stop_after=2)
+    with pytest.raises(UserError, match="another process has trained"):
+        claim_folder(folder, args, None)
+    _, status = smallruns.train(tmp_path, resume_from_checkpoint="auto")
+    assert status == 0
+
+
+def test_the_runs_folder_is_no_checkpoint_and_a_reports_folder_no_runs(tmp_path):
+    folder, _ = smallruns.train(tmp_path, stop_after=2)
+    with pytest.raises(UserError, match=r"is the run's folder: give auto"):
+        smallruns.train(tmp_path, resume_from_checkpoint=folder)
+    (folder / "report.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a report"):
+        smallruns.train(tmp_path, resume_from_checkpoint="auto")
+
+
+def test_stopped_where_it_would_stop(tmp_path, capsys):
+    folder, _ = smallruns.train(tmp_path, stop_after=2)
+    before = smallruns.digest(folder)
+    _, status = smallruns.train(tmp_path, stop_after=2, resume_from_checkpoint="auto")
+    assert status == 0 and "stopped already: --stop_after 2" in capsys.readouterr().out
+    assert smallruns.digest(folder) == before
+
+
+def test_all_processes_are_told_of_a_checkpoint_that_is_none(tmp_path):
+    run = faulty.start(tmp_path, processes=2, resume_from_checkpoint=tmp_path / "nothing")
+    assert run.wait() == [2, 2]
+    assert "Traceback" not in run.output() and run.output().count("manifest.json: No such") == 1
 
 
 def test_a_flag_that_an_older_version_did_not_know_counts_as_its_default():
@@ -441,6 +480,32 @@ def test_verify_resume_names_the_first_difference(straight, tmp_path, capsys):
 
     with pytest.raises(RunStopped, match=r"FAIL: after step 12: ema fc.bias differs by up to 0.25"):
         compared(straight, tmp_path / "b", another_tensor)
+
+
+def test_verify_resume_trains_and_a_dry_run_does_not(tmp_path):
+    flags = {**smallruns.SMALL, "output_dir": tmp_path, "verify_resume": 4, "dry_run": True}
+    with pytest.raises(UserError, match="give one of them"):
+        verify_resume("train.py", train.read_flags(smallruns.words(flags)))
+
+
+@pytest.mark.slow
+def test_verify_resume_takes_its_runs_with_it(tmp_path):
+    flags = {**smallruns.SMALL, "output_dir": tmp_path, "epochs": 99, "verify_resume": 300}
+    command = [sys.executable, str(smallruns.ROOT / "train.py"), *smallruns.words(flags)]
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    process = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(temporary)})
+    try:
+        until = time.monotonic() + 60
+        while not list(temporary.rglob("metrics.jsonl")) and time.monotonic() < until:
+            time.sleep(0.1)
+        runs = psutil.Process(process.pid).children()
+        process.terminate()
+        assert process.wait(20) == 143
+    finally:
+        process.kill()
+    assert runs and not any(psutil.pid_exists(run.pid) for run in runs)
+    assert not list(temporary.rglob("metrics.jsonl"))
 
 
 def test_verify_resume_of_a_shorter_run_is_refused(straight):

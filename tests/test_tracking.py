@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
@@ -17,6 +18,7 @@ from accelerate.tracking import GeneralTracker
 
 from harness import tracking
 from harness.errors import UserError
+from harness.folder import check_folder, report_folder
 from harness.tracking import Tracking, answers, flatten, parse_report_to
 
 wandb = pytest.importorskip("wandb")
@@ -228,8 +230,9 @@ def test_missing_packages(tmp_path, monkeypatch):
     assert "pip install wandb" in run.line
     run.log({"a": 1}, 1)
     run.finish()
-    with pytest.raises(UserError, match="pip install tensorboard"):
-        start(tmp_path, ["tensorboard"])
+    for folder_of in (check_folder, lambda args: report_folder(args, "report")):  # before any work
+        with pytest.raises(UserError, match="pip install tensorboard"):
+            folder_of(SimpleNamespace(report_to="tensorboard"))
 
 
 def test_a_start_that_fails_spares_the_other_tracker(tmp_path, monkeypatch):
