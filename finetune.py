@@ -45,6 +45,7 @@ from harness.optimizers import make_optimizer
 from harness.pictures import save_train_batch
 from harness.run import Run, check_batch
 from harness.scoring import evaluate, score
+from harness.trained import seen_before
 from harness.verify import verify_resume
 from harness.views import decode_splits, draw_mixing, make_views, mixes, train_batches
 from harness.weights import find_weights, load_pretrained, stored_size
@@ -107,6 +108,11 @@ def main(args):
 
     machine |= {"weights": f"{loaded}; what is new: init {initialised}"}
     rows = {"strategy": f"{strategy}: {reason}", "lr": f"{args.optimizer}: see the stages"}
+    if seen := seen_before(pretrained.recipes, data):
+        rows["note"] = (
+            f"{seen:,} of {len(data.val):,} val images were trained on by {args.weights}: the same "
+            "--seed and --val_fraction hold out the same images"
+        )
     accelerator.print(plan.text(args, machine, data, model, look, total, rows))
     accelerator.print(staging.table(model, stages, per_epoch, cached))
     if args.dry_run:

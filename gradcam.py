@@ -14,7 +14,7 @@ from harness import flags
 def read_flags(argv=None):
     parser = flags.Parser(__doc__)
     flags.cam_flags(parser)
-    flags.running_flags(parser, precision=False)  # maps are made in fp32
+    flags.running_flags(parser, precision=False, trains=False)  # maps are made in fp32
     flags.report_flags(parser, project="image-classification", name="gradcam-RUN")
     return parser.read(argv)
 

@@ -1,8 +1,8 @@
 """What each member, and each way to combine them, predicts for the scored images.
 
 Whatever is fitted (weights, selections, temperatures) is fitted on images that no member was
-trained on: on role "fitted", or, where there is none, on the half of role "scored" that is not
-scored with it.
+trained on: on role "fitted", or, where there is none (or too little), on the half of role "scored"
+that is not scored with it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tricks.soup import greedy_ingredients
 from tricks.tta import average_views
 
 LEAST = 1e-3  # smallest fitted weight
+LEAST_FITTED = 100  # images; with fewer, the half of what is scored tells more, where it is larger
 
 
 class Result(NamedTuple):

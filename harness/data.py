@@ -198,8 +198,6 @@ def load_data(
     mean, std = built_in.statistics if built_in else IMAGENET_STATISTICS
     train = cut(splits["train"], max_train_samples, seed)
     _check_every_class(train, classes)
-    if val_fraction and train is not splits["train"]:
-        splits["val"] = _alone(splits["val"], np.arange(len(splits["val"])))
     return Data(
         name=dataset,
         source=source,
@@ -615,14 +613,11 @@ def cut(split, max_samples, seed):
     """The first of a split's samples in a seeded stratified order, if it has too many."""
     if split is None or max_samples is None or max_samples >= len(split):
         return split
-    return _alone(split, np.sort(stratified_order(split.labels, seed)[:max_samples]))
-
-
-def _alone(split, kept):
-    """The samples `kept` as a data set of their own: a quick look at ImageNet decodes no more."""
+    kept = np.sort(stratified_order(split.labels, seed)[:max_samples])
+    # A data set of its own, so that a quick look at ImageNet does not decode all of it.
     dataset = split.dataset.select(split.rows[kept])
     stored = stored_rows(split)[kept]
-    return Split(split.name, dataset, np.arange(len(kept)), split.labels[kept], stored)
+    return Split(split.name, dataset, np.arange(max_samples), split.labels[kept], stored)
 
 
 def stored_rows(split):

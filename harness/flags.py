@@ -499,14 +499,15 @@ def shares(text):
     return [value / sum(values) for value in values]
 
 
-def running_flags(parser, precision=True):
+def running_flags(parser, precision=True, trains=True):
     g = parser.add_argument_group("running")
     if precision:
         g.add_argument("--mixed_precision", choices=("auto", "no", "bf16", "fp16"), default="auto",
                        help="auto: what the launcher says, else bf16 where the device computes it")
     g.add_argument(
         "--threads", type=whole(1),
-        help="CPU threads a process; unset: all cores, shared. A resumed run keeps its own",
+        help="CPU threads a process; unset: all cores, shared"
+        + (". A resumed run keeps its own" if trains else ""),
     )
     g.add_argument("--seed", type=whole(0, 2**32 - 1), default=42, help="of everything random")
     g.add_argument("--dry_run", action=Switch, help="print the plan and stop")
@@ -533,7 +534,8 @@ def output_flags(parser, project):
                    help="optimizer steps between checkpoints, or epoch")
     g.add_argument("--max_checkpoints", type=whole(2), default=2, help="newest ones kept")
     g.add_argument("--resume_from_checkpoint", metavar="auto|PATH",
-                   help="auto: continue this run from its newest valid checkpoint")
+                   help="auto: continue this run from its newest valid checkpoint, or begin; a "
+                   "path: of one, checkpoints/step-*")
     g.add_argument("--stop_after", type=whole(1),
                    help="optimizer steps, then a checkpoint and exit 0; the schedule is that of "
                    "the whole run")

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from harness.combinations import LEAST_FITTED
 from harness.data import Split, cut, load_data, stored_rows
 from harness.errors import UserError
 from harness.trained import check_classes, data_flags, read_trained, where
@@ -20,7 +21,7 @@ class Images(NamedTuple):
 
     scored: Split
     role: str  # of `scored`: "test" or "val"
-    fitted: Split | None  # no member was trained on these; None: there are none
+    fitted: Split | None  # no member was trained on these; None: there are too few
     train: Split  # the first member's
     image_column: str
     source: str
@@ -62,9 +63,9 @@ def find_images(members, args) -> Images:
     """The images that the members are scored on, and those that anything may be fitted on.
 
     Test is scored where there is one (or what --split says). Fitted on is what some member has
-    held out for validation and no member, nor a network it came from, was trained on. Raises
-    UserError where there is nothing to score, and where a member was trained on images that would
-    be scored.
+    held out for validation and no member, nor a network it came from, was trained on, unless it is
+    too little: members of different seeds hold out different images. Raises UserError where there
+    is nothing to score, and where a member was trained on images that would be scored.
     """
     own = [member.recipes[0] for member in members]
     places = {where(recipe) for recipe in own}
@@ -103,6 +104,8 @@ def find_images(members, args) -> Images:
             raise UserError(f"a member was trained on split '{test.name}', which is to be scored")
         held_out.pop(test.name, None)
         scored, fitted = test, _honest(held_out, trained)
+        if fitted and len(fitted) < min(LEAST_FITTED, len(test) / 2):
+            fitted = None
     else:
         scored, fitted = None if role == "test" else _honest(held_out, trained), None
     if scored is None:

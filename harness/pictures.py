@@ -231,7 +231,8 @@ def _draw_panel(ax, title, series, records):
     if title == "learning rate" and len(ax.lines) > 1:  # groups lie factors of ten apart
         ax.set_yscale("log")
         top = max(value for key in series for r in records if (value := r.get(key)) is not None)
-        ax.set_ylim(top * 1e-5, top * 2)  # a cosine ends near 0
+        least = min(value for key in series for r in records if (value := r.get(key) or top))
+        ax.set_ylim(max(top * 1e-5, least / 2), top * 2)  # a cosine ends near 0
     ax.set_ylabel(title)
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
@@ -242,14 +243,15 @@ def _draw_panel(ax, title, series, records):
 
 
 def _mark_stages(axes, records):
-    current = None
+    """A line where each stage begins: at the last record of the one before, an epoch's end."""
+    current, epoch = None, 0
     for record in records:
         if record.get("stage", current) != current:
             current = record["stage"]
             for ax in axes:
-                ax.axvline(record["epoch"], color=GREY, linestyle=":", linewidth=1)
+                ax.axvline(epoch, color=GREY, linestyle=":", linewidth=1)
             axes[0].text(
-                record["epoch"],
+                epoch,
                 1,
                 f" {current}",
                 transform=axes[0].get_xaxis_transform(),  # x in epochs, y in heights of the panel
@@ -257,6 +259,7 @@ def _mark_stages(axes, records):
                 fontsize=9,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
             )
+        epoch = record["epoch"]
 
 
 def save_picture(path, write):

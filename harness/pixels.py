@@ -104,7 +104,9 @@ def decode_split(
 
 
 def find_bad(dataset, image_column, *, name, progress=True):
-    """{row: why} of the images of `dataset` that can't be decoded; kept beside the pixels.
+    """{row: why} of the images of `dataset` that can't be decoded, with their files' names.
+
+    What was found is kept beside the pixels.
 
     The first start decodes every image once for it, the next ones read a file. Any number of
     processes may call this at once.
@@ -129,7 +131,9 @@ def find_bad(dataset, image_column, *, name, progress=True):
                 f"cannot write {found}: {error.strerror or error}; make room, or set "
                 "HF_DATASETS_CACHE to a folder that has it"
             ) from error
-    return _read_bad(file)
+    bad = _read_bad(file)
+    paths = {row: _path(_encoded(dataset, image_column), image_column, row) for row in bad}
+    return {row: f"{paths[row]}: {why}" if paths[row] else why for row, why in bad.items()}
 
 
 def decode_image(file, size, interpolation="bilinear"):
@@ -315,14 +319,20 @@ def _reason(error):
 
 def _unreadable(dataset, image_column, name, row, reason):
     """One line that lets the user find the bad image: the index is the one before any cut."""
-    (image,) = _encoded(dataset, image_column)[row : row + 1][image_column].to_pylist()
+    path = _path(_encoded(dataset, image_column), image_column, row)
+    path = f" ({path})" if path else ""
     if dataset._indices is not None:
         row = dataset._indices.column(0)[row].as_py()
-    path = f" ({image['path']})" if image and image["path"] else ""
     return (
         f"cannot read image {row} of split '{name}'{path}: {reason}; mend it, or leave such "
         "images out of training with --bad_images skip"
     )
+
+
+def _path(images, image_column, row):
+    """The file of an image, as far as the data set knows it, or None."""
+    (image,) = images[row : row + 1][image_column].to_pylist()
+    return image["path"] if image else None
 
 
 def _to_rgb(image):

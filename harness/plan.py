@@ -7,7 +7,7 @@ import hashlib
 from harness import models
 from harness.data import load_data
 from harness.weights import Preprocessing, stored_size
-from tricks.ema import half_life
+from tricks.ema import decay_at, half_life
 from tricks.schedule import warmup_cosine, warmup_linear
 
 CROP_PCT = 0.875  # of the stored pixels, what the network sees, where random crops need more
@@ -33,6 +33,9 @@ def load(args):
 def sizes(data):
     """{"train": n, ...} of the splits there are."""
     return {r: len(getattr(data, r)) for r in ("train", "val", "test") if getattr(data, r)}
+
+
+NOTHING_HELD_OUT = "no validation or test images: --val_fraction 0.1 holds some out"
 
 
 def left_out(data):
@@ -77,7 +80,8 @@ def text(args, machine, data, model, look, total, rows):
     rows = {
         "data": f"{data.name} ({data.source}): "
         + ", ".join(f"{n:,} {role}" for role, n in sizes(data).items())
-        + f"; {len(data.classes)} classes",
+        + f"; {len(data.classes)} classes"
+        + ("" if data.val or data.test else f"; {NOTHING_HELD_OUT}"),
         **({"left out": left_out(data)} if data.bad else {}),
         "images": f"{look.size}×{look.size}{stored} {look.interpolation}, {colours}; "
         + augmentation(args),
@@ -139,12 +143,11 @@ def augmentation(args):
 def _ema(args, steps_per_epoch, total):
     if not args.ema_decay:
         return "off"
-    steps = half_life(args.ema_decay)
+    last = decay_at(total - 1, args.ema_decay)
+    held = f", in the end {last:.4g} (warm-up)" if last < args.ema_decay else ""
+    steps = half_life(last)
     epochs = steps / steps_per_epoch
-    line = f"decay {args.ema_decay}, half-life {steps:,.0f} steps = {epochs:.1f} epochs"
-    if steps > 0.2 * total:
-        line += f"; that is {steps / total:.0%} of the run: a smaller --ema_decay would follow it"
-    return line
+    return f"decay {args.ema_decay}{held}: half-life {steps:,.0f} steps = {epochs:.1f} epochs"
 
 
 def result_config(args, data, look, stem, job_type, pretrained, head="linear"):
@@ -186,7 +189,11 @@ def identity(data, look):
 def closing(summary, folder, tracked):
     """The last lines: what came out, and where it is."""
     split, accuracy = summary["split"], summary["accuracy"]
-    score = "nothing was evaluated" if accuracy is None else f"{split} accuracy {accuracy:.2%}"
+    score = (
+        f"nothing was evaluated ({NOTHING_HELD_OUT})"
+        if accuracy is None
+        else f"{split} accuracy {accuracy:.2%}"
+    )
     splits = summary["data"]["splits"]
     if accuracy is not None:
         score += f" of {splits[split]:,} images, trained on {splits['train']:,}"

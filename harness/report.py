@@ -10,6 +10,7 @@ import torch
 
 from harness import charts
 from harness.checkpoint import replace_file
+from harness.combinations import LEAST_FITTED
 from harness.comparison import notes
 from harness.folder import file_name
 from harness.pictures import drawable, save_tiles
@@ -29,10 +30,10 @@ def plan(members, images, kinds, groups, machine) -> str:
     """What is about to happen, a fact a line."""
     rows = [("member", f"{_about(member)}") for member in members]
     rows.append(("scored", f"{len(images.scored):,} {images.role} images of {images.source}"))
-    where = (
-        f"on {len(images.fitted):,} validation images that no member was trained on"
-        if images.fitted else f"cross-fitted on the {images.role} images: no others are left"
-    )  # fmt: skip
+    if images.fitted:
+        where = f"on {len(images.fitted):,} validation images that no member was trained on"
+    else:
+        where = f"cross-fitted on the {images.role} images: under {LEAST_FITTED} others are left"
     rows.append(("fitted", where))
     rows.append(("views", ", ".join(kinds)))
     for group in groups:
@@ -220,7 +221,7 @@ def how_fitted(report) -> str:
         "These are the images that members held out and none was trained on, so no others are "
         "left to fit anything on."
         if scored["role"] == "val"
-        else "No validation images are left that no member was trained on."
+        else f"Under {LEAST_FITTED} validation images are left that no member was trained on."
     )
     return (
         f"{lead} So weights, selections and temperatures are **cross-fitted on the "

@@ -6,9 +6,10 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from torch import nn
 
-from harness.data import BUILT_IN
+from harness.data import BUILT_IN, load_data, stored_rows
 from harness.errors import UserError
 from harness.models import rebuild_model
 from harness.weights import (
@@ -95,6 +96,20 @@ def data_flags(recipe, **asked) -> dict:
     if not flags["dataset"]:
         raise UserError("a run does not say what it was trained on: add --dataset")
     return flags
+
+
+def seen_before(recipes, data) -> int:
+    """How many validation images of `data` networks with these recipes were trained on.
+
+    Of the same data set alone: of another one, or weights of unknown origin, nothing is known.
+    """
+    seen = np.zeros(0, np.int64)
+    for recipe in recipes:
+        if data.val is not None and recipe.get("source") == data.source:
+            theirs = load_data(**data_flags(recipe)).train
+            if theirs.name == data.val.name:
+                seen = np.union1d(seen, stored_rows(theirs))
+    return 0 if data.val is None else int(np.isin(stored_rows(data.val), seen).sum())
 
 
 def where(recipe) -> str:

@@ -238,6 +238,18 @@ def test_nothing_is_fitted_on_images_that_a_member_was_trained_on(runs, copies):
     assert (fewer.labels == load_data("digits").train.labels[fewer.rows]).all()
 
 
+def test_a_few_images_are_too_few_to_fit_on(copies):
+    """Members of other seeds, trained on all the others: next to nothing that neither has seen."""
+    for name, seed in (("a", 42), ("b", 7)):
+        flags = {"seed": seed, "val_fraction": 0.2, "max_train_samples": None}
+        edit(getattr(copies, name) / "config.json", lambda c, flags=flags: c["flags"].update(flags))
+    members = read_members([copies.a, copies.b])
+    assert find_images(members, ASKED).fitted is None  # 60 of 1,437; half of test is 180
+    assert len(find_images(members[:1], ASKED).fitted) == 287
+    val = find_images(members, SimpleNamespace(**vars(ASKED) | {"split": "val"}))
+    assert 30 < len(val.scored) < 100
+
+
 def test_what_a_network_came_from_has_been_seen_too(copies):
     """c went on from a, whose run is recorded; here a trained on everything."""
     images = find_images(read_members([copies.c]), ASKED)

@@ -404,3 +404,15 @@ def test_timm_loads_a_fine_tuned_resnet_from_its_folder(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(theirs(images), ours(images))
         torch.testing.assert_close(by_folder(images), ours(images))
+
+
+def test_validation_on_what_the_weights_were_trained_on_is_said(tmp_path, capsys):
+    flags = {"val_fraction": 0.3, "max_train_samples": None, "dry_run": True}
+    start, _ = smallruns.train(
+        tmp_path, run_name="start", epochs=1, max_steps=1, val_fraction=0.3, max_train_samples=None
+    )
+    for seed, said in ((7, True), (42, False)):
+        capsys.readouterr()
+        smallruns.finetune(tmp_path, weights=start, seed=seed, **flags)
+        out = capsys.readouterr().out
+        assert (f"of 100 val images were trained on by {start}" in out) == said, out

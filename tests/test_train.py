@@ -252,8 +252,14 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     out = capsys.readouterr().out
     assert status == 0 and not any(tmp_path.iterdir())
     for fact in ("200 train, 100 test", "373,658 parameters", "12 = 3 epochs of 4",
-                 "48 = 1 processes × 2 accumulation × 24", "half-life"):  # fmt: skip
+                 "48 = 1 processes × 2 accumulation × 24",
+                 # (1 + 11) / (10 + 11): the warm-up ends this run
+                 "decay 0.9, in the end 0.5714 (warm-up): half-life 1 steps"):  # fmt: skip
         assert fact in out
+    smallruns.train(tmp_path, dry_run=True, test_split="none")
+    assert "no validation or test images: --val_fraction 0.1" in capsys.readouterr().out
+    smallruns.train(tmp_path, dry_run=True, ema_decay=0.3)
+    assert "decay 0.3: half-life 1 steps" in capsys.readouterr().out
 
 
 def test_a_folder_in_use_by_another_process_is_refused(tmp_path, finished):
