@@ -213,7 +213,10 @@ class Parser(argparse.ArgumentParser):
             elif isinstance(value, list) and action.type == self.stages:
                 argv.append(f"--{action.dest}={json.dumps(value)}")
             elif isinstance(value, (list, dict, bool)):
-                self.error(f'{key}: "{value}" is not one value')
+                hint = (
+                    " (off and no are words for false in YAML: write 0)" if value is False else ""
+                )
+                self.error(f'{key}: "{value}" is not one value{hint}')
             elif value is not None:
                 argv.append(f"--{action.dest}={value}")
         return argv

@@ -102,6 +102,7 @@ def test_yaml_takes_1e_3_for_a_word_and_we_for_a_number(read_recipe):
         ("lr: [0.1, 0.2]", ["lr", "[0.1, 0.2]", "not one value"]),
         ("lr: {a: 1}", ["lr", "not one value"]),
         ("epochs: true", ["epochs", "True", "not one value"]),
+        ("flip_prob: off", ["flip_prob", "not one value", "write 0"]),
         ("nesterov: 1", ["nesterov", "not true or false"]),
         ("nesterov: 'no'", ["nesterov", "not true or false"]),
         ("- lr\n- 0.1", ["lines of `flag: value`"]),
