@@ -231,8 +231,8 @@ def _draw_panel(ax, title, series, records):
     if title == "learning rate" and len(ax.lines) > 1:  # groups lie factors of ten apart
         ax.set_yscale("log")
         top = max(value for key in series for r in records if (value := r.get(key)) is not None)
-        least = min(value for key in series for r in records if (value := r.get(key) or top))
-        ax.set_ylim(max(top * 1e-5, least / 2), top * 2)  # a cosine ends near 0
+        rates = [value for key in series for r in records if (value := r.get(key))]
+        ax.set_ylim(max(top * 1e-5, min(rates, default=0) / 2), top * 2)  # a cosine ends near 0
     ax.set_ylabel(title)
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
