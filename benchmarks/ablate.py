@@ -44,8 +44,10 @@ from training_runs import finish_run
 from harness.flags import OPERATIONAL, nearest, to_recipe
 from train import read_flags
 
-# Every flag that a trick sets, with its value in the plain recipe
+# Every flag that a trick sets, with its value in the plain recipe; and mix_prob, as a --config that
+# has it at 0 would make the rows of mixup and CutMix the base once more
 PLAIN = {
+    "mix_prob": 1,
     "augment": "basic", "random_erasing": 0, "mixup_alpha": 0, "cutmix_alpha": 0, "ema_decay": 0,
     "label_smoothing": 0, "warmup_epochs": 0, "clip_grad_norm": 0,
 }  # fmt: skip

@@ -15,6 +15,7 @@ import ablate
 import training_runs
 
 from harness.flags import to_yaml
+from harness.views import mixes
 from train import read_flags
 
 # ---------------------------------------------------------------- statistics
@@ -100,6 +101,16 @@ def test_a_plus_row_changes_its_own_flags_alone():
     for name, _, flags in others:
         changed = {k: v for k, v in flags.items() if ablate.PLAIN[k] != v}
         assert changed == ablate.TRICKS[name.removeprefix("basic+")]
+
+
+def test_a_config_cannot_take_the_effect_from_a_row(tmp_path):
+    """recipes/cifar10_fast.yaml does not mix: its mixup row would be its base."""
+    config = f"--config={smallruns.ROOT / 'recipes' / 'cifar10_fast.yaml'}"
+    args, passed_on = ablate.parse_args(["--dataset=digits", config])
+    ((base, *others),) = ablate.recipes(args)
+    for name, _, flags in (base, *others):
+        read = read_flags(ablate.command(args, flags, passed_on))
+        assert mixes(read) == ("mixup" in name or "cutmix" in name), name
 
 
 def test_a_minus_row_puts_back_the_plain_value():
