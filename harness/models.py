@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from harness import fastnet
@@ -140,6 +141,7 @@ def build_model(
     arguments = (name, library, num_classes, stem, dropout, head)
     model, error = _try_build(*arguments, image_size)
     if error is None:
+        _pad_single_pixels(model)
         return model
     for pixels in sorted(range(16, image_size + 257, 16), key=lambda p: abs(p - image_size)):
         with torch.device("meta"):  # shapes only
@@ -150,6 +152,29 @@ def build_model(
     else:
         hint = one_line(error)
     raise UserError(f"{name} ({stem} stem) does not run at {image_size} px: {hint}")
+
+
+def _pad_single_pixels(model):
+    """Make the bf16 gradient right, on a CPU, of strided convolutions whose input is one pixel.
+
+    oneDNN (torch 2.15) leaves memory that nobody wrote in the weights' gradient there: numbers up
+    to 1e37, or NaN, in the taps beside the middle one, which see padding only and get 0. Over the
+    zeros that padding adds anyway, the same convolution is computed rightly.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and min(module.stride) > 1:
+            kernel, padding = module.kernel_size, module.padding
+            if padding != "same" and all(
+                k == 2 * p + 1 > 1 for k, p in zip(kernel, padding, strict=True)
+            ):
+                module.register_forward_pre_hook(_padded_pixel)
+
+
+def _padded_pixel(module, inputs):
+    (images,) = inputs
+    if images.shape[-2:] == (1, 1) and torch.is_autocast_enabled("cpu"):
+        return (F.pad(images, (0, 1, 0, 1)),)  # a stride of 2 or more still gives one pixel
+    return None
 
 
 def library_of(name, library=None) -> str:

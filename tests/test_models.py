@@ -556,3 +556,28 @@ def test_timm_loads_a_standard_resnet_from_its_folder(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(theirs(images), model(images))
     assert theirs.pretrained_cfg["mean"] == [0.5, 0.5, 0.5]
+
+
+def test_a_strided_convolution_of_one_pixel_has_the_gradient_of_fp32_in_bf16():
+    """oneDNN fills taps that see only padding with memory that nobody wrote: often NaN."""
+    torch.manual_seed(0)
+    model = models.build_model("test_resnet", 10, image_size=16).train()
+    torch.nn.init.ones_(model.layer4[0].bn2.weight)  # timm's 0 lets no gradient through
+    images, junk = torch.randn(24, 3, 16, 16), [torch.full((50_000,), torch.nan) for _ in range(20)]
+    del junk
+    convolution = model.get_submodule("layer4.0.conv1")  # stride 2 on one pixel
+    for _ in range(20):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(images).float().square().mean().backward()
+        gradient = convolution.weight.grad
+        assert gradient[..., 1, 1].abs().max() > 0 and gradient.isfinite().all()
+        beside = gradient.clone()
+        beside[..., 1, 1] = 0
+        assert not beside.any()
+    with torch.no_grad():
+        one = torch.randn(2, convolution.in_channels, 1, 1)
+        plain = torch.nn.functional.conv2d(one, convolution.weight, stride=2, padding=1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            padded = convolution(one)
+    torch.testing.assert_close(padded.float(), plain, atol=0.02, rtol=0.02)
