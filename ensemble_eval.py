@@ -7,7 +7,7 @@ accelerate launch ensemble_eval.py runs/a --tta random:8              one networ
 accelerate launch ensemble_eval.py runs/a runs/b --member_weights 0.7,0.3
 """
 
-from harness import flags
+from harness.cli import flags
 
 
 def read_flags(argv=None):
@@ -23,16 +23,16 @@ if __name__ == "__main__":  # before torch is imported: --help and a mistyped fl
 
 import torch
 
-from harness import combinations, comparison, report
-from harness.checkpoint import replace_file
+from harness.ensembles import combinations, comparison, report
+from harness.ensembles.members import find_images, read_members, view_sets
+from harness.ensembles.predictions import Predictions, progress
+from harness.ensembles.soups import Soups, groups_of
 from harness.errors import UserError
-from harness.folder import report_folder
 from harness.launch import in_turn, make_accelerator, script
-from harness.members import find_images, read_members, view_sets
-from harness.predictions import Predictions, progress
-from harness.soups import Soups, groups_of
+from harness.models.trained import load_model
 from harness.tracking import Tracking, parse_report_to
-from harness.trained import load_model
+from harness.training.checkpoint import replace_file
+from harness.training.folder import report_folder
 from tricks.ensemble import average_logits, average_probabilities
 
 

@@ -8,7 +8,7 @@ accelerate launch finetune.py --dry_run                         what trains when
 accelerate launch finetune.py --resume_from_checkpoint auto     continue in the middle of a stage
 """
 
-from harness import flags
+from harness.cli import flags
 
 
 def read_flags(argv=None):
@@ -36,19 +36,20 @@ import math
 import torch
 import torch.nn.functional as F
 
-from harness import features, models, plan
-from harness import stages as staging
 from harness.counters import generator
-from harness.folder import check_folder
+from harness.data.batches import decode_splits, draw_mixing, make_views, mixes, train_batches
 from harness.launch import in_turn, make_accelerator, script
-from harness.optimizers import make_optimizer
+from harness.models import build
+from harness.models.trained import seen_before
+from harness.models.weights import find_weights, load_pretrained, stored_size
 from harness.pictures import save_train_batch
-from harness.run import Run, check_batch
-from harness.scoring import evaluate, score
-from harness.trained import seen_before
-from harness.verify import verify_resume
-from harness.views import decode_splits, draw_mixing, make_views, mixes, train_batches
-from harness.weights import find_weights, load_pretrained, stored_size
+from harness.training import features, plan
+from harness.training import stages as staging
+from harness.training.folder import check_folder
+from harness.training.optimizers import make_optimizer
+from harness.training.run import Run, check_batch
+from harness.training.scoring import evaluate, score
+from harness.training.verify import verify_resume
 from tricks.ema import ModelEma
 from tricks.freeze import frozen_digest, unfreeze
 from tricks.label_smoothing import smooth_labels, soft_cross_entropy
@@ -68,17 +69,17 @@ def main(args):
     data = plan.load(args)
     pretrained = in_turn(accelerator, lambda: find_weights(args.weights, args.model, args.stem))
     look = plan.preprocessing(args, data, pretrained)
-    stem = models.resolve_stem(args.model, pretrained.stem or args.stem, look.size)
+    stem = build.resolve_stem(args.model, pretrained.stem or args.stem, look.size)
     check_batch(args, accelerator.num_processes, len(data.train), mixing=False)
     per_epoch = len(data.train) // args.batch_size
 
     # model: a new head on loaded weights
-    model = models.build_model(
+    model = build.build_model(
         args.model, len(data.classes), image_size=look.size, stem=stem, dropout=args.dropout,
         head=args.head,
     )  # fmt: skip
     how = "own" if args.init == "auto" and pretrained.state else args.init
-    initialised = models.initialise(model, how, generator(args.seed, "init"))
+    initialised = build.initialise(model, how, generator(args.seed, "init"))
     loaded = load_pretrained(model, pretrained, data.classes)
     model.to(device, memory_format=torch.channels_last)
 
@@ -96,12 +97,12 @@ def main(args):
         strategy, reason = features.choose(
             accelerator, model, splits, views, len(data.classes), args.seed, known
         )
-    blocks = models.blocks(model, args.model)
+    blocks = build.blocks(model, args.model)
     stages = staging.make_stages(args, strategy, model, blocks, per_epoch)
     total = stages[-1].end
     for stage in stages:
         part = check_batch(args, accelerator.num_processes, len(data.train), mixes(stage.args))
-    models.check_part(model, part, look.size)
+    build.check_part(model, part, look.size)
     cached = features.kept_in(stages, model, look.size)
     idle = staging.idle_flags(args, strategy)
     reason += f"; {', '.join(idle)} not used" if idle else ""

@@ -8,7 +8,7 @@ accelerate launch gradcam.py runs/x --check                         can the maps
 accelerate launch gradcam.py --model resnet50 --weights default --images photo.jpg
 """
 
-from harness import flags
+from harness.cli import flags
 
 
 def read_flags(argv=None):
@@ -24,11 +24,11 @@ if __name__ == "__main__":  # before torch is imported: --help and a mistyped fl
 
 from accelerate.utils import gather_object
 
-from harness import camreport, cams
-from harness.folder import report_folder
+from harness.ensembles.predictions import progress
+from harness.explain import cams, report
+from harness.explain.sheets import colours
 from harness.launch import in_turn, make_accelerator, script
-from harness.predictions import progress
-from harness.sheets import colours
+from harness.training.folder import report_folder
 from tricks.cam import CAM_METHODS
 
 
@@ -46,7 +46,7 @@ def main(args):
     network.model.to(device)
     pictures = cams.find_pictures(args, network, accelerator)
     classes_of = cams.targets_of(args, network, pictures)
-    accelerator.print(camreport.plan(args, network, pictures, methods, machine))
+    accelerator.print(report.plan(args, network, pictures, methods, machine))
     if args.dry_run:
         return
 
@@ -58,7 +58,7 @@ def main(args):
 
     # report
     if accelerator.is_main_process:
-        camreport.write(args, accelerator, folder, network, pictures, found, colour)
+        report.write(args, accelerator, folder, network, pictures, found, colour)
 
 
 if __name__ == "__main__":

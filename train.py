@@ -7,7 +7,7 @@ accelerate launch train.py --dataset path/to/folder --model resnet50 --epochs 50
 accelerate launch train.py --resume_from_checkpoint auto          continue, bit for bit
 """
 
-from harness import flags
+from harness.cli import flags
 
 
 def read_flags(argv=None):
@@ -27,16 +27,8 @@ if __name__ == "__main__":  # before torch is imported: --help and a mistyped fl
 import torch
 import torch.nn.functional as F
 
-from harness import models, plan
 from harness.counters import generator
-from harness.folder import check_folder
-from harness.launch import in_turn, make_accelerator, script
-from harness.optimizers import make_groups, make_optimizer
-from harness.pictures import save_train_batch
-from harness.run import Run, check_batch
-from harness.scoring import evaluate, score
-from harness.verify import verify_resume
-from harness.views import (
+from harness.data.batches import (
     decode_splits,
     draw_mixing,
     make_views,
@@ -44,7 +36,16 @@ from harness.views import (
     scored_views,
     train_batches,
 )
-from harness.weights import find_weights, load_pretrained, stored_size
+from harness.launch import in_turn, make_accelerator, script
+from harness.models import build
+from harness.models.weights import find_weights, load_pretrained, stored_size
+from harness.pictures import save_train_batch
+from harness.training import plan
+from harness.training.folder import check_folder
+from harness.training.optimizers import make_groups, make_optimizer
+from harness.training.run import Run, check_batch
+from harness.training.scoring import evaluate, score
+from harness.training.verify import verify_resume
 from tricks.ema import ModelEma
 from tricks.label_smoothing import smooth_labels, soft_cross_entropy
 from tricks.lr_groups import check_groups
@@ -65,19 +66,19 @@ def main(args):
     pretrained = in_turn(accelerator, lambda: find_weights(args.weights, args.model, args.stem))
     look = plan.preprocessing(args, data, pretrained)
     seen = scored_views(args.tta, look.size, args.seed)
-    stem = models.resolve_stem(args.model, pretrained.stem or args.stem, look.size)
+    stem = build.resolve_stem(args.model, pretrained.stem or args.stem, look.size)
     part = check_batch(args, accelerator.num_processes, len(data.train), mixes(args))
     per_epoch = len(data.train) // args.batch_size  # the images that don't fill a batch are left
     total = args.max_steps or args.epochs * per_epoch
 
     # model
-    model = models.build_model(
+    model = build.build_model(
         args.model, len(data.classes), image_size=look.size, stem=stem, dropout=args.dropout
     )
-    initialised = models.initialise(model, args.init, generator(args.seed, "init"))
+    initialised = build.initialise(model, args.init, generator(args.seed, "init"))
     loaded = load_pretrained(model, pretrained, data.classes)
-    start_size = models.check_start_size(model, args.model, args.start_size, look.size)
-    models.check_part(model, part, start_size)
+    start_size = build.check_start_size(model, args.model, args.start_size, look.size)
+    build.check_part(model, part, start_size)
     model.to(device, memory_format=torch.channels_last)
 
     # optimizer and schedule: the learning rate is a function of the step, nothing to save
@@ -107,7 +108,7 @@ def main(args):
         return views.evaluation(splits["train"].take(torch.arange(len(data.train))[:n], device)[0])
 
     if pretrained.state is None:
-        models.whiten(model, some)
+        build.whiten(model, some)
     ema = ModelEma(model, args.ema_decay) if args.ema_decay else None
 
     model, optimizer = accelerator.prepare(model, optimizer)

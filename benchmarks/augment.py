@@ -5,7 +5,7 @@
 
 Each pipeline is crop + flip + policy + normalise + random erasing of decoded images of 32 px, and
 one is random resized crop to 224 + flip + RandAugment + normalise of decoded images of 256 px. Ours
-is what train.py does (`harness.views.Views`, draws included): a uint8 batch in, a normalised
+is what train.py does (`harness.data.batches.Views`, draws included): a uint8 batch in, a normalised
 channels_last one out, every sample with operations of its own. As in train.py, malloc keeps what is
 freed, for all sides. The peers, which take turns with it:
 
@@ -28,8 +28,8 @@ from processes import PIXELS, first_images
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
+from harness.data.batches import Views
 from harness.launch import keep_freed_memory
-from harness.views import Views
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 NUM_IMAGES = 512  # what a peer goes through in a round; ours goes through OURS times as many

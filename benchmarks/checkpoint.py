@@ -27,10 +27,10 @@ from measure import Row, over, parser, read, report, seconds_in_turns
 from processes import smooth_noise, write_folder
 
 import train
-from harness.checkpoint import CheckpointWriter
-from harness.models import build_model
-from harness.run import Run
-from harness.state import gather_tensors
+from harness.models.build import build_model
+from harness.training.checkpoint import CheckpointWriter
+from harness.training.run import Run
+from harness.training.state import gather_tensors
 from tricks.ema import ModelEma
 
 

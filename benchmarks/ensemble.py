@@ -38,11 +38,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 import ensemble_eval
+from harness.ensembles.members import find_images, read_members
 from harness.launch import make_accelerator
-from harness.members import find_images, read_members
-from harness.scoring import BATCH, BATCH_PIXELS
-from harness.trained import load_model
-from harness.weights import stored_size
+from harness.models.trained import load_model
+from harness.models.weights import stored_size
+from harness.training.scoring import BATCH, BATCH_PIXELS
 
 SIDES = ("bare", "ours", "plain", "kept")
 ASKED = ["--tta", "flip", "--no_soup", "--report_to", "none"]

@@ -175,8 +175,8 @@ def members_curve(temporary, quick):
 
 def measure_parts(quick):
     """Images/s of one core in each part of the input, 256 px stored and 224 px seen."""
-    from harness.pixels import decode_image, gather
-    from harness.views import Views
+    from harness.data.batches import Views
+    from harness.data.pixels import decode_image, gather
 
     torch.set_num_threads(1)
     n, whole = (8, 64) if quick else (64, ASSUMED["batch"])

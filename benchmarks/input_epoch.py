@@ -21,9 +21,9 @@ from processes import PIXELS, folder_of
 from resume import MEAN, STD, collate, transform_rows
 from torch.utils.data import DataLoader
 
-from harness.data import load_data
+from harness.data.batches import Views, decode_splits, train_batches
+from harness.data.sources import load_data
 from harness.launch import keep_freed_memory
-from harness.views import Views, decode_splits, train_batches
 
 BATCHES = 128, 512
 

@@ -16,8 +16,8 @@ from measure import Row, over, parser, read, report, seconds_in_turns
 from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
+from harness.data.batches import draw_mixing
 from harness.launch import keep_freed_memory
-from harness.views import draw_mixing
 
 CLASSES, PIXELS, ALPHA = 10, 32, 1.0
 

@@ -24,11 +24,11 @@ from processes import PIXELS, folder_of
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from harness.checkpoint import newest_valid, save_checkpoint
-from harness.data import load_data
-from harness.models import build_model
-from harness.state import gather_tensors, restore_tensors
-from harness.views import Views, decode_splits, train_batches
+from harness.data.batches import Views, decode_splits, train_batches
+from harness.data.sources import load_data
+from harness.models.build import build_model
+from harness.training.checkpoint import newest_valid, save_checkpoint
+from harness.training.state import gather_tensors, restore_tensors
 from tricks.ema import ModelEma
 
 BATCH, WORKERS = 128, 2

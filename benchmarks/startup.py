@@ -39,8 +39,8 @@ from processes import (
     write_folder,
 )
 
-from harness.data import load_data
-from harness.pixels import decode_split
+from harness.data.pixels import decode_split
+from harness.data.sources import load_data
 
 SIZES = {"train": 50_000, "test": 10_000}
 

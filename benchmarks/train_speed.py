@@ -39,7 +39,7 @@ from processes import (
     steady_speed,
 )
 
-from harness.models import build_model
+from harness.models.build import build_model
 
 HERE = Path(__file__).resolve().parent
 BATCH = 128
@@ -118,8 +118,8 @@ def write_arrays(data: str, cache: str, folder: str) -> list[str]:
     """The decoded train images as arrays for the peers; the flags that name them."""
     code = """
 import sys, numpy as np
-from harness.data import load_data
-from harness.pixels import decode_split
+from harness.data.sources import load_data
+from harness.data.pixels import decode_split
 data = load_data(sys.argv[1])
 pixels = decode_split(data.train.dataset, data.image_column, 32, name="train", progress=False)
 np.save(sys.argv[2] + "/pixels.npy", np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy()))

@@ -30,10 +30,10 @@ from processes import folder_of
 from torch.profiler import ProfilerActivity, profile
 from train_speed import BATCH, bare
 
-import harness.views
+import harness.data.batches
 import train
 from harness.launch import keep_freed_memory
-from harness.run import Run
+from harness.training.run import Run
 from tricks.ema import ModelEma
 
 # channels in, channels out, pixels a side, kernel, stride
@@ -45,9 +45,9 @@ REPEATS = 4
 
 # phase: (where it is called, the name of the call)
 PHASES = {
-    "gather": (harness.views.Samples, "take"),
-    "draw": (harness.views.Views, "draw"),
-    "augment": (harness.views.Views, "train"),
+    "gather": (harness.data.batches.Samples, "take"),
+    "draw": (harness.data.batches.Views, "draw"),
+    "augment": (harness.data.batches.Views, "train"),
     "backward": (Accelerator, "backward"),
     "clip": (Accelerator, "clip_grad_norm_"),
     "optimizer": (accelerate.optimizer.AcceleratedOptimizer, "step"),

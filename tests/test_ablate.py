@@ -14,8 +14,8 @@ sys.path.append(str(smallruns.ROOT / "benchmarks"))  # last: it has a gradcam.py
 import ablate
 import training_runs
 
-from harness.flags import to_yaml
-from harness.views import mixes
+from harness.cli.flags import to_yaml
+from harness.data.batches import mixes
 from train import read_flags
 
 # ---------------------------------------------------------------- statistics

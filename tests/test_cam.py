@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from harness.models import FAMILIES, build_model, family_of
+from harness.models.build import FAMILIES, build_model, family_of
 from tricks.cam import (
     CAM_METHODS,
     GradCam,

@@ -15,8 +15,9 @@ import threading
 import pytest
 import torch
 
-from harness import checkpoint
-from harness.checkpoint import (
+from harness.errors import UserError
+from harness.training import checkpoint
+from harness.training.checkpoint import (
     CheckpointWriter,
     Damaged,
     as_file,
@@ -27,7 +28,6 @@ from harness.checkpoint import (
     save_checkpoint,
     to_bytes,
 )
-from harness.errors import UserError
 
 FILES = ["ema.safetensors", "manifest.json", "model.safetensors", "optimizer.safetensors",
          "state.json"]  # fmt: skip
@@ -476,7 +476,7 @@ def test_what_stops_the_writer_is_raised_once_where_it_is_waited_for(tmp_path, m
 def test_a_script_that_dies_leaves_the_write_to_its_end_and_its_failure_is_printed(tmp_path):
     program = """
 import sys, time, torch
-from harness import checkpoint
+from harness.training import checkpoint
 real = checkpoint.write_synced
 def slow(path, data):
     time.sleep(0.3)

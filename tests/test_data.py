@@ -15,10 +15,10 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets.packaged_modules.parquet.parquet import Parquet
 from PIL import Image
 
-from harness import data
-from harness.data import BUILT_IN, BuiltIn, load_data, stratified_order
+from harness.data import sources
+from harness.data.pixels import decode_split
+from harness.data.sources import BUILT_IN, BuiltIn, load_data, stratified_order
 from harness.errors import UserError
-from harness.pixels import decode_split
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["ant", "bee", "cat"]
@@ -223,7 +223,7 @@ def test_without_network_the_cache_is_used(tmp_path, cache):
 
 def test_without_network_or_cache_the_message_says_how_to_fetch_it(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(data, "_hub_answers", lambda endpoint: False)
+    monkeypatch.setattr(sources, "_hub_answers", lambda endpoint: False)
     began = time.perf_counter()
     with pytest.raises(UserError) as caught:
         load_data("cifar100")
@@ -246,17 +246,17 @@ def test_whether_the_hub_answers(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        assert data._hub_answers(f"http://127.0.0.1:{port}")
+        assert sources._hub_answers(f"http://127.0.0.1:{port}")
         # Behind a proxy the Hub's own name need not be known here.
         monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
-        assert data._hub_answers("https://hub.invalid")
-    assert not data._hub_answers("https://hub.invalid")
+        assert sources._hub_answers("https://hub.invalid")
+    assert not sources._hub_answers("https://hub.invalid")
     monkeypatch.delenv("https_proxy")
     # A name server that never answers.
-    monkeypatch.setattr(data, "HUB_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(sources, "HUB_TIMEOUT_S", 0.1)
     monkeypatch.setattr(socket, "create_connection", never_answers)
     began = time.perf_counter()
-    assert not data._hub_answers("https://huggingface.co")
+    assert not sources._hub_answers("https://huggingface.co")
     assert time.perf_counter() - began < 0.4
 
 
@@ -468,8 +468,8 @@ def test_bad_splits_are_named(tmp_path, case):
 
 START = """
 import json, sys
-from harness.data import load_data
-from harness.pixels import decode_split
+from harness.data.sources import load_data
+from harness.data.pixels import decode_split
 found = {}
 for folder in sys.argv[1:]:
     loaded = load_data(folder, val_fraction=0.25, max_train_samples=6)

@@ -12,14 +12,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import smallruns
-from harness import charts, predictions
-from harness import members as membership
-from harness import report as words
-from harness.comparison import notes
+from harness.ensembles import charts, predictions
+from harness.ensembles import members as membership
+from harness.ensembles import report as words
+from harness.ensembles.comparison import notes
+from harness.ensembles.members import find_images, read_members, view_sets
 from harness.errors import UserError
-from harness.folder import WRITTEN
-from harness.members import find_images, read_members, view_sets
-from harness.trained import read_trained
+from harness.models.trained import read_trained
+from harness.training.folder import WRITTEN
 
 QUICK = {
     "model": "fastnet_small", "image_size": 16, "max_train_samples": 500, "batch_size": 20,
@@ -151,7 +151,7 @@ def test_combinations_are_those_of_the_kept_logits(runs, report):
 
 
 def _labels():
-    from harness.data import load_data
+    from harness.data.sources import load_data
 
     return torch.from_numpy(load_data("digits").test.labels)
 
@@ -221,7 +221,7 @@ ASKED = SimpleNamespace(dataset=None, image_column=None, label_column=None, spli
 
 
 def test_nothing_is_fitted_on_images_that_a_member_was_trained_on(runs, copies):
-    from harness.data import load_data, stored_rows
+    from harness.data.sources import load_data, stored_rows
 
     images = find_images(read_members([runs.a, runs.b]), ASKED)
     assert images.role == "test" and len(images.scored) == 360
@@ -278,7 +278,7 @@ def test_no_scored_image_is_fitted_on(copies):
 def test_rows_are_those_of_the_stored_split_after_a_cut():
     import datasets
 
-    from harness.data import Split, cut, stored_rows
+    from harness.data.sources import Split, cut, stored_rows
 
     dataset = datasets.Dataset.from_dict({"x": list(range(3))})
     split = Split("test", dataset, np.arange(3), np.array([0, 1, 1]))
@@ -373,7 +373,7 @@ def test_kept_predictions_are_reused_and_only_where_they_hold(runs, copies, tmp_
 
 
 def test_another_column_is_another_order():
-    from harness.data import load_data
+    from harness.data.sources import load_data
 
     test = load_data("digits").test
     assert predictions._order(test, "image") == predictions._order(test, "image")
@@ -537,8 +537,8 @@ def test_the_outcome_says_what_it_is(report):
 
 
 def test_a_vote_with_ties_is_calibrated_by_what_was_voted():
-    from harness.combinations import combined_results
-    from harness.comparison import calibration
+    from harness.ensembles.combinations import combined_results
+    from harness.ensembles.comparison import calibration
 
     logits = torch.tensor([[[0.0, 1.0, 0.0]], [[3.0, 0.0, 0.0]]])  # the second is surer
     labels = {"scored": torch.tensor([0, 0])}

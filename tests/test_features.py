@@ -9,10 +9,11 @@ import torchvision
 from test_flags import build_parser
 from torch import nn
 
-from harness import features, models, stages
 from harness.counters import generator
+from harness.data.batches import Samples, Views
 from harness.errors import UserError
-from harness.views import Samples, Views
+from harness.models import build
+from harness.training import features, stages
 from tricks.freeze import freeze_except
 
 SIZE = 32
@@ -160,7 +161,7 @@ def test_other_augmentation_is_another_view():
 
 
 def test_features_are_kept_until_another_part_trains():
-    model, blocks = small(), models.blocks(small(), "shufflenet_v2_x0_5")
+    model, blocks = small(), build.blocks(small(), "shufflenet_v2_x0_5")
     text = (
         "--stages=[{epochs: 1, train: {head: 1}}, {epochs: 1, train: {head: 1}, augment: none},"
         "{epochs: 1, train: {all: 1}}, {epochs: 1, train: {head: 1}}]"
@@ -178,7 +179,7 @@ def test_features_are_kept_until_another_part_trains():
 def test_the_batches_of_two_processes_are_those_of_one(monkeypatch):
     """Each computes its own, and the sum that joins them is exact."""
     model, split = small().eval(), samples(150)
-    monkeypatch.setattr("harness.scoring.BATCH", (64, 64))
+    monkeypatch.setattr("harness.training.scoring.BATCH", (64, 64))
     alone = features.extract(Alone(), model, split, views(), 2, 7, {}, "train").pixels
     halves = []
     monkeypatch.setattr(features, "_from_all", lambda accelerator, found: found)

@@ -10,10 +10,10 @@ import torch
 
 import faulty
 import smallruns
-from harness import models
-from harness.folder import read_metrics
-from harness.run import Run
-from harness.weights import load_state, load_weights
+from harness.models import build
+from harness.models.weights import load_state, load_weights
+from harness.training.folder import read_metrics
+from harness.training.run import Run
 
 TWO = ("--config_file", str(smallruns.ROOT / "accelerate_configs/cpu_2proc.yaml"))
 
@@ -56,7 +56,7 @@ def test_the_records_name_the_stages_and_the_rate_of_every_group(straight):
 
 def test_the_result_is_rebuilt_from_its_config(straight):
     config = json.loads((straight / "config.json").read_text())
-    model = models.rebuild_model(config)
+    model = build.rebuild_model(config)
     state = safetensors.torch.load_file(straight / "model.safetensors")
     assert model.load_state_dict(state, strict=True)
 
@@ -117,7 +117,7 @@ def test_an_mlp_head_trains_and_is_rebuilt(tmp_path):
     assert status == 0
     config = json.loads((folder / "config.json").read_text())
     assert config["head"] == "mlp"
-    load_state(models.rebuild_model(config), load_weights(folder))
+    load_state(build.rebuild_model(config), load_weights(folder))
 
 
 def test_published_weights_come_from_torchvisions_cache_with_their_preprocessing(
@@ -212,10 +212,10 @@ def test_the_accuracy_that_is_told_is_that_of_the_weights_that_are_kept(tmp_path
     """With averaged weights, a backbone that has trained, and a head alone at the end."""
     folder, _ = smallruns.finetune(tmp_path, stages=HEADS, mixed_precision="no", lr=None)
     config = json.loads((folder / "config.json").read_text())
-    model = models.rebuild_model(config).eval()
+    model = build.rebuild_model(config).eval()
     load_state(model, load_weights(folder))
-    from harness.data import load_data
-    from harness.views import decode_splits
+    from harness.data.batches import decode_splits
+    from harness.data.sources import load_data
 
     cfg = config["pretrained_cfg"]
     size = cfg["input_size"][-1]
@@ -394,7 +394,7 @@ def test_timm_loads_a_fine_tuned_resnet_from_its_folder(tmp_path):
     )  # fmt: skip
     assert status == 0
     config = json.loads((folder / "config.json").read_text())
-    ours = models.rebuild_model(config).eval()
+    ours = build.rebuild_model(config).eval()
     load_state(ours, load_weights(folder))
     theirs = timm.create_model(
         "resnet18", num_classes=10, checkpoint_path=str(folder / "model.safetensors")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import smallruns
-from harness.folder import read_metrics
+from harness.training.folder import read_metrics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -75,7 +75,7 @@ def test_kept_features_on_the_gpu_train_as_recomputed_ones(tmp_path):
 
 def test_augmentation_on_the_gpu_equals_the_cpus():
     from harness.counters import generator
-    from harness.views import Views
+    from harness.data.batches import Views
 
     images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
     for word in ("basic", "autoaugment", "randaugment", "trivialaugment"):
@@ -98,7 +98,7 @@ def test_a_fused_update_is_withheld_on_the_device():
 
 def test_a_step_never_waits_for_the_device():
     from harness.counters import generator
-    from harness.views import Views, draw_mixing
+    from harness.data.batches import Views, draw_mixing
     from tricks.ema import ModelEma
     from tricks.label_smoothing import smooth_labels, soft_cross_entropy
 
@@ -138,7 +138,7 @@ def test_reports_are_made_on_the_gpu(tmp_path, precision):
     assert len(found["results"]) == 8
     assert not found["cost"]["device"].startswith("CPU")
 
-    from harness.trained import load_model, read_trained
+    from harness.models.trained import load_model, read_trained
     from tricks.cam import GradCam
 
     words = [str(runs[0]), "--report_to=none", f"--output_dir={tmp_path}", "--run_name=cams"]

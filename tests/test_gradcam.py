@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import smallruns
-from harness import cams, sheets
 from harness.errors import UserError
+from harness.explain import cams, sheets
 from tricks.cam import CAM_METHODS
 
 
@@ -68,9 +68,9 @@ def test_a_run_gives_a_sheet_of_right_and_wrong_images(run, tmp_path):
 
 
 def test_the_maps_are_those_of_the_trick(run, tmp_path):
-    from harness.data import load_data
-    from harness.pixels import decode_image
-    from harness.trained import load_model, read_trained
+    from harness.data.pixels import decode_image
+    from harness.data.sources import load_data
+    from harness.models.trained import load_model, read_trained
     from tricks.cam import GradCam
 
     _, report, maps = explain(
@@ -132,7 +132,7 @@ def test_checks_tell_maps_from_chance(run, tmp_path, capsys):
 def test_the_heat_in_a_region_is_measured_where_the_data_has_one(run, tmp_path):
     import datasets
 
-    from harness.data import load_data
+    from harness.data.sources import load_data
 
     stored = load_data("digits").train.dataset.select(range(200))
     width, height = stored[0]["image"].size
@@ -349,7 +349,7 @@ def test_a_recipe_repeats_the_command(run, tmp_path):
 
 def test_regions_are_seen_as_the_image_is():
     """An oblong image is cut to its centre; a mask and a box of it likewise."""
-    from harness.weights import Preprocessing
+    from harness.models.weights import Preprocessing
 
     look = Preprocessing(4, 1.0, "bilinear", (0.5,) * 3, (0.5,) * 3)
     box = cams._region([4, 0, 8, 8], (16, 8), look)  # the left half of the centre

@@ -9,9 +9,9 @@ import torchvision
 from torch import nn
 from torchvision.transforms.functional import normalize
 
-from harness import models
 from harness.errors import UserError
-from harness.weights import clean_state_dict, find_weights, load_state
+from harness.models import build
+from harness.models.weights import clean_state_dict, find_weights, load_state
 
 # name: (image size, the side of the last feature map before the pool at that size).
 # One of every family; the small stem up to 64 px where there is one.
@@ -38,13 +38,13 @@ FAMILIES = {
     "vit_b_16": (64, None),
     "maxvit_t": (224, 7),
 }
-SMALL = [name for name in FAMILIES if models.resolve_stem(name, "auto", 64) == "small"]
+SMALL = [name for name in FAMILIES if build.resolve_stem(name, "auto", 64) == "small"]
 
 
 def shapes_only(name, classes=7, **flags):
     """A model without memory, on the meta device. regnet computes its widths, so it gets memory."""
     with torch.device("cpu" if name.startswith("regnet") else "meta"):
-        return models.build_model(name, classes, **flags)
+        return build.build_model(name, classes, **flags)
 
 
 def device_of(model):
@@ -56,7 +56,7 @@ def shapes(model):
 
 
 def tiny(classes=7, **flags):
-    return models.build_model("shufflenet_v2_x0_5", classes, image_size=32, **flags)
+    return build.build_model("shufflenet_v2_x0_5", classes, image_size=32, **flags)
 
 
 LARGE = ("densenet121", "efficientnet_v2_s", "inception_v3", "maxvit_t", "swin_v2_t", "vit_b_16")
@@ -81,30 +81,30 @@ def test_every_family_builds_runs_and_is_rebuilt(name):
         assert model(torch.zeros(2, 3, size, size, device=device_of(model))).shape == (2, 7)
     assert side is None or seen[-1] == side
 
-    where, last = models.head(model)
+    where, last = build.head(model)
     assert last.weight.shape[0] == 7 and model.get_submodule(where) is last
     assert where == [key for key in model.state_dict() if key.endswith("weight")][-1][:-7]
 
-    stem = models.resolve_stem(name, "auto", size)
+    stem = build.resolve_stem(name, "auto", size)
     classes = list("abcdefg")
-    config = models.model_config(name, classes, size, (0.5,) * 3, (0.2,) * 3, stem=stem)
+    config = build.model_config(name, classes, size, (0.5,) * 3, (0.2,) * 3, stem=stem)
     with device_of(model):
-        again = models.rebuild_model(json.loads(json.dumps(config)))
+        again = build.rebuild_model(json.loads(json.dumps(config)))
     load_state(again, model.state_dict())
 
 
 @pytest.mark.parametrize("size", [9, 20, 32, 33, 64])
 def test_fastnet_builds_runs_and_is_rebuilt(size):
     torch.manual_seed(0)  # of 40 seeds one starts at 1.1 at 64 px
-    model = models.build_model("fastnet_small", 7, image_size=size)
+    model = build.build_model("fastnet_small", 7, image_size=size)
     logits = model(torch.randn(4, 3, size, size))
     assert logits.shape == (4, 7) and logits.abs().max() < 1  # it starts near equal odds
-    where, last = models.head(model)
+    where, last = build.head(model)
     assert where == "fc" and last.weight.shape == (7, 128)
-    config = models.model_config("fastnet_small", list("abcdefg"), size, (0.5,) * 3, (0.2,) * 3,
+    config = build.model_config("fastnet_small", list("abcdefg"), size, (0.5,) * 3, (0.2,) * 3,
                                  stem="standard", library="own")  # fmt: skip
-    load_state(models.rebuild_model(json.loads(json.dumps(config))), model.state_dict())
-    names = [name for block in models.blocks(model, "fastnet_small") for name in block]
+    load_state(build.rebuild_model(json.loads(json.dumps(config))), model.state_dict())
+    names = [name for block in build.blocks(model, "fastnet_small") for name in block]
     held = [
         n for n, _ in model.named_parameters() if sum(n.startswith(f"{x}.") for x in names) == 1
     ]
@@ -112,47 +112,47 @@ def test_fastnet_builds_runs_and_is_rebuilt(size):
 
 
 def test_fastnet_starts_whitened_and_passing_on():
-    model = models.build_model("fastnet", 10, image_size=32)
+    model = build.build_model("fastnet", 10, image_size=32)
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert frozen[0] == "whitening.weight" and len(frozen) == 7  # and BatchNorm's scales
-    assert models.initialise(model, "auto") == "own"
+    assert build.initialise(model, "auto") == "own"
     images = torch.randn(300, 3, 32, 32)
-    models.whiten(model, lambda n: images[:n])
+    build.whiten(model, lambda n: images[:n])
     outputs = model.whitening(images).transpose(0, 1).flatten(1)[:12]
     assert torch.allclose(outputs @ outputs.T / outputs.shape[1], torch.eye(12), atol=0.02)
     x = torch.rand(2, 256, 8, 8)
     assert torch.equal(model.layers[2][0](x), x)
-    models.whiten(shapes_only("resnet18", image_size=32), None)  # others are left alone
+    build.whiten(shapes_only("resnet18", image_size=32), None)  # others are left alone
 
 
 def test_fastnet_is_named_in_errors_and_has_no_small_stem(tmp_path):
     with pytest.raises(UserError, match='did you mean "fastnet"'):
-        models.build_model("fasnet", 10, image_size=32)
-    assert models.resolve_stem("fastnet", "auto", 32) == "standard"
+        build.build_model("fasnet", 10, image_size=32)
+    assert build.resolve_stem("fastnet", "auto", 32) == "standard"
     with pytest.raises(UserError, match="fastnet"):
-        models.build_model("fastnet", 10, image_size=8)
-    model = models.build_model("fastnet", 10, image_size=32, dropout=0.3)
-    assert models.head(model)[1].p == 0.3
+        build.build_model("fastnet", 10, image_size=8)
+    model = build.build_model("fastnet", 10, image_size=32, dropout=0.3)
+    assert build.head(model)[1].p == 0.3
 
 
 def test_the_first_size_has_to_be_one_that_the_network_runs_at():
-    model = models.build_model("fastnet", 10, image_size=32)
-    assert models.check_start_size(model, "fastnet", None, 32) == 32
-    assert models.check_start_size(model, "fastnet", 20, 32) == 20 and model.training
+    model = build.build_model("fastnet", 10, image_size=32)
+    assert build.check_start_size(model, "fastnet", None, 32) == 32
+    assert build.check_start_size(model, "fastnet", 20, 32) == 20 and model.training
     with pytest.raises(UserError, match="--start_size 8: fastnet does not run at it"):
-        models.check_start_size(model, "fastnet", 8, 32)
+        build.check_start_size(model, "fastnet", 8, 32)
     with pytest.raises(UserError, match="--start_size 33 is above the image size, 32"):
-        models.check_start_size(model, "fastnet", 33, 32)
+        build.check_start_size(model, "fastnet", 33, 32)
 
 
 def test_one_image_and_one_place_are_too_few_for_batch_norm():
-    model = models.build_model("resnet18", 10, image_size=16)  # 1 × 1 at the end, with this stem
+    model = build.build_model("resnet18", 10, image_size=16)  # 1 × 1 at the end, with this stem
     state = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(UserError, match="one image a forward pass"):
-        models.check_part(model, 1, 8)
-    models.check_part(model, 2, 8)
-    models.check_part(model, 1, 64)
-    models.check_part(model.eval(), 1, 8)
+        build.check_part(model, 1, 8)
+    build.check_part(model, 2, 8)
+    build.check_part(model, 1, 64)
+    build.check_part(model.eval(), 1, 8)
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name]), name
 
@@ -161,8 +161,8 @@ def test_every_torchvision_classifier_has_a_family():
     names = torchvision.models.list_models(module=torchvision.models)
     assert len(names) >= 80
     for name in names:
-        assert models.resolve_stem(name, "standard", 224) == "standard"
-        assert models.library_of(name) == "torchvision"
+        assert build.resolve_stem(name, "standard", 224) == "standard"
+        assert build.library_of(name) == "torchvision"
 
 
 @pytest.mark.filterwarnings("ignore:The default weight initialization")
@@ -176,22 +176,22 @@ def test_small_stem_is_one_3x3_convolution_of_stride_1(name):
     convolution = next(m for m in standard.modules() if isinstance(m, nn.Conv2d))
     assert convolution.stride > (1, 1)
     assert shapes(model).keys() <= shapes(standard).keys()  # some have auxiliary heads there
-    assert models.resolve_stem(name, "auto", 65) == "standard"
-    kernel = models.family_of(name).stem_kernel
+    assert build.resolve_stem(name, "auto", 65) == "standard"
+    kernel = build.family_of(name).stem_kernel
     assert convolution.kernel_size == (kernel, kernel)
 
 
 def test_resnet18_with_the_small_stem_is_the_cifar_network():
     model = shapes_only("resnet18", 10, image_size=32)
     facts = {"parameters": 11_173_962, "trainable": 11_173_962, "head": "fc: 512 → 10"}
-    assert models.describe(model) == facts
+    assert build.describe(model) == facts
     model.fc.requires_grad_(False)
-    assert models.describe(model)["trainable"] == 11_173_962 - 5130
+    assert build.describe(model)["trainable"] == 11_173_962 - 5130
 
 
 def test_the_check_draws_nothing_and_changes_nothing():
     torch.manual_seed(0)
-    ours = models.build_model("mobilenet_v3_small", 7, image_size=32, stem="standard")
+    ours = build.build_model("mobilenet_v3_small", 7, image_size=32, stem="standard")
     after = torch.rand(3)
     torch.manual_seed(0)
     plain = torchvision.models.mobilenet_v3_small(num_classes=7)
@@ -220,27 +220,27 @@ def test_a_size_that_does_not_run_names_the_nearest_that_does(name, size, said):
 )
 def test_an_unknown_model_names_the_nearest(name, said):
     with pytest.raises(UserError, match=said) as error:
-        models.build_model(name, 7, image_size=32)
+        build.build_model(name, 7, image_size=32)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["fcn_resnet50", "quantized_resnet18", "raft_small"])
 def test_what_is_no_classifier_is_unknown(name):
     with pytest.raises(UserError, match="unknown model"):
-        models.library_of(name)
+        build.library_of(name)
 
 
 @pytest.mark.parametrize("name", ["vgg11_bn", "vit_b_16", "swin_t", "squeezenet1_1", "alexnet"])
 def test_small_stem_is_refused_where_there_is_none(name):
     with pytest.raises(UserError, match=r"--stem small.*resnet"):
-        models.build_model(name, 7, image_size=64, stem="small")
+        build.build_model(name, 7, image_size=64, stem="small")
 
 
 @pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "mobilenet_v3_small", "squeezenet1_1"])
 def test_dropout_acts_in_training_only_and_changes_no_key(name):
     torch.manual_seed(0)
-    plain = models.build_model(name, 7, image_size=64, dropout=0.0)
-    heavy = models.build_model(name, 7, image_size=64, dropout=0.9)
+    plain = build.build_model(name, 7, image_size=64, dropout=0.0)
+    heavy = build.build_model(name, 7, image_size=64, dropout=0.9)
     assert shapes(heavy) == shapes(plain)
     load_state(heavy, plain.state_dict())
     images = torch.rand(3, 3, 64, 64)
@@ -296,9 +296,9 @@ def test_an_mlp_takes_the_place_of_the_last_layer(name, line):
     size = FAMILIES[name][0]
     linear = shapes_only(name, image_size=size)
     model = shapes_only(name, image_size=size, head="mlp")
-    assert models.describe(model)["head"] == line
-    where, last = models.head(model)
-    assert where == models.head(linear)[0] and last is model.get_submodule(where)
+    assert build.describe(model)["head"] == line
+    where, last = build.head(model)
+    assert where == build.head(linear)[0] and last is model.get_submodule(where)
     assert kinds(last) == [
         ("Dropout", 0.5), ("Linear", None), ("ReLU", None), ("Dropout", 0.3), ("Linear", None)
     ]  # fmt: skip
@@ -306,13 +306,13 @@ def test_an_mlp_takes_the_place_of_the_last_layer(name, line):
     assert {device_of(model)} == {p.device for p in model.parameters()}
     others = {key: shape for key, shape in shapes(model).items() if not key.startswith(where)}
     assert others.items() <= shapes(linear).items()
-    config = models.model_config(
-        name, list("abcdefg"), size, (0.5,) * 3, (0.2,) * 3, stem=models.resolve_stem(
+    config = build.model_config(
+        name, list("abcdefg"), size, (0.5,) * 3, (0.2,) * 3, stem=build.resolve_stem(
             name, "auto", size
         ), head="mlp",
     )  # fmt: skip
     with device_of(model):
-        load_state(models.rebuild_model(json.loads(json.dumps(config))), model.state_dict())
+        load_state(build.rebuild_model(json.loads(json.dumps(config))), model.state_dict())
 
 
 def test_what_an_mlp_cannot_be():
@@ -353,12 +353,12 @@ def owners(model, found):
 )
 def test_blocks_hold_every_parameter_once_from_the_input_to_the_head(name, head):
     model = shapes_only(name, image_size=FAMILIES[name][0], head=head)
-    found = models.blocks(model, name)
+    found = build.blocks(model, name)
     numbers = owners(model, found)
     assert {len(number) for number in numbers.values()} == {1}
     order = [number for [number] in numbers.values()]
     assert order == sorted(order) and len(found) >= 5
-    assert found[-1] == (models.head(model)[0],)
+    assert found[-1] == (build.head(model)[0],)
     first = next(n for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
     assert numbers[f"{first}.weight"] == [0]
     # none is of norms and biases alone
@@ -411,43 +411,43 @@ BLOCKS = {
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks_of(name):
     model = shapes_only(name, image_size=FAMILIES.get(name, (32,))[0])
-    assert models.blocks(model, name) == BLOCKS[name]
+    assert build.blocks(model, name) == BLOCKS[name]
 
 
 def test_initialise_says_what_it_did():
     model = tiny()
     before = model.state_dict()["conv1.0.weight"].clone()
-    assert models.initialise(model, "own") == "own"
+    assert build.initialise(model, "own") == "own"
     assert torch.equal(model.state_dict()["conv1.0.weight"], before)
-    assert models.initialise(model, "auto", torch.Generator().manual_seed(0)) == "kaiming"
+    assert build.initialise(model, "auto", torch.Generator().manual_seed(0)) == "kaiming"
     drawn = model.state_dict()["conv1.0.weight"].clone()
     assert not torch.equal(drawn, before)
-    models.initialise(model, "kaiming", torch.Generator().manual_seed(0))
+    build.initialise(model, "kaiming", torch.Generator().manual_seed(0))
     assert torch.equal(model.state_dict()["conv1.0.weight"], drawn)
-    assert models.initialise(shapes_only("convnext_tiny", image_size=32)) == "own"
-    assert models.initialise(nn.Sequential(nn.BatchNorm2d(3), nn.LayerNorm(3))) == "own"  # maxvit
+    assert build.initialise(shapes_only("convnext_tiny", image_size=32)) == "own"
+    assert build.initialise(nn.Sequential(nn.BatchNorm2d(3), nn.LayerNorm(3))) == "own"  # maxvit
 
 
 def test_a_foreign_config_is_refused():
-    config = models.model_config("resnet18", "ab", 32, (0.5,) * 3, (0.2,) * 3, stem="small")
+    config = build.model_config("resnet18", "ab", 32, (0.5,) * 3, (0.2,) * 3, stem="small")
     for key in ("architecture", "num_classes", "pretrained_cfg", "stem", "dropout", "library"):
         with pytest.raises(UserError, match=key):
-            models.rebuild_model({k: v for k, v in config.items() if k != key})
+            build.rebuild_model({k: v for k, v in config.items() if k != key})
     with pytest.raises(UserError, match="resnet18"):
-        models.rebuild_model(config | {"architecture": "resnet81"})
+        build.rebuild_model(config | {"architecture": "resnet81"})
 
 
 def test_the_config_says_how_images_are_prepared_and_which_head():
     facts = {"stem": "small", "crop_pct": 7 / 8, "interpolation": "bicubic"}
-    config = models.model_config("resnet18", "ab", 32, (0.5,) * 3, (0.2,) * 3, **facts)
+    config = build.model_config("resnet18", "ab", 32, (0.5,) * 3, (0.2,) * 3, **facts)
     cfg = config["pretrained_cfg"]
     assert (cfg["crop_pct"], cfg["interpolation"], config["head"]) == (0.875, "bicubic", "linear")
-    plain = models.model_config("resnet18", "ab", 32, (0.5,) * 3, (0.2,) * 3, stem="small")
+    plain = build.model_config("resnet18", "ab", 32, (0.5,) * 3, (0.2,) * 3, stem="small")
     cfg = plain["pretrained_cfg"]
     assert (cfg["crop_pct"], cfg["interpolation"]) == (1.0, "bilinear")
     del plain["head"]  # as older folders have it
     with torch.device("meta"):
-        assert type(models.rebuild_model(plain).fc) is nn.Linear
+        assert type(build.rebuild_model(plain).fc) is nn.Linear
 
 
 class Seen(Exception):
@@ -471,10 +471,10 @@ def test_published_weights_that_expect_other_colours_than_their_metadata_says(na
     published = torchvision.models.get_model_weights(name).DEFAULT.transforms()
     with torch.device("meta"):
         theirs = torchvision.models.get_model(name, transform_input=True, init_weights=False)
-        ours = models.build_model(name, 7, image_size=96, stem="standard")
+        ours = build.build_model(name, 7, image_size=96, stem="standard")
     normalised = normalize(images, published.mean, published.std)
     expected = first_input(theirs, normalised)
-    mean, std = models.family_of(name).colours
+    mean, std = build.family_of(name).colours
     torch.testing.assert_close(first_input(ours, normalize(images, mean, std)), expected)
     assert not torch.allclose(normalised, expected, atol=0.1)
 
@@ -484,23 +484,23 @@ def test_published_weights_that_expect_other_colours_than_their_metadata_says(na
 
 def test_timm_models_by_name_at_their_size():
     pytest.importorskip("timm")
-    assert models.library_of("resnet10t") == "timm"
-    assert models.library_of("resnet18") == "torchvision"
-    model = models.build_model("resnet18", 7, image_size=48, library="timm", dropout=0.5)
+    assert build.library_of("resnet10t") == "timm"
+    assert build.library_of("resnet18") == "torchvision"
+    model = build.build_model("resnet18", 7, image_size=48, library="timm", dropout=0.5)
     assert type(model).__module__.startswith("timm.") and model.drop_rate == 0.5
-    assert models.head(model) == ("fc", model.fc)
-    model = models.build_model("vit_tiny_patch16_224", 7, image_size=48)
+    assert build.head(model) == ("fc", model.fc)
+    model = build.build_model("vit_tiny_patch16_224", 7, image_size=48)
     assert model(torch.zeros(2, 3, 48, 48)).shape == (2, 7)
     with pytest.raises(UserError, match="resnet10t takes a run folder or a file"):
         find_weights("default", "resnet10t")
     with pytest.raises(UserError, match="timm's resnet10t has none"):
-        models.build_model("resnet10t", 7, image_size=32, stem="small")
-    assert models.resolve_stem("mixer_s32_224", "auto", 32) == "standard"
+        build.build_model("resnet10t", 7, image_size=32, stem="small")
+    assert build.resolve_stem("mixer_s32_224", "auto", 32) == "standard"
     facts = {"stem": "standard", "library": "timm"}
-    config = models.model_config(
+    config = build.model_config(
         "vit_tiny_patch16_224", "abcdefg", 48, (0.5,) * 3, (0.2,) * 3, **facts
     )
-    load_state(models.rebuild_model(config), model.state_dict())
+    load_state(build.rebuild_model(config), model.state_dict())
 
 
 TIMM_BLOCKS = {
@@ -531,22 +531,22 @@ def test_blocks_of_timms(name):
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=7)
-    found = models.blocks(model, name)
+    found = build.blocks(model, name)
     assert found == TIMM_BLOCKS[name]
     assert all(len(number) == 1 for number in owners(model, found).values())
 
 
 def test_an_mlp_in_timms_model():
     pytest.importorskip("timm")
-    model = models.build_model("convnext_atto", 7, image_size=32, head="mlp")
-    assert models.describe(model)["head"] == "head.fc: 320 → 256 → 7"
-    assert models.blocks(model, "convnext_atto") == TIMM_BLOCKS["convnext_atto"]
+    model = build.build_model("convnext_atto", 7, image_size=32, head="mlp")
+    assert build.describe(model)["head"] == "head.fc: 320 → 256 → 7"
+    assert build.blocks(model, "convnext_atto") == TIMM_BLOCKS["convnext_atto"]
 
 
 def test_timm_loads_a_standard_resnet_from_its_folder(tmp_path):
     timm = pytest.importorskip("timm")
-    model = models.build_model("resnet18", 7, image_size=64, stem="standard", dropout=0.2).eval()
-    config = models.model_config(
+    model = build.build_model("resnet18", 7, image_size=64, stem="standard", dropout=0.2).eval()
+    config = build.model_config(
         "resnet18", "abcdefg", 64, (0.5,) * 3, (0.2,) * 3, stem="standard", dropout=0.2
     )
     safetensors.torch.save_file(clean_state_dict(model), tmp_path / "model.safetensors")
@@ -561,7 +561,7 @@ def test_timm_loads_a_standard_resnet_from_its_folder(tmp_path):
 def test_a_strided_convolution_of_one_pixel_has_the_gradient_of_fp32_in_bf16():
     """oneDNN fills taps that see only padding with memory that nobody wrote: often NaN."""
     torch.manual_seed(0)
-    model = models.build_model("test_resnet", 10, image_size=16).train()
+    model = build.build_model("test_resnet", 10, image_size=16).train()
     torch.nn.init.ones_(model.layer4[0].bn2.weight)  # timm's 0 lets no gradient through
     images, junk = torch.randn(24, 3, 16, 16), [torch.full((50_000,), torch.nan) for _ in range(20)]
     del junk

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from harness import pixels
+from harness.data import pixels
+from harness.data.pixels import decode_image, decode_split, epoch_order, gather, native_size
 from harness.errors import UserError
-from harness.pixels import decode_image, decode_split, epoch_order, gather, native_size
 
 
 @pytest.fixture(autouse=True)

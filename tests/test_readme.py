@@ -134,7 +134,7 @@ def test_every_trick_has_a_row():
 
 
 def test_the_tree_of_files_is_what_a_run_writes():
-    from harness.folder import WRITTEN
+    from harness.training.folder import WRITTEN
 
     tree = README.split("runs/<name>/\n")[1].split("```")[0]
     named = set(re.findall(r"^  ([\w.]+)", tree, re.M))

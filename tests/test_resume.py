@@ -18,11 +18,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import faulty
 import smallruns
 import train
-from harness import checkpoint
 from harness.errors import RunStopped, UserError
-from harness.folder import check_folder, claim_folder, read_metrics
-from harness.run import Run
-from harness.verify import verify_resume
+from harness.training import checkpoint
+from harness.training.folder import check_folder, claim_folder, read_metrics
+from harness.training.run import Run
+from harness.training.verify import verify_resume
 
 STEPS = 12
 
@@ -187,7 +187,7 @@ def test_all_processes_are_told_of_a_checkpoint_that_is_none(tmp_path):
 
 
 def test_a_flag_that_an_older_version_did_not_know_counts_as_its_default():
-    from harness.state import check_identity
+    from harness.training.state import check_identity
 
     saved = {"lr": 0.1, "flip_prob": 0.5}
     check_identity("step-1", saved, saved | {"flip": "random"}, given={"lr": "command line"})
@@ -410,7 +410,7 @@ def test_a_run_that_stopped_goes_on_with_skip(tmp_path, monkeypatch):
 
 def poison_on_one():
     """Process 1 alone meets an infinite loss at the third step."""
-    from harness.run import Run
+    from harness.training.run import Run
 
     count = Run.count
 
@@ -450,7 +450,7 @@ def test_verify_resume_passes_under_the_launcher(tmp_path, launcher):
 
 def compared(straight, tmp_path, change):
     """What --verify_resume says of a run and of a copy that `change(folder)` has been at."""
-    from harness.verify import _compare
+    from harness.training.verify import _compare
 
     copy = tmp_path / "copy"
     shutil.copytree(straight, copy)
@@ -459,7 +459,7 @@ def compared(straight, tmp_path, change):
 
 
 def test_verify_resume_names_the_first_difference(straight, tmp_path, capsys):
-    from harness.checkpoint import load_checkpoint, save_checkpoint
+    from harness.training.checkpoint import load_checkpoint, save_checkpoint
 
     assert compared(straight, tmp_path, lambda folder: None).startswith("PASS: 12 steps")
 
@@ -509,7 +509,7 @@ def test_verify_resume_takes_its_runs_with_it(tmp_path):
 
 
 def test_verify_resume_of_a_shorter_run_is_refused(straight):
-    from harness.verify import _compare
+    from harness.training.verify import _compare
 
     with pytest.raises(UserError, match="--verify_resume 99: the run ends after 12 steps"):
         _compare(straight, straight, 99)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from harness.scoring import batch_starts, evaluate, score
-from harness.views import Samples
+from harness.data.batches import Samples
+from harness.training.scoring import batch_starts, evaluate, score
 from tricks.ema import ModelEma
 from tricks.tta import tta_views
 

@@ -8,8 +8,10 @@ from test_flags import build_parser
 from torch import nn
 
 import smallruns
-from harness import flags, models, stages
+from harness.cli import flags
 from harness.errors import UserError
+from harness.models import build
+from harness.training import stages
 from tricks.lr_groups import check_groups
 
 # A small member of every family, and a place in its middle
@@ -37,7 +39,7 @@ def on_meta(name, classes=7):
     """(the model, its blocks); regnet's constructor draws, which it can't on the meta device."""
     with torch.device("cpu" if name.startswith("regnet") else "meta"):
         model = torchvision.models.get_model(name, weights=None, num_classes=classes)
-    return model, models.blocks(model, name)
+    return model, build.blocks(model, name)
 
 
 def make(args, strategy="staged", name="resnet18", per_epoch=10):

@@ -18,8 +18,8 @@ from accelerate.tracking import GeneralTracker
 
 from harness import tracking
 from harness.errors import UserError
-from harness.folder import check_folder, report_folder
 from harness.tracking import Tracking, answers, flatten, parse_report_to
+from harness.training.folder import check_folder, report_folder
 
 wandb = pytest.importorskip("wandb")
 

@@ -11,10 +11,10 @@ import torch
 
 import faulty
 import smallruns
-from harness import models
 from harness.errors import RunStopped, UserError
-from harness.folder import read_metrics
-from harness.weights import load_state
+from harness.models import build
+from harness.models.weights import load_state
+from harness.training.folder import read_metrics
 
 TWO = ("--config_file", str(smallruns.ROOT / "accelerate_configs" / "cpu_2proc.yaml"))
 ONE = ("--config_file", str(smallruns.ROOT / "accelerate_configs" / "cpu.yaml"))
@@ -177,13 +177,13 @@ def test_a_run_writes_what_the_readme_says(finished):
 
 def test_the_result_is_rebuilt_from_its_config_and_scores_the_same(finished):
     config = json.loads((finished / "config.json").read_text())
-    model = models.rebuild_model(config)
+    model = build.rebuild_model(config)
     load_state(model, safetensors.torch.load_file(finished / "model.safetensors"))
     assert config["label_names"] == [str(d) for d in range(10)]
     assert config["weights"] == "ema" and config["metric"] == "top-1 accuracy"
-    from harness.data import load_data
-    from harness.scoring import evaluate
-    from harness.views import decode_splits
+    from harness.data.batches import decode_splits
+    from harness.data.sources import load_data
+    from harness.training.scoring import evaluate
     from tricks.augment import normalize_batch
 
     class Alone:  # an accelerator as evaluate sees it

@@ -10,11 +10,11 @@ import torchvision
 from PIL import Image
 from torchvision.transforms.functional import center_crop, normalize, resized_crop
 
+from harness.cli.flags import AUGMENTS
 from harness.counters import generator
-from harness.flags import AUGMENTS
-from harness.pixels import decode_image
-from harness.views import Part, Samples, Views, _cut, draw_mixing, train_batches
-from harness.weights import find_weights, stored_size
+from harness.data.batches import Part, Samples, Views, _cut, draw_mixing, train_batches
+from harness.data.pixels import decode_image
+from harness.models.weights import find_weights, stored_size
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

@@ -12,10 +12,10 @@ import torchvision
 from torch import nn
 from torchvision.transforms.functional import pil_modes_mapping
 
-from harness import models
+from harness.data.pixels import FILTERS
 from harness.errors import UserError
-from harness.pixels import FILTERS
-from harness.weights import (
+from harness.models import build
+from harness.models.weights import (
     Preprocessing,
     Pretrained,
     clean_state_dict,
@@ -28,12 +28,12 @@ from harness.weights import (
 
 
 def tiny(classes=7, **flags):
-    return models.build_model("shufflenet_v2_x0_5", classes, image_size=32, **flags)
+    return build.build_model("shufflenet_v2_x0_5", classes, image_size=32, **flags)
 
 
 def shapes_only(name):
     with torch.device("meta"):
-        return models.build_model(name, 7, image_size=32)
+        return build.build_model(name, 7, image_size=32)
 
 
 def filled(model, start=1.0):
@@ -168,7 +168,7 @@ def test_a_pth_file_of_tensors_is_read(tmp_path, nested):
 
 def small(classes, head="linear", width=5):
     """A body and a head under the names of a network."""
-    last = nn.Linear(width, classes) if head == "linear" else models.MlpHead(width, classes)
+    last = nn.Linear(width, classes) if head == "linear" else build.MlpHead(width, classes)
     return nn.Sequential(OrderedDict(body=nn.Linear(4, width), norm=nn.BatchNorm1d(width), fc=last))
 
 
@@ -179,7 +179,7 @@ def found(model, path="w.pth", **facts):
 
 def body_and_head(model):
     """Whether the body was loaded (all of it is filled), and whether the head was."""
-    where, _ = models.head(model)
+    where, _ = build.head(model)
     loaded = {False: set(), True: set()}
     for key, value in model.state_dict().items():
         if value.is_floating_point():
@@ -219,7 +219,7 @@ def test_a_head_that_does_not_fit_is_replaced_and_said(theirs, said):
         (LETTERS, None, ""),
     ],
 )
-@pytest.mark.parametrize("head", models.HEADS)
+@pytest.mark.parametrize("head", build.HEADS)
 def test_a_head_for_other_classes_is_replaced_and_said(head, theirs, ours, said):
     model = small(7, head=head)
     weights = found(small(7, head=head), classes=theirs)
@@ -297,7 +297,7 @@ def test_published_weights_come_from_torchvisions_cache(tmp_path, monkeypatch):
     half = (0.5, 0.5, 0.5)
     assert weights.preprocessing == (224, 0.875, "bilinear", half, half)
     assert not [key for key in weights.state if key.startswith("aux")]
-    model = models.build_model("googlenet", 7, image_size=224)
+    model = build.build_model("googlenet", 7, image_size=224)
     said = load_pretrained(model, weights, LETTERS)
     assert said == (
         "weights GoogLeNet_Weights.IMAGENET1K_V1; head fc is new: 1000 classes there, 7 here"
@@ -375,7 +375,7 @@ def write_run(folder, config, state=None):
 
 
 def test_a_run_folder_says_how_it_was_trained(tmp_path):
-    config = models.model_config(
+    config = build.model_config(
         "resnet18", LETTERS, 32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), stem="small", crop_pct=0.8,
         interpolation="bicubic", head="mlp",
     )  # fmt: skip
@@ -420,7 +420,7 @@ def test_timms_own_folder(tmp_path):
     cfg = model.pretrained_cfg
     look = (cfg["input_size"][-1], cfg["crop_pct"], cfg["interpolation"], cfg["mean"], cfg["std"])
     assert weights[2:6] == ("resnet10t", "standard", LETTERS, look)
-    ours = models.build_model("resnet10t", 7, image_size=64)
+    ours = build.build_model("resnet10t", 7, image_size=64)
     assert load_pretrained(ours, weights, LETTERS) == f"weights {tmp_path}"
     assert torch.equal(ours.fc.weight, model.fc.weight)
 
@@ -451,9 +451,9 @@ def test_a_config_that_cannot_be_used_is_named(tmp_path, config, said):
 @pytest.mark.parametrize("stem", ["small", "standard"])
 def test_a_file_shows_its_stem_where_the_shapes_differ(tmp_path, name, stem):
     shown = name != "mobilenet_v2"  # 3×3 in both of its stems: only the stride differs
-    key = f"{models.family_of(name).stem_conv}.weight"
+    key = f"{build.family_of(name).stem_conv}.weight"
     with torch.device("meta"):
-        model = models.build_model(name, 7, image_size=64, stem=stem)
+        model = build.build_model(name, 7, image_size=64, stem=stem)
     state = {f"module.{key}": torch.zeros(model.state_dict()[key].shape)}
     torch.save(state, tmp_path / "w.pth")
     file = str(tmp_path / "w.pth")
@@ -473,5 +473,5 @@ def test_a_stem_that_a_family_lacks_is_refused_with_weights_too(tmp_path):
     folder = write_run(tmp_path / "run", {})
     asked = find_weights(folder, "vgg11", "small").stem
     with pytest.raises(UserError, match="--stem small"):
-        models.resolve_stem("vgg11", asked, 32)
+        build.resolve_stem("vgg11", asked, 32)
     assert find_weights("none", "resnet18", "small").stem is None

@@ -16,8 +16,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import torch  # noqa: E402
 
 import smallruns  # noqa: E402
-from harness import models  # noqa: E402
-from harness.folder import read_metrics  # noqa: E402
+from harness.models import build  # noqa: E402
+from harness.training.folder import read_metrics  # noqa: E402
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 FLAGS = {
@@ -44,11 +44,11 @@ class Tiny(torch.nn.Module):
 @contextlib.contextmanager
 def tiny():
     """Every model that is built is a Tiny."""
-    real, models.build_model = models.build_model, lambda name, num_classes, **_: Tiny(num_classes)
+    real, build.build_model = build.build_model, lambda name, num_classes, **_: Tiny(num_classes)
     try:
         yield
     finally:
-        models.build_model = real
+        build.build_model = real
 
 
 def losses(folder):

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import smallruns
-from harness.checkpoint import save_checkpoint
 from harness.errors import UserError
+from harness.training.checkpoint import save_checkpoint
 
 FLAGS = {"epochs": 1, "checkpointing_steps": 2, "logging_steps": 1}
 

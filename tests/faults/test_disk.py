@@ -9,8 +9,8 @@ import pytest
 
 import faulty
 import smallruns
-from harness.checkpoint import checkpoints, load_checkpoint
 from harness.errors import UserError
+from harness.training.checkpoint import checkpoints, load_checkpoint
 
 FLAGS = {"batch_size": 16, "gradient_accumulation_steps": 1, "epochs": 1, "logging_steps": 1}
 
@@ -99,7 +99,7 @@ def metrics_cannot_be_written():
     """ENOSPC from the first line of metrics.jsonl after step 5, as with no byte left."""
     import builtins
 
-    from harness import run
+    from harness.training import run
 
     def write(path, mode="r", *rest, **options):
         if str(path).endswith("metrics.jsonl") and "a" in mode:

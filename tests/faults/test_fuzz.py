@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import smallruns
-from harness.checkpoint import Damaged, load_checkpoint, save_checkpoint
+from harness.data.batches import Views
+from harness.data.pixels import decode_image
 from harness.errors import UserError
-from harness.pixels import decode_image
-from harness.trained import load_model, read_trained
-from harness.views import Views
+from harness.models.trained import load_model, read_trained
+from harness.training.checkpoint import Damaged, load_checkpoint, save_checkpoint
 
 FEW = settings(
     max_examples=60, deadline=None, database=None, derandomize=True,
@@ -41,7 +41,7 @@ JSON = st.recursive(
 
 
 def names(script):
-    from harness import flags
+    from harness.cli import flags
 
     found = []
 
@@ -205,7 +205,7 @@ def test_config_json(run, tmp_path, what):
                 assert trained.recipes
                 load_model(trained)
             else:
-                from harness.weights import find_weights
+                from harness.models.weights import find_weights
 
                 find_weights(str(tmp_path / "run"), config["architecture"])
         except UserError as error:

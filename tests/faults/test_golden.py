@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import smallruns
-from harness.data import load_data
-from harness.scoring import evaluate
-from harness.trained import load_model, read_trained
-from harness.views import decode_splits
+from harness.data.batches import decode_splits
+from harness.data.sources import load_data
+from harness.models.trained import load_model, read_trained
+from harness.training.scoring import evaluate
 from tricks.augment import normalize_batch
 
 VERSIONS = sorted(path for path in make_golden.GOLDEN.iterdir() if path.is_dir())

@@ -14,7 +14,7 @@ import yaml
 
 import faulty
 import smallruns
-from harness.checkpoint import newest_valid
+from harness.training.checkpoint import newest_valid
 
 FLAGS = {
     "batch_size": 16, "gradient_accumulation_steps": 1, "epochs": 2, "logging_steps": 1,

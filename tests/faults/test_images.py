@@ -12,9 +12,9 @@ from PIL import Image
 
 import faulty
 import smallruns
-from harness.data import load_data
+from harness.data.pixels import decode_image
+from harness.data.sources import load_data
 from harness.errors import UserError
-from harness.pixels import decode_image
 
 
 def encode(image, file_format="png", **options):

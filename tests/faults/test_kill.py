@@ -18,8 +18,8 @@ import torch
 
 import faulty
 import smallruns
-from harness.checkpoint import checkpoints, load_checkpoint, newest_valid, save_checkpoint
-from harness.folder import read_metrics
+from harness.training.checkpoint import checkpoints, load_checkpoint, newest_valid, save_checkpoint
+from harness.training.folder import read_metrics
 
 SHORT = {"batch_size": 16, "gradient_accumulation_steps": 1, "logging_steps": 1}  # 12 an epoch
 
@@ -309,7 +309,7 @@ def test_a_signal_before_there_is_a_run_leaves_nothing(whole, tmp_path):
 
 
 def terminate_at_plan():
-    from harness import plan
+    from harness.training import plan
 
     plan.load = faulty.Nth(plan.load, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
@@ -339,7 +339,7 @@ FAULTS = {
     "raises in an evaluation": functools.partial(raise_in, "train", "evaluate", 1),
     "the main one raises in an evaluation": functools.partial(raise_in, "train", "evaluate", 0),
     "the main one raises in a save": functools.partial(
-        raise_in, "harness.checkpoint", "write_synced", 0
+        raise_in, "harness.training.checkpoint", "write_synced", 0
     ),
 }
 

@@ -12,7 +12,7 @@ import pytest
 
 import faulty
 import smallruns
-from harness.folder import read_metrics
+from harness.training.folder import read_metrics
 
 # 48 steps: augmentation, erasing, mixing, dropout, averages and accumulation are all on
 LONG = {
@@ -23,7 +23,7 @@ STEPS = 48
 
 
 def no_pictures():
-    from harness.run import Run
+    from harness.training.run import Run
 
     Run._draw_curves = lambda self: None
 
@@ -171,8 +171,8 @@ PLAIN = {
 def note_images(folder):
     """Write down the sha256 of every augmented image, by step; two processes into one file."""
     import train
-    from harness.run import Run
-    from harness.views import Views
+    from harness.data.batches import Views
+    from harness.training.run import Run
 
     now, real_train, real_agree = [], Views.train, Run.agree
 

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from torch import nn
 
-from harness.data import BUILT_IN, load_data, stored_rows
+from harness.data.sources import BUILT_IN, load_data, stored_rows
 from harness.errors import UserError
-from harness.models import rebuild_model
-from harness.weights import (
+from harness.models.build import rebuild_model
+from harness.models.weights import (
     DATA_FLAGS,
     Preprocessing,
     load_state,
@@ -41,7 +41,7 @@ class Trained(NamedTuple):
 
     @property
     def recipes(self) -> list[dict]:
-        """What it, and what it came from, was trained on: see harness.weights.recipes_of."""
+        """What it, and what it came from, was trained on: see harness.models.weights.recipes_of."""
         return recipes_of(self.config)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 
-from harness import models
-from harness.data import load_data
-from harness.weights import Preprocessing, stored_size
+from harness.data.sources import load_data
+from harness.models import build
+from harness.models.weights import Preprocessing, stored_size
 from tricks.ema import decay_at, half_life
 from tricks.schedule import warmup_cosine, warmup_linear
 
@@ -50,7 +50,7 @@ def left_out(data):
 def preprocessing(args, data, pretrained):
     """How images are prepared: as the weights say of themselves, else by the data set's facts.
 
-    pretrained: from harness.weights.find_weights. --image_size wins over the weights' own.
+    pretrained: from harness.models.weights.find_weights. --image_size wins over the weights' own.
     """
     if pretrained.preprocessing:
         own = pretrained.preprocessing
@@ -70,7 +70,7 @@ def text(args, machine, data, model, look, total, rows):
     {name: words} that only the script knows, with its "lr".
     """
     per_epoch = len(data.train) // args.batch_size
-    about = models.describe(model)
+    about = build.describe(model)
     accumulation = args.gradient_accumulation_steps
     processes = machine["processes"]
     part = args.batch_size // (processes * accumulation)
@@ -157,9 +157,9 @@ def result_config(args, data, look, stem, job_type, pretrained, head="linear"):
     "mlp".
     """
     return {
-        **models.model_config(
+        **build.model_config(
             args.model, data.classes, look.size, look.mean, look.std, stem=stem,
-            dropout=args.dropout, library=models.library_of(args.model),
+            dropout=args.dropout, library=build.library_of(args.model),
             head=head, crop_pct=look.crop_pct, interpolation=look.interpolation,
         ),
         "job_type": job_type,

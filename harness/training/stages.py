@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from harness.errors import UserError
-from harness.plan import augmentation
+from harness.training.plan import augmentation
 from tricks.freeze import freeze_except
 from tricks.lr_groups import layer_decay_rates, prefix_groups
 
@@ -65,7 +65,7 @@ def choose_strategy(images_per_class, accuracy, classes):
 def make_stages(args, strategy, model, blocks, per_epoch):
     """The stages of a run, those without a step left out.
 
-    blocks: from harness.models.blocks. per_epoch: optimizer steps. --epochs and --max_steps are
+    blocks: from harness.models.build. per_epoch: optimizer steps. --epochs and --max_steps are
     shared out over the stages in proportion to their own epochs.
 
     Raises UserError for flags that the strategy has no use for, and, naming the stage, for a

@@ -1,8 +1,8 @@
 """Classifiers: built by name, fitted to small images, cut into blocks, rebuilt from JSON.
 
 torchvision's classifiers by their names, timm's where timm is installed, and this project's own
-(harness.fastnet); on equal names torchvision wins. What torchvision's code does not say of itself
-stands in one table, FAMILIES.
+(harness.models.fastnet); on equal names torchvision wins. What torchvision's code does not say of
+itself stands in one table, FAMILIES.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from harness import fastnet
+from harness.cli.flags import nearest
 from harness.errors import UserError
-from harness.flags import nearest
+from harness.models import fastnet
 from tricks.whitening import whiten_conv_
 
 WHITENED = 5000  # images that the whitening layer is computed from

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import safetensors.torch
 import torch
 
+from harness.cli.flags import nearest
+from harness.data.pixels import FILTERS
 from harness.errors import UserError
-from harness.flags import nearest
-from harness.models import Family, family_of, head, library_of, one_line
-from harness.pixels import FILTERS
+from harness.models.build import Family, family_of, head, library_of, one_line
 
 # Names in torchvision's older weight files -> names in its models now.
 OLD_KEYS = (
@@ -42,7 +42,7 @@ class Preprocessing(NamedTuple):
 
     size: int  # px a side that the network sees
     crop_pct: float  # the part of the resized side that this is, in (0, 1]
-    interpolation: str  # a key of harness.pixels.FILTERS
+    interpolation: str  # a key of harness.data.pixels.FILTERS
     mean: tuple[float, ...]  # per channel
     std: tuple[float, ...]
 

@@ -21,14 +21,15 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from harness import flags, state
-from harness.checkpoint import CheckpointWriter, checkpoints, replace_file, to_bytes
+from harness.cli import flags
 from harness.counters import seed_of
 from harness.errors import RunStopped, UserError
-from harness.folder import claim_folder, git_commit, read_metrics, versions
+from harness.models.weights import clean_state_dict
 from harness.pictures import save_curves
 from harness.tracking import Tracking, parse_report_to
-from harness.weights import clean_state_dict
+from harness.training import state
+from harness.training.checkpoint import CheckpointWriter, checkpoints, replace_file, to_bytes
+from harness.training.folder import claim_folder, git_commit, read_metrics, versions
 
 # On a GPU the check of step t is read while step t + 2 is queued, so that the host never waits for
 # the device; the update itself was already withheld there (see `agree`).

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import statistics
 
-from harness import flags
-from harness.cams import heat_of
-from harness.checkpoint import replace_file, to_bytes
-from harness.folder import file_name
+from harness.cli import flags
+from harness.ensembles.report import table
+from harness.explain.cams import heat_of
+from harness.explain.sheets import Strip, overlay, save_sheet
 from harness.pictures import drawable
-from harness.report import table
-from harness.sheets import Strip, overlay, save_sheet
 from harness.tracking import Tracking, parse_report_to
+from harness.training.checkpoint import replace_file, to_bytes
+from harness.training.folder import file_name
 
 DRAWN = 8  # classes of an image with --all_classes
 ON_SHEET = 32  # images

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from harness.models import head
+from harness.models.build import head
 from tricks.lr_groups import weight_decay_groups
 from tricks.muon import Muon, muon_groups
 

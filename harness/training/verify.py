@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from harness import flags
-from harness.checkpoint import checkpoints, load_checkpoint
+from harness.cli import flags
 from harness.errors import RunStopped, UserError
-from harness.folder import read_metrics
+from harness.training.checkpoint import checkpoints, load_checkpoint
+from harness.training.folder import read_metrics
 
 POLL_SECONDS = 0.05
 

@@ -22,9 +22,9 @@ def batch_starts(split) -> range:
 def evaluate(accelerator, model, split, prepare, seen=None):
     """Top-1 accuracy and mean cross-entropy (no smoothing) of `model` on one split.
 
-    model: the unwrapped module. split: harness.views.Samples. prepare: uint8 batch on the device
-    -> what the network takes. seen: tricks.tta's views, whose probabilities are averaged; None for
-    the image as it is.
+    model: the unwrapped module. split: harness.data.batches.Samples. prepare: uint8 batch on the
+    device -> what the network takes. seen: tricks.tta's views, whose probabilities are averaged;
+    None for the image as it is.
 
     The samples are cut into fixed batches by index and dealt to the processes in turn; sums are
     kept per batch and added in the order of the batches. So neither padding nor duplicates exist,

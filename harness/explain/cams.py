@@ -14,15 +14,15 @@ import torch
 from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import nn
 
+from harness.cli.flags import nearest
 from harness.counters import generator
-from harness.data import load_data
+from harness.data.pixels import decode_image
+from harness.data.sources import load_data
 from harness.errors import UserError
-from harness.flags import nearest
 from harness.launch import from_main
-from harness.models import build_model
-from harness.pixels import decode_image
-from harness.trained import check_classes, data_flags, load_model, read_trained
-from harness.weights import Preprocessing, find_weights, load_pretrained, stored_size
+from harness.models.build import build_model
+from harness.models.trained import check_classes, data_flags, load_model, read_trained
+from harness.models.weights import Preprocessing, find_weights, load_pretrained, stored_size
 from tricks.augment import normalize_batch
 from tricks.cam import GradCam, normalize_maps, upsample_maps
 from tricks.cam_checks import (
@@ -49,7 +49,7 @@ class Network(NamedTuple):
     model: nn.Module
     look: Preprocessing
     classes: list[str]
-    run: object  # harness.trained.Trained, or None
+    run: object  # harness.models.trained.Trained, or None
 
 
 class Picture(NamedTuple):

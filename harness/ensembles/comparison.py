@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from harness.data import stored_rows
+from harness.data.sources import stored_rows
 from tricks.calibration import brier, expected_calibration_error, nll, reliability_table
 from tricks.ensemble import average_logits, average_probabilities
 from tricks.significance import (
@@ -25,8 +25,9 @@ MISTAKES = 32  # images
 def facts(results, logits, labels, members, images, average) -> dict:
     """What report.json says of the results, but for views and cost.
 
-    results: of harness.combinations, members first. logits: (members, n, classes), labels: (n,) of
-    the scored images. members: Trained. images: harness.members.Images. average: of what.
+    results: of harness.ensembles.combinations, members first. logits: (members, n, classes),
+    labels: (n,) of the scored images. members: Trained. images: of harness.ensembles.members.
+    average: of what.
     """
     classes = members[0].classes
     best = best_of(results, labels, "combination" if len(members) > 1 else "member")
@@ -101,7 +102,7 @@ def mistakes(result, labels, rows, classes) -> list[dict]:
 
 
 def compare(results, labels) -> list[dict]:
-    """What the report says of each harness.combinations.Result, in their order.
+    """What the report says of each harness.ensembles.combinations.Result, in their order.
 
     labels: int64 (n,). Each combination is tested against the best member: the one with the most
     images right, and the hardest to beat, as it is chosen knowing the labels.

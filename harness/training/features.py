@@ -21,12 +21,12 @@ from torchvision.ops import StochasticDepth
 from tqdm.auto import tqdm
 
 from harness.counters import generator
-from harness.data import stratified_order
+from harness.data.batches import Samples, mixes
+from harness.data.sources import stratified_order
 from harness.errors import UserError
-from harness.models import DropoutLinear, head
-from harness.scoring import batch_starts
-from harness.stages import choose_strategy, enter
-from harness.views import Samples, mixes
+from harness.models.build import DropoutLinear, head
+from harness.training.scoring import batch_starts
+from harness.training.stages import choose_strategy, enter
 
 PROBE_IMAGES = 5000  # train images that the probe is fitted to at most
 PROBE_HELD_OUT = 0.2  # of them, to score it where there is no validation split
@@ -40,7 +40,7 @@ class Cut(NamedTuple):
 
 
 class CachedViews:
-    """In the place of `harness.views.Views` for samples that are features (n, views, ...)."""
+    """In the place of harness.data.batches.Views for samples that are features (n, views, ...)."""
 
     alternating = False  # images were mirrored, or not, when their features were computed
 
@@ -151,7 +151,7 @@ def view_batch(samples, views, start, view, seed, device="cpu"):
 def extract(accelerator, model, samples, views, number, seed, known, name):
     """Samples whose "pixels" are features (n, number, ...): view 0 as in evaluation, others drawn.
 
-    model: the unwrapped module, its frozen part in eval mode. samples, views: harness.views.
+    model: the unwrapped module, its frozen part in eval mode. samples, views: harness.data.batches.
     known: a dict of features that is read and added to, so that nothing is computed twice. The
     batches are dealt to the processes, and all get all of them.
 
@@ -220,7 +220,7 @@ def _from_all(accelerator, features):
 
 
 def choose(accelerator, model, splits, views, classes, seed, known):
-    """(strategy, reason) for `--strategy auto`: see harness.stages.choose_strategy.
+    """(strategy, reason) for `--strategy auto`: see harness.training.stages.choose_strategy.
 
     Fits a linear probe to the frozen features of train and scores it on val, or on a part of
     train that is held out; test is not looked at. known: as for `extract`.

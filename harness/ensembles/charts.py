@@ -32,7 +32,7 @@ def _short(text, most):
 def save_accuracies(path, rows, title):
     """Accuracy of every member and combination with its interval, the best of each at a line.
 
-    rows: of harness.comparison.compare.
+    rows: of harness.ensembles.comparison.compare.
     """
     names = [_short(drawable(row["name"], n), 40) for n, row in enumerate(rows)]
     with _figure(path, (8, 1.6 + 0.36 * len(rows)), names) as figure:
@@ -59,7 +59,7 @@ def save_accuracies(path, rows, title):
 def save_reliability(path, tables, title):
     """Accuracy against confidence in bins, before and after the temperature.
 
-    tables: {label: harness.comparison.reliability}. The bars show how many images a bin has.
+    tables: {label: harness.ensembles.comparison.reliability}. The bars show the images of a bin.
     """
     with _figure(path, (5.6, 6), [title, *tables]) as figure:
         ax, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))

@@ -8,12 +8,12 @@ import re
 
 import torch
 
-from harness import charts
-from harness.checkpoint import replace_file
-from harness.combinations import LEAST_FITTED
-from harness.comparison import notes
-from harness.folder import file_name
+from harness.ensembles import charts
+from harness.ensembles.combinations import LEAST_FITTED
+from harness.ensembles.comparison import notes
 from harness.pictures import drawable, save_tiles
+from harness.training.checkpoint import replace_file
+from harness.training.folder import file_name
 from tricks.calibration import COLDEST
 
 PICTURES = ("accuracy", "reliability", "confusion", "mistakes")
@@ -60,7 +60,7 @@ def _on_one_line(numbers):
 def write(folder, report, samples):
     """report.json, report.md and the pictures.
 
-    report: what report.json holds. samples: harness.views.Samples of the scored images.
+    report: what report.json holds. samples: harness.data.batches.Samples of the scored images.
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=1) + "\n"
@@ -123,7 +123,7 @@ HEADER = ("", "accuracy %", "95 % interval", "NLL", "Brier", "ECE %", "T", "gain
 
 
 def results_table(rows) -> str:
-    """Members and combinations; rows: of harness.comparison.compare."""
+    """Members and combinations; rows: of harness.ensembles.comparison.compare."""
 
     def cells(row):
         against = row.get("against")
@@ -336,7 +336,7 @@ def _diversity_words(found):
 
 
 def view_table(rows, cost) -> str:
-    """Gain and cost of every set of views; rows: of harness.comparison.view_gains."""
+    """Gain and cost of every set of views; rows: of harness.ensembles.comparison.view_gains."""
 
     def cells(row):
         speed = cost[row["views"]][row["of"]]

@@ -14,10 +14,10 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 
+from harness.cli.flags import nearest
 from harness.counters import generator
+from harness.data.pixels import find_bad, native_size
 from harness.errors import UserError
-from harness.flags import nearest
-from harness.pixels import find_bad, native_size
 
 if TYPE_CHECKING:
     from datasets import Dataset  # otherwise imported late: a second that `--help` does not need
@@ -46,7 +46,7 @@ class BuiltIn:
 
 BUILT_IN = {
     "digits": BuiltIn(
-        id=str(Path(__file__).resolve().parents[1] / "data" / "digits"),
+        id=str(Path(__file__).resolve().parents[2] / "data" / "digits"),
         splits={"train": 1437, "test": 360},
         statistics=((0.3054,) * 3, (0.3760,) * 3),
     ),
@@ -90,7 +90,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set ready to be decoded (`harness.pixels.decode_split`)."""
+    """A data set ready to be decoded (`harness.data.pixels.decode_split`)."""
 
     name: str  # what the user asked for
     source: str  # where it really came from: id@revision, or a folder

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 
 from harness.counters import generator
+from harness.data.pixels import decode_split, epoch_order, gather
 from harness.errors import UserError
-from harness.pixels import decode_split, epoch_order, gather
-from harness.weights import stored_size
+from harness.models.weights import stored_size
 from tricks import augment, autoaugment
 from tricks.cutmix import cutmix_batch, draw_cutmix
 from tricks.mixup import draw_mixup, mixup_batch, neighbour_pairs
@@ -20,7 +20,7 @@ from tricks.tta import tta_views
 class Samples(NamedTuple):
     """A split, decoded: sample i is pixels[rows[i]] with labels[i].
 
-    harness.features keeps features (N, views, ...) in the place of the pixels.
+    harness.training.features keeps features (N, views, ...) in the place of the pixels.
     """
 
     pixels: torch.Tensor  # uint8 (N, 3, H, W), memory-mapped, of the whole stored split
@@ -38,7 +38,7 @@ class Samples(NamedTuple):
 def decode_splits(data, size, progress, interpolation="bilinear"):
     """{"train": Samples, "val": ..., "test": ...} of the splits that `data` has.
 
-    size: side of the stored pixels in px. interpolation: see `harness.pixels.decode_image`.
+    size: side of the stored pixels in px. interpolation: see `harness.data.pixels.decode_image`.
     """
     return {
         role: decode(split, data.image_column, size, progress, interpolation)
@@ -48,7 +48,7 @@ def decode_splits(data, size, progress, interpolation="bilinear"):
 
 
 def decode(split, image_column, size, progress, interpolation="bilinear"):
-    """Samples of one harness.data.Split; see `decode_splits`."""
+    """Samples of one harness.data.sources.Split; see `decode_splits`."""
     pixels = decode_split(
         split.dataset, image_column, size, name=split.name, interpolation=interpolation,
         progress=progress, rows=split.rows,

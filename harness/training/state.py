@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
 
-from harness.checkpoint import Damaged, load_checkpoint, newest_valid
 from harness.errors import UserError
 from harness.launch import from_main
-from harness.weights import clean_state_dict, plain_state_dict
+from harness.models.weights import clean_state_dict, plain_state_dict
+from harness.training.checkpoint import Damaged, load_checkpoint, newest_valid
 
 SUMS = ("loss", "mixed_acc", "grad_norm")  # what is summed over the steps of an interval
 

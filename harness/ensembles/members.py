@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from harness.combinations import LEAST_FITTED
-from harness.data import Split, cut, load_data, stored_rows
+from harness.data.sources import Split, cut, load_data, stored_rows
+from harness.ensembles.combinations import LEAST_FITTED
 from harness.errors import UserError
-from harness.trained import check_classes, data_flags, read_trained, where
+from harness.models.trained import check_classes, data_flags, read_trained, where
 from tricks.tta import tta_views
 
 COMBINATIONS = {"average", "vote", "weighted", "greedy", "uniform soup", "greedy soup"}

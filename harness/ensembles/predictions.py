@@ -17,11 +17,11 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from harness.checkpoint import replace_file, to_bytes
+from harness.data.batches import decode
 from harness.errors import UserError
-from harness.scoring import batch_starts
-from harness.views import decode
-from harness.weights import stored_size
+from harness.models.weights import stored_size
+from harness.training.checkpoint import replace_file, to_bytes
+from harness.training.scoring import batch_starts
 from tricks.augment import normalize_batch
 from tricks.tta import average_views
 
@@ -31,21 +31,21 @@ FORMAT = 1  # part of the hash: raise it whenever the same network would give ot
 class Predictions:
     """The logits of networks for some splits, as files have them or computed.
 
-    splits: {role: harness.data.Split}. seed: of random views. device: its name, in words. say: a
-    function of a line.
+    splits: {role: harness.data.sources.Split}. seed: of random views. device: its name, in words.
+    say: a function of a line.
     """
 
     def __init__(self, accelerator, splits, image_column, seed, device, say):
         self.accelerator, self.splits = accelerator, splits
         self.image_column, self.seed, self.device, self.say = image_column, seed, device, say
         self._orders = {role: _order(split, image_column) for role, split in splits.items()}
-        self._samples = {}  # (role, size, interpolation) -> harness.views.Samples
+        self._samples = {}  # (role, size, interpolation) -> harness.data.batches.Samples
         self._logits = {}  # (sha256 of the weights, role, name of the view) -> (n, classes)
         self._costs = {}  # the same -> (seconds an image, on which device)
         self._unkept = set()
 
     def recall(self, network, views, roles=None) -> list:
-        """Look for the files of a harness.trained.Trained; returns the (role, View) still missing.
+        """Look for the files of a models.trained.Trained; returns the (role, View) still missing.
 
         roles: None for all. The main process reads them and hands them to the others.
         """

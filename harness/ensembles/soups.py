@@ -8,13 +8,13 @@ import shutil
 
 import torch
 
-from harness.checkpoint import replace_file, to_bytes
 from harness.counters import generator
-from harness.folder import file_name
-from harness.predictions import progress
-from harness.trained import load_model
-from harness.views import decode
-from harness.weights import clean_state_dict, load_weights, stored_size
+from harness.data.batches import decode
+from harness.ensembles.predictions import progress
+from harness.models.trained import load_model
+from harness.models.weights import clean_state_dict, load_weights, stored_size
+from harness.training.checkpoint import replace_file, to_bytes
+from harness.training.folder import file_name
 from tricks.augment import normalize_batch
 from tricks.soup import recompute_batch_norm, uniform_soup
 from tricks.tta import tta_views
@@ -35,8 +35,8 @@ class Soups:
 
     (Otherwise a soup would be compared with a network whose statistics are of augmented images.)
 
-    images: harness.members.Images. views: those of the combinations. folder: of the report, which
-    keeps the soups' predictions.
+    images: harness.ensembles.members.Images. views: those of the combinations. folder: of the
+    report, which keeps the soups' predictions.
     """
 
     def __init__(self, accelerator, members, images, predictions, views, folder, seed):

@@ -12,10 +12,10 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from harness import flags
-from harness.checkpoint import checkpoints, replace_file
+from harness.cli import flags
 from harness.errors import UserError
 from harness.tracking import parse_report_to, require_tensorboard
+from harness.training.checkpoint import checkpoints, replace_file
 
 # What a run writes into its folder, and so what --overwrite may delete.
 WRITTEN = (
