@@ -28,10 +28,11 @@ from harness.ensembles.members import find_images, read_members, view_sets
 from harness.ensembles.predictions import Predictions, progress
 from harness.ensembles.soups import Soups, groups_of
 from harness.errors import UserError
-from harness.launch import in_turn, make_accelerator, script
+from harness.files import replace_file
+from harness.launch import make_accelerator, script
 from harness.models.trained import load_model
+from harness.processes import in_turn
 from harness.tracking import Tracking, parse_report_to
-from harness.training.checkpoint import replace_file
 from harness.training.folder import report_folder
 from tricks.ensemble import average_logits, average_probabilities
 

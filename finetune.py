@@ -38,11 +38,12 @@ import torch.nn.functional as F
 
 from harness.counters import generator
 from harness.data.batches import decode_splits, draw_mixing, make_views, mixes, train_batches
-from harness.launch import in_turn, make_accelerator, script
+from harness.launch import make_accelerator, script
 from harness.models import build
 from harness.models.trained import seen_before
-from harness.models.weights import find_weights, load_pretrained, stored_size
+from harness.models.weights import find_weights, load_pretrained
 from harness.pictures import save_train_batch
+from harness.processes import in_turn
 from harness.training import features, plan
 from harness.training import stages as staging
 from harness.training.folder import check_folder
@@ -86,7 +87,7 @@ def main(args):
     # strategy: a list of stages, each a function of the optimizer step
     def decode():
         return in_turn(accelerator, lambda: decode_splits(
-            data, stored_size(look), interpolation=look.interpolation,
+            data, look.stored_size, interpolation=look.interpolation,
             progress=accelerator.is_local_main_process,
         ))  # fmt: skip
 

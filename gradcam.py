@@ -22,12 +22,11 @@ def read_flags(argv=None):
 if __name__ == "__main__":  # before torch is imported: --help and a mistyped flag answer at once
     args = read_flags()
 
-from accelerate.utils import gather_object
-
 from harness.ensembles.predictions import progress
 from harness.explain import cams, report
 from harness.explain.sheets import colours
-from harness.launch import in_turn, make_accelerator, script
+from harness.launch import make_accelerator, script
+from harness.processes import from_each, in_turn
 from harness.training.folder import report_folder
 from tricks.cam import CAM_METHODS
 
@@ -53,8 +52,11 @@ def main(args):
     # maps: a forward and a backward pass for 16 images at a time, shared out to the processes
     mine = pictures[rank::processes]
     with progress(accelerator, len(mine)) as bar:
-        found = cams.explain(args, network, mine, classes_of, methods, device, bar)
-    found = cams.merged(gather_object([found]), len(pictures))
+        parts = from_each(
+            accelerator,
+            lambda: cams.explain(args, network, mine, classes_of, methods, device, bar),
+        )
+    found = cams.merged(parts, len(pictures))
 
     # report
     if accelerator.is_main_process:

@@ -36,10 +36,11 @@ from harness.data.batches import (
     scored_views,
     train_batches,
 )
-from harness.launch import in_turn, make_accelerator, script
+from harness.launch import make_accelerator, script
 from harness.models import build
-from harness.models.weights import find_weights, load_pretrained, stored_size
+from harness.models.weights import find_weights, load_pretrained
 from harness.pictures import save_train_batch
+from harness.processes import in_turn
 from harness.training import plan
 from harness.training.folder import check_folder
 from harness.training.optimizers import make_groups, make_optimizer
@@ -97,7 +98,7 @@ def main(args):
     if args.dry_run:
         return
     splits = in_turn(accelerator, lambda: decode_splits(
-        data, stored_size(look), interpolation=look.interpolation,
+        data, look.stored_size, interpolation=look.interpolation,
         progress=accelerator.is_local_main_process,
     ))  # fmt: skip
 

@@ -41,7 +41,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training_runs import finish_run
 
-from harness.cli.flags import OPERATIONAL, nearest, to_recipe
+from harness.cli.flags import OPERATIONAL, to_recipe
+from harness.errors import nearest
 from train import read_flags
 
 # Every flag that a trick sets, with its value in the plain recipe; and mix_prob, as a --config that

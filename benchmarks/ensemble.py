@@ -41,7 +41,6 @@ import ensemble_eval
 from harness.ensembles.members import find_images, read_members
 from harness.launch import make_accelerator
 from harness.models.trained import load_model
-from harness.models.weights import stored_size
 from harness.training.scoring import BATCH, BATCH_PIXELS
 
 SIDES = ("bare", "ours", "plain", "kept")
@@ -55,7 +54,7 @@ class Encoded(Dataset):
         rows = split.dataset.select(split.rows).select_columns(column)
         self.rows, self.column, self.labels = rows.with_format("arrow"), column, split.labels
         self.transform = transforms.Compose([
-            transforms.Resize(stored_size(look)), transforms.CenterCrop(look.size),
+            transforms.Resize(look.stored_size), transforms.CenterCrop(look.size),
             transforms.ToTensor(), transforms.Normalize(look.mean, look.std),
         ])  # fmt: skip
 
@@ -84,7 +83,7 @@ def bare(accelerator, members, models, splits):
     began = time.perf_counter()
     for member, model in zip(members, models, strict=True):
         size = member.look.size
-        most = min(max(BATCH_PIXELS // stored_size(member.look) ** 2, BATCH[0]), BATCH[1])
+        most = min(max(BATCH_PIXELS // member.look.stored_size**2, BATCH[0]), BATCH[1])
         batch = torch.randn(most, 3, size, size, device=accelerator.device)
         batch = batch.to(memory_format=torch.channels_last)
         for split in splits:

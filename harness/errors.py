@@ -1,5 +1,7 @@
 """The errors that end a script with one line instead of a traceback."""
 
+import difflib
+
 
 class UserError(ValueError):
     """A mistake in flags, data or files: says what is wrong and what to do. Exit status 2.
@@ -14,3 +16,9 @@ class RunStopped(UserError):
     """The run itself cannot go on (a non-finite loss, a failed final save). Exit status 1."""
 
     status = 1
+
+
+def nearest(word, known):
+    """`, did you mean "x"?` for the closest of `known`, or an empty string."""
+    match = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
+    return f', did you mean "{match[0]}"?' if match else ""

@@ -15,18 +15,15 @@ import errno
 import os
 import signal
 import sys
-import threading
 
 import psutil
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.commands.config.config_args import default_config_file
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, set_seed
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 
 from harness.errors import UserError
-
-ASK_SECONDS = 5  # how often those who wait for another process's work ask for it
 
 
 def make_accelerator(
@@ -87,55 +84,6 @@ def make_accelerator(
         "processes": accelerator.num_processes,
     }
     return accelerator, words
-
-
-def in_turn(accelerator, action):
-    """What `action()` gives: done by one process of each machine first, then by the others.
-
-    So that the others find in a cache what the first has put there. Its UserError is kept until
-    nobody waits for anybody, and met by the others in their turn. It may take hours: those who
-    wait ask every few seconds, as no collective may wait longer than its timeout.
-    """
-    result = error = None
-    for first in (True, False):
-        done = threading.Event()
-        asking = threading.Thread(target=_ask_until_all, args=(done, accelerator), daemon=True)
-        asking.start()
-        try:
-            if accelerator.is_local_main_process == first:
-                result = action()
-        except UserError as caught:
-            error = caught
-        finally:
-            done.set()
-            asking.join()
-    if error:
-        raise error
-    return result
-
-
-def _ask_until_all(done, accelerator):
-    """Return when the event `done` is set on all processes."""
-    left = 1
-    with contextlib.suppress(RuntimeError):  # one is lost: the script's next collective says it
-        while left:
-            here = float(not done.wait(ASK_SECONDS))
-            left = accelerator.reduce(torch.tensor(here, device=accelerator.device), "sum").item()
-
-
-def from_main(accelerator, action):
-    """What `action()` gives on the main process, on all; its UserError is raised on all."""
-    result = error = None
-    if accelerator.is_main_process:
-        try:
-            result = action()
-        except UserError as caught:
-            error = caught
-    if accelerator.num_processes > 1:
-        result, error = broadcast_object_list([result, error])
-    if error:
-        raise error
-    return result
 
 
 def _follow_launcher():

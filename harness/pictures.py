@@ -12,7 +12,7 @@ import warnings
 from itertools import groupby
 from pathlib import Path
 
-from harness.training.checkpoint import replace_file
+from harness.files import replace_file
 
 GRID = (4, 8)  # rows, columns
 TILE = 128  # px: smaller images are enlarged to at least this, by a whole factor

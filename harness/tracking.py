@@ -21,8 +21,7 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from harness.cli.flags import nearest
-from harness.errors import UserError
+from harness.errors import UserError, nearest
 
 TRACKERS = ("wandb", "tensorboard")
 PROBE_SECONDS = 3.0  # how long W&B's server may take to answer before the run is kept offline

@@ -15,7 +15,9 @@ import threading
 import pytest
 import torch
 
+from harness import files
 from harness.errors import UserError
+from harness.files import replace_file, to_bytes
 from harness.training import checkpoint
 from harness.training.checkpoint import (
     CheckpointWriter,
@@ -24,9 +26,7 @@ from harness.training.checkpoint import (
     checkpoints,
     load_checkpoint,
     newest_valid,
-    replace_file,
     save_checkpoint,
-    to_bytes,
 )
 
 FILES = ["ema.safetensors", "manifest.json", "model.safetensors", "optimizer.safetensors",
@@ -396,7 +396,7 @@ def test_replace_file_is_all_or_nothing(tmp_path, monkeypatch):
         target.write_bytes(data[:1])
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(checkpoint, "write_synced", full)
+    monkeypatch.setattr(files, "write_synced", full)
     with pytest.raises(OSError, match="full"):
         replace_file(path, b"new")
     assert path.read_bytes() == b"older" and os.listdir(tmp_path) == ["summary.json"]

@@ -349,7 +349,7 @@ def test_a_recipe_repeats_the_command(run, tmp_path):
 
 def test_regions_are_seen_as_the_image_is():
     """An oblong image is cut to its centre; a mask and a box of it likewise."""
-    from harness.models.weights import Preprocessing
+    from harness.data.preprocessing import Preprocessing
 
     look = Preprocessing(4, 1.0, "bilinear", (0.5,) * 3, (0.5,) * 3)
     box = cams._region([4, 0, 8, 8], (16, 8), look)  # the left half of the centre

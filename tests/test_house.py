@@ -50,6 +50,55 @@ def test_the_harness_imports_no_script(path):
     assert not {name for name in imported(path) if name.split(".")[0] in SCRIPTS}
 
 
+# Who may import whom in the harness; a room may always import itself. "" is the ground floor.
+ARROWS = {
+    "": set(),
+    "cli": {""},
+    "data": {"", "cli"},
+    "models": {"", "cli", "data"},
+    "training": {"", "cli", "data", "models"},
+    "ensembles": {"", "cli", "data", "models", "training"},
+    "explain": {"", "cli", "data", "models", "training"},
+}
+
+
+def room(module):
+    """The room of harness.ROOM.MODULE, of a file by its path; "" for the ground floor."""
+    parts = module.split(".")
+    return parts[1] if parts[1] in ARROWS else ""
+
+
+def harness_imports(path):
+    """The modules of the harness that a file imports, in full: harness.ROOM.MODULE."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "harness":
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                there = (ROOT / f"{full.replace('.', '/')}.py").exists()
+                yield full if there else node.module
+        elif isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name.split(".")[0] == "harness")
+
+
+def test_every_room_is_known_and_lived_in():
+    folders = {path.parent.name for path in HARNESS if path.parent.name != "harness"}
+    assert folders == set(ARROWS) - {""}
+    assert all(any((ROOT / "harness" / folder).glob("[a-z]*.py")) for folder in folders)
+
+
+@pytest.mark.parametrize("path", HARNESS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_arrows_between_rooms_run_one_way(path):
+    here = room(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    strays = {name for name in harness_imports(path) if room(name) not in {here, *ARROWS[here]}}
+    assert not strays
+
+
+def test_an_arrow_that_runs_back_is_seen(tmp_path):
+    file = tmp_path / "views.py"
+    file.write_text("from harness.models import weights\nimport harness.training.run\n")
+    assert {room(name) for name in harness_imports(file)} == {"models", "training"}
+
+
 def test_no_module_hides_a_package_or_is_a_drawer():
     folders = ["tricks", "harness", "tests", "benchmarks", "data"]
     modules = list(ROOT.glob("*.py"))

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import faulty
 import smallruns
 import train
+from harness import files
 from harness.errors import RunStopped, UserError
 from harness.training import checkpoint
 from harness.training.folder import check_folder, claim_folder, read_metrics
@@ -284,15 +285,15 @@ def test_the_best_epoch_on_disk_is_never_ahead_of_the_checkpoints(tmp_path, monk
     """model.safetensors is written after the checkpoint that has it; a failed one is made up."""
     seen = []
 
-    def write(path, data, real=checkpoint.write_synced):
+    def write(path, data, real=files.write_synced):
         if path.name == ".model.safetensors.writing":
             newest = checkpoint.checkpoints(path.parent / "checkpoints")[-1]
             best = checkpoint.load_checkpoint(newest)[0]["best"]
-            assert checkpoint.to_bytes(best) == bytes(data)
+            assert files.to_bytes(best) == bytes(data)
             seen.append(newest.name)
         real(path, data)
 
-    monkeypatch.setattr(checkpoint, "write_synced", write)
+    monkeypatch.setattr(files, "write_synced", write)
     _, status = smallruns.train(tmp_path, val_fraction=0.25, batch_size=24, epochs=2)
     assert status == 0 and seen
 

@@ -14,7 +14,7 @@ from harness.cli.flags import AUGMENTS
 from harness.counters import generator
 from harness.data.batches import Part, Samples, Views, _cut, draw_mixing, train_batches
 from harness.data.pixels import decode_image
-from harness.models.weights import find_weights, stored_size
+from harness.models.weights import find_weights
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -178,16 +178,16 @@ def test_evaluation_is_torchvisions_own_preprocessing(
     """
     monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", lambda *a, **k: {})
     look = find_weights("default", name).preprocessing
-    assert (stored_size(look), look.size, look.interpolation) == (resized, 224, filter_name)
+    assert (look.stored_size, look.size, look.interpolation) == (resized, 224, filter_name)
     height, width = (side * resized if side < 10 else side for side in shape)
     rough = random_images(1, size=800)[0, :, : height // detail, : width // detail]
     photo = Image.fromarray((rough // 2 + 64).permute(1, 2, 0).numpy())
     photo = photo.resize((width, height), Image.Resampling.BICUBIC)
     file = io.BytesIO()
     photo.save(file, "png")
-    pixels = torch.from_numpy(decode_image(file, stored_size(look), look.interpolation))
+    pixels = torch.from_numpy(decode_image(file, look.stored_size, look.interpolation))
     views = Views(look.size, look.mean, look.std, augment="none", padding=0, flip_prob=0, ops=1,
-                  erasing=0, magnitude=0, stored=stored_size(look))  # fmt: skip
+                  erasing=0, magnitude=0, stored=look.stored_size)  # fmt: skip
     [view] = views.evaluation(pixels.unsqueeze(0))
     weights = torchvision.models.get_model_weights(name).DEFAULT
     expected = weights.transforms()(photo)

@@ -13,17 +13,16 @@ from torch import nn
 from torchvision.transforms.functional import pil_modes_mapping
 
 from harness.data.pixels import FILTERS
+from harness.data.preprocessing import Preprocessing
 from harness.errors import UserError
 from harness.models import build
 from harness.models.weights import (
-    Preprocessing,
     Pretrained,
     clean_state_dict,
     find_weights,
     load_pretrained,
     load_state,
     load_weights,
-    stored_size,
 )
 
 
@@ -331,7 +330,7 @@ def test_every_published_preprocessing_is_understood(monkeypatch):
                 assert str(published) == "VGG16_Weights.IMAGENET1K_FEATURES"
                 continue
             look, own = find_weights(published.name, name).preprocessing, published.transforms()
-            assert [look.size] == own.crop_size and [stored_size(look)] == own.resize_size
+            assert [look.size] == own.crop_size and [look.stored_size] == own.resize_size
             assert FILTERS[look.interpolation] == pil_modes_mapping[own.interpolation]
             if name not in ("googlenet", "inception_v3"):
                 assert (list(look.mean), list(look.std)) == (own.mean, own.std)
@@ -385,7 +384,7 @@ def test_a_run_folder_says_how_it_was_trained(tmp_path):
         look = Preprocessing(32, 0.8, "bicubic", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
         assert weights[1:6] == (spec, "resnet18", "small", LETTERS, look)
         assert weights.recipes == ({"unknown": str(spec)},)  # a config.json without flags
-        assert stored_size(look) == 40
+        assert look.stored_size == 40
         assert weights.state.keys() == {"x.weight"}
     with pytest.raises(UserError, match=f"^{folder} holds a resnet18: add --model resnet18$"):
         find_weights(folder, "resnet50")

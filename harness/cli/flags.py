@@ -6,13 +6,14 @@ Nothing here imports torch, so `--help` and a mistyped flag answer at once.
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import math
 import sys
 from pathlib import Path
 
 import yaml
+
+from harness.errors import nearest
 
 OF_ONE_COMMAND = {
     "config", "given", "overwrite", "dry_run", "stop_after", "resume_from_checkpoint",
@@ -38,12 +39,6 @@ OPERATIONAL = {
     "log_model", "threads", "checkpointing_steps", "max_checkpoints", "resume_from_checkpoint",
     "stop_after", "nonfinite", "verify_resume",
 }  # fmt: skip
-
-
-def nearest(word, known):
-    """`, did you mean "x"?` for the closest of `known`, or an empty string."""
-    match = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
-    return f', did you mean "{match[0]}"?' if match else ""
 
 
 def whole(low, high=None):

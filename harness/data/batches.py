@@ -10,7 +10,6 @@ import torch
 from harness.counters import generator
 from harness.data.pixels import decode_split, epoch_order, gather
 from harness.errors import UserError
-from harness.models.weights import stored_size
 from tricks import augment, autoaugment
 from tricks.cutmix import cutmix_batch, draw_cutmix
 from tricks.mixup import draw_mixup, mixup_batch, neighbour_pairs
@@ -169,7 +168,7 @@ def make_views(args, look):
         look.size, look.mean, look.std, augment=args.augment, flip_prob=args.flip_prob,
         padding=look.size // 8 if args.crop_padding is None else args.crop_padding,
         erasing=args.random_erasing, ops=args.randaugment_ops,
-        magnitude=args.randaugment_magnitude, stored=stored_size(look), crop_scale=args.crop_scale,
+        magnitude=args.randaugment_magnitude, stored=look.stored_size, crop_scale=args.crop_scale,
         alternating=args.flip == "alternating",
     )  # fmt: skip
 

@@ -22,10 +22,9 @@ from filelock import FileLock
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from harness.cli.flags import nearest
 from harness.counters import generator
-from harness.errors import UserError
-from harness.training.checkpoint import replace_file
+from harness.errors import UserError, nearest
+from harness.files import replace_file
 
 DECODE_VERSION = 1  # part of the cache key: raise it whenever decode_image's output changes
 MAX_PIXELS = 89_478_485  # what Pillow calls a decompression bomb: a quarter GiB as RGB

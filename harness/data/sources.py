@@ -14,10 +14,9 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 
-from harness.cli.flags import nearest
 from harness.counters import generator
 from harness.data.pixels import find_bad, native_size
-from harness.errors import UserError
+from harness.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset  # otherwise imported late: a second that `--help` does not need

@@ -13,14 +13,13 @@ import re
 import time
 
 import torch
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from harness.data.batches import decode
 from harness.errors import UserError
-from harness.models.weights import stored_size
-from harness.training.checkpoint import replace_file, to_bytes
+from harness.files import replace_file, to_bytes
+from harness.processes import from_main
 from harness.training.scoring import batch_starts
 from tricks.augment import normalize_batch
 from tricks.tta import average_views
@@ -56,11 +55,7 @@ class Predictions:
             for view in views
             if (network.sha256, role, view.name) not in self._logits
         ]
-        found = [None] * len(wanted)
-        if self.accelerator.is_main_process:
-            found = [self._read(network, *one) for one in wanted]
-        if wanted and self.accelerator.num_processes > 1:
-            broadcast_object_list(found)
+        found = from_main(self.accelerator, lambda: [self._read(network, *one) for one in wanted])
         for (role, view), kept in zip(wanted, found, strict=True):
             if kept:
                 self._keep(network, role, view, *kept)
@@ -126,10 +121,10 @@ class Predictions:
 
     def samples(self, role, look):
         """The decoded images of a split, as a network looks at them before the crop."""
-        key = (role, stored_size(look), look.interpolation)
+        key = (role, look.stored_size, look.interpolation)
         if key not in self._samples:
             self._samples[key] = decode(
-                self.splits[role], self.image_column, stored_size(look),
+                self.splits[role], self.image_column, look.stored_size,
                 self.accelerator.is_local_main_process, look.interpolation,
             )  # fmt: skip
         return self._samples[key]

@@ -8,12 +8,12 @@ import re
 
 import torch
 
+from harness.cli.tables import table
 from harness.ensembles import charts
 from harness.ensembles.combinations import LEAST_FITTED
 from harness.ensembles.comparison import notes
+from harness.files import file_name, replace_file
 from harness.pictures import drawable, save_tiles
-from harness.training.checkpoint import replace_file
-from harness.training.folder import file_name
 from tricks.calibration import COLDEST
 
 PICTURES = ("accuracy", "reliability", "confusion", "mistakes")
@@ -105,18 +105,6 @@ def signed(value):
 
 def p_value(value):
     return f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"
-
-
-def table(header, rows) -> str:
-    """A Markdown table whose columns line up, so that it serves a terminal too."""
-    cells = [[str(cell).replace("|", "/") for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[k]) for row in cells) for k in range(len(header))]
-
-    def line(row):
-        return "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
 
 
 HEADER = ("", "accuracy %", "95 % interval", "NLL", "Brier", "ECE %", "T", "gain", "p", "networks")

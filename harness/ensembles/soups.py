@@ -11,10 +11,9 @@ import torch
 from harness.counters import generator
 from harness.data.batches import decode
 from harness.ensembles.predictions import progress
+from harness.files import file_name, replace_file, to_bytes
 from harness.models.trained import load_model
-from harness.models.weights import clean_state_dict, load_weights, stored_size
-from harness.training.checkpoint import replace_file, to_bytes
-from harness.training.folder import file_name
+from harness.models.weights import clean_state_dict, load_weights
 from tricks.augment import normalize_batch
 from tricks.soup import recompute_batch_norm, uniform_soup
 from tricks.tta import tta_views
@@ -116,7 +115,7 @@ class Soups:
         """Training images as in evaluation, in batches of one size; every process has all."""
         if look not in self._train:
             self._train[look] = decode(
-                self.images.train, self.images.image_column, stored_size(look),
+                self.images.train, self.images.image_column, look.stored_size,
                 self.accelerator.is_local_main_process, look.interpolation,
             )  # fmt: skip
         samples = self._train[look]

@@ -14,15 +14,15 @@ import torch
 from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import nn
 
-from harness.cli.flags import nearest
 from harness.counters import generator
 from harness.data.pixels import decode_image
+from harness.data.preprocessing import Preprocessing
 from harness.data.sources import load_data
-from harness.errors import UserError
-from harness.launch import from_main
+from harness.errors import UserError, nearest
 from harness.models.build import build_model
 from harness.models.trained import check_classes, data_flags, load_model, read_trained
-from harness.models.weights import Preprocessing, find_weights, load_pretrained, stored_size
+from harness.models.weights import find_weights, load_pretrained
+from harness.processes import from_main
 from tricks.augment import normalize_batch
 from tricks.cam import GradCam, normalize_maps, upsample_maps
 from tricks.cam_checks import (
@@ -214,7 +214,7 @@ def _bad(source, error, skip_bad, say):
 def _decode(file, look):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused by its header
-        pixels = decode_image(file, stored_size(look), look.interpolation)
+        pixels = decode_image(file, look.stored_size, look.interpolation)
     return torch.from_numpy(pixels)
 
 
@@ -355,7 +355,7 @@ class Explained(NamedTuple):
 def explain(args, network, pictures, classes_of, methods, device, bar):
     """Explained of a process's share of the pictures; None where it has none.
 
-    Or the UserError that stops all: a layer that is none, a network without positions.
+    Raises UserError: a layer that is none, a network without positions.
     """
     random, parts = None, []
     try:
@@ -379,10 +379,10 @@ def explain(args, network, pictures, classes_of, methods, device, bar):
                 parts.append((probabilities, classes, maps, checks))
                 bar.update(len(some))
             layer = cam.layer
-    except UserError as error:
-        return error
+    except UserError:
+        raise
     except ValueError as error:
-        return UserError(f"{network.name}: {error}")
+        raise UserError(f"{network.name}: {error}") from None
     if not parts:
         return None
     probabilities, classes, maps, checks = zip(*parts, strict=True)
@@ -445,9 +445,6 @@ def check(args, network, cam, random, pictures, images, classes, maps):
 
 def merged(parts, number):
     """The Explained of all pictures, of those that the processes made of every nth."""
-    for part in parts:
-        if isinstance(part, UserError):
-            raise part
     parts = [part for part in parts if part]
     processes = len(parts)
     order = [k for rank in range(processes) for k in range(rank, number, processes)]

@@ -6,13 +6,12 @@ import json
 import statistics
 
 from harness.cli import flags
-from harness.ensembles.report import table
+from harness.cli.tables import table
 from harness.explain.cams import heat_of
 from harness.explain.sheets import Strip, overlay, save_sheet
+from harness.files import file_name, replace_file, to_bytes
 from harness.pictures import drawable
 from harness.tracking import Tracking, parse_report_to
-from harness.training.checkpoint import replace_file, to_bytes
-from harness.training.folder import file_name
 
 DRAWN = 8  # classes of an image with --all_classes
 ON_SHEET = 32  # images

@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from harness.cli.flags import nearest
-from harness.errors import UserError
+from harness.errors import UserError, nearest
 from harness.pictures import GAP, LARGEST, LINE, TILE, draw_line, save_picture
 
 WIDEST = 1700  # px of a sheet: what a screen shows, and 20 cm at 216 dots an inch

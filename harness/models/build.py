@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from harness.cli.flags import nearest
-from harness.errors import UserError
+from harness.errors import UserError, nearest
 from harness.models import fastnet
 from tricks.whitening import whiten_conv_
 

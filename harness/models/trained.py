@@ -9,18 +9,11 @@ from typing import NamedTuple
 import numpy as np
 from torch import nn
 
+from harness.data.preprocessing import Preprocessing, preprocessing_of
 from harness.data.sources import BUILT_IN, load_data, stored_rows
 from harness.errors import UserError
 from harness.models.build import rebuild_model
-from harness.models.weights import (
-    DATA_FLAGS,
-    Preprocessing,
-    load_state,
-    load_weights,
-    preprocessing_of,
-    read_config,
-    recipes_of,
-)
+from harness.models.weights import DATA_FLAGS, load_state, load_weights, read_config, recipes_of
 
 
 class Trained(NamedTuple):

@@ -14,9 +14,8 @@ from typing import NamedTuple
 import safetensors.torch
 import torch
 
-from harness.cli.flags import nearest
-from harness.data.pixels import FILTERS
-from harness.errors import UserError
+from harness.data.preprocessing import Preprocessing, preprocessing_of
+from harness.errors import UserError, nearest
 from harness.models.build import Family, family_of, head, library_of, one_line
 
 # Names in torchvision's older weight files -> names in its models now.
@@ -31,20 +30,6 @@ DATA_FLAGS = (
     "max_train_samples", "seed", "bad_images",
 )  # fmt: skip
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads that we build googlenet, inception without
-
-
-class Preprocessing(NamedTuple):
-    """How images become what a network sees.
-
-    The shorter side is resized to `stored_size`, the centre of `size` is cut out, and its pixels
-    in [0, 1] are normalised.
-    """
-
-    size: int  # px a side that the network sees
-    crop_pct: float  # the part of the resized side that this is, in (0, 1]
-    interpolation: str  # a key of harness.data.pixels.FILTERS
-    mean: tuple[float, ...]  # per channel
-    std: tuple[float, ...]
 
 
 class Pretrained(NamedTuple):
@@ -71,11 +56,6 @@ def recipes_of(config) -> list[dict]:
     own["source"] = str((config.get("data") or {}).get("source") or "")
     own["mirrored"] = flags.get("augment") != "none" and flags.get("flip_prob") != 0
     return [own, *(config.get("ancestors") or [])]
-
-
-def stored_size(preprocessing) -> int:
-    """Pixels a side to which images are resized before the centre crop."""
-    return round(preprocessing.size / preprocessing.crop_pct)
 
 
 # -- states --------------------------------------------------------------------------------------
@@ -289,30 +269,6 @@ def read_config(file) -> dict:
         if not isinstance(config.get(key) or {}, dict):
             raise UserError(f"{file}: {key} is not an object")
     return config
-
-
-def preprocessing_of(cfg, file) -> Preprocessing | None:
-    """The preprocessing in timm's words, or None where one of them is missing."""
-    checks = {
-        "input_size": lambda v: v[0] == 3 and v[1] == v[2] > 0 and isinstance(v[2], int),
-        "crop_pct": lambda v: 0 < v <= 1,
-        "interpolation": lambda v: v in FILTERS,
-        "mean": lambda v: len(v) == 3 and all(abs(float(x)) < float("inf") for x in v),
-        "std": lambda v: len(v) == 3 and all(0 < float(x) < float("inf") for x in v),
-    }
-    if not isinstance(cfg, dict) or any(cfg.get(key) is None for key in checks):
-        return None
-    for key, check in checks.items():
-        try:
-            fits = check(cfg[key])
-        except (TypeError, ValueError, LookupError):
-            fits = False
-        if not fits:
-            raise UserError(f"{file}: pretrained_cfg has no usable {key}: {cfg[key]!r}")
-    mean, std = (tuple(float(x) for x in cfg[key]) for key in ("mean", "std"))
-    return Preprocessing(
-        cfg["input_size"][2], float(cfg["crop_pct"]), cfg["interpolation"], mean, std
-    )
 
 
 def _published(spec, name):

@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 
 from harness.errors import UserError
+from harness.files import sync_folder, to_bytes, write_synced
 
 FORMAT = 1
 FOLDER = re.compile(r"step-(\d{8,})")
@@ -200,16 +201,6 @@ def newest_valid(root, say):
     return None
 
 
-def to_bytes(tensors, metadata=None):
-    """Tensors as the bytes of a safetensors file (CPU, contiguous, metadata {"format": "pt"}).
-
-    One key of metadata and no more: safetensors writes several in a random order, and then the
-    same tensors would not be the same bytes.
-    """
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    return safetensors.torch.save(tensors, metadata=metadata or {"format": "pt"})
-
-
 def as_file(tensors, buffer=None):
     """Copy tensors into the bytes of a safetensors file: a vector of uint8 on the CPU.
 
@@ -243,34 +234,3 @@ def as_file(tensors, buffer=None):
 def _dtype_word(dtype):
     """safetensors' word for a type, as "F32"."""
     return json.loads(to_bytes({"": torch.empty(0, dtype=dtype)})[8:])[""]["dtype"]
-
-
-def write_synced(path, data):
-    """Write bytes and force them to the disk."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace_file(path, data):
-    """Write bytes beside `path`, sync, and rename over it: readers see the old or the new file."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.writing")
-    try:
-        write_synced(beside, data)
-        os.replace(beside, path)
-        sync_folder(path.parent)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def sync_folder(path):
-    """Force a folder's entries to the disk, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import psutil
 import torch
 import torch.nn.functional as F
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -25,6 +24,7 @@ from harness.data.batches import Samples, mixes
 from harness.data.sources import stratified_order
 from harness.errors import UserError
 from harness.models.build import DropoutLinear, head
+from harness.processes import from_main
 from harness.training.scoring import batch_starts
 from harness.training.stages import choose_strategy, enter
 
@@ -231,9 +231,9 @@ def choose(accelerator, model, splits, views, classes, seed, known):
         role: extract(accelerator, model, splits[role], views, 1, seed, known, role)
         for role in roles
     }
-    accuracy = probe_accuracy(found["train"], found.get("val"), classes, seed)
-    if accelerator.num_processes > 1:  # one opinion for all, whatever their last digits are
-        (accuracy,) = broadcast_object_list([accuracy])
+    accuracy = from_main(  # one opinion for all, whatever their last digits are
+        accelerator, lambda: probe_accuracy(found["train"], found.get("val"), classes, seed)
+    )
     return choose_strategy(len(splits["train"].labels) / classes, accuracy, classes)
 
 

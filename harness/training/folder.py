@@ -14,20 +14,15 @@ from pathlib import Path
 
 from harness.cli import flags
 from harness.errors import UserError
+from harness.files import replace_file
 from harness.tracking import parse_report_to, require_tensorboard
-from harness.training.checkpoint import checkpoints, replace_file
+from harness.training.checkpoint import checkpoints
 
 # What a run writes into its folder, and so what --overwrite may delete.
 WRITTEN = (
     "config.yaml", "model.safetensors", "config.json", "summary.json", "metrics.jsonl",
     "curves.png", "train_batch.png", "checkpoints", "predictions", "wandb", "tensorboard",
 )  # fmt: skip
-
-
-def file_name(text, most=80):
-    """The text as part of a file's name: letters, digits, _ . - only, of at most so many bytes."""
-    safe = re.sub(r"[^\w.-]+", "_", text).strip("._").encode()[:most].decode(errors="ignore")
-    return safe or "unnamed"
 
 
 def report_folder(args, name):

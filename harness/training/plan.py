@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 
+from harness.data.preprocessing import Preprocessing
 from harness.data.sources import load_data
 from harness.models import build
-from harness.models.weights import Preprocessing, stored_size
 from tricks.ema import decay_at, half_life
 from tricks.schedule import warmup_cosine, warmup_linear
 
@@ -74,8 +74,8 @@ def text(args, machine, data, model, look, total, rows):
     accumulation = args.gradient_accumulation_steps
     processes = machine["processes"]
     part = args.batch_size // (processes * accumulation)
-    larger = stored_size(look) != look.size
-    stored = f" from {stored_size(look)}×{stored_size(look)}" if larger else ""
+    larger = look.stored_size != look.size
+    stored = f" from {look.stored_size}×{look.stored_size}" if larger else ""
     colours = ", ".join(f"{m:.3g}±{s:.3g}" for m, s in zip(look.mean, look.std, strict=True))
     rows = {
         "data": f"{data.name} ({data.source}): "

@@ -17,18 +17,19 @@ import time
 from collections import deque
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from harness.cli import flags
 from harness.counters import seed_of
 from harness.errors import RunStopped, UserError
+from harness.files import replace_file, to_bytes
 from harness.models.weights import clean_state_dict
 from harness.pictures import save_curves
+from harness.processes import from_each, from_main, on_main
 from harness.tracking import Tracking, parse_report_to
 from harness.training import state
-from harness.training.checkpoint import CheckpointWriter, checkpoints, replace_file, to_bytes
+from harness.training.checkpoint import CheckpointWriter, checkpoints
 from harness.training.folder import claim_folder, git_commit, read_metrics, versions
 
 # On a GPU the check of step t is read while step t + 2 is queued, so that the host never waits for
@@ -112,12 +113,15 @@ class Run:
         ]
 
         resumed = self._resume() if args.resume_from_checkpoint else None
-        self._threads = gather_object([torch.get_num_threads()])  # of each process
-        self._lock = self._on_main(
-            lambda: claim_folder(folder, args, self.step if resumed else None)
+        self._threads = from_each(accelerator, torch.get_num_threads)
+        self._lock = on_main(
+            accelerator,
+            lambda: claim_folder(folder, args, self.step if resumed else None),
+            "the run's folder could not be made ready",
         )
         if self.best:  # the result may be of a later one, if the run was killed
-            self._on_main(lambda: self._write_best(self.best, self._best_weights), UNWRITTEN)
+            best = self.best, self._best_weights
+            on_main(accelerator, lambda: self._write_best(*best), UNWRITTEN)
         self.tracking = Tracking(
             accelerator, parse_report_to(args.report_to), folder=folder, project=args.project,
             name=folder.name, group=args.group, job_type=config["job_type"],
@@ -311,10 +315,9 @@ class Run:
 
     def _long_enough(self):
         """Whether the last checkpoint is `spacing` seconds old: by one clock, for all processes."""
-        answer = [time.perf_counter() - self._checkpointed >= self._spacing]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(answer)
-        return answer[0]
+        return from_main(
+            self.accelerator, lambda: time.perf_counter() - self._checkpointed >= self._spacing
+        )
 
     def _log_interval(self):
         self._read_checks(0)
@@ -408,7 +411,7 @@ class Run:
             self._start_checkpoint()
         if must:
             failure = f"the checkpoint of step {self.step} could not be written"
-            self._on_main(self._writer.wait, failure)
+            on_main(self.accelerator, self._writer.wait, failure)
         self._checkpointed = time.perf_counter()
 
     def _start_checkpoint(self):
@@ -463,25 +466,6 @@ class Run:
         replace_file(self.folder / "model.safetensors", to_bytes(weights))
         replace_file(self.folder / "config.json", _json(config))
 
-    def _on_main(self, action, failure="the run's folder could not be made ready"):
-        """Do it on the main process; where it fails there, every process stops with its reason.
-
-        Otherwise the others would wait in the next collective for a process that is gone.
-        """
-        result = error = None
-        if self.main:
-            try:
-                result = action()
-            except UserError as caught:
-                error = caught
-            except OSError as caught:
-                error = RunStopped(f"{failure}: {caught}")
-        if self.accelerator.num_processes > 1:
-            (error,) = broadcast_object_list([error])
-        if error:
-            raise error
-        return result
-
     def finish(self, test=None, facts=None, tta=None):
         """Write the result, the summary and the curves; returns the summary.
 
@@ -499,7 +483,7 @@ class Run:
             if failed:
                 raise failed
 
-        self._on_main(write, "the last checkpoint or the result could not be written")
+        on_main(self.accelerator, write, "the last checkpoint or the result could not be written")
         final = dict(self.best["scores"] if self.best else self.scores)
         suffix = "_ema" if self.ema else ""
         if self.best is not None:

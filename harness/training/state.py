@@ -8,8 +8,8 @@ import torch
 from accelerate.utils import broadcast, broadcast_object_list
 
 from harness.errors import UserError
-from harness.launch import from_main
 from harness.models.weights import clean_state_dict, plain_state_dict
+from harness.processes import on_main
 from harness.training.checkpoint import Damaged, load_checkpoint, newest_valid
 
 SUMS = ("loss", "mixed_acc", "grad_norm")  # what is summed over the steps of an interval
@@ -94,7 +94,7 @@ def find_checkpoint(asked, folder, accelerator, say):
         except Damaged as damage:
             raise UserError(f"--resume_from_checkpoint {asked}: {damage}") from None
 
-    from_main(accelerator, read)
+    on_main(accelerator, read)
     return found if accelerator.num_processes == 1 else _share(found, accelerator)
 
 

@@ -125,7 +125,7 @@ def slow_and_impatient(seconds=0.3):
 def decodes_for_long():
     """Longer than a collective may take, and then the test has seen what it wants."""
     import train
-    from harness import launch
+    from harness import processes
 
     decode = train.decode_splits
 
@@ -135,7 +135,7 @@ def decodes_for_long():
             time.sleep(12)
         return splits
 
-    train.decode_splits, launch.ASK_SECONDS = decode_splits, 1
+    train.decode_splits, processes.ASK_SECONDS = decode_splits, 1
     impatient(6)
 
 

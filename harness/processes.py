@@ -1,0 +1,99 @@
+"""Work that not every process does: all of them hear what came of it, or the error.
+
+Otherwise the others would wait in the next collective for a process that is gone. Every function
+here is called by all processes; a UserError of any of them is raised on all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+
+from harness.errors import RunStopped, UserError
+
+ASK_SECONDS = 5  # how often those who wait for another process's work ask for it
+
+
+def on_main(accelerator, action, failure=None):
+    """What `action()` gives, on the main process, which does it; None on the others.
+
+    failure: words; an OSError is then a RunStopped on all, "failure: why".
+    """
+    return _do(accelerator, accelerator.is_main_process, action, failure)
+
+
+def from_main(accelerator, action):
+    """What `action()` gives on the main process, on all: anything that can be pickled."""
+    result = on_main(accelerator, action)
+    return broadcast_object_list([result])[0] if accelerator.num_processes > 1 else result
+
+
+def from_each(accelerator, action) -> list:
+    """What `action()` gives on each process, in their order, on all."""
+    return gather_object([_do(accelerator, True, action)])
+
+
+def in_turn(accelerator, action):
+    """What `action()` gives: done by one process of each machine first, then by the others.
+
+    So that the others find in a cache what the first has put there. It may take hours: those who
+    wait ask every few seconds, as no collective may wait longer than its timeout.
+    """
+    result = None
+    for first in (True, False):
+        turn = accelerator.is_local_main_process == first
+        with _patience(accelerator):
+            mine, error = _attempt(action) if turn else (None, None)
+        _raise_on_all(accelerator, error)
+        result = mine if turn else result
+    return result
+
+
+def _do(accelerator, here, action, failure=None):
+    result, error = _attempt(action, failure) if here else (None, None)
+    _raise_on_all(accelerator, error)
+    return result
+
+
+def _attempt(action, failure=None):
+    """(result, None) or (None, the error that all processes shall hear)."""
+    try:
+        return action(), None
+    except UserError as error:
+        return None, error
+    except OSError as error:
+        if failure is None:
+            raise
+        return None, RunStopped(f"{failure}: {error}")
+
+
+def _raise_on_all(accelerator, error):
+    errors = gather_object([error]) if accelerator.num_processes > 1 else [error]
+    for one in errors:
+        if one is not None:
+            raise one
+
+
+@contextlib.contextmanager
+def _patience(accelerator):
+    """Leave the block when all processes have come to its end, however long one takes."""
+    done = threading.Event()
+    asking = threading.Thread(target=_ask_until_all, args=(done, accelerator), daemon=True)
+    asking.start()
+    try:
+        yield
+    finally:
+        done.set()
+        asking.join()
+
+
+def _ask_until_all(done, accelerator):
+    """Return when the event `done` is set on all processes."""
+    left = 1
+    with contextlib.suppress(RuntimeError):  # one is lost: the script's next collective says it
+        while left:
+            here = float(not done.wait(ASK_SECONDS))
+            left = accelerator.reduce(torch.tensor(here, device=accelerator.device), "sum").item()
