@@ -293,8 +293,23 @@ def data_flags(parser, dataset):
     g.add_argument(
         "--dataset", default=dataset,
         help="digits, cifar10, cifar100, flowers102, a Hub id, or a local folder "
-        "(parquet, save_to_disk, or class-named image folders)",
+        "(parquet, save_to_disk, class folders, or images with a table of labels)",
     )
+    g.add_argument("--layout", choices=("auto", "classes", "splits"), default="auto",
+                   help="of a folder of images. classes: every folder is a class; splits: every "
+                   "folder with a split's name is a split")
+    g.add_argument("--label_pattern", metavar="REGEX",
+                   help="the class is what its one group matches in the path of each image, "
+                   "relative to --dataset: '/(cat|dog)[.]' for train/cat.0.jpg")
+    g.add_argument("--labels", metavar="FILE",
+                   help="a table of the labels (.csv, .tsv, .jsonl, .parquet), or one for each "
+                   "split: train=FILE,val=FILE")
+    g.add_argument("--file_column", help="of the table; only where it cannot be inferred")
+    g.add_argument("--classes", metavar="FILE",
+                   help="the names of the classes in order, a line each; unset: in text order, "
+                   "whole numbers by value")
+    g.add_argument("--empty_classes", choices=("refuse", "drop", "keep"), default="refuse",
+                   help="classes without an image in train: stop, leave them out, or keep them")
     g.add_argument("--image_column", help="only where it cannot be inferred")
     g.add_argument("--label_column", help="only where it cannot be inferred")
     g.add_argument("--train_split", help="only where it is not called train")

@@ -23,6 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from harness.counters import generator
+from harness.data.formats import open_image
 from harness.errors import UserError, nearest
 from harness.files import replace_file
 
@@ -157,7 +158,7 @@ def decode_image(file, size, interpolation="bilinear"):
         ValueError: more than `MAX_PIXELS` (found before decoding), or values out of range.
         Exception: whatever Pillow raises for a file it can't read.
     """
-    with Image.open(file) as image:
+    with open_image(file) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width}×{image.height} px is over {MAX_PIXELS:,} pixels")
         image.draft(None, (2 * size, 2 * size))
@@ -180,7 +181,7 @@ def native_size(dataset, image_column):
     sizes = set()
     for image in _encoded(head, image_column)[:][image_column].to_pylist():
         try:
-            with Image.open(_source(image)) as opened:
+            with open_image(_source(image)) as opened:
                 sizes.add(opened.size)
         except Exception:  # Pillow's readers raise a dozen types, a bomb's among them
             continue

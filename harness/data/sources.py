@@ -15,7 +15,11 @@ import numpy as np
 import torch
 
 from harness.counters import generator
+from harness.data.folders import scan
+from harness.data.formats import image_suffixes
+from harness.data.images import Stored, load_images
 from harness.data.pixels import find_bad, native_size
+from harness.data.tables import LABEL_COLUMNS, POINTER, class_values, find_label
 from harness.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -27,8 +31,6 @@ SPLIT_NAMES = {
     "val": ("validation", "valid", "val", "dev"),
     "test": ("test",),
 }
-# What image folders are called besides; in any case of letters, as SPLIT_NAMES are too
-OTHER_FOLDERS = {"training": "train", "testing": "test", "eval": "test", "evaluation": "test"}
 HUB_TIMEOUT_S = 3.0
 
 
@@ -103,114 +105,162 @@ class Data:
     mean: tuple[float, float, float]  # of pixels in 0..1
     std: tuple[float, float, float]
     bad: dict[str, dict[int, str]] = field(default_factory=dict)  # left out: split, row, why
+    notes: list[str] = field(default_factory=list)  # what the plan says of how it was read
+    left_out: list[str] = field(default_factory=list)  # what lies there and was not taken
+    content: dict[str, list] = field(default_factory=dict)  # see harness.data.images
 
 
-def load_data(
-    dataset,
-    *,
-    image_column=None,
-    label_column=None,
-    train_split=None,
-    val_split=None,
-    test_split=None,
-    val_fraction=0.0,
-    max_train_samples=None,
-    max_eval_samples=None,
-    seed=42,
-    bad_images="stop",
-):
+@dataclass(frozen=True)
+class DataOptions:
+    """What besides its name says which images of a data set are used, and as what.
+
+    Each is the flag of that name; see `load_data`.
+    """
+
+    image_column: str | None = None  # None: the only column of images
+    label_column: str | None = None  # None: see harness.data.tables.find_label
+    train_split: str | None = None  # None: "train"
+    val_split: str | None = None  # None: the one there is, if any; "none" to do without
+    test_split: str | None = None  # the same
+    val_fraction: float = 0.0  # the part of train to hold out, stratified, in [0, 1)
+    max_train_samples: int | None = None  # keep so many of train, stratified; None for all
+    max_eval_samples: int | None = None  # the same for validation and test
+    seed: int = 42  # decides which samples are held out and kept; nothing else does
+    bad_images: str = "stop"  # "skip" leaves images that can't be read out, before any part is cut
+    empty_classes: str = "refuse"  # of classes without a train image: "refuse", "drop" or "keep"
+    # of folders of images, see harness.data.images.load_images
+    layout: str = "auto"
+    label_pattern: str | None = None
+    labels: str | None = None
+    file_column: str | None = None
+    classes: str | None = None
+
+    def of_folders(self) -> dict:
+        """What `load_images` takes."""
+        names = ("layout", "label_pattern", "labels", "file_column", "label_column", "classes")
+        return {name: getattr(self, name) for name in names}
+
+    def only_folders(self) -> list[str]:
+        """The flags in use that only a folder of images has."""
+        given = (self.layout != "auto" and "layout", self.label_pattern and "label_pattern",
+                 self.labels and "labels", self.file_column and "file_column",
+                 self.classes and "classes")  # fmt: skip
+        return [f"--{name}" for name in given if name]
+
+
+def load_data(dataset, **options) -> Data:
     """Find a data set, its columns and its splits, and check every label.
 
-    Args:
-        dataset: a built-in name (`BUILT_IN`), a Hub id (`owner/name`, or `owner/name:config`),
-            or a folder: parquet in the Hub's layout, `save_to_disk`, or one folder per class
-            (under train/, validation/, test/, or directly, which is then all train).
-        image_column: None for the only column of type Image.
-        label_column: None for the only ClassLabel, or else the only integer or string column,
-            whose classes are the sorted values of the train split.
-        train_split: None for "train".
-        val_split: None for the one there is, if any; "none" to do without.
-        test_split: the same.
-        val_fraction: the part of train to hold out for validation, stratified, in [0, 1).
-        max_train_samples: keep this many of the train samples, stratified; None for all.
-        max_eval_samples: the same for validation and test.
-        seed: decides which samples are held out and kept; nothing else does.
-        bad_images: "stop" leaves images that can't be read for decoding to refuse; "skip" leaves
-            them out of their splits, before any part is held out or cut.
+    dataset: a built-in name (`BUILT_IN`), a Hub id (`owner/name`, or `owner/name:config`), or a
+    folder (or `folder:config`): parquet in the Hub's layout, `save_to_disk`, or images in class
+    folders or beside a table. options: of `DataOptions`.
 
-    Returns:
-        Data.
-
-    Raises:
-        UserError: anything that is the user's to mend, on one line.
+    Raises UserError for anything that is the user's to mend, on one line.
     """
-    if not 0 <= val_fraction < 1:
-        raise UserError(f"--val_fraction is {val_fraction}: it must be at least 0 and below 1")
-    for flag, count in (
-        ("--max_train_samples", max_train_samples),
-        ("--max_eval_samples", max_eval_samples),
-    ):
-        if count is not None and count < 1:
-            raise UserError(f"{flag} is {count}: it must be at least 1 (leave it out for all)")
-
+    options = DataOptions(**options)
+    _check_options(options)
     built_in = BUILT_IN.get(dataset)
-    stored, source = _load(dataset, built_in)
+    found = _load(dataset, built_in, options)
+    stored = found.splits
     if built_in:
         _check_sizes(dataset, stored, built_in.splits)
     else:
         built_in = _copied_built_in(dataset, stored)
-    if built_in:
-        label_column = label_column or built_in.label_column
-
-    chosen = _choose_splits(stored, train=train_split, val=val_split, test=test_split)
-    if val_fraction and chosen["val"]:
+    wanted = (options.train_split, options.val_split, options.test_split)
+    chosen = _choose_splits(stored, **dict(zip(SPLIT_NAMES, wanted, strict=True)))
+    if options.val_fraction and chosen["val"]:
         raise UserError(
-            f"--val_fraction is {val_fraction}, but {dataset} has the validation split "
+            f"--val_fraction is {options.val_fraction}, but {dataset} has the validation split "
             f"'{chosen['val']}': leave --val_fraction out, or pass --val_split none"
         )
     features = stored[chosen["train"]].features
-    image_column = _find_image_column(features, image_column)
-    label_column = _find_label_column(features, label_column, image_column)
+    image_column = _find_image_column(features, options.image_column)
+    # Of a folder of images the labels are one column, whatever its table called them
+    asked = "label" if found.content else options.label_column
+    asked = asked or (built_in and built_in.label_column)
+    label_column = _find_label_column(features, asked, image_column)
     values, classes = _find_classes(stored[chosen["train"]], label_column)
-    if len(classes) < 2:
-        raise UserError(f"{dataset} has {len(classes)} class: there is nothing to tell apart")
-
     splits = {}
     for role, name in chosen.items():
         if name is None:
             splits[role] = None
             continue
         _check_split(name, stored[name], features, image_column, label_column)
-        labels = _read_labels(name, stored[name], label_column, values)
+        labels = _read_labels(name, role, stored[name], label_column, values)
         splits[role] = Split(name, stored[name], np.arange(len(labels)), labels)
     bad = {}
-    if bad_images == "skip":
+    if options.bad_images == "skip":
         for role, split in splits.items():
-            found = split and find_bad(split.dataset, image_column, name=split.name)
-            if found:
-                bad[split.name] = found
-                splits[role] = _leave_out(split, found)
-    _check_every_class(splits["train"], classes)
-
-    if val_fraction:
-        splits["train"], splits["val"] = _hold_out(splits["train"], val_fraction, classes, seed)
+            unreadable = split and find_bad(split.dataset, image_column, name=split.name)
+            if unreadable:
+                bad[split.name] = unreadable
+                splits[role] = _leave_out(split, unreadable)
+    notes = list(found.notes)
+    if options.empty_classes == "drop":
+        splits, classes, dropped = _without_empty(splits, classes)
+        notes += [f"--empty_classes drop: {dropped:,} without a train image"] if dropped else []
+    elif options.empty_classes == "refuse":
+        _check_every_class(splits["train"], classes)
+    if len(classes) < 2:
+        raise UserError(f"{dataset} has {len(classes)} class: there is nothing to tell apart")
+    if options.val_fraction:
+        splits["train"], splits["val"] = _hold_out(
+            splits["train"], options.val_fraction, classes, options.seed
+        )
     mean, std = built_in.statistics if built_in else IMAGENET_STATISTICS
-    train = cut(splits["train"], max_train_samples, seed)
-    _check_every_class(train, classes)
+    train = cut(splits["train"], options.max_train_samples, options.seed)
+    if options.empty_classes != "keep":
+        _check_every_class(train, classes)
     return Data(
         name=dataset,
-        source=source,
+        source=found.source,
         classes=classes,
         image_column=image_column,
         label_column=label_column,
         train=train,
-        val=cut(splits["val"], max_eval_samples, seed),
-        test=cut(splits["test"], max_eval_samples, seed),
+        val=cut(splits["val"], options.max_eval_samples, options.seed),
+        test=cut(splits["test"], options.max_eval_samples, options.seed),
         image_size=native_size(stored[chosen["train"]], image_column) or 224,
         mean=mean,
         std=std,
         bad=bad,
+        notes=notes,
+        left_out=found.left_out,
+        content={name: found.content[name] for name in chosen.values() if name in found.content},
     )
+
+
+def _check_options(options):
+    if not 0 <= options.val_fraction < 1:
+        raise UserError(
+            f"--val_fraction is {options.val_fraction}: it must be at least 0 and below 1"
+        )
+    for flag in ("max_train_samples", "max_eval_samples"):
+        count = getattr(options, flag)
+        if count is not None and count < 1:
+            raise UserError(f"--{flag} is {count}: it must be at least 1 (leave it out for all)")
+    if options.labels and options.label_pattern:
+        raise UserError("--labels and --label_pattern both say the classes: give one of them")
+
+
+def _without_empty(splits, classes):
+    """The splits and classes without those that have no train image, and how many there were."""
+    counts = np.bincount(splits["train"].labels, minlength=len(classes))
+    kept = np.flatnonzero(counts)
+    places = np.full(len(classes), -1)
+    places[kept] = np.arange(len(kept))
+    for role, split in splits.items():
+        if split is None:
+            continue
+        labels = places[split.labels]
+        if labels.min(initial=0) < 0:
+            name = classes[int(split.labels[labels.argmin()])]
+            raise UserError(
+                f"--empty_classes drop: split '{split.name}' has images of {name!r}, of which "
+                "train has none"
+            )
+        splits[role] = Split(split.name, split.dataset, split.rows, labels, split.stored)
+    return splits, [classes[k] for k in kept], len(classes) - len(kept)
 
 
 def stratified_order(labels, seed):
@@ -237,20 +287,27 @@ def stratified_order(labels, seed):
 # --- where the data is ---
 
 
-def _load(name, built_in):
-    """The stored splits of a data set as {name: Dataset}, and where they came from."""
-    path = Path(name).expanduser()
+def _load(name, built_in, options) -> Stored:
+    """The stored splits of a data set, and where they came from."""
+    path, config = _local(name)
+    if built_in or path is None:
+        others = options.only_folders()
+        if others:
+            raise UserError(f"{others[0]} is for folders of images, {name} is none")
     if built_in and Path(built_in.id).is_absolute():
-        return _load_folder(Path(built_in.id)), built_in.id
+        return _load_folder(Path(built_in.id), None, DataOptions()).at(built_in.id)
     if built_in:
         source = f"{built_in.id}@{built_in.revision[:7]}" if built_in.revision else built_in.id
-        return _load_from_hub(built_in.id, built_in.revision, built_in.label_column), source
-    if path.is_dir():
-        return _load_folder(path), str(path.resolve())
-    if path.exists():
-        raise UserError(f"--dataset {name} is a file: give the folder that it is in")
+        splits = _load_from_hub(built_in.id, built_in.revision, built_in.label_column)
+        return Stored(splits, source)
+    if path is not None:
+        return _load_folder(path, config, options).at(str(path.resolve()))
+    if Path(name).expanduser().exists():
+        raise UserError(
+            f"--dataset {name} is a file: give the folder that it is in (an archive: unpack it)"
+        )
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", name):
-        return _load_from_hub(name, revision=None, label_column=None), name
+        return Stored(_load_from_hub(name, revision=None, label_column=None), name)
     if "/" in name:
         raise UserError(f"--dataset {name}: there is no such folder")
     raise UserError(
@@ -259,31 +316,143 @@ def _load(name, built_in):
     )
 
 
-def _load_folder(folder):
+def _local(name):
+    """(folder, configuration or None) where `name` is a folder or folder:config, else (None, …)."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path, None
+    before, colon, config = name.rpartition(":")
+    if colon and config and "/" not in config and Path(before).expanduser().is_dir():
+        return Path(before).expanduser(), config
+    return None, None
+
+
+def _load_folder(folder, config, options) -> Stored:
     """The splits of a local folder; what kind of folder it is, is seen by looking at it."""
     import datasets
 
+    saved = [n for n in ("dataset_dict.json", "state.json") if (folder / n).is_file()]
     try:
-        if (folder / "dataset_dict.json").is_file():
-            names = json.loads((folder / "dataset_dict.json").read_text())["splits"]
-            return {name: _load_saved(folder / name, name) for name in names}
-        if (folder / "state.json").is_file():
-            return {"train": _load_saved(folder, "train")}
-        if re.search(r"[][*?]", str(folder)):
-            raise ValueError("datasets takes the [ ] * ? in its path for a pattern, rename it")
-        image_folders = _find_image_folders(folder)
-        if image_folders:
-            return dict(datasets.load_dataset("imagefolder", data_files=image_folders))
-        # The Hub's layout, with what a README.md there may say about configurations.
-        return dict(datasets.load_dataset(str(folder)))
+        if saved:
+            return Stored(_load_saved_folder(folder, saved[0]))
+        tree = scan(folder)
+        parquet = [
+            f"{each.shown()}" for each in tree.walk() if each.others[".parquet"] > _tables_in(
+                folder / each.path)
+        ]  # fmt: skip
+        if parquet and not options.only_folders():
+            _check_no_pointers(folder, tree)
+            if re.search(r"[][*?]|::", str(folder)):
+                raise UserError(
+                    f"{folder}: datasets takes [ ] * ? or :: in a path for a pattern: rename it"
+                )
+            # The Hub's layout, with what a README.md there may say about configurations.
+            return Stored(_with_images(dict(datasets.load_dataset(str(folder), config)), folder))
+        if config:
+            raise UserError(
+                f"--dataset {folder}:{config}: folders of images have no configurations"
+            )
+        return load_images(folder, tree, **options.of_folders())
     except UserError:
         raise
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        reason = str(error.__cause__ or error).partition("\n")[0]
+        lines = str(error.__cause__ or error).split("\n")
+        if "onfig name is missing" in lines[0]:
+            raise UserError(
+                f"--dataset {folder}: add a configuration, {folder}:NAME. {' '.join(lines[:2])}"
+            ) from error
+        blocked = getattr(error, "filename", None)
+        if blocked and not Path(str(blocked)).is_relative_to(folder):
+            raise UserError(
+                f"cannot write {blocked}: {error.strerror}; set HF_DATASETS_CACHE to a folder that "
+                "can be written to"
+            ) from error
         raise UserError(
-            f"cannot read a data set from {folder}: {reason} (wanted: parquet files named "
+            f"cannot read a data set from {folder}: {lines[0]} (wanted: parquet files named "
             "train-*.parquet, a save_to_disk folder, or one folder of images per class)"
         ) from error
+
+
+def _with_images(splits, folder):
+    """Splits of parquet files without a column of type Image, with what can be one as one.
+
+    That is the only struct of bytes and path, the only column of bytes, or the only column of
+    paths of images relative to the folder.
+    """
+    import datasets
+
+    features = next(iter(splits.values())).features
+    if any(isinstance(kind, datasets.Image) for kind in features.values()):
+        return splits
+    structs = [n for n, k in features.items() if isinstance(k, dict) and {*k} == {"bytes", "path"}]
+    binary = [n for n, k in features.items() if getattr(k, "dtype", "").endswith("binary")]
+    if len(structs) == 1 or (not structs and len(binary) == 1):
+        (column,) = structs or binary
+        return {name: split.cast_column(column, datasets.Image()) for name, split in splits.items()}
+
+    def path_columns(split):
+        text = [n for n, k in features.items() if getattr(k, "dtype", "").endswith("string")]
+        first = {n: split[n][0] for n in text if len(split)}
+        return [n for n, v in first.items() if v and Path(v).suffix.lower() in image_suffixes()]
+
+    columns = path_columns(next(iter(splits.values())))
+    if structs or binary or len(columns) != 1:
+        return splits
+    return {name: _paths_as_images(split, columns[0], folder) for name, split in splits.items()}
+
+
+def _paths_as_images(split, column, folder):
+    import datasets
+
+    root = folder.resolve()
+    paths = []
+    for value in split[column]:
+        path = (root / value).resolve() if value else None
+        if path is None or not path.is_relative_to(root):
+            raise UserError(f"column '{column}' of {folder} names {value!r}, which is not in it")
+        paths.append(str(path))
+    at = list(split.features).index(column)
+    replaced = split.remove_columns(column).add_column(column, paths)
+    replaced = replaced.select_columns([*list(split.features)[:at], column,
+                                        *list(split.features)[at + 1 :]])  # fmt: skip
+    return replaced.cast_column(column, datasets.Image())
+
+
+def _tables_in(folder):
+    """How many of a folder's parquet files are tables of labels."""
+    return sum((folder / f"{name}.parquet").is_file() for name in ("metadata", "labels"))
+
+
+def _check_no_pointers(folder, tree):
+    """Raise UserError where a parquet file is the note that Git LFS leaves in its place."""
+    for each in tree.walk():
+        for file in sorted((folder / each.path).glob("*.parquet")):
+            with open(file, "rb") as opened:
+                if opened.read(len(POINTER)) == POINTER:
+                    raise UserError(f"{file} is a Git LFS pointer, not the file: git lfs pull")
+
+
+def _load_saved_folder(folder, kind):
+    """{split: Dataset} as `save_to_disk` wrote them; nothing outside of the folder is read."""
+    if kind == "state.json":
+        return {"train": _load_saved(folder, "train")}
+    names = _json(folder / kind, "splits", list)
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise UserError(f"{folder / kind} names the split {name!r}, which is no folder in it")
+    return {name: _load_saved(folder / name, name) for name in names}
+
+
+def _json(file, key, kind):
+    """`key` of a JSON object in a file, if it is of that kind."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        why = f"has no {key}" if isinstance(error, (KeyError, TypeError)) else "can't be read"
+        raise UserError(f"{file} {why}: not as save_to_disk wrote it") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{file}: {key} is {str(value)[:40]!r}: not as save_to_disk wrote it")
+    return value
 
 
 def _load_saved(folder, name):
@@ -291,9 +460,15 @@ def _load_saved(folder, name):
     import datasets
 
     # No rows are saved as no file, which `datasets` can't read again.
-    files = json.loads((folder / "state.json").read_text())["_data_files"]
+    files = _json(folder / "state.json", "_data_files", list)
     if not files:
         raise UserError(f"split '{name}' is empty")
+    for file in files:
+        part = file.get("filename") if isinstance(file, dict) else None
+        if not isinstance(part, str) or Path(part).name != part:
+            raise UserError(f"{folder / 'state.json'} names the file {part!r}, which is none in it")
+        if not (folder / part).is_file():
+            raise UserError(f"{folder / part} is missing")
     dataset = datasets.Dataset.load_from_disk(folder)
     # Its own says how it was made (paths, a function), not what came out: decoded pixels are kept
     # by it, and those of a set that was made anew would be the old ones.
@@ -301,41 +476,6 @@ def _load_saved(folder, name):
     content = repr((dataset._fingerprint, [(f.st_size, f.st_mtime_ns) for f in found]))
     dataset._fingerprint = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
     return dataset
-
-
-def _find_image_folders(folder):
-    """{split: pattern} if `folder` holds class-named image folders, else {}.
-
-    The patterns are explicit because `datasets` would take a class called "dev", or an image
-    called test_1.png, for a split.
-    """
-    if any(folder.glob("*.parquet")) or any(folder.glob("*/*.parquet")):
-        return {}  # with pictures beside it, perhaps, for its README
-    known = {name: name for names in SPLIT_NAMES.values() for name in names} | OTHER_FOLDERS
-    roots = {}
-    for child in sorted(folder.iterdir()):
-        name = known.get(child.name.lower())
-        if name and _has_classes(child):
-            if name in roots:
-                both = f"{roots[name].name}/ and {child.name}/"
-                raise UserError(f"{folder} has {both} for the split '{name}': keep one of them")
-            roots[name] = child
-    if "train" not in roots:
-        roots = {"train": folder} if _has_classes(folder) else {}
-    return {name: f"{root}/*/**" for name, root in roots.items()}  # not the pictures beside them
-
-
-def _has_classes(folder):
-    """Whether `folder` has a folder with an image in it."""
-    from PIL import Image
-
-    extensions = Image.registered_extensions()
-    return folder.is_dir() and any(
-        file.suffix.lower() in extensions
-        for child in folder.iterdir()
-        if child.is_dir() and not child.name.startswith(".")
-        for file in child.iterdir()
-    )
 
 
 def _load_from_hub(name, revision, label_column):
@@ -452,24 +592,31 @@ def _find_image_column(features, given):
     import datasets
 
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-    return _find_column(features, given, images, "--image_column", "of type Image")
+    return _find_column(features, given, images, "--image_column", "of images")
 
 
 def _find_label_column(features, given, image_column):
+    """The given column; the one that is called label; the only ClassLabel, integer or string one.
+
+    A column called label (or labels, class, target, category) wins over all others, whatever its
+    type. No column of another type is taken unless it is called so or given.
+    """
     import datasets
 
-    labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    others = {name: kind for name, kind in features.items() if name != image_column}
+    called = [name for name in others if name.lower() in LABEL_COLUMNS]
+    if not given and called:
+        return find_label("the data set", dict.fromkeys(called))
+    if given in others:
+        return given
+    labels = [name for name, kind in others.items() if isinstance(kind, datasets.ClassLabel)]
     plain = [
         name
-        for name, kind in features.items()
+        for name, kind in others.items()
         if isinstance(kind, datasets.Value)
         and re.fullmatch(r"u?int\d+|(large_)?string", kind.dtype)
-        and name != image_column
     ]
-    candidates = labels + plain if given or not labels else labels
-    return _find_column(
-        features, given, candidates, "--label_column", "of type ClassLabel, integer or string"
-    )
+    return _find_column(features, given, labels or plain, "--label_column", "of labels")
 
 
 def _find_column(features, given, candidates, flag, kind):
@@ -491,9 +638,11 @@ def _find_column(features, given, candidates, flag, kind):
 
 
 def _type_name(feature):
-    """What a user knows the column's type as: Image, ClassLabel, int64, string."""
-    value_type = getattr(feature, "dtype", None) if type(feature).__name__ == "Value" else None
-    return value_type or type(feature).__name__
+    """What a user knows the column's type as: images, classes, int64, string."""
+    kind = type(feature).__name__
+    if kind == "Value":
+        return feature.dtype
+    return {"Image": "images", "ClassLabel": "classes"}.get(kind, kind)
 
 
 # --- labels ---
@@ -530,16 +679,37 @@ def _find_classes(train, label_column):
     feature = train.features[label_column]
     if hasattr(feature, "names"):
         return list(range(feature.num_classes)), list(feature.names)
-    values = sorted(_arrow_column(train, label_column).unique().drop_null().to_pylist())
+    values = sorted(_values(train, label_column).unique().drop_null().to_pylist())
     return values, [str(value) for value in values]
 
 
-def _read_labels(name, split, label_column, values):
+def _values(dataset, column):
+    """The labels as Arrow values: whole numbers or text; floats and booleans become these.
+
+    Raises UserError for lists and for numbers that are not whole.
+    """
+    import pyarrow
+
+    stored = _arrow_column(dataset, column)
+    kind = stored.type
+    if pyarrow.types.is_integer(kind) or _type_name(dataset.features[column]).endswith("string"):
+        return stored
+    return pyarrow.array(class_values(f"column '{column}'", stored.to_pylist()))
+
+
+def _read_labels(name, role, split, label_column, values):
     """int64 (n,): the place of each row's label among `values`."""
     import pyarrow
     import pyarrow.compute
 
-    stored, values = _arrow_column(split, label_column), pyarrow.array(values)
+    stored, values = _values(split, label_column), pyarrow.array(values)
+    without = f", or leave the split out: --{role}_split none" if role != "train" else ""
+    if stored.null_count:
+        rows = np.flatnonzero(pyarrow.compute.is_null(stored).to_numpy())
+        raise UserError(
+            f"{len(rows):,} of {len(stored):,} images of split '{name}' have no label (image "
+            f"{', '.join(map(str, rows[:3]))}): give them one or take them out{without}"
+        )
     if stored.type != values.type:  # int8 beside int64, string beside large_string
         stored = stored.cast(values.type)
     places = pyarrow.compute.index_in(stored, values)
@@ -549,7 +719,7 @@ def _read_labels(name, split, label_column, values):
         span = f"0 to {len(values) - 1}" if isinstance(value, int) else "those of train"
         raise UserError(
             f"image {row} of split '{name}' has the label {value!r}, but the classes are {span}: "
-            "mend it, or leave that split out (--val_split none, --test_split none)"
+            f"mend it{without}"
         )
     return places.to_numpy().astype(np.int64)
 
@@ -566,7 +736,8 @@ def _check_every_class(train, classes):
         shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise UserError(
             f"{len(missing)} of {len(classes)} classes have no image among the {len(train):,} of "
-            f"split '{train.name}': {shown}"
+            f"split '{train.name}': {shown}; --empty_classes drop leaves these classes out, keep "
+            "keeps them"
         )
 
 

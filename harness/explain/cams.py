@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import nn
 
 from harness.counters import generator
+from harness.data.folders import Images, scan
 from harness.data.pixels import decode_image
 from harness.data.preprocessing import Preprocessing
 from harness.data.sources import load_data
@@ -175,12 +176,11 @@ def _numbered(pictures):
 
 def find_files(paths) -> list[Path]:
     """Files, the images in folders, and what patterns match, in order and once each."""
-    extensions = Image.registered_extensions()
     files = []
     for path in paths:
         place = Path(path).expanduser()
         if place.is_dir():
-            inside = sorted(f for f in place.rglob("*") if f.suffix.lower() in extensions)
+            inside = sorted(place / path for path in Images.of(scan(place)).paths)
             if not inside:
                 raise UserError(f"--images {path}: no images in this folder")
             files += inside

@@ -27,7 +27,8 @@ OLD_KEYS = (
 # Flags of a run that say which images it was trained on.
 DATA_FLAGS = (
     "image_column", "label_column", "train_split", "val_split", "test_split", "val_fraction",
-    "max_train_samples", "seed", "bad_images",
+    "max_train_samples", "seed", "bad_images", "empty_classes", "layout", "label_pattern", "labels",
+    "file_column", "classes",
 )  # fmt: skip
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads that we build googlenet, inception without
 

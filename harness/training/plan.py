@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
+
 from harness.data.preprocessing import Preprocessing
 from harness.data.sources import load_data
 from harness.models import build
@@ -27,6 +29,12 @@ def load(args):
         max_eval_samples=args.max_eval_samples,
         seed=args.seed,
         bad_images=args.bad_images,
+        empty_classes=args.empty_classes,
+        layout=args.layout,
+        label_pattern=args.label_pattern,
+        labels=args.labels,
+        file_column=args.file_column,
+        classes=args.classes,
     )
 
 
@@ -45,6 +53,20 @@ def left_out(data):
     ]
     counts = ", ".join(f"{len(rows):,} of {split}" for split, rows in data.bad.items())
     return f"{counts} can't be read: {', '.join(bad[:5])}" + (", …" if len(bad) > 5 else "")
+
+
+def classes_row(data):
+    """Which column the labels are in, the classes, and how many train images each has."""
+    counts = np.bincount(data.train.labels, minlength=len(data.classes))
+    names = ", ".join(data.classes[:5]) + (", …" if len(data.classes) > 5 else "")
+    row = (
+        f"{len(data.classes):,} in column {data.label_column}: {names}; train images a class: "
+        f"least {counts.min():,}, median {int(np.median(counts)):,}, most {counts.max():,}"
+    )
+    if counts.max() >= 10 * counts.min():
+        row += f"; uneven: {data.classes[counts.argmax()]} has {counts.max():,}"
+        row += f", {data.classes[counts.argmin()]} {counts.min():,}"
+    return row
 
 
 def preprocessing(args, data, pretrained):
@@ -82,6 +104,7 @@ def text(args, machine, data, model, look, total, rows):
         + ", ".join(f"{n:,} {role}" for role, n in sizes(data).items())
         + f"; {len(data.classes)} classes"
         + ("" if data.val or data.test else f"; {NOTHING_HELD_OUT}"),
+        "classes": classes_row(data),
         **({"left out": left_out(data)} if data.bad else {}),
         "images": f"{look.size}×{look.size}{stored} {look.interpolation}, {colours}; "
         + augmentation(args),
@@ -96,7 +119,10 @@ def text(args, machine, data, model, look, total, rows):
         "precision": machine["precision"],
         "device": f"{machine['device']}, {machine['threads']} CPU threads a process",
     }
-    return "\n".join(f"{name:<12} {value}" for name, value in [*rows.items(), *_given(args)])
+    read = [("left out", line) for line in data.left_out] + [("note", n) for n in data.notes]
+    rows = [*rows.items(), *_given(args)]
+    place = 2  # behind the data and its classes
+    return "\n".join(f"{name:<12} {value}" for name, value in [*rows[:place], *read, *rows[place:]])
 
 
 SCHEDULES = {"cosine": warmup_cosine, "linear": warmup_linear}  # of --schedule
@@ -183,6 +209,7 @@ def identity(data, look):
         "data_sha256": labels.hexdigest(),
         "pixels": [list(v) if isinstance(v, tuple) else v for v in look],
         "split_sizes": sizes(data),
+        **({"content": data.content} if data.content else {}),
     }
 
 

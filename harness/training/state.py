@@ -136,12 +136,34 @@ def check_identity(path, saved, ours, given):
     for name in [*ours, *(saved.keys() - ours.keys())]:
         if name not in saved and name not in given:
             continue
+        if name == "dataset" and "content" in ours and saved.get("content") == ours["content"]:
+            continue  # the same images, in another place
+        if name == "content" and saved[name] != ours.get(name):
+            raise UserError(f"{path} was written with other images: {_changes(saved, ours)}")
         if saved.get(name) != ours.get(name):
             raise UserError(
                 f"{path} was written with {name} {saved.get(name)}, this command has "
                 f"{ours.get(name)}: give the same flags to continue it, or another --run_name to "
                 "start anew"
             )
+
+
+def _changes(saved, ours):
+    """What of the images is another than a checkpoint says, a split at a time."""
+    before, now = saved["content"], ours.get("content") or {}
+    words = []
+    for split in [*before, *(now.keys() - before.keys())]:
+        if before.get(split) == now.get(split):
+            continue
+        had, have = (content.get(split, [0, ""])[0] for content in (before, now))
+        difference = "as many files, but other names, sizes or labels"
+        if have != had:
+            difference = f"{abs(have - had):,} {'more' if have > had else 'fewer'} files"
+        words.append(f"split '{split}' has {difference}")
+    return (
+        "; ".join(words)
+        + ". Bring them back to continue this run, or give another --run_name to start anew"
+    )
 
 
 def _share(found, accelerator):

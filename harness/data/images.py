@@ -1,0 +1,194 @@
+"""A folder of images, with or without tables, as `datasets` of paths and classes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from harness.data.folders import Images, Listing, class_key, few, read_folder, read_pattern, scan
+from harness.data.folders import split_of as split_word
+from harness.data.tables import find_tables, read_tables
+from harness.errors import UserError
+
+
+@dataclass
+class Stored:
+    """The stored splits of a data set, and what the plan has to say of them."""
+
+    splits: dict  # name -> datasets.Dataset
+    source: str = ""
+    notes: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    content: dict[str, list] = field(default_factory=dict)  # split -> [images, sha256], see below
+
+    def at(self, source):
+        return replace(self, source=source)
+
+
+def load_images(
+    root, tree=None, *, layout="auto", label_pattern=None, labels=None, file_column=None,
+    label_column=None, classes=None,
+) -> Stored:  # fmt: skip
+    """List a folder of images and give its splits as data sets with the columns image and label.
+
+    Two hashes: the fingerprint of each data set (root, names, sizes, times, labels) names what was
+    decoded of it in the local cache; `content` (relative paths, sizes, labels) is the same on
+    another machine and in another place. A file whose content alone changes, with its size and
+    time as before, is taken for the old one.
+
+    tree: what `scan` found there.
+
+    Raises UserError for all that harness.data.folders and harness.data.tables refuse, for classes
+    of another split that train lacks, and for a --classes file that does not name the classes.
+    """
+    root = Path(root)
+    tree = tree or scan(root)
+    listing = _read(root, tree, layout, label_pattern, labels, file_column, label_column)
+    names = _classes(listing, classes)
+    stored = Stored({}, str(root.resolve()), listing.notes, listing.left_out)
+    for split, images in listing.splits.items():
+        places = {name: k for k, name in enumerate(names)}
+        numbers = np.array([places[label] for label in images.labels], np.int64)
+        stored.splits[split] = _dataset(root, images, numbers, names)
+        digest = hashlib.sha256()
+        order = sorted(range(len(images)), key=images.paths.__getitem__)
+        for k in order:
+            line = f"{images.paths[k]}\0{images.facts[k, 0]}\0{images.labels[k]}\n"
+            digest.update(line.encode())
+        stored.content[split] = [len(images), digest.hexdigest()]
+    return stored
+
+
+def _read(root, tree, layout, label_pattern, labels, file_column, label_column) -> Listing:
+    if labels:
+        return read_tables(root, tree, _given_tables(labels, root), file_column, label_column)
+    if label_pattern:
+        return read_pattern(root, tree, label_pattern)
+    tables = find_tables(root, tree) if layout == "auto" else {}
+    if not tables:
+        return read_folder(root, tree, layout)
+    by_folder = by_table = refused = None
+    with contextlib.suppress(UserError):  # without class folders the table alone says the classes
+        by_folder = read_folder(root, tree, layout)
+    try:
+        by_table = read_tables(root, tree, tables, file_column, label_column)
+    except UserError as error:
+        refused = error
+    several = by_folder and len(set(by_folder.splits["train"].labels)) > 1
+    if not several:
+        if refused:
+            raise refused
+        return by_table
+    names = ", ".join(Path(path).name for path in tables.values())
+    if refused:
+        by_folder.notes.append(f"{names} is not used, the class folders are: {refused}")
+        return by_folder
+    told = {
+        path: str(label)
+        for images in by_table.splits.values()
+        for path, label in zip(images.paths, images.labels, strict=True)
+    }
+    for images in by_folder.splits.values():
+        for path, label in zip(images.paths, images.labels, strict=True):
+            if path in told and told[path] != label:
+                raise UserError(
+                    f"{root} has class folders and {names}, and they differ: {path} is of class "
+                    f"{label!r} by its folder and {told[path]!r} by the table. --labels FILE takes "
+                    "the table, --layout splits or classes the folders"
+                )
+    by_folder.notes.append(f"{names} says the same classes as the folders")
+    return by_folder
+
+
+def _given_tables(given, root) -> dict[str, str]:
+    """{split or "": path} of --labels FILE or train=FILE,val=FILE."""
+    found = {}
+    for word in given.split(","):
+        split, equals, path = word.partition("=")
+        if not equals:
+            split, path = "", word
+        elif (split_word(split) or "") == "":
+            raise UserError(f"--labels {word}: {split} is no split (train, val or test)")
+        split = split and split_word(split)
+        if split in found:
+            raise UserError(f"--labels {given} names two tables for one split")
+        beside = Path(root) / path
+        found[split] = str(beside if beside.is_file() and not Path(path).is_file() else path)
+    return found
+
+
+def _classes(listing, file) -> list[str]:
+    """The names of the classes in order; makes the labels of all splits names of these."""
+    of_split = {split: set(images.labels) for split, images in listing.splits.items()}
+    every = set().union(*of_split.values())
+    if all(isinstance(label, int) for label in every):
+        order = [str(label) for label in sorted(every)]
+    else:
+        order = sorted({class_key(str(label)) for label in every})
+    for images in listing.splits.values():
+        images.labels = [class_key(str(label)) for label in images.labels]
+    train = set(listing.splits["train"].labels)
+    lower: dict[str, str] = {}
+    for name in sorted(train):
+        if name.casefold() in lower:
+            listing.notes.append(f"warning: {lower[name.casefold()]} and {name} are two classes")
+        lower.setdefault(name.casefold(), name)
+    for split, images in listing.splits.items():
+        unknown = sorted(set(images.labels) - train)
+        if unknown:
+            close = lower.get(unknown[0].casefold())
+            hint = f" (train has {close})" if close else ""
+            raise UserError(
+                f"split '{split}' has {few(map(repr, unknown))}, which train has not{hint}: give "
+                "classes the same names in all splits, or leave that split out "
+                "(--val_split none, --test_split none)"
+            )
+    if not file:
+        return order
+    try:
+        with open(file, encoding="utf-8-sig") as lines:
+            given = [class_key(line.strip()) for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--classes {file}: {getattr(error, 'strerror', None) or error}") from None
+    twice = [name for name, count in Counter(given).items() if count > 1]
+    missing = [name for name in order if name not in set(given)]
+    if twice or missing:
+        why = f"{few(twice)} stands there twice" if twice else f"it lacks {few(missing)}"
+        raise UserError(f"--classes {file}: {why}; it has a class a line")
+    return given
+
+
+def _dataset(root, images: Images, numbers, names):
+    """A datasets.Dataset of the images' paths, their classes and what else a table says."""
+    import datasets
+    import pyarrow
+
+    base = f"{root.resolve()}/"
+    paths = pyarrow.array([base + path for path in images.paths], pyarrow.string())
+    empty = pyarrow.nulls(len(images), pyarrow.binary())
+    columns = {
+        "image": pyarrow.StructArray.from_arrays([empty, paths], ["bytes", "path"]),
+        "label": pyarrow.array(numbers),
+    }
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    for name, values in images.others.items():
+        name = name if name not in columns else f"table_{name}"
+        try:
+            columns[name] = pyarrow.array(values)
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):  # of several types
+            columns[name] = pyarrow.array([None if v is None else str(v) for v in values])
+        features[name] = datasets.features.features.generate_from_arrow_type(columns[name].type)
+    digest = hashlib.blake2b(base.encode(), digest_size=8)
+    digest.update("\0".join([*images.paths, *names]).encode())
+    digest.update(images.facts[:, :2].tobytes() + numbers.tobytes())
+    digest.update(repr(images.others).encode())
+    return datasets.Dataset(
+        datasets.table.InMemoryTable(pyarrow.table(columns)),
+        info=datasets.DatasetInfo(features=datasets.Features(features)),
+        fingerprint=digest.hexdigest(),
+    )
