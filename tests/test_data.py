@@ -134,9 +134,7 @@ def test_split_folders_in_other_words(tmp_path, names):
     assert (len(loaded.train), len(loaded.test)) == (len(TRAIN), len(TEST))
     assert loaded.classes == NAMES
     save_images(tmp_path / "set" / "test", TEST)
-    with pytest.raises(
-        UserError, match=rf"{names[1]}/ and test/ are both the split 'test': keep one"
-    ):
+    with pytest.raises(UserError, match=rf"{names[1]}/ and test/ are both the split 'test'"):
         load_data(str(tmp_path / "set"))
 
 
@@ -199,12 +197,12 @@ def test_unknown_names(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         load_data("./nowhere/at/all")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"takes the \[ \] \* \? or :: in its path for a pattern"):
+    with pytest.raises(UserError, match=r"takes \[ \] \* \? or :: in a path for a pattern"):
         load_data(make_folder("parquet", tmp_path / "my [best] data"))
     with pytest.raises(UserError, match="is a file"):
         load_data(str(tmp_path / "file"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"cannot read a data set from .*empty"):
+    with pytest.raises(UserError, match=r"empty has no images: expected CLASS"):
         load_data(str(tmp_path / "empty"))
     (tmp_path / "empty" / "train-00000-of-00001.parquet").write_bytes(b"junk")
     with pytest.raises(UserError, match=r"cannot read a data set from .*empty"):
@@ -428,7 +426,7 @@ BAD_LABELS = {
     "other type": (
         make(TRAIN),
         make(["a"], label_type=STRING),
-        "'kind' is ClassLabel in train, but string in split 'test'",
+        "'kind' is classes in train, but string in split 'test'",
     ),
     "text beside numbers": (
         make([1, 2], label_type=Value("int64")),

@@ -247,7 +247,8 @@ def _split_folders(top) -> dict[str, Folder]:
                 names = " and ".join(f.shown() for f in (found[split], folder))
                 raise UserError(f"{names} are both the split '{split}': keep one of them")
             found[split] = folder
-    return found if "train" in found else {}
+    order = [split for split in ("train", "validation", "test") if split in found]
+    return {split: found[split] for split in order} if "train" in found else {}
 
 
 def _under_splits(top, splits):
@@ -467,11 +468,11 @@ def account(listing, tree, root):
 
 
 def by_suffix(others):
-    """ "60 .heic (pip install pillow-heif)" for each kind of file that is no image."""
+    """ "60 .heic: pip install pillow-heif" for each kind of file that is no image."""
     words = []
     for suffix, number in sorted(others.items()):
         why = why_left_out(suffix)
-        words.append(f"{number:,} {suffix}" + (f" ({why})" if why else ""))
+        words.append(f"{number:,} {suffix}: {why or 'not images'}")
     return words
 
 
