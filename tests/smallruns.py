@@ -1,5 +1,6 @@
 """Small real runs for the tests: train.py in this process, or launched as a user would."""
 
+import ast
 import hashlib
 import importlib
 import os
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 from accelerate.state import AcceleratorState, GradientState
+
+import harness.cli.flags
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,6 +46,17 @@ def words(flags):
         elif value is not None:
             out.append(f"--{name}={value}")
     return out
+
+
+def build_parser(script="train.py"):
+    """The parser that a script builds, made by the script's own lines."""
+    tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
+    (function,) = (n for n in tree.body if getattr(n, "name", None) == "read_flags")
+    *building, last = function.body
+    assert ast.unparse(last) == "return parser.read(argv)"
+    names = {"flags": harness.cli.flags, "__doc__": ast.get_docstring(tree)}
+    exec(compile(ast.Module(building, type_ignores=[]), script, "exec"), names)
+    return names["parser"]
 
 
 # The same network in three stages: on kept features, on a part of it, on all of it

@@ -15,12 +15,12 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets.packaged_modules.parquet.parquet import Parquet
 from PIL import Image
 
+import smallruns
 from harness.data import sources
 from harness.data.pixels import decode_split
 from harness.data.sources import BUILT_IN, BuiltIn, load_data, stratified_order
 from harness.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["ant", "bee", "cat"]
 
 
@@ -484,7 +484,7 @@ print(json.dumps(found))
 @pytest.mark.slow
 def test_processes_agree_and_share_one_cache(tmp_path, cache):
     folders = [make_folder(kind, tmp_path / kind) for kind in KINDS + KINDS_WITHOUT_SPLITS]
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(cache), "PYTHONPATH": str(smallruns.ROOT)}
     starts = [
         subprocess.Popen(
             [sys.executable, "-c", START, *folders],
