@@ -521,3 +521,13 @@ def test_a_local_copy_of_a_built_in_is_normalised_and_labelled_as_it(tmp_path):
     )
     assert (copy.mean, copy.std) == (built_in.mean, built_in.std)
     assert other.mean != built_in.mean  # by another name it is anybody's
+
+
+def test_rows_are_those_of_the_stored_split_after_a_cut():
+    from harness.data.sources import Split, cut, stored_rows
+
+    dataset = datasets.Dataset.from_dict({"x": list(range(3))})
+    split = Split("test", dataset, np.arange(3), np.array([0, 1, 1]))
+    for number in (1, 2):  # neighbours are selected as a slice, without indices
+        kept = cut(split, number, seed=0)
+        assert kept.dataset["x"][:] == stored_rows(kept).tolist()
