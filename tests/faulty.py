@@ -16,7 +16,9 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-FOLDERS = [str(folder) for folder in (HERE, HERE / "faults", HERE.parent)]
+# Where a fault may be defined that a forked process has to import by its name, and the scripts
+ROOMS = sorted({file.parent for file in HERE.glob("*/test_*.py")})
+FOLDERS = [str(folder) for folder in (HERE, *ROOMS, HERE.parent)]
 sys.path[:0] = [folder for folder in FOLDERS if folder not in sys.path]
 
 import smallruns  # noqa: E402

@@ -1,14 +1,20 @@
 """Small real runs for the tests: train.py in this process, or launched as a user would."""
 
+import ast
 import hashlib
 import importlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from accelerate.state import AcceleratorState, GradientState
+
+import harness.cli.flags
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,6 +49,17 @@ def words(flags):
         elif value is not None:
             out.append(f"--{name}={value}")
     return out
+
+
+def build_parser(script="train.py"):
+    """The parser that a script builds, made by the script's own lines."""
+    tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
+    (function,) = (n for n in tree.body if getattr(n, "name", None) == "read_flags")
+    *building, last = function.body
+    assert ast.unparse(last) == "return parser.read(argv)"
+    names = {"flags": harness.cli.flags, "__doc__": ast.get_docstring(tree)}
+    exec(compile(ast.Module(building, type_ignores=[]), script, "exec"), names)
+    return names["parser"]
 
 
 # The same network in three stages: on kept features, on a part of it, on all of it
@@ -86,6 +103,43 @@ def ensemble(output_dir, *members, **flags):
     folder, status = run("ensemble_eval", [*map(str, members), *words(flags)])
     assert status == 0
     return folder
+
+
+# An epoch of 20 steps, nothing that helps, and images held out
+MEMBER = {
+    "model": "fastnet_small", "image_size": 16, "max_train_samples": 500, "batch_size": 20,
+    "epochs": 1, "mixed_precision": "no", "val_fraction": 0.2, "gradient_accumulation_steps": 1,
+    "augment": "none", "mix_prob": 0,
+    "random_erasing": 0, "ema_decay": 0, "dropout": None,
+}  # fmt: skip
+
+
+def members(root, **flags):
+    """a and c: one architecture, c goes on from a. b: another, and other pixels. d: no held-out."""
+    folders = {}
+    for name, special in {
+        "a": {},
+        "b": {"model": "test_resnet", "image_size": 24},
+        "c": {"weights": root / "a", "lr": 0.01, "warmup_epochs": 0},
+        "d": {"val_fraction": 0, "seed": 1},
+    }.items():
+        folders[name], status = train(root, run_name=name, **MEMBER | special | flags)
+        assert status == 0
+    return SimpleNamespace(**folders)
+
+
+def copies(runs, root):
+    """Copies of those runs in another folder, without checkpoints and kept predictions."""
+    left_out = shutil.ignore_patterns("checkpoints", "predictions")
+    for name, folder in vars(runs).items():
+        shutil.copytree(folder, root / name, ignore=left_out)
+    return SimpleNamespace(**{name: root / name for name in vars(runs)})
+
+
+def edit_json(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
 
 
 def finetune(output_dir, **flags):

@@ -3,7 +3,6 @@
 import json
 import pickle
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,48 +11,22 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import smallruns
-from harness.ensembles import charts, predictions
-from harness.ensembles import members as membership
+from harness.ensembles import predictions
 from harness.ensembles import report as words
-from harness.ensembles.comparison import notes
-from harness.ensembles.members import find_images, read_members, view_sets
 from harness.errors import UserError
-from harness.models.trained import read_trained
 from harness.training.folder import WRITTEN
-
-QUICK = {
-    "model": "fastnet_small", "image_size": 16, "max_train_samples": 500, "batch_size": 20,
-    "epochs": 1, "mixed_precision": "no", "val_fraction": 0.2, "gradient_accumulation_steps": 1,
-    "augment": "none", "mix_prob": 0,
-    "random_erasing": 0, "ema_decay": 0, "dropout": None,
-}  # fmt: skip
+from smallruns import edit_json
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """a and c: one architecture, c goes on from a. b: another, and other pixels. d: no held-out."""
-    root = tmp_path_factory.mktemp("members")
-    members = {
-        "a": {},
-        "b": {"model": "test_resnet", "image_size": 24},
-        "c": {"weights": root / "a", "lr": 0.01, "warmup_epochs": 0},
-        "d": {"val_fraction": 0, "seed": 1},
-    }
-    for name, flags in members.items():
-        _, status = smallruns.train(root, run_name=name, **QUICK | flags)
-        assert status == 0
-    return SimpleNamespace(**{name: root / name for name in members})
+    return smallruns.members(tmp_path_factory.mktemp("members"))
 
 
 @pytest.fixture
 def copies(runs, tmp_path):
     """The same runs in a folder that a test may damage."""
-    made = {}
-    for name, folder in vars(runs).items():
-        made[name] = tmp_path / "runs" / name
-        kept = shutil.ignore_patterns("checkpoints", "predictions")
-        shutil.copytree(folder, made[name], ignore=kept)
-    return SimpleNamespace(**made)
+    return smallruns.copies(runs, tmp_path / "runs")
 
 
 def report_of(folder):
@@ -63,12 +36,6 @@ def report_of(folder):
 def row(report, name):
     (found,) = [row for row in report["results"] if row["name"] == name]
     return found
-
-
-def edit(file, change):
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
 
 
 def forbid_forward(monkeypatch):
@@ -214,109 +181,15 @@ def test_one_member_is_scored_alone(runs, tmp_path):
     assert {r["of"] for r in gains} == {"b", "average"}
 
 
-# -- which images may judge ------------------------------------------------------------------------
-
-ASKED = SimpleNamespace(dataset=None, image_column=None, label_column=None, split=None,
-                        max_eval_samples=None, seed=42)  # fmt: skip
-
-
-def test_nothing_is_fitted_on_images_that_a_member_was_trained_on(runs, copies):
-    from harness.data.sources import load_data, stored_rows
-
-    images = find_images(read_members([runs.a, runs.b]), ASKED)
-    assert images.role == "test" and len(images.scored) == 360
-    assert len(images.fitted) == 287  # all that --val_fraction 0.2 holds out
-    # another seed holds out other images: those that neither trained on are left
-    edit(copies.b / "config.json", lambda c: c["flags"].update(seed=7))
-    fewer = find_images(read_members([copies.a, copies.b]), ASKED).fitted
-    kept = {"val_fraction": 0.2, "max_train_samples": 500}
-    trained = [load_data("digits", seed=seed, **kept).train for seed in (42, 7)]
-    used = np.concatenate([stored_rows(split) for split in trained])
-    held = [load_data("digits", seed=seed, **kept).val for seed in (42, 7)]
-    held = np.concatenate([stored_rows(split) for split in held])
-    assert sorted(fewer.rows) == sorted(set(held) - set(used)) and len(fewer) > 287
-    assert (fewer.labels == load_data("digits").train.labels[fewer.rows]).all()
-
-
-def test_a_few_images_are_too_few_to_fit_on(copies):
-    """Members of other seeds, trained on all the others: next to nothing that neither has seen."""
-    for name, seed in (("a", 42), ("b", 7)):
-        flags = {"seed": seed, "val_fraction": 0.2, "max_train_samples": None}
-        edit(getattr(copies, name) / "config.json", lambda c, flags=flags: c["flags"].update(flags))
-    members = read_members([copies.a, copies.b])
-    assert find_images(members, ASKED).fitted is None  # 60 of 1,437; half of test is 180
-    assert len(find_images(members[:1], ASKED).fitted) == 287
-    val = find_images(members, SimpleNamespace(**vars(ASKED) | {"split": "val"}))
-    assert 30 < len(val.scored) < 100
-
-
-def test_what_a_network_came_from_has_been_seen_too(copies):
-    """c went on from a, whose run is recorded; here a trained on everything."""
-    images = find_images(read_members([copies.c]), ASKED)
-    assert len(images.fitted) == 287
-    config = json.loads((copies.c / "config.json").read_text())
-    assert [one["val_fraction"] for one in config["ancestors"]] == [0.2]
-    edit(copies.c / "config.json", lambda c: c["ancestors"][0].update(
-        val_fraction=0.0, max_train_samples=None))  # fmt: skip
-    assert find_images(read_members([copies.c]), ASKED).fitted is None
-    edit(copies.c / "config.json", lambda c: c.update(ancestors=[{"unknown": "there.pth"}]))
-    members = read_members([copies.c])
-    assert find_images(members, ASKED).fitted is not None
-    assert "there.pth: what images that was trained on is not known" in notes(members)[0]
-
-
-def test_no_scored_image_is_fitted_on(copies):
-    """A member that took test for its validation; in either order."""
-    edit(copies.b / "config.json", lambda c: c["flags"].update(
-        val_fraction=0.0, val_split="test", test_split="none"))  # fmt: skip
-    for order in ((copies.a, copies.b), (copies.b, copies.a)):
-        images = find_images(read_members(order), ASKED)
-        assert images.role == "test" and len(images.scored) == 360
-        assert images.fitted is None or images.fitted.name == "train"
-
-
-def test_rows_are_those_of_the_stored_split_after_a_cut():
-    import datasets
-
-    from harness.data.sources import Split, cut, stored_rows
-
-    dataset = datasets.Dataset.from_dict({"x": list(range(3))})
-    split = Split("test", dataset, np.arange(3), np.array([0, 1, 1]))
-    for number in (1, 2):  # neighbours are selected as a slice, without indices
-        kept = cut(split, number, seed=0)
-        assert kept.dataset["x"][:] == stored_rows(kept).tolist()
-
-
 @pytest.mark.slow
 def test_without_held_out_images_the_test_split_is_cross_fitted(copies, tmp_path):
-    edit(copies.d / "config.json", lambda c: c["flags"].update(max_train_samples=None))
+    edit_json(copies.d / "config.json", lambda c: c["flags"].update(max_train_samples=None))
     folder = smallruns.ensemble(tmp_path, copies.a, copies.d)
     found = report_of(folder)
     assert found["fitted"] is None
     assert "cross-fitted on the test images" in (folder / "report.md").read_text()
     assert len(row(found, "weighted")["weights"]) == 2
     assert len(row(found, "a")["temperature"]) == 2
-
-
-def test_a_test_split_that_training_did_without_is_scored(copies):
-    edit(copies.a / "config.json", lambda c: c["flags"].update(test_split="none"))
-    images = find_images(read_members([copies.a]), ASKED)
-    assert images.role == "test" and len(images.scored) == 360
-
-
-def test_val_is_scored_where_it_is_asked_for(runs):
-    asked = SimpleNamespace(**{**vars(ASKED), "split": "val"})
-    images = find_images(read_members([runs.a, runs.b]), asked)
-    assert images.role == "val" and len(images.scored) == 287 and images.fitted is None
-    with pytest.raises(UserError, match="val_fraction"):
-        find_images(read_members([runs.d]), asked)
-
-
-def test_a_member_trained_on_test_is_refused(copies):
-    edit(copies.a / "config.json", lambda c: c["flags"].update(train_split="test"))
-    edit(copies.a / "config.json", lambda c: c["flags"].update(test_split="train"))
-    with pytest.raises(UserError, match="trained on split 'test'"):
-        find_images(read_members([copies.d, copies.a]), ASKED)
 
 
 # -- kept predictions ------------------------------------------------------------------------------
@@ -392,7 +265,7 @@ def test_a_folder_that_cannot_be_written_to_keeps_nothing_and_says_so(copies, tm
 @pytest.mark.slow
 def test_two_processes_give_the_report_of_one(copies, tmp_path):
     """Soups, cross-fitting and views included; another folder, so that nothing is kept."""
-    edit(copies.d / "config.json", lambda c: c["flags"].update(max_train_samples=None))
+    edit_json(copies.d / "config.json", lambda c: c["flags"].update(max_train_samples=None))
     members, reports = (copies.a, copies.c, copies.d), []
     two = ("--config_file", str(smallruns.ROOT / "accelerate_configs" / "cpu_2proc.yaml"))
     for name, launcher in (("one", ()), ("two", two)):
@@ -432,23 +305,23 @@ def test_what_is_no_run_is_refused(runs, copies, tmp_path):
     assert "has not finished" in refused([copies.a, copies.b], tmp_path)
     (copies.b / "config.json").write_text("{")
     assert "is not JSON" in refused([copies.b], tmp_path)
-    edit(copies.c / "config.json", lambda c: c.pop("pretrained_cfg"))
+    edit_json(copies.c / "config.json", lambda c: c.pop("pretrained_cfg"))
     assert "how images are prepared" in refused([copies.c], tmp_path)
 
 
 def test_members_that_do_not_belong_together_are_refused(runs, copies, tmp_path):
     assert "twice" in refused([runs.a, runs.a.parent / "." / "a"], tmp_path)
     assert "hold the same weights" in refused([runs.a, copies.a], tmp_path)
-    edit(copies.b / "config.json", lambda c: c["label_names"].reverse())
+    edit_json(copies.b / "config.json", lambda c: c["label_names"].reverse())
     said = refused([runs.a, copies.b], tmp_path)
     assert "another order: class 0 is '9' there, '0' here" in said
-    edit(copies.c / "config.json", lambda c: c["label_names"].pop())
+    edit_json(copies.c / "config.json", lambda c: c["label_names"].pop())
     assert "9 classes there, 10 here" in refused([runs.a, copies.c], tmp_path)
-    edit(copies.d / "config.json", lambda c: c.update(label_names=list("012345678x")))
+    edit_json(copies.d / "config.json", lambda c: c.update(label_names=list("012345678x")))
     assert "only there: 'x'; only here: '9'" in refused([runs.a, copies.d], tmp_path)
     assert "x" in refused([copies.d], tmp_path)  # nor does the data set have it
-    edit(copies.a / "config.json", lambda c: c["data"].update(source=str(tmp_path / "gone")))
-    edit(copies.a / "config.json", lambda c: c.update(dataset="elsewhere/data"))
+    edit_json(copies.a / "config.json", lambda c: c["data"].update(source=str(tmp_path / "gone")))
+    edit_json(copies.a / "config.json", lambda c: c.update(dataset="elsewhere/data"))
     assert "elsewhere/data" in refused([copies.a], tmp_path)
 
 
@@ -472,7 +345,7 @@ def test_damaged_weights_stop_the_run_before_any_forward_pass(runs, copies, tmp_
         del state["fc.weight"]
         save_file(state, file)
         assert "missing: fc.weight" in refused([copies.a, copies.b], tmp_path)
-        edit(copies.c / "config.json", lambda c: c.update(architecture="resnet19"))
+        edit_json(copies.c / "config.json", lambda c: c.update(architecture="resnet19"))
         assert "resnet19" in refused([copies.c], tmp_path)
     state = load_file(copies.d / "model.safetensors")
     state["fc.weight"][3] = float("nan")
@@ -506,24 +379,7 @@ def test_members_and_flags_may_stand_in_any_order():
     assert args.members == ["a", "b", "c"] and args.tta == "flip" and args.seed == 1
 
 
-def test_names_tell_members_apart(runs, copies):
-    state = load_file(copies.a / "model.safetensors")
-    state["fc.weight"] += 1
-    save_file(state, copies.a / "model.safetensors")
-    names = [member.name for member in read_members([runs.a, copies.a])]
-    assert len(set(names)) == 2 and all(name.endswith("/a") for name in names)
-    vote = copies.b.rename(copies.b.with_name("vote"))
-    assert read_members([vote])[0].name.endswith("/vote")
-    assert "vote" in membership.COMBINATIONS and read_trained(vote).name == "vote"
-
-
-def test_views_are_made_once_a_size():
-    sets = view_sets("flip, crops:2", {16, 24}, seed=0)
-    assert list(sets) == ["flip", "crops:2", "none"]
-    assert [view.name for view in sets["flip"][24]] == ["centre", "centre, mirrored"]
-
-
-# -- words and charts ------------------------------------------------------------------------------
+# -- its words -------------------------------------------------------------------------------------
 
 
 def test_the_outcome_says_what_it_is(report):
@@ -534,31 +390,3 @@ def test_the_outcome_says_what_it_is(report):
     assert "32.00 points below the best member a" in words.headline(found)
     best["against"] |= {"gain": 0.0, "p": 1.0}
     assert "chance is not ruled out" in words.headline(found)
-
-
-def test_a_vote_with_ties_is_calibrated_by_what_was_voted():
-    from harness.ensembles.combinations import combined_results
-    from harness.ensembles.comparison import calibration
-
-    logits = torch.tensor([[[0.0, 1.0, 0.0]], [[3.0, 0.0, 0.0]]])  # the second is surer
-    labels = {"scored": torch.tensor([0, 0])}
-    logits = {"scored": logits.expand(2, 2, 3).clone()}
-    vote = combined_results(["a", "b"], logits, labels, seed=0)[1]
-    assert vote.details == {"ties": 2} and vote.labels.tolist() == [0, 0]
-    assert vote.probabilities.argmax(1).tolist() == [0, 0]
-    assert calibration(vote.probabilities, labels["scored"])["ece"] == pytest.approx(0.5, abs=1e-6)
-
-
-def test_charts_take_any_names(tmp_path):
-    names = ["a$\\x$b", "name_without_any_space_" * 5, "纸", ""]
-    rows = [
-        {"name": name, "kind": "member", "accuracy": 0.5, "interval": (0.4, 0.6)} for name in names
-    ]
-    charts.save_accuracies(tmp_path / "accuracy.png", rows, "$\\y$" + "long " * 40)
-    matrix = torch.eye(4, dtype=torch.int64)
-    charts.save_confusion(tmp_path / "confusion.png", matrix, names, "title")
-    for picture in tmp_path.iterdir():
-        assert Image.open(picture).width > 300
-    many = [f"class {n}" for n in range(300)]
-    charts.save_confusion(tmp_path / "many.png", torch.ones(300, 300).long(), many, "300 classes")
-    assert Image.open(tmp_path / "many.png").width < 2000

@@ -86,6 +86,13 @@ def test_every_room_is_known_and_lived_in():
     assert all(any((ROOT / "harness" / folder).glob("[a-z]*.py")) for folder in folders)
 
 
+def test_tests_have_the_same_rooms():
+    rooms = {file.parent.name for file in (ROOT / "tests").glob("*/test_*.py")}
+    assert rooms - {"tricks", "benchmarks", "faults"} == set(ARROWS) - {""}
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names)), "pytest takes two files of one name for the same module"
+
+
 @pytest.mark.parametrize("path", HARNESS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_arrows_between_rooms_run_one_way(path):
     here = room(".".join(path.relative_to(ROOT).with_suffix("").parts))

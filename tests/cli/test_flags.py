@@ -4,14 +4,13 @@ import ast
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
 
 from harness.cli import flags
+from smallruns import ROOT, build_parser
 
-ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
@@ -25,17 +24,6 @@ OF_REPORTS = {
         "harness/explain/report.py",
     )
 }  # fmt: skip
-
-
-def build_parser(script="train.py"):
-    """The parser that a script builds, made by the script's own lines."""
-    tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
-    (function,) = (n for n in tree.body if getattr(n, "name", None) == "read_flags")
-    *building, last = function.body
-    assert ast.unparse(last) == "return parser.read(argv)"
-    names = {"flags": flags, "__doc__": ast.get_docstring(tree)}
-    exec(compile(ast.Module(building, type_ignores=[]), script, "exec"), names)
-    return names["parser"]
 
 
 def declared(parser):
@@ -377,7 +365,7 @@ def test_there_are_recipes():
     ("script", "recipe"), [("train.py", "cifar10_resnet18"), ("finetune.py", "flowers102_resnet50")]
 )
 def test_a_recipe_that_says_so_is_the_defaults(script, recipe):
-    """Stages have no default as flags: tests/test_stages.py compares what comes of them."""
+    """Stages have no default as flags: test_stages.py compares what comes of them."""
     path = ROOT / f"recipes/{recipe}.yaml"
     args = build_parser(script).read(["--config", str(path)])
     assert set(args.given) == ({"stages"} if script == "finetune.py" else set())

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from test_flags import build_parser
 from torch import nn
 
 from harness.counters import generator
@@ -14,6 +13,7 @@ from harness.data.batches import Samples, Views
 from harness.errors import UserError
 from harness.models import build
 from harness.training import features, stages
+from smallruns import build_parser
 from tricks.freeze import freeze_except
 
 SIZE = 32

@@ -15,12 +15,12 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets.packaged_modules.parquet.parquet import Parquet
 from PIL import Image
 
+import smallruns
 from harness.data import sources
 from harness.data.pixels import decode_split
 from harness.data.sources import BUILT_IN, BuiltIn, load_data, stratified_order
 from harness.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["ant", "bee", "cat"]
 
 
@@ -486,7 +486,7 @@ print(json.dumps(found))
 @pytest.mark.slow
 def test_processes_agree_and_share_one_cache(tmp_path, cache):
     folders = [make_folder(kind, tmp_path / kind) for kind in KINDS + KINDS_WITHOUT_SPLITS]
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(cache), "PYTHONPATH": str(smallruns.ROOT)}
     starts = [
         subprocess.Popen(
             [sys.executable, "-c", START, *folders],
@@ -523,3 +523,13 @@ def test_a_local_copy_of_a_built_in_is_normalised_and_labelled_as_it(tmp_path):
     )
     assert (copy.mean, copy.std) == (built_in.mean, built_in.std)
     assert other.mean != built_in.mean  # by another name it is anybody's
+
+
+def test_rows_are_those_of_the_stored_split_after_a_cut():
+    from harness.data.sources import Split, cut, stored_rows
+
+    dataset = datasets.Dataset.from_dict({"x": list(range(3))})
+    split = Split("test", dataset, np.arange(3), np.array([0, 1, 1]))
+    for number in (1, 2):  # neighbours are selected as a slice, without indices
+        kept = cut(split, number, seed=0)
+        assert kept.dataset["x"][:] == stored_rows(kept).tolist()

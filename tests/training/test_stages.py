@@ -4,7 +4,6 @@ import pytest
 import torch
 import torchvision
 import yaml
-from test_flags import build_parser
 from torch import nn
 
 import smallruns
@@ -32,7 +31,7 @@ FAMILIES = {
 
 
 def parse(*argv):
-    return build_parser("finetune.py").read([*argv, "--model", "resnet18"])
+    return smallruns.build_parser("finetune.py").read([*argv, "--model", "resnet18"])
 
 
 def on_meta(name, classes=7):
@@ -85,7 +84,7 @@ def test_a_stage_by_prefix_trains_what_is_under_it(name):
 
 def test_resnet50_has_the_rates_of_the_recipe():
     recipe = smallruns.ROOT / "recipes/flowers102_resnet50.yaml"
-    args = build_parser("finetune.py").read(["--config", str(recipe)])
+    args = smallruns.build_parser("finetune.py").read(["--config", str(recipe)])
     from_recipe, _, _ = make(args, name="resnet50")
     by_default, _, _ = make(parse(), name="resnet50")
     assert len(from_recipe) == 3
