@@ -66,6 +66,8 @@ def main(args):
     device = accelerator.device
     folder = check_folder(args)
 
+    build.library_of(args.model)  # a mistyped name answers before a data set is looked for
+
     # data, and how the weights want to see it
     data = plan.load(args)
     pretrained = in_turn(accelerator, lambda: find_weights(args.weights, args.model, args.stem))

@@ -62,6 +62,8 @@ def main(args):
     device = accelerator.device
     folder = check_folder(args)
 
+    build.library_of(args.model)  # a mistyped name answers before a data set is looked for
+
     # data: what is where, and later its pixels, decoded once; weights say how they want them
     data = plan.load(args)
     pretrained = in_turn(accelerator, lambda: find_weights(args.weights, args.model, args.stem))

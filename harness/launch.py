@@ -23,6 +23,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import GradientAccumulationPlugin, set_seed
 
+from harness.console import steady_output
 from harness.errors import UserError
 
 
@@ -206,6 +207,12 @@ def script(name):
 
     Exit status 2 for UserError, 1 for RunStopped; SystemExit (143, 130 after a signal) passes.
     """
+    with steady_output(), _one_line(name):
+        yield
+
+
+@contextlib.contextmanager
+def _one_line(name):
     try:
         yield
     except UserError as error:

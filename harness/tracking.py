@@ -171,7 +171,11 @@ class Tracking:
             return f"W&B: {tracker.run.url}"
         if mode == "disabled":
             return f"W&B disabled ({reason})"
-        return f"W&B offline ({reason}): `wandb sync {_short(Path(tracker.run.dir).parent)}`"
+        # A resumed run has several parts; the newest is being written
+        here = Path(tracker.run.dir).parent
+        parts = sorted(here.parent.glob(f"offline-run-*-{self.run_id}"))
+        paths = " ".join(_short(part) for part in dict.fromkeys([*parts, here]))
+        return f"W&B offline ({reason}): `wandb sync {paths}`"
 
     def _start_tensorboard(self, folder: Path, config: dict) -> str:
         from accelerate.tracking import TensorBoardTracker

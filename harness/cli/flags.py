@@ -15,6 +15,7 @@ import yaml
 
 from harness.errors import nearest
 
+SCRIPTS = Path(__file__).resolve().parents[2]  # where train.py, recipes/ and the others are
 OF_ONE_COMMAND = {
     "config", "given", "overwrite", "dry_run", "stop_after", "resume_from_checkpoint",
     "verify_resume",
@@ -93,7 +94,7 @@ def run_name(text):
 
 
 class Switch(argparse.Action):
-    """`--name` turns on, `--no_name` turns off."""
+    """`--name` turns on, `--no_name` turns off; `--name=true` and `--name=false` do as well."""
 
     def __init__(self, option_strings, dest, default=False, help=None, **_):
         names = [*option_strings, *(f"--no_{o[2:]}" for o in option_strings)]
@@ -101,6 +102,48 @@ class Switch(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, not option_string.startswith("--no_"))
+
+
+# Flags of other trainers -> what the flag is called here
+ELSEWHERE = {
+    "learning_rate": "lr", "base_lr": "lr", "wd": "weight_decay", "bs": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "train_batch_size": "batch_size", "num_epochs": "epochs", "num_train_epochs": "epochs",
+    "max_train_steps": "max_steps", "arch": "model", "model_name": "model",
+    "model_name_or_path": "model", "backbone": "model", "pretrained": "weights",
+    "dataset_name": "dataset", "data": "dataset", "data_dir": "dataset", "data_path": "dataset",
+    "train_dir": "dataset", "image_column_name": "image_column",
+    "label_column_name": "label_column", "train_val_split": "val_fraction",
+    "img_size": "image_size", "imgsz": "image_size", "resolution": "image_size",
+    "opt": "optimizer", "optim": "optimizer",
+    "sched": "schedule", "scheduler": "schedule", "lr_scheduler": "schedule",
+    "lr_scheduler_type": "schedule", "num_warmup_steps": "warmup_epochs",
+    "lr_warmup_steps": "warmup_epochs", "lr_warmup_epochs": "warmup_epochs",
+    "max_grad_norm": "clip_grad_norm", "clip_grad": "clip_grad_norm", "mixup": "mixup_alpha",
+    "cutmix": "cutmix_alpha", "smoothing": "label_smoothing", "aa": "augment",
+    "auto_augment": "augment", "reprob": "random_erasing", "random_erase": "random_erasing",
+    "model_ema_decay": "ema_decay", "use_ema": "ema_decay", "model_ema": "ema_decay",
+    "checkpoints_total_limit": "max_checkpoints", "resume": "resume_from_checkpoint",
+    "output": "output_dir", "tracker_project_name": "project", "amp": "mixed_precision",
+    "fp16": "mixed_precision", "bf16": "mixed_precision",
+    "grad_accum_steps": "gradient_accumulation_steps", "with_tracking": "report_to",
+    "drop": "dropout", "print_freq": "logging_steps", "log_interval": "logging_steps",
+}  # fmt: skip
+UNNEEDED = {  # flags of other trainers that nothing here needs
+    name: "images are decoded once and augmented in batches: there are no loader workers"
+    for name in ("workers", "num_workers", "dataloader_num_workers", "preprocessing_num_workers")
+}
+
+
+def _hint(flag, known):
+    """What to say behind an unknown flag; known: names without dashes."""
+    name = flag.lstrip("-").replace("-", "_")
+    if name in UNNEEDED:
+        return f": {UNNEEDED[name]}"
+    if ELSEWHERE.get(name) in known:
+        return f": here it is --{ELSEWHERE[name]}"
+    dashes = "--" if flag.startswith("--") else ""
+    return nearest(flag, [f"{dashes}{name}" for name in known])
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -144,6 +187,7 @@ class Parser(argparse.ArgumentParser):
         to where it was said (a recipe's path, or "command line").
         """
         argv = [_underscored(a) for a in (sys.argv[1:] if argv is None else argv)]
+        argv = [self._switched(word) for word in argv]
         command_line = self._said(argv)
         recipe = argparse.Namespace()
         if getattr(command_line, "config", None):
@@ -158,6 +202,16 @@ class Parser(argparse.ArgumentParser):
             **merged, given={k: v for k, v in given.items() if merged[k] != defaults[k]}
         )
 
+    def _switched(self, word):
+        """`--name=true` of a switch, as `wandb sweep` writes it, as --name or --no_name."""
+        name, equals, value = word.partition("=")
+        switches = {a.dest for a in self._actions if isinstance(a, Switch)}
+        if not equals or name[2:] not in switches:
+            return word
+        if value.lower() not in ("true", "false"):
+            self.error(f'{name}: "{value}" is not true or false')
+        return name if value.lower() == "true" else f"--no_{name[2:]}"
+
     def _said(self, argv):
         """Only what `argv` says: argparse fills no default where an attribute exists already."""
         unsaid = object()
@@ -166,9 +220,9 @@ class Parser(argparse.ArgumentParser):
         parse = self.parse_known_intermixed_args if positional else self.parse_known_args
         namespace, unknown = parse(argv, namespace)
         if unknown:
-            options = [o for a in self._actions for o in a.option_strings if o.startswith("--")]
+            options = [o[2:] for a in self._actions for o in a.option_strings if o.startswith("--")]
             name = unknown[0].split("=")[0]
-            self.error(f"unknown flag {name}{nearest(name, options)}")
+            self.error(f"unknown flag {name}{_hint(name, options)}")
         # No words at all for a positional argument are said by nobody
         said = {k: v for k, v in vars(namespace).items() if v is not unsaid and v not in ([], None)}
         return argparse.Namespace(**said)
@@ -176,7 +230,9 @@ class Parser(argparse.ArgumentParser):
     def _recipe_argv(self, path):
         """The recipe as command-line words, so that one set of checks serves both."""
         try:
-            flags = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            beside = SCRIPTS / path  # from another working directory
+            file = beside if beside.is_file() and not Path(path).exists() else Path(path)
+            flags = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         except OSError as error:
             self.error(f"cannot read the recipe: {error.strerror}")
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -192,7 +248,9 @@ class Parser(argparse.ArgumentParser):
         for key, value in flags.items():
             action = known.get(str(key).replace("-", "_"))
             if action is None or key in ("help", "config"):
-                self.error(f'unknown flag "{key}"{nearest(key, set(known) - {"help", "config"})}')
+                self.error(
+                    f'unknown flag "{key}"{_hint(str(key), set(known) - {"help", "config"})}'
+                )
             if isinstance(action, Switch):
                 if not isinstance(value, bool):
                     self.error(f'{key}: "{value}" is not true or false')

@@ -145,7 +145,7 @@ def build_model(
     for pixels in sorted(range(16, image_size + 257, 16), key=lambda p: abs(p - image_size)):
         with torch.device("meta"):  # shapes only
             _, failed = _try_build(*arguments, pixels)
-        if not failed:
+        if not failed and pixels != image_size:
             hint = f"the nearest size seen to work is --image_size {pixels}"
             break
     else:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from harness.cli import flags
 from harness.errors import UserError
-from harness.files import replace_file
+from harness.files import file_name, replace_file
 from harness.tracking import parse_report_to, require_tensorboard
 from harness.training.checkpoint import checkpoints
 
@@ -42,6 +42,12 @@ def report_folder(args, name):
     return folder
 
 
+def _of_sweep():
+    """What tells the folders of a W&B sweep's trials apart: the agent's id of the run."""
+    trial = os.environ.get("WANDB_RUN_ID", "") if os.environ.get("WANDB_SWEEP_ID") else ""
+    return f"-{file_name(trial)}" if trial else ""
+
+
 def _check_trackers(args):
     if "tensorboard" in parse_report_to(args.report_to):
         require_tensorboard()
@@ -60,7 +66,8 @@ def check_folder(args):
     """
     _check_trackers(args)
     dataset = re.sub(r"[^\w.-]+", "_", Path(args.dataset).name or args.dataset)
-    folder = Path(args.output_dir) / (args.run_name or f"{dataset}-{args.model}-s{args.seed}")
+    name = args.run_name or f"{dataset}-{args.model}-s{args.seed}"
+    folder = Path(args.output_dir) / (name + _of_sweep())
     taken = (folder / "config.yaml").exists()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose another --run_name")

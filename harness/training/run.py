@@ -559,7 +559,8 @@ class Run:
         if self._signal is None:
             self._signal, self._signalled = number, time.monotonic()
             line = f"{signal.Signals(number).name}: a checkpoint after this step, then the end\n"
-            os.write(1, line.encode())  # print is not safe in a signal handler
+            with contextlib.suppress(OSError):  # print is not safe in a signal handler
+                os.write(1, line.encode())
         elif number == signal.SIGINT and time.monotonic() - self._signalled > 10:
             raise KeyboardInterrupt  # launchers repeat a signal at once; a person's second is later
 

@@ -140,12 +140,26 @@ def check_identity(path, saved, ours, given):
             continue  # the same images, in another place
         if name == "content" and saved[name] != ours.get(name):
             raise UserError(f"{path} was written with other images: {_changes(saved, ours)}")
+        if saved.get(name) != ours.get(name) and name == "data_sha256":
+            raise UserError(f"{path} was written with other images or labels{_sizes(saved, ours)}")
         if saved.get(name) != ours.get(name):
             raise UserError(
                 f"{path} was written with {name} {saved.get(name)}, this command has "
                 f"{ours.get(name)}: give the same flags to continue it, or another --run_name to "
                 "start anew"
             )
+
+
+def _sizes(saved, ours):
+    """How many images of which split there were and are, where that differs."""
+    before, now = saved.get("split_sizes") or {}, ours.get("split_sizes") or {}
+    words = [
+        f"{split} had {before.get(split, 0):,}, now {now.get(split, 0):,}"
+        for split in {**before, **now}
+        if before.get(split) != now.get(split)
+    ]
+    why = f": {', '.join(words)}" if words else ", though as many"
+    return f"{why}. Bring them back to continue this run, or give another --run_name to start anew"
 
 
 def _changes(saved, ours):

@@ -11,7 +11,7 @@ import yaml
 from harness.cli import flags
 from smallruns import ROOT, build_parser
 
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.yaml") if p.stem != "sweep")  # W&B's
 
 
 SCRIPTS = sorted(p.name for p in ROOT.glob("*.py"))
@@ -374,3 +374,37 @@ def test_a_recipe_that_says_so_is_the_defaults(script, recipe):
 
 def test_an_unquoted_no_in_a_recipe_is_the_word(read_recipe):
     assert read_recipe("mixed_precision: no").mixed_precision == "no"  # YAML reads it as false
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("--learning_rate=1", "here it is --lr"), ("--bs", "here it is --batch_size"),
+        ("--num-epochs=3", "here it is --epochs"), ("--arch", "here it is --model"),
+        ("--pretrained", "here it is --weights"), ("--workers=4", "there are no loader workers"),
+        ("--momentun=1", 'did you mean "--momentum"'),
+    ],
+)  # fmt: skip
+def test_flags_of_other_trainers_are_refused_with_the_right_one(parser, capsys, word, hint):
+    with pytest.raises(SystemExit):
+        parser.read([word])
+    assert hint in capsys.readouterr().err
+
+
+def test_every_flag_that_a_hint_names_exists():
+    known = declared(build_parser("train.py")).keys() | declared(build_parser("finetune.py")).keys()
+    assert set(flags.ELSEWHERE.values()) <= known
+    assert not set(flags.ELSEWHERE) & known and not set(flags.UNNEEDED) & known
+
+
+def test_a_switch_takes_true_and_false(parser, capsys):
+    assert parser.read(["--nesterov=false"]).nesterov is False
+    assert parser.read(["--overwrite=True"]).overwrite is True
+    with pytest.raises(SystemExit):
+        parser.read(["--nesterov=2"])
+    assert '"2" is not true or false' in capsys.readouterr().err
+
+
+def test_a_recipe_is_found_beside_the_scripts(parser, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parser.read(["--config", "recipes/digits.yaml"]).run_name == "digits"

@@ -1,0 +1,77 @@
+"""What a script prints reaches the terminal, or is lost, and never stops the training.
+
+A terminal without UTF-8, a closed output (>&-), a pipe whose reader has gone (| head), a full disk
+behind a log: training goes on. Control characters, as a class's or a file's name may hold them,
+are shown as \\x1b and the like.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+
+CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text) -> str:
+    r"""The text with control characters and lone surrogates written out.
+
+    >>> printable("a\x1b[2Jb")
+    'a\\x1b[2Jb'
+    """
+    text = CONTROLS.sub(lambda match: ascii(match[0])[1:-1], str(text))
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+class Output:
+    """A text stream in front of another: `write` and `flush` never raise an OSError."""
+
+    def __init__(self, stream, controls=True):
+        self._stream, self._controls = stream, controls
+
+    def write(self, text):
+        shown = printable(text) if self._controls else text
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+            encoding = getattr(self._stream, "encoding", None) or "utf-8"
+            self._stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def isatty(self):
+        with contextlib.suppress(OSError, ValueError):
+            return self._stream.isatty()
+        return False
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def steady_output():
+    """Put an `Output` in front of stdout and stderr while the block runs."""
+    before = sys.stdout, sys.stderr
+    streams = [stream or open(os.devnull, "w") for stream in before]  # noqa: SIM115
+    # A bar moves the cursor of stderr by control characters
+    sys.stdout, sys.stderr = Output(streams[0]), Output(streams[1], controls=False)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = before
+        _drop_what_cannot_be_written(streams)
+
+
+def _drop_what_cannot_be_written(streams):
+    """Or Python would say at its end that it can't write it, with exit status 120."""
+    for stream in streams:
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
