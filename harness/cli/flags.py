@@ -368,6 +368,9 @@ def data_flags(parser, dataset):
                    "whole numbers by value")
     g.add_argument("--empty_classes", choices=("refuse", "drop", "keep"), default="refuse",
                    help="classes without an image in train: stop, leave them out, or keep them")
+    g.add_argument("--bit_depth", type=whole(9, 16),
+                   help="of 16-bit gray images: 12 where values end at 4095; unset: as the files "
+                   "say, else 16")
     g.add_argument("--image_column", help="only where it cannot be inferred")
     g.add_argument("--label_column", help="only where it cannot be inferred")
     g.add_argument("--train_split", help="only where it is not called train")

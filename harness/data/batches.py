@@ -50,7 +50,7 @@ def decode(split, image_column, size, progress, interpolation="bilinear"):
     """Samples of one harness.data.sources.Split; see `decode_splits`."""
     pixels = decode_split(
         split.dataset, image_column, size, name=split.name, interpolation=interpolation,
-        progress=progress, rows=split.rows,
+        progress=progress, rows=split.rows, bit_depth=split.bit_depth,
     )  # fmt: skip
     return Samples(pixels, torch.from_numpy(split.rows), torch.from_numpy(split.labels))
 

@@ -27,7 +27,7 @@ from harness.data.formats import open_image
 from harness.errors import UserError, nearest
 from harness.files import replace_file
 
-DECODE_VERSION = 1  # part of the cache key: raise it whenever decode_image's output changes
+DECODE_VERSION = 2  # part of the cache key: raise it whenever decode_image's output changes
 MAX_PIXELS = 89_478_485  # what Pillow calls a decompression bomb: a quarter GiB as RGB
 BLOCK = 256  # images a thread decodes at a time
 SMALL_SQUARE = 64  # native sizes up to this many px are trained at as they are
@@ -36,8 +36,9 @@ FILTERS = {word.name.lower(): word for word in Image.Resampling}  # "bilinear", 
 
 
 def decode_split(
-    dataset, image_column, size, *, name, interpolation="bilinear", progress=True, rows=None
-):
+    dataset, image_column, size, *, name, interpolation="bilinear", progress=True, rows=None,
+    bit_depth=None,
+):  # fmt: skip
     """Decode every image of `dataset` to RGB pixels of one size, or find them in the cache.
 
     The cache key is the data set's fingerprint, the column, the size, the interpolation and
@@ -53,6 +54,7 @@ def decode_split(
         progress: show a bar when decoding takes more than a second.
         rows: the rows that will be used, None for all; what can't be read among the others is
             left black.
+        bit_depth: of 16-bit gray images, see `decode_image`.
 
     Returns:
         uint8 (len(dataset), 3, size, size), memory-mapped and never to be written to: the
@@ -71,6 +73,7 @@ def decode_split(
         )
     # The fingerprint names the content, after select() too; `datasets` shows it nowhere else.
     recipe = (dataset._fingerprint, image_column, size, interpolation, DECODE_VERSION)
+    recipe += (bit_depth,) if bit_depth else ()
     key = hashlib.blake2b(repr(recipe).encode(), digest_size=12).hexdigest()
     file = Path(datasets.config.HF_DATASETS_CACHE) / "pixels" / f"{key}.npy"
     shape = (len(dataset), 3, size, size)
@@ -86,7 +89,9 @@ def decode_split(
             file.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{file}.lock"):
                 if not _is_whole(file, shape):  # nobody else made it while we waited
-                    decode = partial(decode_image, size=size, interpolation=interpolation)
+                    decode = partial(
+                        decode_image, size=size, interpolation=interpolation, bit_depth=bit_depth
+                    )
                     images = _encoded(dataset, image_column)
                     _write_pixels(file, shape, images, decode, refuse, name, progress)
         except OSError as error:
@@ -136,7 +141,7 @@ def find_bad(dataset, image_column, *, name, progress=True):
     return {row: f"{paths[row]}: {why}" if paths[row] else why for row, why in bad.items()}
 
 
-def decode_image(file, size, interpolation="bilinear"):
+def decode_image(file, size, interpolation="bilinear", bit_depth=None):
     """One image file as uint8 RGB (3, size, size): its largest centred square, resized.
 
     In this order: the EXIF orientation is applied; colours become 8-bit RGB; the largest
@@ -145,14 +150,16 @@ def decode_image(file, size, interpolation="bilinear"):
     centre crop, in one step. Large JPEGs are first reduced by their decoder to no less than
     2·size, the gap at which Pillow calls the result "almost indistinguishable".
 
-    Transparency is laid on white. 16-bit gray is divided by 257 (so 65535 is 255), mode I is
-    read as 16-bit, mode F as 0..1 if no value exceeds 1 and as 0..255 otherwise. CMYK, palette,
+    Transparency is laid on white. Gray of 16 bits is stretched by its real depth, as
+    given or as the file says it (PNG's sBIT, TIFF's MaxSampleValue), else 16: 65535 is 255. Mode I
+    is read as 16-bit, mode F as 0..1 if no value exceeds 1 and as 0..255 otherwise. CMYK, palette,
     1-bit and the others go the way of Pillow's `convert`. Of an animation, the first frame.
 
     Args:
         file: a path, or a binary file object.
         size: side of the result in px.
         interpolation: the name of the filter, a key of `FILTERS`.
+        bit_depth: of 16-bit gray: 12 for values up to 4095; None for what the file says.
 
     Raises:
         ValueError: more than `MAX_PIXELS` (found before decoding), or values out of range.
@@ -161,9 +168,11 @@ def decode_image(file, size, interpolation="bilinear"):
     with open_image(file) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width}×{image.height} px is over {MAX_PIXELS:,} pixels")
+        if image.mode.startswith("I"):
+            bit_depth = bit_depth or _file_depth(image)  # before loading closes the file
         image.draft(None, (2 * size, 2 * size))
         ImageOps.exif_transpose(image, in_place=True)
-        rgb = _to_rgb(image)
+        rgb = _to_rgb(image, bit_depth)
     if rgb.size != (size, size):
         side = min(rgb.size)
         left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
@@ -189,6 +198,49 @@ def native_size(dataset, image_column):
         return None
     width, height = sizes.pop()
     return width if width == height <= SMALL_SQUARE else None
+
+
+def gray_depth_note(dataset, image_column):
+    """A line for the plan where 16-bit images use few of their bits and no file says so, or None.
+
+    Judged by the first 32 images.
+    """
+    head, deepest = dataset.select(range(min(32, len(dataset)))), None
+    for image in _encoded(head, image_column)[:][image_column].to_pylist():
+        try:
+            with open_image(_source(image)) as opened:
+                if not opened.mode.startswith("I"):
+                    continue
+                if _file_depth(opened):
+                    return None
+                deepest = max(deepest or 0, opened.getextrema()[1])
+        except Exception:  # as in native_size
+            continue
+    if deepest is None or deepest >= 4096:
+        return None
+    bits = max(int(deepest), 1).bit_length()
+    return (
+        f"warning: the values of the 16-bit images stay under {2**bits:,}, so they are nearly "
+        f"black: --bit_depth {bits} stretches them"
+    )
+
+
+def _file_depth(image):
+    """The bits that a 16-bit gray image really uses, as its file says it, or None."""
+    largest = getattr(image, "tag_v2", {}).get(281)  # TIFF's MaxSampleValue
+    if isinstance(largest, tuple):
+        largest = max(largest)
+    if isinstance(largest, int) and 255 < largest < 2**16:
+        return largest.bit_length()
+    if image.format == "PNG" and hasattr(image.fp, "seek"):
+        place = image.fp.tell()
+        image.fp.seek(0)
+        start = image.fp.read(4096)
+        image.fp.seek(place)
+        at = start.find(b"sBIT")
+        if 0 < at < len(start) - 5 and 8 < start[at + 4] <= 16:
+            return start[at + 4]
+    return None
 
 
 def epoch_order(num_samples, seed, epoch):
@@ -335,17 +387,20 @@ def _path(images, image_column, row):
     return image["path"] if image else None
 
 
-def _to_rgb(image):
-    """A loaded Pillow image in any mode as 8-bit RGB."""
+def _to_rgb(image, bit_depth=None):
+    """A Pillow image in any mode as 8-bit RGB. bit_depth: see `decode_image`."""
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.float64)
         if image.mode != "F":
-            values = values / 257
+            values = values / ((2 ** (bit_depth or 16) - 1) / 255)
         elif values.max() <= 1:
             values = values * 255
         if not (values.min() >= 0 and values.max() <= 255):  # NaN included
             low, high = image.getextrema()
-            raise ValueError(f"values from {low} to {high} in mode {image.mode}: save it as 8-bit")
+            raise ValueError(
+                f"values from {low} to {high} in mode {image.mode}: save it as "
+                "8-bit, or say its --bit_depth"
+            )
         return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")

@@ -6,7 +6,7 @@ import re
 import socket
 import threading
 import urllib.request
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -18,7 +18,7 @@ from harness.counters import generator
 from harness.data.folders import scan
 from harness.data.formats import image_suffixes
 from harness.data.images import Stored, load_images
-from harness.data.pixels import find_bad, native_size
+from harness.data.pixels import find_bad, gray_depth_note, native_size
 from harness.data.tables import LABEL_COLUMNS, POINTER, class_values, find_label
 from harness.errors import UserError, nearest
 
@@ -84,6 +84,7 @@ class Split:
     rows: np.ndarray = field(repr=False)  # int64 (n,)
     labels: np.ndarray = field(repr=False)  # int64 (n,), indices into Data.classes
     stored: np.ndarray | None = field(default=None, repr=False)  # rows before a cut, if there was
+    bit_depth: int | None = None  # of 16-bit gray images, see harness.data.pixels.decode_image
 
     def __len__(self):
         return len(self.rows)
@@ -127,6 +128,7 @@ class DataOptions:
     max_eval_samples: int | None = None  # the same for validation and test
     seed: int = 42  # decides which samples are held out and kept; nothing else does
     bad_images: str = "stop"  # "skip" leaves images that can't be read out, before any part is cut
+    bit_depth: int | None = None  # of 16-bit gray images; None: as the file says, else 16
     empty_classes: str = "refuse"  # of classes without a train image: "refuse", "drop" or "keep"
     # of folders of images, see harness.data.images.load_images
     layout: str = "auto"
@@ -187,7 +189,9 @@ def load_data(dataset, **options) -> Data:
             continue
         _check_split(name, stored[name], features, image_column, label_column)
         labels = _read_labels(name, role, stored[name], label_column, values)
-        splits[role] = Split(name, stored[name], np.arange(len(labels)), labels)
+        splits[role] = Split(
+            name, stored[name], np.arange(len(labels)), labels, bit_depth=options.bit_depth
+        )
     bad = {}
     if options.bad_images == "skip":
         for role, split in splits.items():
@@ -196,6 +200,8 @@ def load_data(dataset, **options) -> Data:
                 bad[split.name] = unreadable
                 splits[role] = _leave_out(split, unreadable)
     notes = list(found.notes)
+    if not options.bit_depth and (note := gray_depth_note(splits["train"].dataset, image_column)):
+        notes.append(note)
     if options.empty_classes == "drop":
         splits, classes, dropped = _without_empty(splits, classes)
         notes += [f"--empty_classes drop: {dropped:,} without a train image"] if dropped else []
@@ -259,7 +265,7 @@ def _without_empty(splits, classes):
                 f"--empty_classes drop: split '{split.name}' has images of {name!r}, of which "
                 "train has none"
             )
-        splits[role] = Split(split.name, split.dataset, split.rows, labels, split.stored)
+        splits[role] = replace(split, labels=labels)
     return splits, [classes[k] for k in kept], len(classes) - len(kept)
 
 
@@ -753,7 +759,7 @@ def _leave_out(split, bad):
             f"none of the {len(bad):,} images of split '{split.name}' can be read "
             f"(image {row}: {why})"
         )
-    return Split(split.name, split.dataset, rows, split.labels[rows])
+    return replace(split, rows=rows, labels=split.labels[rows])
 
 
 def _hold_out(train, fraction, classes, seed):
@@ -763,7 +769,7 @@ def _hold_out(train, fraction, classes, seed):
     # Sorted, so that the pixels are read from the disk in order.
     val_rows, train_rows = np.sort(order[:num_val]), np.sort(order[num_val:])
     val, rest = (
-        Split(train.name, train.dataset, train.rows[rows], train.labels[rows])
+        replace(train, rows=train.rows[rows], labels=train.labels[rows])
         for rows in (val_rows, train_rows)
     )
     for part, left_with in ((val, "validation"), (rest, "training")):
@@ -787,7 +793,13 @@ def cut(split, max_samples, seed):
     # A data set of its own, so that a quick look at ImageNet does not decode all of it.
     dataset = split.dataset.select(split.rows[kept])
     stored = stored_rows(split)[kept]
-    return Split(split.name, dataset, np.arange(max_samples), split.labels[kept], stored)
+    return replace(
+        split,
+        dataset=dataset,
+        rows=np.arange(max_samples),
+        labels=split.labels[kept],
+        stored=stored,
+    )
 
 
 def stored_rows(split):

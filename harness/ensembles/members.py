@@ -103,11 +103,14 @@ def find_images(members, args) -> Images:
         if test.name in trained:  # --train_split test, of a member's own
             raise UserError(f"a member was trained on split '{test.name}', which is to be scored")
         held_out.pop(test.name, None)
-        scored, fitted = test, _honest(held_out, trained)
+        scored, fitted = test, _honest(held_out, trained, first.train.bit_depth)
         if fitted and len(fitted) < min(LEAST_FITTED, len(test) / 2):
             fitted = None
     else:
-        scored, fitted = None if role == "test" else _honest(held_out, trained), None
+        scored, fitted = (
+            None if role == "test" else _honest(held_out, trained, first.train.bit_depth),
+            None,
+        )
     if scored is None:
         raise UserError(
             f"{first.source} has no split 'test': --split val" if role == "test" else
@@ -142,7 +145,7 @@ def _note(seen, split):
     seen[split.name] = (dataset, labels)
 
 
-def _honest(held_out, trained):
+def _honest(held_out, trained, bit_depth):
     """The largest Split of images that are in a validation split and that nobody was trained on."""
     best = None
     for name, (dataset, labels) in held_out.items():
@@ -152,5 +155,5 @@ def _honest(held_out, trained):
             honest[: len(used)][used >= 0] = -1
         rows = np.flatnonzero(honest >= 0)
         if len(rows) >= 2 and (best is None or len(rows) > len(best)):
-            best = Split(name, dataset, rows, honest[rows])
+            best = Split(name, dataset, rows, honest[rows], bit_depth=bit_depth)
     return best

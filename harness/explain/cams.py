@@ -129,7 +129,8 @@ def find_pictures(args, network, accelerator) -> list[Picture]:
     say = accelerator.print
     if args.images:
         files = find_files(args.images)[: args.max_images]
-        found = [_picture(file, network.look, args.skip_bad, say) for file in files]
+        depth = network.run and network.run.recipes[0].get("bit_depth")
+        found = [_picture(file, network.look, depth, args.skip_bad, say) for file in files]
         found = [picture for picture in found if picture]
         if not found:
             raise UserError("none of the images could be read")
@@ -196,9 +197,9 @@ def find_files(paths) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def _picture(file, look, skip_bad, say):
+def _picture(file, look, bit_depth, skip_bad, say):
     try:
-        return Picture(_seen(_decode(file, look), look), str(file), None, None)
+        return Picture(_seen(_decode(file, look, bit_depth), look), str(file), None, None)
     except Exception as error:  # Pillow's readers raise a dozen types for a bad file
         return _bad(file, error, skip_bad, say)
 
@@ -211,10 +212,10 @@ def _bad(source, error, skip_bad, say):
     say(f"left out     {source}: {reason}")
 
 
-def _decode(file, look):
+def _decode(file, look, bit_depth=None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused by its header
-        pixels = decode_image(file, look.stored_size, look.interpolation)
+        pixels = decode_image(file, look.stored_size, look.interpolation, bit_depth)
     return torch.from_numpy(pixels)
 
 
@@ -233,7 +234,7 @@ def _row_picture(split, k, role, column, args, look, say):
         if cell is None:
             raise ValueError("the cell is empty")
         file = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
-        pixels = _seen(_decode(file, look), look)
+        pixels = _seen(_decode(file, look, split.bit_depth), look)
         region = None
         if row is not None:
             region = _region(row[args.region_column], row[column].size, look)

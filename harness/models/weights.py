@@ -28,7 +28,7 @@ OLD_KEYS = (
 DATA_FLAGS = (
     "image_column", "label_column", "train_split", "val_split", "test_split", "val_fraction",
     "max_train_samples", "seed", "bad_images", "empty_classes", "layout", "label_pattern", "labels",
-    "file_column", "classes",
+    "file_column", "classes", "bit_depth",
 )  # fmt: skip
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads that we build googlenet, inception without
 

@@ -30,6 +30,7 @@ def load(args):
         seed=args.seed,
         bad_images=args.bad_images,
         empty_classes=args.empty_classes,
+        bit_depth=args.bit_depth,
         layout=args.layout,
         label_pattern=args.label_pattern,
         labels=args.labels,

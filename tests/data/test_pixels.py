@@ -1,5 +1,7 @@
 import collections
 import io
+import struct
+import zlib
 
 import datasets
 import numpy as np
@@ -9,7 +11,14 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from harness.data import pixels
-from harness.data.pixels import decode_image, decode_split, epoch_order, gather, native_size
+from harness.data.pixels import (
+    decode_image,
+    decode_split,
+    epoch_order,
+    gather,
+    gray_depth_note,
+    native_size,
+)
 from harness.errors import UserError
 
 
@@ -326,3 +335,43 @@ def test_gather_is_a_contiguous_copy():
     assert torch.equal(batch, decoded[rows])
     batch.zero_()
     assert decoded[5].any()
+
+
+def gray(values, depth=None):
+    """A 16-bit PNG of these values; depth: of its sBIT chunk, which Pillow writes nowhere."""
+    file = io.BytesIO()
+    Image.fromarray(np.array(values, np.uint16)).save(file, "PNG")
+    data = file.getvalue()
+    if depth:
+        chunk = b"sBIT" + bytes([depth])
+        data = data[:33] + struct.pack(">I", 1) + chunk + struct.pack(">I", zlib.crc32(chunk)) + (
+            data[33:]
+        )  # fmt: skip
+    return io.BytesIO(data)
+
+
+@pytest.mark.parametrize(
+    ("depth_in_file", "given", "white"), [(None, None, 16), (12, None, 255), (None, 12, 255)]
+)
+def test_twelve_bits_in_sixteen(depth_in_file, given, white):
+    file = gray(np.full((8, 8), 4095), depth_in_file)
+    assert decode_image(file, 8, bit_depth=given).max() == white
+
+
+def test_a_tiff_may_say_its_largest_value():
+    file = io.BytesIO()
+    image = Image.fromarray(np.full((8, 8), 1023, np.uint16))
+    image.save(file, "TIFF", tiffinfo={281: 1023})
+    assert decode_image(file, 8).max() == 255
+
+
+def test_nearly_black_images_are_told(tmp_path):
+    def of(value, depth=None):
+        cells = [{"bytes": gray(np.full((8, 8), value), depth).getvalue(), "path": None}] * 2
+        dataset = datasets.Dataset.from_dict({"image": cells})
+        return gray_depth_note(dataset.cast_column("image", datasets.Image()), "image")
+
+    assert "stay under 4,096" in of(4095) and "--bit_depth 12" in of(4000)
+    assert of(4096) is None and of(900, depth=10) is None
+    with pytest.raises(ValueError, match="values from 4096"):
+        decode_image(gray(np.full((8, 8), 4096)), 8, bit_depth=12)
