@@ -25,6 +25,7 @@ PARTS = {
     "augment": (["--rounds", "4"], True),
     "input_epoch": (["--rounds", "3", "--max_images", "10000"], True),
     "train_speed": (["--rounds", "3", "--steps", "10"], True),
+    "listing": ([], False),
     "ema": ([], False),
     "mix": ([], False),
     "gradcam": (["--rounds", "5"], False),

@@ -207,10 +207,10 @@ def identity(data, look):
         if split is not None:
             labels.update(split.rows.tobytes() + split.labels.tobytes())
     return {
+        **({"content": data.content} if data.content else {}),  # first: it says the most
         "data_sha256": labels.hexdigest(),
         "pixels": [list(v) if isinstance(v, tuple) else v for v in look],
         "split_sizes": sizes(data),
-        **({"content": data.content} if data.content else {}),
     }
 
 

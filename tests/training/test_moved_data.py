@@ -1,0 +1,57 @@
+"""A folder of images that is moved, or changed, between a stop and a resume; all four scripts."""
+
+import pytest
+from data.test_folders import make
+
+import smallruns
+from harness.errors import UserError
+
+FLAGS = {
+    "max_train_samples": None, "max_eval_samples": None, "epochs": 2, "batch_size": 8,
+    "gradient_accumulation_steps": 1, "val_fraction": 0.25,
+}  # fmt: skip
+
+
+@pytest.fixture
+def images(tmp_path):
+    return make(tmp_path / "images", "ant/*16.png", "bee/x/*16.png", "test/*3.png", "a.txt")
+
+
+def test_moving_the_images_changes_neither_pixels_nor_a_resume(tmp_path, images):
+    whole, _ = smallruns.train(tmp_path / "whole", dataset=images, **FLAGS)
+    smallruns.train(tmp_path / "part", dataset=images, stop_after=3, **FLAGS)
+    moved = images.rename(tmp_path / "elsewhere")
+    resumed, status = smallruns.train(
+        tmp_path / "part", dataset=moved, resume_from_checkpoint="auto", **FLAGS
+    )
+    assert status == 0 and smallruns.digest(resumed) == smallruns.digest(whole)
+
+
+def test_changed_images_are_named_by_their_split(tmp_path, images):
+    smallruns.train(tmp_path, dataset=images, stop_after=3, **FLAGS)
+    again = {"dataset": images, "resume_from_checkpoint": "auto", **FLAGS}
+    (images / "ant" / "0.png").rename(images / "bee" / "new.png")
+    with pytest.raises(UserError, match="split 'train' has as many files, but other names"):
+        smallruns.train(tmp_path, **again)
+    (images / "bee" / "new.png").unlink()
+    with pytest.raises(UserError, match="split 'train' has 1 fewer files"):
+        smallruns.train(tmp_path, **again)
+
+
+def test_every_script_reads_the_same_folder(tmp_path, images, capsys):
+    run, _ = smallruns.train(tmp_path, dataset=images, run_name="a", **FLAGS)
+    plan = capsys.readouterr().out
+    assert "2 in column label: ant, bee; train images a class: least 12, median 12" in plan
+    assert "3 images of test/, which are unlabelled" in plan and "1 .txt: not images" in plan
+    tuned, _ = smallruns.finetune(
+        tmp_path / "f", dataset=images, weights=run, run_name="b", **FLAGS
+    )
+    assert "left out     3 images of test/" in capsys.readouterr().out
+    report = smallruns.ensemble(tmp_path / "e", run, tuned)
+    assert (report / "report.md").exists()
+    words = [run, "--output_dir", tmp_path / "g", "--report_to", "none", "--max_images", "2"]
+    folder, status = smallruns.run("gradcam", [*map(str, words), "--run_name", "g"])
+    assert status == 0 and (folder / "sheet.png").exists()
+    words[1:1] = ["--images", images]
+    folder, status = smallruns.run("gradcam", [*map(str, words), "--run_name", "h"])
+    assert status == 0 and (folder / "sheet.png").exists()
