@@ -51,6 +51,16 @@ def to_bytes(tensors, metadata=None):
     return safetensors.torch.save(tensors, metadata=metadata or {"format": "pt"})
 
 
+def is_lfs_pointer(file) -> bool:
+    """Whether a path or an open binary file is the note that Git LFS leaves in a file's place."""
+    start = b"version https://git-lfs"
+    if hasattr(file, "read"):
+        file.seek(0)
+        return file.read(len(start)) == start
+    with open(file, "rb") as opened:
+        return opened.read(len(start)) == start
+
+
 def file_name(text, most=80):
     """The text as part of a file's name: letters, digits, _ . - only, of at most so many bytes."""
     safe = re.sub(r"[^\w.-]+", "_", text).strip("._").encode()[:most].decode(errors="ignore")

@@ -389,7 +389,7 @@ def data_flags(parser, dataset):
 def model_flags(parser, model):
     g = parser.add_argument_group("model")
     g.add_argument("--model", default=model, help="any torchvision (or installed timm) classifier")
-    g.add_argument("--image_size", type=whole(4),
+    g.add_argument("--image_size", type=whole(4, 4096),
                    help="pixels a side; unset: the weights' own, else the data set's")
     g.add_argument("--stem", choices=("auto", "small", "standard"), default="auto",
                    help="small: 3x3 without max-pool; auto: small up to 64 pixels")

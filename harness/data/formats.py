@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+from harness.files import is_lfs_pointer
 
 # Formats of Pillow that are not opened, each with its reason. A test holds that every other
 # format of the tested Pillow was looked at.
@@ -48,8 +50,16 @@ def image_suffixes() -> frozenset[str]:
 
 
 def open_image(file):
-    """`Image.open` for every format but the refused ones; raises as it does."""
-    return Image.open(file, formats=opened_formats())
+    """`Image.open` for every format but the refused ones; raises as it does.
+
+    Raises ValueError for a Git LFS pointer in an image's place.
+    """
+    try:
+        return Image.open(file, formats=opened_formats())
+    except UnidentifiedImageError:
+        if is_lfs_pointer(file):
+            raise ValueError("a Git LFS pointer, not the image: git lfs pull") from None
+        raise
 
 
 def why_left_out(suffix) -> str:

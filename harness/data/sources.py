@@ -19,8 +19,9 @@ from harness.data.folders import scan
 from harness.data.formats import image_suffixes
 from harness.data.images import Stored, load_images
 from harness.data.pixels import find_bad, gray_depth_note, native_size
-from harness.data.tables import LABEL_COLUMNS, POINTER, class_values, find_label
+from harness.data.tables import LABEL_COLUMNS, class_values, find_label
 from harness.errors import UserError, nearest
+from harness.files import is_lfs_pointer
 
 if TYPE_CHECKING:
     from datasets import Dataset  # otherwise imported late: a second that `--help` does not need
@@ -433,9 +434,8 @@ def _check_no_pointers(folder, tree):
     """Raise UserError where a parquet file is the note that Git LFS leaves in its place."""
     for each in tree.walk():
         for file in sorted((folder / each.path).glob("*.parquet")):
-            with open(file, "rb") as opened:
-                if opened.read(len(POINTER)) == POINTER:
-                    raise UserError(f"{file} is a Git LFS pointer, not the file: git lfs pull")
+            if is_lfs_pointer(file):
+                raise UserError(f"{file} is a Git LFS pointer, not the file: git lfs pull")
 
 
 def _load_saved_folder(folder, kind):

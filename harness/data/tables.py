@@ -16,11 +16,11 @@ import numpy as np
 
 from harness.data.folders import Images, Listing, account, counted, few, split_of, splits_of
 from harness.errors import UserError, nearest
+from harness.files import is_lfs_pointer
 
 FILE_COLUMNS = ("file_name", "filename", "file", "image", "path", "id", "image_id", "image_name")
 LABEL_COLUMNS = ("label", "labels", "class", "target", "category")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-POINTER = b"version https://git-lfs"
 
 
 @dataclass
@@ -62,9 +62,8 @@ def _read_columns(path) -> dict[str, list]:
     if suffix not in SUFFIXES:
         raise UserError(f"{path}: tables are read from {', '.join(SUFFIXES)}")
     try:
-        with open(path, "rb") as file:
-            if file.read(len(POINTER)) == POINTER:
-                raise UserError(f"{path} is a Git LFS pointer, not the file: git lfs pull")
+        if is_lfs_pointer(path):
+            raise UserError(f"{path} is a Git LFS pointer, not the file: git lfs pull")
         if suffix == ".parquet":
             import pyarrow.parquet
 

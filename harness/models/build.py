@@ -139,6 +139,10 @@ def build_model(
     stem = resolve_stem(name, stem, image_size, library)
     arguments = (name, library, num_classes, stem, dropout, head)
     model, error = _try_build(*arguments, image_size)
+    if error is not None and _lacks_memory(error):
+        raise UserError(
+            f"{name} at {image_size} px: {one_line(error)}; take a smaller --image_size"
+        )
     if error is None:
         _pad_single_pixels(model)
         return model
@@ -151,6 +155,12 @@ def build_model(
     else:
         hint = one_line(error)
     raise UserError(f"{name} ({stem} stem) does not run at {image_size} px: {hint}")
+
+
+def _lacks_memory(error):
+    """Whether it is memory that was not there: no size near by would do."""
+    text = str(error).lower()
+    return any(words in text for words in ("memory", "storage size", "overflow", "too large"))
 
 
 def _pad_single_pixels(model):

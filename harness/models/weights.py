@@ -16,6 +16,7 @@ import torch
 
 from harness.data.preprocessing import Preprocessing, preprocessing_of
 from harness.errors import UserError, nearest
+from harness.files import is_lfs_pointer
 from harness.models.build import Family, family_of, head, library_of, one_line
 
 # Names in torchvision's older weight files -> names in its models now.
@@ -109,6 +110,8 @@ def load_weights(path) -> dict[str, torch.Tensor]:
         path = path / "model.safetensors"
     if not path.is_file():
         raise UserError(f"no weights at {path}")
+    if is_lfs_pointer(path):
+        raise UserError(f"{path} is a Git LFS pointer, not the file: git lfs pull")
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise UserError(f"{path}: weights are read from .safetensors or .pth files")
     try:

@@ -333,3 +333,24 @@ def test_images_classes_and_what_is_left_out_add_up(tmp_path_factory, paths, lay
     first_number = [int(line.split()[0].replace(",", "")) for line in listing.left_out]
     files = sum(first_number)
     assert len(taken) + files == len(visible), (listing.left_out, sorted(images))
+
+
+def test_pointers_of_git_lfs_are_called_so(tmp_path):
+    make(tmp_path, "ant/*2.png", "bee/*2.png")
+    (tmp_path / "ant" / "0.png").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match="a Git LFS pointer, not the image: git lfs pull"):
+        formats.open_image(tmp_path / "ant" / "0.png")
+    (bad,) = load_data(str(tmp_path), bad_images="skip").bad["train"].values()
+    assert "Git LFS pointer" in bad
+
+
+def test_a_cache_that_cannot_be_written_is_called_so(tmp_path, monkeypatch):
+    import datasets
+
+    make(tmp_path / "set", "a.png")
+    rows = {"image": [{"bytes": picture(k), "path": None} for k in range(2)], "label": [0, 1]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "set" / "train-0.parquet")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    with pytest.raises(UserError, match=r"cannot write .*file.*; set HF_DATASETS_CACHE"):
+        load_data(str(tmp_path / "set"))
