@@ -220,26 +220,29 @@ def test_no_heat_is_drawn_as_nothing(run, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_work(run, tmp_path):
-    """Through the launcher; an odd number of images, and the same maps in the same order."""
-    configs = smallruns.ROOT / "accelerate_configs"
-    maps, reports = [], []
-    for name in ("cpu", "cpu_2proc"):
-        done = smallruns.launch(
-            tmp_path, script="gradcam.py", argv=[run], report_to="none", max_images=3, threads=1,
-            launcher=("--config_file", str(configs / f"{name}.yaml")), run_name=name,
-            layer="layer3", method="gradcam,eigencam", check=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout
-        maps.append(load_file(tmp_path / name / "maps.safetensors"))
-        reports.append(json.loads((tmp_path / name / "report.json").read_text()))
-    for key, one in maps[0].items():
-        assert torch.allclose(one.float(), maps[1][key].float(), atol=1e-5), key
-    for one, two in zip(reports[0]["images"], reports[1]["images"], strict=True):
-        assert one["source"] == two["source"]
-        for method, values in one["checks"].items():
-            assert values == pytest.approx(two["checks"][method], abs=1e-4)
-    assert len(reports[0]["images"]) == 3
+@pytest.mark.parametrize("config", ["cpu_2proc", pytest.param("cpu", marks=pytest.mark.sweep)])
+def test_launched_processes_share_the_work(run, tmp_path, config):
+    """An odd number of images, and the maps of this process in the same order."""
+    flags = {
+        "report_to": "none", "max_images": 3, "threads": 1, "layer": "layer3",
+        "method": "gradcam,eigencam", "check": True,
+    }  # fmt: skip
+    _, one, maps = explain(tmp_path, run, **flags)
+    launcher = ("--config_file", str(smallruns.ROOT / f"accelerate_configs/{config}.yaml"))
+    done = smallruns.launch(
+        tmp_path, script="gradcam.py", argv=[run], launcher=launcher, run_name="launched", **flags
+    )
+    assert done.returncode == 0, done.stdout
+    launched = json.loads((tmp_path / "launched" / "report.json").read_text())
+    launched_maps = load_file(tmp_path / "launched" / "maps.safetensors")
+    assert maps.keys() == launched_maps.keys()
+    for key, heat in maps.items():
+        assert torch.allclose(heat.float(), launched_maps[key].float(), atol=1e-5), key
+    for ours, theirs in zip(one["images"], launched["images"], strict=True):
+        assert ours["source"] == theirs["source"]
+        for method, values in ours["checks"].items():
+            assert values == pytest.approx(theirs["checks"][method], abs=1e-4)
+    assert len(one["images"]) == 3
 
 
 # -- what is refused -------------------------------------------------------------------------------
