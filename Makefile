@@ -1,4 +1,4 @@
-# make demo: from a fresh clone to a trained network.  make test: the whole suite.
+# make demo: from a fresh clone to a trained network.  make test: the tests.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ TWO := -n 2 --dist loadfile    # files of tests at a time: most of it waits for 
 MEMBERS := resnet18 googlenet shufflenet_v2_x1_0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo flowers ablate ensemble bench test test-quick test-faults setup lint clean
+.PHONY: demo flowers ablate ensemble bench test test-quick test-sweeps test-faults setup lint clean
 
 demo: $(VENV)/demo
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train.py --config recipes/digits.yaml
@@ -29,13 +29,16 @@ ensemble: $(VENV)/demo   # three architectures on the digits, combined
 bench: setup             # ours against the peers, long: DATA=folder, QUICK=1
 	$(BIN)/python benchmarks/bench.py $(if $(DATA),--data $(DATA)) $(if $(QUICK),--quick)
 
-test: setup
+test: setup              # all but the sweeps: what CI runs
 	$(BIN)/python -m pytest $(TWO)
 
-test-quick: setup        # the everyday part: what is not marked slow
+test-quick: setup        # while you work: what is not marked slow
 	$(BIN)/python -m pytest $(TWO) -m "not slow"
 
-test-faults: setup       # kill it anywhere, damage anything
+test-sweeps: setup       # every network, every command of the README, every fault
+	$(BIN)/python -m pytest $(TWO) -m sweep
+
+test-faults: setup       # tests/faults alone: kill it anywhere, damage anything
 	$(BIN)/python -m pytest $(TWO) -m faults
 
 lint: setup

@@ -9,6 +9,7 @@ import ctypes
 import importlib
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -44,15 +45,17 @@ class Started:
     """One script in `processes` connected processes (gloo, as torchrun would start them).
 
     fault: a function without arguments, called in every process before the script; it patches
-    what is to break. hosts: (network namespace, address) of each process, where each is to be on
-    a machine of its own. flags: of train.py, over smallruns.SMALL. What they print is in .output().
+    what is to break. script: "train" for its read_flags and main; "train.py" runs the file itself,
+    to its last line, as Python does. hosts: (network namespace, address) of each process, where
+    each is to be on a machine of its own. flags: of train.py, over smallruns.SMALL. What they print
+    is in .output().
     """
 
     def __init__(
         self, output_dir, *, fault=None, processes=1, script="train", argv=None, env=(), cwd=None,
         hosts=(), **flags,
     ):  # fmt: skip
-        base = smallruns.SMALL | (smallruns.FINETUNE if script == "finetune" else {})
+        base = smallruns.SMALL | (smallruns.FINETUNE if script.startswith("finetune") else {})
         if argv is None:
             argv = smallruns.words({**base, "output_dir": output_dir, **flags})
         self.folder = Path(output_dir) / (flags.get("run_name") or "run")
@@ -141,12 +144,18 @@ def _inside(log, script, argv, variables, fault, cwd):
         enter(variables["NAMESPACE"])
     from harness.launch import script as ended
 
-    module = importlib.import_module(script)
-    if fault:
-        fault()
     try:
-        with ended(f"{script}.py"):
-            module.main(module.read_flags(argv))
+        if script.endswith(".py"):
+            if fault:
+                fault()
+            sys.argv = [str(HERE.parent / script), *argv]
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        else:
+            module = importlib.import_module(script)
+            if fault:
+                fault()
+            with ended(f"{script}.py"):
+                module.main(module.read_flags(argv))
     finally:
         sys.stdout.flush()
 

@@ -259,28 +259,28 @@ def test_a_folder_that_cannot_be_written_to_keeps_nothing_and_says_so(copies, tm
     assert capsys.readouterr().out.count("predictions of a are not kept") == 1
 
 
-# -- two processes, as a user would --------------------------------------------------------------
+# -- launched, as a user would -------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_report_of_one(copies, tmp_path):
+@pytest.mark.parametrize("config", ["cpu_2proc", pytest.param("cpu", marks=pytest.mark.sweep)])
+def test_launched_processes_give_the_report_of_this_one(copies, tmp_path, config):
     """Soups, cross-fitting and views included; another folder, so that nothing is kept."""
     edit_json(copies.d / "config.json", lambda c: c["flags"].update(max_train_samples=None))
-    members, reports = (copies.a, copies.c, copies.d), []
-    two = ("--config_file", str(smallruns.ROOT / "accelerate_configs" / "cpu_2proc.yaml"))
-    for name, launcher in (("one", ()), ("two", two)):
-        done = smallruns.launch(
-            tmp_path, script="ensemble_eval.py", argv=members, launcher=launcher, tta="flip",
-            threads=1, run_name=name, report_to="none",
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout
-        reports.append(report_of(tmp_path / name))
-        for member in members:
-            shutil.rmtree(member / "predictions")
-    one, two = reports
-    assert one["scored"] == two["scored"] and one["scored"]["images"] == 360
+    members = (copies.a, copies.c, copies.d)
+    one = report_of(smallruns.ensemble(tmp_path, *members, tta="flip"))
+    for member in members:
+        shutil.rmtree(member / "predictions")
+    launcher = ("--config_file", str(smallruns.ROOT / f"accelerate_configs/{config}.yaml"))
+    done = smallruns.launch(
+        tmp_path, script="ensemble_eval.py", argv=members, launcher=launcher, tta="flip",
+        threads=1, run_name="launched", report_to="none",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    launched = report_of(tmp_path / "launched")
+    assert one["scored"] == launched["scored"] and one["scored"]["images"] == 360
     for key in ("results", "diversity", "confusion", "mistakes", "view_gains", "reliability"):
-        assert one[key] == two[key], key
+        assert one[key] == launched[key], key
 
 
 # -- what is refused -------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """finetune.py as its user runs it: stages, resume in each, one and two processes, frozen bytes."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -167,7 +168,7 @@ def test_wandb_has_the_numbers_of_metrics_jsonl_and_the_job_type(tmp_path):
 
 @pytest.mark.parametrize(
     "stop",
-    [s if s in (2, 4, 10) else pytest.param(s, marks=pytest.mark.slow) for s in range(1, 12)],
+    [s if s in (2, 4, 10) else pytest.param(s, marks=pytest.mark.sweep) for s in range(1, 12)],
 )
 def test_stopping_after_any_step_of_any_stage_changes_nothing(
     straight, tmp_path, stop, monkeypatch
@@ -190,22 +191,49 @@ HEADS = """[
 ]"""
 
 
+VARIANTS = {
+    "test": {},
+    "val": {"val_fraction": 0.2},
+    "no ema": {"ema_decay": 0, "eval_epochs": 2, "checkpointing_steps": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def other_orders(tmp_path_factory):
+    """{variant: a run that was never stopped}, made when it is asked for."""
+
+    @functools.cache
+    def of(variant):
+        flags = {**VARIANTS[variant], "stages": HEADS, "mixed_precision": "no"}
+        folder, status = smallruns.finetune(tmp_path_factory.mktemp("orders"), **flags)
+        assert status == 0
+        return folder, flags
+
+    return of
+
+
+# One stop inside each kind of stage, each variant of evaluation once; the sweep has them all
+EVERY_RUN = {("test", "kept features"), ("val", "all of it"), ("no ema", "the head again")}
+STOPS = {"kept features": (1, -1), "not augmented": (2, -1), "all of it": (3, 0),
+         "the head again": (4, -1)}  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags",
-    [{}, {"val_fraction": 0.2}, {"ema_decay": 0, "eval_epochs": 2, "checkpointing_steps": 3}],
-    ids=["test", "val", "no ema"],
+    ("variant", "stop"),
+    [
+        pytest.param(v, s, marks=() if (v, s) in EVERY_RUN else pytest.mark.sweep)
+        for v in VARIANTS
+        for s in STOPS
+    ],
 )
-def test_other_orders_of_stages_resume_too(tmp_path, flags):
-    flags = {**flags, "stages": HEADS, "mixed_precision": "no"}
-    folder, status = smallruns.finetune(tmp_path / "straight", **flags)
-    assert status == 0
-    per_epoch = 3 if "val_fraction" in flags else 4
-    for stop in (per_epoch - 1, 2 * per_epoch - 1, 3 * per_epoch, 4 * per_epoch - 1):
-        again = tmp_path / str(stop)
-        smallruns.finetune(again, stop_after=stop, **flags)
-        stopped, _ = smallruns.finetune(again, resume_from_checkpoint="auto", **flags)
-        assert smallruns.digest(stopped) == smallruns.digest(folder), stop
+def test_other_orders_of_stages_resume_too(other_orders, tmp_path, variant, stop):
+    folder, flags = other_orders(variant)
+    epochs, more = STOPS[stop]
+    step = epochs * (3 if "val_fraction" in flags else 4) + more
+    smallruns.finetune(tmp_path, stop_after=step, **flags)
+    stopped, _ = smallruns.finetune(tmp_path, resume_from_checkpoint="auto", **flags)
+    assert smallruns.digest(stopped) == smallruns.digest(folder)
 
 
 def test_the_accuracy_that_is_told_is_that_of_the_weights_that_are_kept(tmp_path):
@@ -369,16 +397,25 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, monkeypatch, fla
 
 
 @pytest.mark.slow
-def test_an_error_ends_the_launched_script_with_its_line(tmp_path):
+def test_an_error_ends_the_script_with_its_line(tmp_path):
     stages = "[{epochs: 1, train: {layer9: 1}}]"
-    done = smallruns.launch(tmp_path, script="finetune.py", stages=stages)
-    lines = [li for li in done.stdout.splitlines() if li.startswith("finetune.py:")]
-    assert done.returncode != 0 and len(lines) == 1 and "layer9" in lines[0], done.stdout
+    run = faulty.start(tmp_path, script="finetune.py", stages=stages)
+    assert run.wait() == [2]
+    lines = [li for li in run.output().splitlines() if li.startswith("finetune.py:")]
+    assert len(lines) == 1 and "layer9" in lines[0], run.output()
 
 
 @pytest.mark.slow
 def test_two_processes_say_an_error_once_and_end(tmp_path):
     """Weights are looked for by one process first: the other one must not wait for it for ever."""
+    run = faulty.start(tmp_path, processes=2, script="finetune.py", weights="./absent.pth")
+    assert run.wait() == [2, 2]
+    assert run.output().count("finetune.py: no weights at absent.pth") == 1
+    assert "[rank" not in run.output()
+
+
+@pytest.mark.sweep
+def test_two_launched_processes_say_an_error_once_and_end(tmp_path):
     done = smallruns.launch(tmp_path, launcher=TWO, script="finetune.py", weights="./absent.pth")
     assert done.returncode != 0
     own = done.stdout.split("ChildFailedError")[0]  # after it, the launcher tells of its own error

@@ -103,11 +103,19 @@ def test_a_plain_launch_uses_every_core_and_the_precision_of_the_device(probe):
 
 @pytest.mark.slow
 def test_the_launchers_no_is_honoured(probe):
+    """On the one process of cpu.yaml, so that this file is started with every day, too."""
+    (seen,) = probe("--config_file", CONFIGS / "cpu.yaml", "--mixed_precision", "no")
+    assert (seen["mixed_precision"], seen["words"]["precision"]) == ("no", "no (the launcher)")
+    assert (seen["device"], seen["sum"], seen["words"]["processes"]) == ("cpu", 1, 1)
+
+
+@pytest.mark.sweep
+def test_the_launchers_no_is_honoured_without_a_file(probe):
     (seen,) = probe("--mixed_precision", "no")
     assert (seen["mixed_precision"], seen["words"]["precision"]) == ("no", "no (the launcher)")
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_cpu_yaml_is_one_process(probe):
     (seen,) = probe("--config_file", CONFIGS / "cpu.yaml")
     assert (seen["device"], seen["sum"], seen["words"]["processes"]) == ("cpu", 1, 1)
@@ -130,7 +138,7 @@ def test_cpu_with_two_processes_is_refused(refused):
     assert "started one" in line and "accelerate_configs/cpu_2proc.yaml" in line
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_multi_cpu_is_refused(refused, tmp_path):
     config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_CPU",
               "num_processes": 2, "num_machines": 1, "use_cpu": True}  # fmt: skip

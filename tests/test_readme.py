@@ -48,11 +48,23 @@ def test_the_launcher_knows_every_command():
 COMMANDS = sorted(
     {(p.training_script, " ".join(p.training_script_args)) for p in map(parsed, LAUNCHES)}
 )
-TRAINING = [one for one in COMMANDS if one[0] in ("train.py", "finetune.py")]
-REPORTS = [one for one in COMMANDS if one not in TRAINING]
+# The longest of each script; the sweep runs the others
+EVERY_RUN = {
+    script: max((argv for name, argv in COMMANDS if name == script), key=len) for script in SCRIPTS
+}
 
 
-@pytest.mark.parametrize(("script", "argv"), TRAINING)
+def commands(*scripts):
+    """Parameters (script, argv) of all commands of these scripts."""
+    chosen = [(script, argv) for script, argv in COMMANDS if script in scripts]
+    assert len(chosen) > len(scripts)
+    return [
+        pytest.param(script, argv, marks=() if argv == EVERY_RUN[script] else pytest.mark.sweep)
+        for script, argv in chosen
+    ]
+
+
+@pytest.mark.parametrize(("script", "argv"), commands("train.py", "finetune.py"))
 def test_the_script_runs_with_the_flags_of_every_command(script, argv, tmp_path, monkeypatch):
     """Three steps of it, on data and a network that are at hand."""
     monkeypatch.chdir(smallruns.ROOT)
@@ -83,7 +95,7 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "argv"), REPORTS)
+@pytest.mark.parametrize(("script", "argv"), commands("ensemble_eval.py", "gradcam.py"))
 def test_a_report_is_made_by_every_command(script, argv, place, monkeypatch):
     monkeypatch.chdir(place)
     model = torchvision.models.resnet50(weights=None).state_dict()

@@ -50,15 +50,21 @@ def test_on_paper_the_whole_batch_is_drawn_by_every_process():
     assert stages["augment on the GPU"] == 800
 
 
-@pytest.mark.slow
-def test_benchmarks_give_rows(tmp_path):
+@pytest.mark.parametrize(
+    ("parts", "figures"),
+    [
+        pytest.param(["mix"], 1, marks=pytest.mark.slow),
+        pytest.param(["ema", "mix", "resume"], 6, marks=pytest.mark.sweep),
+    ],
+    ids=["one part", "several parts"],
+)
+def test_benchmarks_give_rows(tmp_path, parts, figures):
     file = tmp_path / "rows.json"
-    command = [sys.executable, str(FOLDER / "bench.py"), "--quick", "--only", "ema"]
-    command += ["mix", "resume"]
+    command = [sys.executable, str(FOLDER / "bench.py"), "--quick", "--only", *parts]
     done = subprocess.run(
         [*command, "--json", str(file)], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads(file.read_text())
-    assert len(rows) > 5 and all(value > 0 for row in rows for value in row["values"])
+    assert len(rows) >= figures and all(value > 0 for row in rows for value in row["values"])
     assert all(row["figure"] in done.stdout.split("## All")[1] for row in rows)

@@ -63,7 +63,7 @@ LARGE = ("densenet121", "efficientnet_v2_s", "inception_v3", "maxvit_t", "swin_v
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in FAMILIES]
+    "name", [pytest.param(n, marks=pytest.mark.sweep) if n in LARGE else n for n in FAMILIES]
 )
 def test_every_family_builds_runs_and_is_rebuilt(name):
     size, side = FAMILIES[name]
@@ -289,7 +289,7 @@ def kinds(module):
         ("vgg11_bn", "classifier.6: 4096 → 256 → 7"),
         ("mobilenet_v3_small", "classifier.3: 1024 → 256 → 7"),
         ("vit_b_16", "heads.head: 768 → 256 → 7"),
-        pytest.param("maxvit_t", "classifier.5: 512 → 256 → 7", marks=pytest.mark.slow),
+        pytest.param("maxvit_t", "classifier.5: 512 → 256 → 7", marks=pytest.mark.sweep),
     ],
 )
 def test_an_mlp_takes_the_place_of_the_last_layer(name, line):

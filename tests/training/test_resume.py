@@ -5,9 +5,8 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
-import time
+import signal
+import tempfile
 
 import psutil
 import pytest
@@ -47,7 +46,7 @@ def straight(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "stop",
-    [s if s in (1, 6, 8) else pytest.param(s, marks=pytest.mark.slow) for s in range(1, STEPS)],
+    [s if s in (1, 6, 8) else pytest.param(s, marks=pytest.mark.sweep) for s in range(1, STEPS)],
 )
 def test_stopping_after_any_step_changes_nothing(straight, tmp_path, stop):
     _, status = smallruns.train(tmp_path, stop_after=stop)
@@ -437,16 +436,25 @@ def test_two_processes_skip_alike_and_resume(tmp_path):
 TWO = ("--config_file", str(smallruns.ROOT / "accelerate_configs" / "cpu_2proc.yaml"))
 
 
+VERIFY = {"deterministic": True, "epochs": 2, "verify_resume": 6, "gradient_accumulation_steps": 1}
+PASSED = "PASS: 6 steps, killed and resumed at 3: 7 records"
+
+
 @pytest.mark.slow
+def test_verify_resume_passes(tmp_path):
+    run = faulty.start(tmp_path, script="train.py", **VERIFY)
+    assert run.wait() == [0], run.output()
+    assert run.output().count(PASSED) == 1
+    assert list(tmp_path.iterdir()) == [run.log]  # it leaves nothing
+
+
+@pytest.mark.sweep
 @pytest.mark.parametrize("launcher", [(), TWO], ids=["one process", "two processes"])
 def test_verify_resume_passes_under_the_launcher(tmp_path, launcher):
-    ended = smallruns.launch(
-        tmp_path, launcher=launcher, deterministic=True, epochs=2, verify_resume=6,
-        gradient_accumulation_steps=1,
-    )  # fmt: skip
+    ended = smallruns.launch(tmp_path, launcher=launcher, **VERIFY)
     assert ended.returncode == 0, ended.stdout
-    assert ended.stdout.count("PASS: 6 steps, killed and resumed at 3: 7 records") == 1
-    assert not list(tmp_path.iterdir())  # it leaves nothing
+    assert ended.stdout.count(PASSED) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def compared(straight, tmp_path, change):
@@ -489,22 +497,23 @@ def test_verify_resume_trains_and_a_dry_run_does_not(tmp_path):
         verify_resume("train.py", train.read_flags(smallruns.words(flags)))
 
 
+def no_known_temporary_folder():
+    """Python remembers the first one that it finds: here that of the process forked from."""
+    tempfile.tempdir = None
+
+
 @pytest.mark.slow
 def test_verify_resume_takes_its_runs_with_it(tmp_path):
-    flags = {**smallruns.SMALL, "output_dir": tmp_path, "epochs": 99, "verify_resume": 300}
-    command = [sys.executable, str(smallruns.ROOT / "train.py"), *smallruns.words(flags)]
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    process = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(temporary)})
-    try:
-        until = time.monotonic() + 60
-        while not list(temporary.rglob("metrics.jsonl")) and time.monotonic() < until:
-            time.sleep(0.1)
-        runs = psutil.Process(process.pid).children()
-        process.terminate()
-        assert process.wait(20) == 143
-    finally:
-        process.kill()
+    process = faulty.start(
+        tmp_path, script="train.py", epochs=99, verify_resume=300,
+        env={"TMPDIR": str(temporary)}, fault=no_known_temporary_folder,
+    )  # fmt: skip
+    process.wait_for(lambda: list(temporary.rglob("metrics.jsonl")))
+    runs = psutil.Process(process.processes[0].pid).children()
+    process.send(signal.SIGTERM)
+    assert process.wait(20) == [143]
     assert runs and not any(psutil.pid_exists(run.pid) for run in runs)
     assert not list(temporary.rglob("metrics.jsonl"))
 

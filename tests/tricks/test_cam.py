@@ -429,7 +429,8 @@ def test_score_cam_equals_the_packages_but_for_its_corners(monkeypatch):
 # -- layers --------------------------------------------------------------------------------------
 
 # family: what builds it, the layer, its positions from images of a height and width
-EVERY_DAY = ("resnet", "mobilenet", "shufflenet", "squeezenet", "vit", "swin")
+QUICK = ("resnet", "mobilenet", "shufflenet", "squeezenet", "vit", "swin")
+LARGE = ("alexnet", "convnext", "inception", "resnext", "swin v2", "vgg", "wide_resnet")
 LAYERS = {
     "alexnet": ("alexnet", "features.11", (3, 5), (64, 96)),
     "convnext": ("convnext_tiny", "features", (2, 3), (64, 96)),
@@ -463,7 +464,9 @@ def test_every_family_is_in_the_table():
 @pytest.mark.parametrize(
     "family",
     [
-        family if family in EVERY_DAY else pytest.param(family, marks=pytest.mark.slow)
+        family
+        if family in QUICK
+        else pytest.param(family, marks=pytest.mark.sweep if family in LARGE else pytest.mark.slow)
         for family in LAYERS
     ],
 )
@@ -489,7 +492,7 @@ TIMM = [
     ("convnext_atto", {}, (64, 96), "stages", (2, 3)),
     ("efficientnet_b0", {}, (64, 96), "bn2", (2, 3)),
     ("mobilenetv3_small_050", {}, (64, 96), "blocks", (2, 3)),
-    ("vgg11", {}, (64, 96), "features.19", (4, 6)),
+    pytest.param("vgg11", {}, (64, 96), "features.19", (4, 6), marks=pytest.mark.sweep),
     ("vit_tiny_patch16_224", {"img_size": (64, 96)}, (64, 96), "blocks.11.norm1", (4, 6)),
     (
         "deit_tiny_distilled_patch16_224",
