@@ -18,7 +18,7 @@ from harness.training.checkpoint import newest_valid
 
 FLAGS = {
     "batch_size": 16, "gradient_accumulation_steps": 1, "epochs": 2, "logging_steps": 1,
-    "checkpointing_steps": 4,
+    "checkpointing_steps": 4, "mixed_precision": "no",
 }  # fmt: skip
 TIMEOUT_S = 15
 

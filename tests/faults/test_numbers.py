@@ -50,14 +50,14 @@ def poison_buffer(monkeypatch, step):
             found[0].running_var.fill_(float("nan"))
         return real(*args)
 
-    build = train.models.build_model
+    real_build = train.build.build_model
 
     def build_model(*args, **options):
-        poison_buffer.model = build(*args, **options)
+        poison_buffer.model = real_build(*args, **options)
         return poison_buffer.model
 
     monkeypatch.setattr(train, "draw_mixing", draw_mixing)
-    monkeypatch.setattr(train.models, "build_model", build_model)
+    monkeypatch.setattr(train.build, "build_model", build_model)
 
 
 @pytest.mark.parametrize("val", [0.25, 0.0])
