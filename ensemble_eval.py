@@ -31,7 +31,7 @@ from harness.errors import UserError
 from harness.files import replace_file
 from harness.launch import make_accelerator, script
 from harness.models.trained import load_model
-from harness.processes import in_turn
+from harness.processes import from_local_main, in_turn
 from harness.tracking import Tracking, parse_report_to
 from harness.training.folder import report_folder
 from tricks.ensemble import average_logits, average_probabilities
@@ -49,7 +49,7 @@ def main(args):
         raise UserError(f"--member_weights has {len(weights)} for {len(members)} members")
     sizes = {member.look.size for member in members}
     views = view_sets(args.tta, sizes, args.seed)  # {kind: {size: views}}; the first is combined
-    images = in_turn(accelerator, lambda: find_images(members, args))
+    images = from_local_main(accelerator, lambda: find_images(members, args))
     groups = groups_of(members) if args.soup else []
     accelerator.print(report.plan(members, images, list(views), groups, machine))
     if args.dry_run:

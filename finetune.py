@@ -43,7 +43,7 @@ from harness.models import build
 from harness.models.trained import seen_before
 from harness.models.weights import find_weights, load_pretrained
 from harness.pictures import save_train_batch
-from harness.processes import in_turn
+from harness.processes import from_local_main, in_turn
 from harness.training import features, plan
 from harness.training import stages as staging
 from harness.training.folder import check_folder
@@ -69,7 +69,7 @@ def main(args):
     build.library_of(args.model)  # a mistyped name answers before a data set is looked for
 
     # data, and how the weights want to see it
-    data = plan.load(args)
+    data = plan.load(args, accelerator)
     pretrained = in_turn(accelerator, lambda: find_weights(args.weights, args.model, args.stem))
     look = plan.preprocessing(args, data, pretrained)
     stem = build.resolve_stem(args.model, pretrained.stem or args.stem, look.size)
@@ -112,7 +112,7 @@ def main(args):
 
     machine |= {"weights": f"{loaded}; what is new: init {initialised}"}
     rows = {"strategy": f"{strategy}: {reason}", "lr": f"{args.optimizer}: see the stages"}
-    if seen := seen_before(pretrained.recipes, data):
+    if seen := from_local_main(accelerator, lambda: seen_before(pretrained.recipes, data)):
         rows["note"] = (
             f"{seen:,} of {len(data.val):,} val images were trained on by {args.weights}: the same "
             "--seed and --val_fraction hold out the same images"

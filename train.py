@@ -65,7 +65,7 @@ def main(args):
     build.library_of(args.model)  # a mistyped name answers before a data set is looked for
 
     # data: what is where, and later its pixels, decoded once; weights say how they want them
-    data = plan.load(args)
+    data = plan.load(args, accelerator)
     pretrained = in_turn(accelerator, lambda: find_weights(args.weights, args.model, args.stem))
     look = plan.preprocessing(args, data, pretrained)
     seen = scored_views(args.tta, look.size, args.seed)

@@ -7,6 +7,9 @@ here is called by all processes; a UserError of any of them is raised on all.
 from __future__ import annotations
 
 import contextlib
+import os
+import pickle
+import tempfile
 import threading
 
 import torch
@@ -50,6 +53,45 @@ def in_turn(accelerator, action):
         _raise_on_all(accelerator, error)
         result = mine if turn else result
     return result
+
+
+def from_local_main(accelerator, action):
+    """What `action()` gives on one process of each machine, on all of that machine.
+
+    It is handed over in a temporary file, which may be large (the list of a million images).
+    """
+    if accelerator.num_processes == 1:
+        return action()
+    here = accelerator.is_local_main_process
+    result = path = None
+    with _patience(accelerator):
+        result, error = _attempt(action) if here else (None, None)
+    _raise_on_all(accelerator, error)
+    try:
+        if here:
+            path, error = _attempt(lambda: _put_away(result), "handing a result to processes")
+        _raise_on_all(accelerator, error)
+        paths = gather_object([path])
+        own = paths[accelerator.process_index - accelerator.local_process_index]
+        if not here:
+            result, error = _attempt(lambda: _taken(own), "a result of another process")
+        _raise_on_all(accelerator, error)
+    finally:
+        if path:
+            os.unlink(path)
+    return result
+
+
+def _put_away(result):
+    handle, path = tempfile.mkstemp(prefix="from-local-main-")
+    with open(handle, "wb") as file:
+        pickle.dump(result, file, pickle.HIGHEST_PROTOCOL)
+    return path
+
+
+def _taken(path):
+    with open(path, "rb") as file:
+        return pickle.load(file)
 
 
 def _do(accelerator, here, action, failure=None):

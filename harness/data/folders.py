@@ -432,14 +432,11 @@ def splits_of(tree) -> dict[str, Folder]:
 
 def account(listing, tree, root):
     """Count what was left out, and check that one image is not in several places."""
-    taken, known = 0, set(listing.strays)
-    for name, images in listing.splits.items():
-        listing.splits[name] = _once(images, name)
-        taken += len(listing.splits[name])
+    known = set(listing.strays)
+    for images in listing.splits.values():
         known.update(images.paths)
-        twice = len(images) - len(listing.splits[name])
-        if twice:
-            listing.left_out.append(f"{counted(twice, 'image')} of {name} that links reach twice")
+    _once(listing)
+    taken = sum(map(len, listing.splits.values()))
     loose = []
     for folder in tree.walk():
         inside = any(
@@ -464,7 +461,6 @@ def account(listing, tree, root):
         )
     others = sum((folder.others for folder in tree.walk()), Counter())
     listing.left_out += by_suffix(others)
-    _check_across(listing.splits)
 
 
 def by_suffix(others):
@@ -476,38 +472,42 @@ def by_suffix(others):
     return words
 
 
-def _once(images, split):
-    """The images without those that links reach a second time; UserError if of another class."""
-    ids = images.facts[:, 2:]
-    _, first, place = np.unique(ids, axis=0, return_index=True, return_inverse=True)
-    if len(first) == len(images) or not ids.any():
-        return images
+def _once(listing):
+    """Leave out images that links reach a second time; UserError if in another class or split."""
+    facts = np.concatenate([images.facts for images in listing.splits.values()])
+    if not facts[:, 3].any():  # a file system without such numbers
+        return
+    _, first, place = np.unique(facts[:, 2:], axis=0, return_index=True, return_inverse=True)
     first = first[place.reshape(-1)]
-    for k in np.flatnonzero(first != np.arange(len(images))):
-        a, b = int(first[k]), int(k)
-        if images.labels[a] != images.labels[b]:
+    again = np.flatnonzero(first != np.arange(len(first)))
+    names, parts = list(listing.splits), list(listing.splits.values())
+    starts = np.cumsum([0, *map(len, parts)])
+    part = np.repeat(np.arange(len(parts)), [len(images) for images in parts])
+
+    def of(k, column):
+        return getattr(parts[part[k]], column)[k - starts[part[k]]]
+
+    across = again[part[again] != part[first[again]]]
+    if len(across):
+        k, same = across[0], first[across[0]]
+        raise UserError(
+            f"{counted(len(across), 'image')} of split '{names[part[k]]}' "
+            f"{'is' if len(across) == 1 else 'are'} in split '{names[part[same]]}' too: "
+            f"{of(k, 'paths')} and {of(same, 'paths')} are the same file"
+        )
+    for k in again:
+        if of(k, "labels") != of(first[k], "labels"):
             raise UserError(
-                f"{images.paths[a]} and {images.paths[b]} are the same file, of two classes in "
-                f"split '{split}'"
+                f"{of(first[k], 'paths')} and {of(k, 'paths')} are the same file, of two classes "
+                f"in split '{names[part[k]]}'"
             )
-    return images.where(first == np.arange(len(images)))
-
-
-def _check_across(splits):
-    seen = {}
-    for name, images in splits.items():
-        if not images.facts[:, 3].any():  # a file system without such numbers
-            return
-        ids = images.facts[:, 2] * (2**40) + images.facts[:, 3]
-        for other, (theirs, paths) in seen.items():
-            both, mine, there = np.intersect1d(ids, theirs, return_indices=True)
-            if len(both):
-                raise UserError(
-                    f"{counted(len(both), 'image')} of split '{name}' "
-                    f"{'is' if len(both) == 1 else 'are'} in split '{other}' too: "
-                    f"{images.paths[mine[0]]} and {paths[there[0]]} are the same file"
-                )
-        seen[name] = (ids, images.paths)
+    for k, (name, images) in enumerate(zip(names, parts, strict=True)):
+        twice = again[part[again] == k] - starts[k]
+        if len(twice):
+            listing.splits[name] = images.where(~np.isin(np.arange(len(images)), twice))
+            listing.left_out.append(
+                f"{counted(len(twice), 'image')} of {name} that links reach twice"
+            )
 
 
 def few(names, most=3):

@@ -23,7 +23,7 @@ from harness.errors import UserError, nearest
 from harness.models.build import build_model
 from harness.models.trained import check_classes, data_flags, load_model, read_trained
 from harness.models.weights import find_weights, load_pretrained
-from harness.processes import from_main
+from harness.processes import from_local_main, from_main
 from tricks.augment import normalize_batch
 from tricks.cam import GradCam, normalize_maps, upsample_maps
 from tricks.cam_checks import (
@@ -141,7 +141,7 @@ def find_pictures(args, network, accelerator) -> list[Picture]:
         network.run.recipes[0], dataset=args.dataset, image_column=args.image_column,
         label_column=args.label_column,
     )  # fmt: skip
-    data = load_data(**flags)
+    data = from_local_main(accelerator, lambda: load_data(**flags))
     check_classes(network.run, data.classes, data.source)
     role = args.split or ("val" if data.val is not None else "test")
     split = getattr(data, role)

@@ -3,40 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import fields
 
 import numpy as np
 
 from harness.data.preprocessing import Preprocessing
-from harness.data.sources import load_data
+from harness.data.sources import DataOptions, load_data
 from harness.models import build
+from harness.processes import from_local_main
 from tricks.ema import decay_at, half_life
 from tricks.schedule import warmup_cosine, warmup_linear
 
 CROP_PCT = 0.875  # of the stored pixels, what the network sees, where random crops need more
 
 
-def load(args):
-    """The data set that the flags name."""
-    return load_data(
-        args.dataset,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        train_split=args.train_split,
-        val_split=args.val_split,
-        test_split=args.test_split,
-        val_fraction=args.val_fraction,
-        max_train_samples=args.max_train_samples,
-        max_eval_samples=args.max_eval_samples,
-        seed=args.seed,
-        bad_images=args.bad_images,
-        empty_classes=args.empty_classes,
-        bit_depth=args.bit_depth,
-        layout=args.layout,
-        label_pattern=args.label_pattern,
-        labels=args.labels,
-        file_column=args.file_column,
-        classes=args.classes,
-    )
+def load(args, accelerator):
+    """The data set that the flags name, looked through by one process of each machine."""
+    options = {option.name: getattr(args, option.name) for option in fields(DataOptions)}
+    return from_local_main(accelerator, lambda: load_data(args.dataset, **options))
 
 
 def sizes(data):

@@ -3,6 +3,7 @@
 import pytest
 from data.test_folders import make
 
+import faulty
 import smallruns
 from harness.errors import UserError
 
@@ -55,3 +56,33 @@ def test_every_script_reads_the_same_folder(tmp_path, images, capsys):
     words[1:1] = ["--images", images]
     folder, status = smallruns.run("gradcam", [*map(str, words), "--run_name", "h"])
     assert status == 0 and (folder / "sheet.png").exists()
+
+
+def count_scans():
+    from harness.data import sources
+
+    real = sources.load_images
+
+    def load_images(*args, **options):
+        print("lists the images")
+        return real(*args, **options)
+
+    sources.load_images = load_images
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_lists_the_images(tmp_path, images):
+    run = faulty.start(
+        tmp_path, fault=count_scans, processes=2, dataset=images, stop_after=2, **FLAGS
+    )
+    run.done()
+    assert run.output().count("lists the images") == 1
+    assert "2 in column label: ant, bee" in run.output()
+
+
+@pytest.mark.slow
+def test_what_one_process_refuses_ends_both(tmp_path, images):
+    (images / "bee" / "x" / "circle").symlink_to(images / "bee")
+    run = faulty.start(tmp_path, processes=2, dataset=images, **FLAGS)
+    assert run.wait() == [2, 2], run.output()
+    assert run.output().count("is a link to a folder that it lies in") == 1
