@@ -25,6 +25,15 @@ def printable(text) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def one_line(text) -> str:
+    r"""The same, with line ends and tabs written out too.
+
+    >>> one_line("two\nlines")
+    'two\\nlines'
+    """
+    return printable(re.sub(r"[\t\n\r]", lambda match: ascii(match[0])[1:-1], str(text)))
+
+
 class Output:
     """A text stream in front of another: `write` and `flush` never raise an OSError."""
 

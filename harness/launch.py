@@ -23,7 +23,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import GradientAccumulationPlugin, set_seed
 
-from harness.console import steady_output
+from harness.console import printable, steady_output
 from harness.errors import UserError
 
 
@@ -216,7 +216,7 @@ def _one_line(name):
     try:
         yield
     except UserError as error:
-        _print_once(f"{name}: {' '.join(str(error).split())}")
+        _print_once(f"{name}: {printable(' '.join(str(error).split()))}")
         raise SystemExit(error.status) from None
     except RuntimeError as error:
         if "does not have a deterministic implementation" not in str(error):

@@ -1,11 +1,39 @@
-"""Tables of text."""
+"""Tables of text, and names in Markdown."""
 
 from __future__ import annotations
+
+import re
+
+from harness.console import one_line
+
+MARKUP = re.compile(r"[\\`*\[\]<>|]|(?<![^\W_])_|_(?![^\W_])")
+
+
+def facts(rows) -> str:
+    """(name, words) pairs, one on a line: how every script's plan is printed."""
+    return "\n".join(f"{name:<12} {one_line(words)}" for name, words in rows)
+
+
+def escaped(value):
+    r"""A report's strings, keys too, so that Markdown shows them letter by letter.
+
+    Names of classes and files may hold markup and control characters.
+
+    >>> escaped({"<b>": ["golden_retriever", "a|b", "_x_"]})
+    {'\\<b\\>': ['golden_retriever', 'a\\|b', '\\_x\\_']}
+    """
+    if isinstance(value, str):
+        return MARKUP.sub(r"\\\g<0>", one_line(value))
+    if isinstance(value, dict):
+        return {escaped(key): escaped(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [escaped(item) for item in value]
+    return value
 
 
 def table(header, rows) -> str:
     """A Markdown table whose columns line up, so that it serves a terminal too."""
-    cells = [[str(cell).replace("|", "/") for cell in row] for row in (header, *rows)]
+    cells = [[re.sub(r"(?<!\\)\|", "/", str(cell)) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[k]) for row in cells) for k in range(len(header))]
 
     def line(row):

@@ -8,7 +8,7 @@ import re
 
 import torch
 
-from harness.cli.tables import table
+from harness.cli.tables import escaped, facts, table
 from harness.ensembles import charts
 from harness.ensembles.combinations import LEAST_FITTED
 from harness.ensembles.comparison import notes
@@ -45,7 +45,7 @@ def plan(members, images, kinds, groups, machine) -> str:
             if member.recipes[0].get("mirrored") is False:
                 rows.append(("note", f"{member.name} was trained without mirrored images"))
     rows += [("note", line) for line in notes(members)]
-    return "\n".join(f"{name:<12} {value}" for name, value in rows)
+    return facts(rows)
 
 
 def _about(member):
@@ -66,7 +66,7 @@ def write(folder, report, samples):
     text = json.dumps(report, indent=1) + "\n"
     text = re.sub(r"\[\s+([-\d.e,\s]+?)\s+\]", _on_one_line, text)
     replace_file(folder / "report.json", text.encode())
-    replace_file(folder / "report.md", markdown(report).encode())
+    replace_file(folder / "report.md", markdown(escaped(report)).encode())
     classes = [row["class"] for row in report["by_class"]]
     scored, best = report["scored"], report["best"]
     on = f"{scored['images']:,} {scored['role']} images"

@@ -6,7 +6,7 @@ import json
 import statistics
 
 from harness.cli import flags
-from harness.cli.tables import table
+from harness.cli.tables import escaped, facts, table
 from harness.explain.cams import heat_of
 from harness.explain.sheets import Strip, overlay, save_sheet
 from harness.files import file_name, replace_file, to_bytes
@@ -29,7 +29,7 @@ def plan(args, network, pictures, methods, machine) -> str:
         "methods": ", ".join(methods),
         "device": f"{machine['device']}, {machine['threads']} CPU threads a process; maps in fp32",
     }
-    return "\n".join(f"{name:<12} {value}" for name, value in rows.items())
+    return facts(rows.items())
 
 
 def write(args, accelerator, folder, network, pictures, found, colour):
@@ -68,7 +68,7 @@ def write(args, accelerator, folder, network, pictures, found, colour):
         "images": rows,
     }
     replace_file(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
-    replace_file(folder / "report.md", _markdown(report, layer).encode())
+    replace_file(folder / "report.md", _markdown(escaped(report), layer).encode())
     replace_file(folder / "config.yaml", flags.to_yaml(args))
     tracking = Tracking(
         accelerator, parse_report_to(args.report_to), folder=folder, project=args.project,

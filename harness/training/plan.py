@@ -7,6 +7,7 @@ from dataclasses import fields
 
 import numpy as np
 
+from harness.cli.tables import facts
 from harness.data.preprocessing import Preprocessing
 from harness.data.sources import DataOptions, load_data
 from harness.models import build
@@ -107,7 +108,7 @@ def text(args, machine, data, model, look, total, rows):
     read = [("left out", line) for line in data.left_out] + [("note", n) for n in data.notes]
     rows = [*rows.items(), *_given(args)]
     place = 2  # behind the data and its classes
-    return "\n".join(f"{name:<12} {value}" for name, value in [*rows[:place], *read, *rows[place:]])
+    return facts([*rows[:place], *read, *rows[place:]])
 
 
 SCHEDULES = {"cosine": warmup_cosine, "linear": warmup_linear}  # of --schedule

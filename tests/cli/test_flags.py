@@ -4,11 +4,13 @@ import ast
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import pytest
 import yaml
 
 from harness.cli import flags
+from harness.data.sources import DataOptions
 from smallruns import ROOT, build_parser
 
 RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.yaml") if p.stem != "sweep")  # W&B's
@@ -299,6 +301,7 @@ def test_every_flag_is_read_and_none_is_written(script):
     read = args_attributes(script, ast.Load)
     if script in TRAINING:
         assert len(names) > 40 and len(read) > 40
+        read |= {option.name for option in fields(DataOptions)}  # plan.load passes all of them on
     else:  # report_folder and make_accelerator have them
         read |= {"output_dir", "run_name"}
         assert len(names) > 15

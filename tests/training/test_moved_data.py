@@ -86,3 +86,21 @@ def test_what_one_process_refuses_ends_both(tmp_path, images):
     run = faulty.start(tmp_path, processes=2, dataset=images, **FLAGS)
     assert run.wait() == [2, 2], run.output()
     assert run.output().count("is a link to a folder that it lies in") == 1
+
+
+def test_names_with_markup_and_controls_are_shown_letter_by_letter(tmp_path, capsys):
+    odd = "<b>a|b</b>\x1b[2J\n# c"
+    encoded = r"\<b\>a\|b\</b\>\\x1b\[2J\\n# c"  # a class's name may not hold a "/"
+    odd, encoded = odd.replace("/", "\\"), encoded.replace("\\</b", r"\<\\b")
+    images = make(tmp_path / "images", "_bee_/*16.png")
+    make(images / odd, "*16.png")
+    run, _ = smallruns.train(tmp_path, dataset=images, **FLAGS)
+    plan = capsys.readouterr().out
+    assert r"<b>a|b<\b>\x1b[2J\n# c" in plan and "\x1b" not in plan
+    report = smallruns.ensemble(tmp_path / "e", run, split="val")
+    text = (report / "report.md").read_text()
+    assert encoded in text and r"\_bee\_" in text and "\x1b" not in text and "\n# c" not in text
+    words = [run, "--output_dir", tmp_path / "g", "--report_to", "none", "--max_images", "8"]
+    folder, _ = smallruns.run("gradcam", [*map(str, words), "--run_name", "g"])
+    text = (folder / "report.md").read_text()
+    assert encoded in text and "\x1b" not in text and "\n# c" not in text
