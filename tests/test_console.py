@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from data.test_folders import make
+from imagefolders import make
 
 import smallruns
 from harness.console import Output, printable, steady_output

@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -28,7 +29,8 @@ SPLIT_WORDS = {
 UNLABELLED = re.compile(
     r"(test|testing|val|valid|validation|eval|evaluation|unlabell?ed|inference)\d*"
 )
-PASSED_BY = {"__macosx", "thumbs.db", "desktop.ini"}  # and all that begins with a dot
+IGNORED = {"__macosx", "thumbs.db", "desktop.ini"}  # and all that begins with a dot
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 EXPECTED = "expected CLASS/*.jpg or train/CLASS/*.jpg"
 
 
@@ -40,8 +42,10 @@ class Folder:
     path: str  # relative to the root, with /; "" for the root
     folders: list[Folder] = field(default_factory=list)
     images: list[str] = field(default_factory=list)  # names
-    facts: np.ndarray | None = None  # int64 (images, 4): size, time in ns, device, inode
+    stats: np.ndarray | None = None  # int64 (images, 4): size, time in ns, device, inode
+    tables: list[str] = field(default_factory=list)  # names of files that may be tables of labels
     others: Counter = field(default_factory=Counter)  # files that are no images, by suffix
+    skipped: Counter = field(default_factory=Counter)  # what is neither, by what it is
     total: int = 0  # images in it and below
 
     def walk(self):
@@ -52,18 +56,9 @@ class Folder:
             yield folder
             todo += reversed(folder.folders)
 
-    def inhabited(self) -> list[Folder]:
+    def with_images(self) -> list[Folder]:
         """Its folders with an image in them or below."""
         return [folder for folder in self.folders if folder.total]
-
-    def below(self, *names) -> Folder | None:
-        """The folder at these names under it, or None."""
-        found = self
-        for name in names:
-            found = next((f for f in found.folders if f.name == name), None)
-            if found is None:
-                return None
-        return found
 
     def shown(self) -> str:
         return f"{self.path or '.'}/"
@@ -71,7 +66,7 @@ class Folder:
 
 def hidden(name) -> bool:
     """Whether a file or folder of this name is passed by."""
-    return name.startswith(".") or name.lower() in PASSED_BY
+    return name.startswith(".") or name.lower() in IGNORED
 
 
 def scan(root) -> Folder:
@@ -90,14 +85,15 @@ def scan(root) -> Folder:
                     entries = sorted(listed, key=lambda entry: entry.name)
             except OSError as error:
                 raise UserError(f"{path}: {error.strerror}") from None
-            facts, inside = [], []
+            stats, inside = [], []
             for entry in entries:
                 name = entry.name
                 if hidden(name):
                     continue
-                if not _is_text(name):
-                    folder.others["a name that is not UTF-8"] += 1
-                elif entry.is_dir():
+                kind = _kind(entry)
+                if kind not in ("folder", "file"):
+                    folder.skipped[kind] += 1
+                elif kind == "folder":
                     child = Folder(name, f"{folder.path}/{name}" if folder.path else name)
                     folder.folders.append(child)
                     status = entry.stat()
@@ -105,15 +101,15 @@ def scan(root) -> Folder:
                     if key in above:
                         raise UserError(f"{entry.path} is a link to a folder that it lies in")
                     inside.append((child, entry.path, (*above, key)))
-                elif not entry.is_file():
-                    folder.others["links that lead nowhere"] += 1
                 elif (suffix := os.path.splitext(name)[1].lower()) in suffixes:
                     status = entry.stat()
                     folder.images.append(name)
-                    facts.append((status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino))
+                    stats.append((status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino))
                 else:
                     folder.others[suffix or "no suffix"] += 1
-            folder.facts = np.array(facts, np.int64).reshape(-1, 4)
+                    if suffix in TABLE_SUFFIXES:
+                        folder.tables.append(name)
+            folder.stats = np.array(stats, np.int64).reshape(-1, 4)
             bar.update(len(entries))
             todo += reversed(inside)
     for folder in reversed(order):  # those below come after those above
@@ -121,12 +117,19 @@ def scan(root) -> Folder:
     return top
 
 
-def _is_text(name):
+def _kind(entry):
+    """ "folder", "file", or what it is instead."""
     try:
-        name.encode()
+        entry.name.encode()
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
     except UnicodeEncodeError:
-        return False
-    return True
+        return "name that is not UTF-8"
+    except OSError:  # a link to itself
+        pass
+    return "broken link" if entry.is_symlink() else "pipe or device"
 
 
 @dataclass
@@ -134,7 +137,7 @@ class Images:
     """Images of one split. Image i is `paths[i]`, relative to the root, of class `labels[i]`."""
 
     paths: list[str]
-    facts: np.ndarray  # int64 (n, 4), see Folder
+    stats: np.ndarray  # int64 (n, 4), see Folder
     labels: list | None  # names of classes, or whole numbers; None where none are known
     others: dict[str, list] = field(default_factory=dict)  # further columns of a table
 
@@ -144,19 +147,20 @@ class Images:
     @staticmethod
     def of(folder, label=None) -> Images:
         """All images below a folder, of one class or of none."""
-        paths, facts = [], []
+        paths, stats = [], []
         for each in folder.walk():
             paths += [f"{each.path}/{name}" if each.path else name for name in each.images]
-            facts.append(each.facts)
-        return Images(paths, np.concatenate(facts), None if label is None else [label] * len(paths))
+            stats.append(each.stats)
+        labels = None if label is None else [class_key(label)] * len(paths)
+        return Images(paths, np.concatenate(stats), labels)
 
     @staticmethod
     def joined(parts) -> Images:
         parts = list(parts)
-        facts = [part.facts for part in parts]
+        stats = [part.stats for part in parts]
         return Images(
             [path for part in parts for path in part.paths],
-            np.concatenate(facts) if facts else np.zeros((0, 4), np.int64),
+            np.concatenate(stats) if stats else np.zeros((0, 4), np.int64),
             [label for part in parts for label in part.labels],
         )
 
@@ -165,7 +169,7 @@ class Images:
         chosen = np.flatnonzero(keep)
         labels = None if self.labels is None else [self.labels[k] for k in chosen]
         others = {name: [values[k] for k in chosen] for name, values in self.others.items()}
-        return Images([self.paths[k] for k in chosen], self.facts[chosen], labels, others)
+        return Images([self.paths[k] for k in chosen], self.stats[chosen], labels, others)
 
 
 @dataclass
@@ -173,17 +177,22 @@ class Listing:
     """What a folder of images is: its splits with their classes, and what was not taken."""
 
     splits: dict[str, Images]
-    unlabelled: dict[str, int] = field(default_factory=dict)  # folder -> how many images
-    strays: list[str] = field(default_factory=list)  # images of a split whose class isn't known
+    unlabelled: Counter = field(default_factory=Counter)  # folder -> how many images
+    reported: list[str] = field(default_factory=list)  # images that left_out counts already
     left_out: list[str] = field(default_factory=list)  # in words
     notes: list[str] = field(default_factory=list)  # for the plan
+
+    def leave_unlabelled(self, folder):
+        """All images below a folder have no label."""
+        self.unlabelled[folder.path] += folder.total
+        self.reported += Images.of(folder).paths
 
 
 # -- the layout ----------------------------------------------------------------------------------
 
 
 def split_of(name) -> str | None:
-    """The split that a folder's name says, or None; raises UserError where it says two.
+    """The split that a folder's name says; None where it says none or two.
 
     >>> split_of("seg_train"), split_of("test1"), split_of("TrainingSet"), split_of("contest")
     ('train', 'test', 'train', None)
@@ -193,7 +202,22 @@ def split_of(name) -> str | None:
     return splits.pop() if len(splits) == 1 else None
 
 
-def read_folder(root, tree, layout="auto") -> Listing:
+def by_split(folders) -> dict[str, Folder]:
+    """{split: folder} of those with a split's name; raises UserError for two of one split."""
+    found: dict[str, Folder] = {}
+    for folder in folders:
+        split = split_of(folder.name)
+        if split in found:
+            raise UserError(
+                f"{found[split].shown()} and {folder.shown()} are both the split '{split}': keep "
+                "one of them"
+            )
+        if split:
+            found[split] = folder
+    return {split: found[split] for split in ("train", "validation", "test") if split in found}
+
+
+def read_folder(root, tree, layout="auto", tables=()) -> Listing:
     """The splits and classes of a tree of images. Raises UserError where it can't be told.
 
     In this order, each at the root or wrapped in one folder:
@@ -203,32 +227,29 @@ def read_folder(root, tree, layout="auto") -> Listing:
     4. folders are classes, unless all have a split's name, which is refused; a flat test folder
        beside them is unlabelled.
     layout: "classes", every folder is a class; "splits", every folder with a split's name is a
-    split; or "auto".
+    split; or "auto". tables: files of labels that the caller reads, so that they are not left out.
     """
     top = _unwrapped(tree, layout)
-    if not top.inhabited():
+    if not top.with_images():
         raise UserError(_no_classes(root, tree))
     if layout == "classes":
-        listing = _classes(top, everything=True)
+        listing = _as_classes(top.with_images())
+    elif splits := _split_folders(top):
+        listing = _under_splits(top, splits)
+    elif layout == "splits":
+        raise UserError(f"--layout splits: {root} has no train folder that holds class folders")
+    elif parts := _splits_of_classes(top):
+        listing = _under_classes(parts)
     else:
-        splits = _split_folders(top)
-        swapped = layout == "auto" and not splits and _swapped(top)
-        if splits:
-            listing = _under_splits(top, splits)
-        elif layout == "splits":
-            raise UserError(f"--layout splits: {root} has no train folder that holds class folders")
-        elif swapped:
-            listing = _under_classes(top)
-        else:
-            _refuse_several(root, top)
-            listing = _classes(top, root=root)
-    account(listing, tree, root)
+        _refuse_several(root, top)
+        listing = _class_folders(root, top)
+    count_left_out(listing, tree, root, tables)
     return listing
 
 
 def _unwrapped(tree, layout):
     """The folder that the splits or classes are in: the root, or its only folder with images."""
-    inside = tree.inhabited()
+    inside = tree.with_images()
     if len(inside) != 1 or tree.images or (layout == "classes" and inside[0].images):
         return tree
     (only,) = inside
@@ -238,74 +259,59 @@ def _unwrapped(tree, layout):
 
 
 def _split_folders(top) -> dict[str, Folder]:
-    """{split: folder} of the folders that have a split's name and hold class folders."""
-    found = {}
-    for folder in top.inhabited():
-        split = split_of(folder.name)
-        if split and folder.inhabited():
-            if split in found:
-                names = " and ".join(f.shown() for f in (found[split], folder))
-                raise UserError(f"{names} are both the split '{split}': keep one of them")
-            found[split] = folder
-    order = [split for split in ("train", "validation", "test") if split in found]
-    return {split: found[split] for split in order} if "train" in found else {}
+    """{split: folder} of the folders with a split's name that hold class folders, if train is one.
+
+    seg_train/seg_train/CLASS is as seg_train/CLASS.
+    """
+    found = by_split(folder for folder in top.with_images() if folder.with_images())
+    for split, folder in found.items():
+        inside = folder.with_images()
+        again = len(inside) == 1 and not folder.images and split_of(inside[0].name) == split
+        if again and inside[0].with_images():
+            found[split] = inside[0]
+    return found if "train" in found else {}
 
 
 def _under_splits(top, splits):
     listing = Listing({})
-    for folder in top.inhabited():
-        flat = not folder.inhabited()
+    for folder in top.with_images():
+        flat = not folder.with_images()
         if flat and (split_of(folder.name) or UNLABELLED.fullmatch(folder.name.lower())):
-            listing.unlabelled[folder.path] = folder.total
+            listing.leave_unlabelled(folder)
     for split, folder in splits.items():
-        classes = folder.inhabited()
-        listing.splits[split] = Images.joined(Images.of(c, c.name) for c in classes)
+        listing.splits[split] = Images.joined(Images.of(c, c.name) for c in folder.with_images())
     return listing
 
 
-def _parts(folder) -> dict[str, Folder]:
-    """{split: folder} of the folders in it that have a split's name and images directly inside."""
-    found = {}
-    for child in folder.folders:
-        split = split_of(child.name)
-        if split and child.images:
-            if split in found:
-                names = " and ".join(f.shown() for f in (found[split], child))
-                raise UserError(f"{names} are both the split '{split}': keep one of them")
-            found[split] = child
-    return found
-
-
-def _swapped(top) -> bool:
-    """Whether the folders are classes that hold the splits; raises UserError if only some do."""
-    parts = {folder.name: _parts(folder) for folder in top.inhabited()}
-    with_splits = [name for name, found in parts.items() if "train" in found]
-    if not with_splits:
-        return False
-    without = [name for name in parts if name not in with_splits]
-    if without:
+def _splits_of_classes(top) -> dict[str, dict[str, Folder]]:
+    """{class: {split: folder}} where the classes hold the splits; UserError if only some do."""
+    parts = {
+        folder.name: by_split(child for child in folder.folders if child.images)
+        for folder in top.with_images()
+    }
+    having = [name for name, found in parts.items() if "train" in found]
+    without = [name for name in parts if name not in having]
+    if having and without:
         raise UserError(
-            f"{with_splits[0]}/ holds the folder of a train split, but {few(without)} "
-            f"{'does' if len(without) == 1 else 'do'} not: --layout classes takes every folder for "
+            f"{having[0]}/ holds the folder of a train split, but {few(without)} "
+            f"{'does' if len(without) == 1 else 'do'} not: --layout classes treats every folder as "
             "a class"
         )
-    return True
+    return parts if having else {}
 
 
-def _under_classes(top):
-    listing = Listing({})
-    parts = {folder.name: _parts(folder) for folder in top.inhabited()}
+def _under_classes(parts):
+    listing = Listing({}, notes=["the splits lie in the class folders: CLASS/train"])
     for split in ("train", "validation", "test"):
-        found = [(name, of[split]) for name, of in parts.items() if split in of]
+        found = [Images.of(of[split], name) for name, of in parts.items() if split in of]
         if found:
-            listing.splits[split] = Images.joined(Images.of(f, name) for name, f in found)
-    listing.notes.append("the splits lie in the class folders: CLASS/train")
+            listing.splits[split] = Images.joined(found)
     return listing
 
 
 def _refuse_several(root, top):
     """Raise UserError for a folder of several data sets, each with splits and classes."""
-    found = [f.name for f in top.inhabited() if not split_of(f.name) and _has_train(f)]
+    found = [f.name for f in top.with_images() if not split_of(f.name) and _has_train(f)]
     if found:
         raise UserError(
             f"{root} holds {counted(len(found), 'data set')} with splits of their own, "
@@ -314,45 +320,58 @@ def _refuse_several(root, top):
 
 
 def _has_train(folder):
-    return any(split_of(f.name) == "train" and f.inhabited() for f in folder.inhabited())
+    return any(split_of(f.name) == "train" and f.with_images() for f in folder.with_images())
 
 
-def _classes(top, everything=False, root=None):
-    """Every folder is a class, but for unlabelled ones beside them."""
-    folders = top.inhabited()
-    listing = Listing({})
-    if not everything:
-        named = [f for f in folders if split_of(f.name)]
-        with_classes = [f for f in named if f.inhabited()]
-        if with_classes:
-            raise UserError(
-                f"{with_classes[0].shown()} holds class folders, but there is no train/ that does: "
-                f"{EXPECTED} (--layout classes takes every folder for a class)"
-            )
-        if len(named) == len(folders):
-            raise UserError(
-                f"{root} has {few([f.name + '/' for f in folders])} without class folders inside, "
-                f"and no table of labels: {EXPECTED}. Where file names hold the class, "
-                "--label_pattern REGEX reads it from them; where a table does, --labels FILE"
-            )
-        for folder in folders:
-            if UNLABELLED.fullmatch(folder.name.lower()) and not folder.inhabited():
-                listing.unlabelled[folder.path] = folder.total
-        folders = [f for f in folders if f.path not in listing.unlabelled]
-        odd = [f.name for f in folders if split_of(f.name)]
-        if odd:
-            listing.notes.append(
-                f"{few(odd)} {'is a class' if len(odd) == 1 else 'are classes'} here, not "
-                f"{'a split' if len(odd) == 1 else 'splits'}"
-            )
-    listing.splits["train"] = Images.joined(Images.of(f, f.name) for f in folders)
-    parents = [f for f in folders if not f.images]
+def _class_folders(root, top):
+    """Every folder is a class, but for flat ones that are called as if they were unlabelled."""
+    folders = top.with_images()
+    named = [f for f in folders if split_of(f.name)]
+    with_classes = [f for f in named if f.with_images()]
+    if with_classes:
+        raise UserError(
+            f"{with_classes[0].shown()} holds class folders, but there is no train/ that does: "
+            f"{EXPECTED} (--layout classes treats every folder as a class)"
+        )
+    unlabelled = [
+        f for f in folders if UNLABELLED.fullmatch(f.name.lower()) and not f.with_images()
+    ]
+    if all(f in named or f in unlabelled for f in folders):
+        raise UserError(
+            f"{root} has {few([f.name + '/' for f in folders])} without class folders inside, and "
+            f"no table of labels: {EXPECTED}. {other_ways(top)}"
+        )
+    classes = [f for f in folders if f not in unlabelled]
+    listing = _as_classes(classes)
+    for folder in unlabelled:
+        listing.leave_unlabelled(folder)
+    odd = [f.name for f in classes if split_of(f.name)]
+    if odd:
+        are = "is a class here, not a split" if len(odd) == 1 else "are classes here, not splits"
+        listing.notes.append(f"{few(odd)} {are}")
+    return listing
+
+
+def _as_classes(folders):
+    listing = Listing({"train": Images.joined(Images.of(f, f.name) for f in folders)})
+    parents = [f.name for f in folders if not f.images]
     if parents:
         listing.notes.append(
-            f"{few([f.name for f in parents])}: no image directly inside, so what lies below is "
-            "one class; a data set of its own is given by itself"
+            f"{few(parents)}: no image directly inside, so all that lies below is one class; if it "
+            "is a data set with classes of its own, give that folder as --dataset"
         )
     return listing
+
+
+def other_ways(tree):
+    """What to do where folders do not say the classes, with the table that may."""
+    top = [tree, *tree.folders]
+    tables = [f"{f.path}/{name}".lstrip("/") for f in top for name in f.tables]
+    there = f" ({'there is' if len(tables) == 1 else 'there are'} {few(tables)})" if tables else ""
+    return (
+        "Where file names hold the class, --label_pattern REGEX reads it from them; where a table "
+        f"does, --labels FILE{there}"
+    )
 
 
 def _no_classes(root, tree):
@@ -363,8 +382,7 @@ def _no_classes(root, tree):
     return (
         f"{root} has {counted(len(tree.images), 'image')} directly inside and no class folders: "
         f"{EXPECTED}, found {tree.images[0]}. If it is the folder of one class, give the folder "
-        "that it is in; where file names hold the class, --label_pattern REGEX reads it from "
-        "them; where a table does, --labels FILE"
+        f"that it is in. {other_ways(tree)}"
     )
 
 
@@ -380,71 +398,66 @@ def read_pattern(root, tree, pattern) -> Listing:
     if regex.groups != 1:
         raise UserError(
             f"--label_pattern {pattern} has {regex.groups} groups: the class is what its one group "
-            "matches, as in '/(cat|dog)[.]'"
+            "matches, as in '/(cat|dog)[.]'; (?:…) groups without being one"
         )
     listing, example = Listing({}), None
     for split, folder in splits_of(tree).items():
         images = Images.of(folder)
         found = [regex.search(path) for path in images.paths]
-        labels = [match[1] if match else None for match in found]
+        labels = [match and match[1] and class_key(match[1]) for match in found]
         matched = np.array([bool(label) for label in labels])
         example = example or (images.paths[0] if images.paths else None)
         if not matched.any():
-            listing.unlabelled[folder.path] = len(images)
+            listing.leave_unlabelled(folder)
             continue
         images.labels = labels
-        strays = [images.paths[k] for k in np.flatnonzero(~matched)]
-        if len(strays) > len(images) / 2:
+        reported = [images.paths[k] for k in np.flatnonzero(~matched)]
+        if len(reported) > len(images) / 2:
             raise UserError(
                 f"--label_pattern {pattern} matches {matched.sum():,} of {len(images):,} images of "
-                f"split '{split}', under half; not {few(strays)}"
+                f"split '{split}', under half; not {few(reported)}"
             )
-        if strays:
-            listing.strays += strays
+        if reported:
+            listing.reported += reported
             listing.left_out.append(
-                f"{len(strays):,} of {split} that --label_pattern does not match: {few(strays)}"
+                f"{len(reported):,} of {split} that --label_pattern does not match: {few(reported)}"
             )
         listing.splits[split] = images.where(matched)
     if "train" not in listing.splits:
         raise UserError(f"--label_pattern {pattern} matches no image of train, as {example}")
-    account(listing, tree, root)
+    count_left_out(listing, tree, root)
     return listing
 
 
 def splits_of(tree) -> dict[str, Folder]:
     """{split: folder} of the folders with a split's name and images; {"train": tree} for none."""
-    for top in (tree, *tree.inhabited()[: len(tree.inhabited()) == 1]):
-        found = {}
-        for folder in top.inhabited():
-            split = split_of(folder.name)
-            if split and split in found:
-                names = " and ".join(f.shown() for f in (found[split], folder))
-                raise UserError(f"{names} are both the split '{split}': keep one of them")
-            if split:
-                found[split] = folder
+    for top in tops(tree):
+        found = by_split(top.with_images())
         if "train" in found:
             return found
     return {"train": tree}
 
 
-# -- accounts ------------------------------------------------------------------------------------
+def tops(tree) -> list[Folder]:
+    """Where a data set may begin: the root, and the only folder with images in it."""
+    inside = tree.with_images()
+    return [tree, *inside] if len(inside) == 1 else [tree]
 
 
-def account(listing, tree, root):
-    """Count what was left out, and check that one image is not in several places."""
-    known = set(listing.strays)
+# -- what was left out --------------------------------------------------------------------------
+
+
+def count_left_out(listing, tree, root, tables=()):
+    """Add to listing.left_out all that lies below the root and was not taken, with the reason.
+
+    tables: paths of the tables that were read. Raises UserError where more images are outside of
+    the classes than inside.
+    """
+    known = set(listing.reported)
     for images in listing.splits.values():
         known.update(images.paths)
-    _once(listing)
     taken = sum(map(len, listing.splits.values()))
-    loose = []
-    for folder in tree.walk():
-        inside = any(
-            folder.path == path or folder.path.startswith(f"{path}/") for path in listing.unlabelled
-        )
-        if not inside:
-            paths = [f"{folder.path}/{n}" if folder.path else n for n in folder.images]
-            loose += [path for path in paths if path not in known]
+    loose = [path for path in Images.of(tree).paths if path not in known]
     if len(loose) > taken:
         raise UserError(
             f"{root} has {taken:,} images in class folders and {len(loose):,} outside of "
@@ -460,7 +473,13 @@ def account(listing, tree, root):
             "predicted, not trained on"
         )
     others = sum((folder.others for folder in tree.walk()), Counter())
-    listing.left_out += by_suffix(others)
+    here = Path(root).resolve()
+    for table in {Path(table).resolve() for table in tables}:
+        if table.is_relative_to(here):
+            others[table.suffix.lower()] -= 1
+    listing.left_out += by_suffix(+others)
+    skipped = sum((folder.skipped for folder in tree.walk()), Counter())
+    listing.left_out += [counted(number, noun) for noun, number in sorted(skipped.items())]
 
 
 def by_suffix(others):
@@ -472,12 +491,12 @@ def by_suffix(others):
     return words
 
 
-def _once(listing):
+def remove_repeated(listing):
     """Leave out images that links reach a second time; UserError if in another class or split."""
-    facts = np.concatenate([images.facts for images in listing.splits.values()])
-    if not facts[:, 3].any():  # a file system without such numbers
+    stats = np.concatenate([images.stats for images in listing.splits.values()])
+    if not stats[:, 3].any():  # a file system without such numbers
         return
-    _, first, place = np.unique(facts[:, 2:], axis=0, return_index=True, return_inverse=True)
+    _, first, place = np.unique(stats[:, 2:], axis=0, return_index=True, return_inverse=True)
     first = first[place.reshape(-1)]
     again = np.flatnonzero(first != np.arange(len(first)))
     names, parts = list(listing.splits), list(listing.splits.values())

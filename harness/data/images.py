@@ -10,8 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.data.folders import Images, Listing, class_key, few, read_folder, read_pattern, scan
-from harness.data.folders import split_of as split_word
+from harness.data.folders import (
+    EXPECTED,
+    Images,
+    Listing,
+    class_key,
+    counted,
+    few,
+    other_ways,
+    read_folder,
+    read_pattern,
+    remove_repeated,
+    scan,
+    split_of,
+)
 from harness.data.tables import find_tables, read_tables
 from harness.errors import UserError
 
@@ -21,10 +33,11 @@ class Stored:
     """The stored splits of a data set, and what the plan has to say of them."""
 
     splits: dict  # name -> datasets.Dataset
-    source: str = ""
+    label_column: str | None = None  # where it is known
+    source: str = ""  # where they came from: id@revision, or a folder
     notes: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-    content: dict[str, list] = field(default_factory=dict)  # split -> [images, sha256], see below
+    content: dict[str, list] = field(default_factory=dict)  # split -> [images, sha256], of folders
 
     def at(self, source):
         return replace(self, source=source)
@@ -32,7 +45,7 @@ class Stored:
 
 def load_images(
     root, tree=None, *, layout="auto", label_pattern=None, labels=None, file_column=None,
-    label_column=None, classes=None,
+    label_column=None, classes=None, choose=None,
 ) -> Stored:  # fmt: skip
     """List a folder of images and give its splits as data sets with the columns image and label.
 
@@ -41,7 +54,8 @@ def load_images(
     another machine and in another place. A file whose content alone changes, with its size and
     time as before, is taken for the old one.
 
-    tree: what `scan` found there.
+    tree: what `scan` found there. choose: a function of the splits' names, which gives those that
+    are used: classes of another do not matter.
 
     Raises UserError for all that harness.data.folders and harness.data.tables refuse, for classes
     of another split that train lacks, and for a --classes file that does not name the classes.
@@ -49,8 +63,16 @@ def load_images(
     root = Path(root)
     tree = tree or scan(root)
     listing = _read(root, tree, layout, label_pattern, labels, file_column, label_column)
+    used = set(choose(listing.splits) if choose else listing.splits)
+    for split in [split for split in listing.splits if split not in used]:
+        listing.left_out.append(
+            f"{counted(len(listing.splits.pop(split)), 'image')} of split '{split}', not asked for"
+        )
+    remove_repeated(listing)
     names = _classes(listing, classes)
-    stored = Stored({}, str(root.resolve()), listing.notes, listing.left_out)
+    if len(names) == 1 and not labels and not label_pattern:
+        raise UserError(f"{root} has 1 class, {names[0]}: {EXPECTED}. {other_ways(tree)}")
+    stored = Stored({}, "label", notes=listing.notes, left_out=listing.left_out)
     for split, images in listing.splits.items():
         places = {name: k for k, name in enumerate(names)}
         numbers = np.array([places[label] for label in images.labels], np.int64)
@@ -58,7 +80,7 @@ def load_images(
         digest = hashlib.sha256()
         order = sorted(range(len(images)), key=images.paths.__getitem__)
         for k in order:
-            line = f"{images.paths[k]}\0{images.facts[k, 0]}\0{images.labels[k]}\n"
+            line = f"{images.paths[k]}\0{images.stats[k, 0]}\0{images.labels[k]}\n"
             digest.update(line.encode())
         stored.content[split] = [len(images), digest.hexdigest()]
     return stored
@@ -71,18 +93,24 @@ def _read(root, tree, layout, label_pattern, labels, file_column, label_column) 
         return read_pattern(root, tree, label_pattern)
     tables = find_tables(root, tree) if layout == "auto" else {}
     if not tables:
+        for flag, given in (("file_column", file_column), ("label_column", label_column)):
+            if given:
+                raise UserError(
+                    f"--{flag} {given}: {root} has no table of labels (metadata.csv, train.csv); "
+                    "name one with --labels FILE"
+                )
         return read_folder(root, tree, layout)
     by_folder = by_table = refused = None
     with contextlib.suppress(UserError):  # without class folders the table alone says the classes
-        by_folder = read_folder(root, tree, layout)
+        by_folder = read_folder(root, tree, layout, tables.values())
     try:
         by_table = read_tables(root, tree, tables, file_column, label_column)
     except UserError as error:
         refused = error
     several = by_folder and len(set(by_folder.splits["train"].labels)) > 1
+    if refused and (not several or file_column or label_column):
+        raise refused
     if not several:
-        if refused:
-            raise refused
         return by_table
     names = ", ".join(Path(path).name for path in tables.values())
     if refused:
@@ -112,9 +140,9 @@ def _given_tables(given, root) -> dict[str, str]:
         split, equals, path = word.partition("=")
         if not equals:
             split, path = "", word
-        elif (split_word(split) or "") == "":
+        elif not split_of(split):
             raise UserError(f"--labels {word}: {split} is no split (train, val or test)")
-        split = split and split_word(split)
+        split = split and split_of(split)
         if split in found:
             raise UserError(f"--labels {given} names two tables for one split")
         beside = Path(root) / path
@@ -129,9 +157,9 @@ def _classes(listing, file) -> list[str]:
     if all(isinstance(label, int) for label in every):
         order = [str(label) for label in sorted(every)]
     else:
-        order = sorted({class_key(str(label)) for label in every})
+        order = sorted({str(label) for label in every})
     for images in listing.splits.values():
-        images.labels = [class_key(str(label)) for label in images.labels]
+        images.labels = [str(label) for label in images.labels]
     train = set(listing.splits["train"].labels)
     lower: dict[str, str] = {}
     for name in sorted(train):
@@ -144,8 +172,8 @@ def _classes(listing, file) -> list[str]:
             close = lower.get(unknown[0].casefold())
             hint = f" (train has {close})" if close else ""
             raise UserError(
-                f"split '{split}' has {few(map(repr, unknown))}, which train has not{hint}: give "
-                "classes the same names in all splits, or leave that split out "
+                f"split '{split}' has {few(map(repr, unknown))}, which train does not have{hint}: "
+                "give classes the same names in all splits, or leave that split out "
                 "(--val_split none, --test_split none)"
             )
     if not file:
@@ -158,8 +186,8 @@ def _classes(listing, file) -> list[str]:
     twice = [name for name, count in Counter(given).items() if count > 1]
     missing = [name for name in order if name not in set(given)]
     if twice or missing:
-        why = f"{few(twice)} stands there twice" if twice else f"it lacks {few(missing)}"
-        raise UserError(f"--classes {file}: {why}; it has a class a line")
+        why = f"{few(twice)} is there more than once" if twice else f"{few(missing)} is missing"
+        raise UserError(f"--classes {file}: {why}; it must name every class once, one on a line")
     return given
 
 
@@ -185,7 +213,7 @@ def _dataset(root, images: Images, numbers, names):
         features[name] = datasets.features.features.generate_from_arrow_type(columns[name].type)
     digest = hashlib.blake2b(base.encode(), digest_size=8)
     digest.update("\0".join([*images.paths, *names]).encode())
-    digest.update(images.facts[:, :2].tobytes() + numbers.tobytes())
+    digest.update(images.stats[:, :2].tobytes() + numbers.tobytes())
     digest.update(repr(images.others).encode())
     return datasets.Dataset(
         datasets.table.InMemoryTable(pyarrow.table(columns)),

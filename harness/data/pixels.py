@@ -108,7 +108,7 @@ def decode_split(
         return torch.from_numpy(pixels)
 
 
-def find_bad(dataset, image_column, *, name, progress=True):
+def find_bad(dataset, image_column, *, name, bit_depth=None, progress=True):
     """{row: why} of the images of `dataset` that can't be decoded, with their files' names.
 
     What was found is kept beside the pixels.
@@ -119,6 +119,7 @@ def find_bad(dataset, image_column, *, name, progress=True):
     import datasets
 
     recipe = (dataset._fingerprint, image_column, "bad", DECODE_VERSION)
+    recipe += (bit_depth,) if bit_depth else ()
     key = hashlib.blake2b(repr(recipe).encode(), digest_size=12).hexdigest()
     file = Path(datasets.config.HF_DATASETS_CACHE) / "pixels" / key
     found = _bad_file(file)
@@ -128,7 +129,9 @@ def find_bad(dataset, image_column, *, name, progress=True):
             with FileLock(f"{file}.lock"):
                 if not found.exists():
                     images, bad = _encoded(dataset, image_column), {}
-                    decode = partial(decode_image, size=8)  # JPEGs at an eighth: fast
+                    decode = partial(
+                        decode_image, size=8, bit_depth=bit_depth
+                    )  # JPEGs at an eighth: fast
                     _decode_all(images, decode, lambda row, pixels: None, bad, name, progress)
                     _write_bad(file, bad)
         except OSError as error:

@@ -19,7 +19,7 @@ from harness.data.folders import scan
 from harness.data.formats import image_suffixes
 from harness.data.images import Stored, load_images
 from harness.data.pixels import find_bad, gray_depth_note, native_size
-from harness.data.tables import LABEL_COLUMNS, class_values, find_label
+from harness.data.tables import class_values, find_label
 from harness.errors import UserError, nearest
 from harness.files import is_lfs_pointer
 
@@ -139,16 +139,17 @@ class DataOptions:
     classes: str | None = None
 
     def of_folders(self) -> dict:
-        """What `load_images` takes."""
-        names = ("layout", "label_pattern", "labels", "file_column", "label_column", "classes")
+        """Those that only folders of images have."""
+        names = ("layout", "label_pattern", "labels", "file_column", "classes")
         return {name: getattr(self, name) for name in names}
 
-    def only_folders(self) -> list[str]:
-        """The flags in use that only a folder of images has."""
-        given = (self.layout != "auto" and "layout", self.label_pattern and "label_pattern",
-                 self.labels and "labels", self.file_column and "file_column",
-                 self.classes and "classes")  # fmt: skip
-        return [f"--{name}" for name in given if name]
+    def chosen(self, names) -> dict[str, str | None]:
+        """The stored split that is train, that is val (or None) and that is test (or None)."""
+        wanted = {role: getattr(self, f"{role}_split") for role in SPLIT_NAMES}
+        return _choose_splits(names, wanted)
+
+
+DEFAULT_OF_FOLDERS = DataOptions().of_folders()
 
 
 def load_data(dataset, **options) -> Data:
@@ -169,8 +170,7 @@ def load_data(dataset, **options) -> Data:
         _check_sizes(dataset, stored, built_in.splits)
     else:
         built_in = _copied_built_in(dataset, stored)
-    wanted = (options.train_split, options.val_split, options.test_split)
-    chosen = _choose_splits(stored, **dict(zip(SPLIT_NAMES, wanted, strict=True)))
+    chosen = options.chosen(stored)
     if options.val_fraction and chosen["val"]:
         raise UserError(
             f"--val_fraction is {options.val_fraction}, but {dataset} has the validation split "
@@ -178,9 +178,7 @@ def load_data(dataset, **options) -> Data:
         )
     features = stored[chosen["train"]].features
     image_column = _find_image_column(features, options.image_column)
-    # Of a folder of images the labels are one column, whatever its table called them
-    asked = "label" if found.content else options.label_column
-    asked = asked or (built_in and built_in.label_column)
+    asked = found.label_column or options.label_column or (built_in and built_in.label_column)
     label_column = _find_label_column(features, asked, image_column)
     values, classes = _find_classes(stored[chosen["train"]], label_column)
     splits = {}
@@ -196,7 +194,9 @@ def load_data(dataset, **options) -> Data:
     bad = {}
     if options.bad_images == "skip":
         for role, split in splits.items():
-            unreadable = split and find_bad(split.dataset, image_column, name=split.name)
+            unreadable = split and find_bad(
+                split.dataset, image_column, name=split.name, bit_depth=options.bit_depth
+            )
             if unreadable:
                 bad[split.name] = unreadable
                 splits[role] = _leave_out(split, unreadable)
@@ -216,8 +216,11 @@ def load_data(dataset, **options) -> Data:
         )
     mean, std = built_in.statistics if built_in else IMAGENET_STATISTICS
     train = cut(splits["train"], options.max_train_samples, options.seed)
-    if options.empty_classes != "keep":
-        _check_every_class(train, classes)
+    if options.empty_classes != "keep" and len(np.unique(train.labels)) < len(classes):
+        raise UserError(
+            f"--max_train_samples {options.max_train_samples} keeps images of only "
+            f"{len(np.unique(train.labels))} of {len(classes)} classes: keep more"
+        )
     return Data(
         name=dataset,
         source=found.source,
@@ -246,8 +249,13 @@ def _check_options(options):
         count = getattr(options, flag)
         if count is not None and count < 1:
             raise UserError(f"--{flag} is {count}: it must be at least 1 (leave it out for all)")
-    if options.labels and options.label_pattern:
-        raise UserError("--labels and --label_pattern both say the classes: give one of them")
+    says = [
+        f"--{name}"
+        for name in ("layout", "labels", "label_pattern")
+        if getattr(options, name) not in (None, "auto")
+    ]
+    if len(says) > 1:
+        raise UserError(f"{' and '.join(says)} both say the classes: give one of them")
 
 
 def _without_empty(splits, classes):
@@ -297,16 +305,14 @@ def stratified_order(labels, seed):
 def _load(name, built_in, options) -> Stored:
     """The stored splits of a data set, and where they came from."""
     path, config = _local(name)
-    if built_in or path is None:
-        others = options.only_folders()
-        if others:
-            raise UserError(f"{others[0]} is for folders of images, {name} is none")
+    if built_in:
+        _check_no_folder_flags(name, options)
     if built_in and Path(built_in.id).is_absolute():
         return _load_folder(Path(built_in.id), None, DataOptions()).at(built_in.id)
     if built_in:
         source = f"{built_in.id}@{built_in.revision[:7]}" if built_in.revision else built_in.id
         splits = _load_from_hub(built_in.id, built_in.revision, built_in.label_column)
-        return Stored(splits, source)
+        return Stored(splits, source=source)
     if path is not None:
         return _load_folder(path, config, options).at(str(path.resolve()))
     if Path(name).expanduser().exists():
@@ -314,13 +320,20 @@ def _load(name, built_in, options) -> Stored:
             f"--dataset {name} is a file: give the folder that it is in (an archive: unpack it)"
         )
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", name):
-        return Stored(_load_from_hub(name, revision=None, label_column=None), name)
+        _check_no_folder_flags(name, options)
+        return Stored(_load_from_hub(name, None, None), source=name)
     if "/" in name:
         raise UserError(f"--dataset {name}: there is no such folder")
     raise UserError(
         f'unknown data set "{name}"{nearest(name, BUILT_IN)} (built in are {", ".join(BUILT_IN)}; '
         "others are a Hub id, owner/name, or a folder)"
     )
+
+
+def _check_no_folder_flags(name, options):
+    given = [f for f, value in options.of_folders().items() if value != DEFAULT_OF_FOLDERS[f]]
+    if given:
+        raise UserError(f"--{given[0]} is for folders of images, which {name} is not")
 
 
 def _local(name):
@@ -341,13 +354,11 @@ def _load_folder(folder, config, options) -> Stored:
     saved = [n for n in ("dataset_dict.json", "state.json") if (folder / n).is_file()]
     try:
         if saved:
+            _check_no_folder_flags(folder, options)
             return Stored(_load_saved_folder(folder, saved[0]))
         tree = scan(folder)
-        parquet = [
-            f"{each.shown()}" for each in tree.walk() if each.others[".parquet"] > _tables_in(
-                folder / each.path)
-        ]  # fmt: skip
-        if parquet and not options.only_folders():
+        if _has_parquet(tree) and (not tree.total or options.of_folders() == DEFAULT_OF_FOLDERS):
+            _check_no_folder_flags(folder, options)
             _check_no_pointers(folder, tree)
             if re.search(r"[][*?]|::", str(folder)):
                 raise UserError(
@@ -359,7 +370,10 @@ def _load_folder(folder, config, options) -> Stored:
             raise UserError(
                 f"--dataset {folder}:{config}: folders of images have no configurations"
             )
-        return load_images(folder, tree, **options.of_folders())
+        return load_images(
+            folder, tree, label_column=options.label_column, **options.of_folders(),
+            choose=lambda names: options.chosen(names).values(),
+        )  # fmt: skip
     except UserError:
         raise
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
@@ -369,7 +383,7 @@ def _load_folder(folder, config, options) -> Stored:
                 f"--dataset {folder}: add a configuration, {folder}:NAME. {' '.join(lines[:2])}"
             ) from error
         blocked = getattr(error, "filename", None)
-        if blocked and not Path(str(blocked)).is_relative_to(folder):
+        if blocked and not Path(str(blocked)).resolve().is_relative_to(folder.resolve()):
             raise UserError(
                 f"cannot write {blocked}: {error.strerror}; set HF_DATASETS_CACHE to a folder that "
                 "can be written to"
@@ -418,16 +432,15 @@ def _paths_as_images(split, column, folder):
         if path is None or not path.is_relative_to(root):
             raise UserError(f"column '{column}' of {folder} names {value!r}, which is not in it")
         paths.append(str(path))
-    at = list(split.features).index(column)
     replaced = split.remove_columns(column).add_column(column, paths)
-    replaced = replaced.select_columns([*list(split.features)[:at], column,
-                                        *list(split.features)[at + 1 :]])  # fmt: skip
     return replaced.cast_column(column, datasets.Image())
 
 
-def _tables_in(folder):
-    """How many of a folder's parquet files are tables of labels."""
-    return sum((folder / f"{name}.parquet").is_file() for name in ("metadata", "labels"))
+def _has_parquet(tree):
+    """Whether there are parquet files that are no tables of labels."""
+    tables = ("metadata.parquet", "labels.parquet")
+    names = (name.lower() for folder in tree.walk() for name in folder.tables)
+    return any(name.endswith(".parquet") and name not in tables for name in names)
 
 
 def _check_no_pointers(folder, tree):
@@ -567,7 +580,7 @@ def _copied_built_in(dataset, stored):
 # --- splits and columns ---
 
 
-def _choose_splits(stored, **wanted):
+def _choose_splits(stored, wanted):
     """{"train": name, "val": name or None, "test": name or None} of the stored splits."""
     chosen = {}
     for role, name in wanted.items():
@@ -607,22 +620,25 @@ def _find_label_column(features, given, image_column):
     A column called label (or labels, class, target, category) wins over all others, whatever its
     type. No column of another type is taken unless it is called so or given.
     """
-    import datasets
 
     others = {name: kind for name, kind in features.items() if name != image_column}
-    called = [name for name in others if name.lower() in LABEL_COLUMNS]
-    if not given and called:
-        return find_label("the data set", dict.fromkeys(called))
-    if given in others:
-        return given
-    labels = [name for name, kind in others.items() if isinstance(kind, datasets.ClassLabel)]
-    plain = [
-        name
-        for name, kind in others.items()
-        if isinstance(kind, datasets.Value)
-        and re.fullmatch(r"u?int\d+|(large_)?string", kind.dtype)
-    ]
-    return _find_column(features, given, labels or plain, "--label_column", "of labels")
+    if given:
+        return _find_column(features, given, list(others), "--label_column", "of labels")
+    kinds = {name: _kind_of_label(feature) for name, feature in others.items()}
+    found = find_label("the data set", kinds)
+    return found or _find_column(features, None, [], "--label_column", "of labels")
+
+
+def _kind_of_label(feature):
+    """What `find_label` wants to know of a column."""
+    import datasets
+
+    if isinstance(feature, datasets.ClassLabel):
+        return "classes"
+    plain = isinstance(feature, datasets.Value) and re.fullmatch(
+        r"u?int\d+|(large_)?string", feature.dtype
+    )
+    return "plain" if plain else "other"
 
 
 def _find_column(features, given, candidates, flag, kind):
@@ -725,7 +741,7 @@ def _read_labels(name, role, split, label_column, values):
         span = f"0 to {len(values) - 1}" if isinstance(value, int) else "those of train"
         raise UserError(
             f"image {row} of split '{name}' has the label {value!r}, but the classes are {span}: "
-            f"mend it{without}"
+            f"correct it{without}"
         )
     return places.to_numpy().astype(np.int64)
 
@@ -742,8 +758,8 @@ def _check_every_class(train, classes):
         shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise UserError(
             f"{len(missing)} of {len(classes)} classes have no image among the {len(train):,} of "
-            f"split '{train.name}': {shown}; --empty_classes drop leaves these classes out, keep "
-            "keeps them"
+            f"split '{train.name}': {shown}; --empty_classes drop leaves these classes out, "
+            "--empty_classes keep keeps them"
         )
 
 

@@ -8,19 +8,32 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from harness.data.folders import Images, Listing, account, counted, few, split_of, splits_of
+from harness.data.folders import (
+    TABLE_SUFFIXES,
+    Images,
+    Listing,
+    class_key,
+    count_left_out,
+    counted,
+    few,
+    split_of,
+    splits_of,
+    tops,
+)
 from harness.errors import UserError, nearest
 from harness.files import is_lfs_pointer
 
 FILE_COLUMNS = ("file_name", "filename", "file", "image", "path", "id", "image_id", "image_name")
 LABEL_COLUMNS = ("label", "labels", "class", "target", "category")
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+WHOLE = re.compile(r"-?(0|[1-9]\d*)([.]0+)?")
 
 
 @dataclass
@@ -28,7 +41,7 @@ class Table:
     """The rows of one table: what is the file, what is its label."""
 
     name: str  # for messages
-    files: list[str]
+    files: list[str | None]
     labels: list | None  # None where it has no column of labels; None for an empty cell
     label_column: str | None
     file_column: str
@@ -48,19 +61,19 @@ def read_table(path, file_column=None, label_column=None) -> Table:
             f"--file_column; its columns are {', '.join(columns)}"
         )
     others = {name: values for name, values in columns.items() if name != file}
-    label = find_label(path, others, label_column)
+    kinds = {name: _kind(values) for name, values in others.items()}
+    label = find_label(path, kinds, label_column)
     labels = None
     if label is not None:
-        labels = class_values(f"column '{label}' of {path}", columns[label])
+        labels = class_values(f"column '{label}' of {path}", others.pop(label))
     files = [None if value is None else str(value).strip() for value in columns[file]]
-    others.pop(label, None)
     return Table(str(path), files, labels, label, file, others)
 
 
 def _read_columns(path) -> dict[str, list]:
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise UserError(f"{path}: tables are read from {', '.join(SUFFIXES)}")
+    if suffix not in TABLE_SUFFIXES:
+        raise UserError(f"{path}: tables are read from {', '.join(TABLE_SUFFIXES)}")
     try:
         if is_lfs_pointer(path):
             raise UserError(f"{path} is a Git LFS pointer, not the file: git lfs pull")
@@ -68,36 +81,61 @@ def _read_columns(path) -> dict[str, list]:
             import pyarrow.parquet
 
             return pyarrow.parquet.read_table(path).to_pydict()
-        if suffix == ".jsonl":
-            return _read_lines(path)
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            start = file.readline()
-            file.seek(0)
-            marks = {mark: start.count(mark) for mark in ",;\t"}
-            mark = max(marks, key=marks.get) if any(marks.values()) else ","
-            head, *rows = [row for row in csv.reader(file, delimiter=mark) if any(row)] or [[]]
-    except UserError:
-        raise
+        with open(path, encoding=_encoding(path), newline="") as file:
+            return _read_json_lines(path, file) if suffix == ".jsonl" else _read_csv(path, file)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such table") from None
+    except UnicodeError:
+        raise UserError(f"{path} is not in UTF-8: save it as UTF-8") from None
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} can't be read as a table: {str(error).splitlines()[0]}") from None
-    head = [name.strip() for name in head]
-    for number, row in enumerate(rows, 2):
-        if len(row) != len(head):
-            raise UserError(f"{path}, line {number}: {len(row)} cells under {len(head)} columns")
-    return {name: [row[k].strip() or None for row in rows] for k, name in enumerate(head)}
 
 
-def _read_lines(path):
+def _encoding(path):
+    """UTF-8, or UTF-16 where the file begins as spreadsheets write that."""
+    with open(path, "rb") as file:
+        return "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+
+
+def _read_csv(path, file):
+    """Cells between commas, semicolons or tabs, whichever the first line has most of."""
+    start = file.readline()
+    file.seek(0)
+    reader = csv.reader(file, delimiter=max(",;\t", key=start.count))
+    head, rows = None, []
+    for row in reader:
+        if not any(row):
+            continue
+        if head is None:
+            head = [name.strip() for name in row]
+        elif len(row) != len(head):
+            raise UserError(
+                f"{path}, line {reader.line_num}: {len(row)} cells under {len(head)} columns"
+            )
+        else:
+            rows.append(row)
+    twice = [name for name, number in Counter(head or ()).items() if number > 1 and name]
+    if twice:
+        raise UserError(f"{path} has two columns called {twice[0]}")
+    return {
+        name: [row[k].strip() or None for row in rows]
+        for k, name in enumerate(head or ())
+        if name  # the number of the row, as pandas writes it
+    }
+
+
+def _read_json_lines(path, file):
     rows = []
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise UserError(f"{path}, line {number}: not a JSON object")
-                rows.append(row)
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: not a JSON object")
+        rows.append(row)
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
@@ -115,58 +153,65 @@ def _pick(path, columns, given, flag, known):
     return next((lower[name] for name in known if name in lower), None)
 
 
-def find_label(source, columns, given=None) -> str | None:
-    """The column of labels: the given one, the one that is called so, or the only other one.
+def find_label(source, kinds, given=None) -> str | None:
+    """The column of labels: the given one, the one that is called so, or the only one there can be.
 
-    columns: {name: anything}, without those of images and files. None where there are none.
-    Raises UserError where it can't be told which.
+    kinds: {name: "classes", "plain" (whole numbers or text) or "other"} of all columns but those
+    of images and files. None where there is none. Raises UserError where it can't be told which.
     """
     if given:
-        return _pick(source, columns, given, "--label_column", ())
-    called = [name for name in columns if name.lower() in LABEL_COLUMNS]
-    if len(called) > 1:
+        return _pick(source, kinds, given, "--label_column", ())
+    called = [name for name in kinds if name.lower() in LABEL_COLUMNS]
+    classes = [name for name, kind in kinds.items() if kind == "classes"]
+    plain = [name for name, kind in kinds.items() if kind == "plain"]
+    if len(found := called or classes or plain) > 1:
+        why = "" if called else " and none called label"
         raise UserError(
-            f"{source} has the columns {', '.join(called)}: name one with --label_column"
+            f"{source} has the columns {', '.join(found)}{why}: name one with --label_column"
         )
-    if called:
-        return called[0]
-    if len(columns) > 1:
-        raise UserError(
-            f"{source} has no column called label, and {len(columns)} others "
-            f"({', '.join(columns)}): name one with --label_column"
-        )
-    return next(iter(columns), None)
+    return found[0] if found else None
+
+
+def _kind(values):
+    """What `find_label` wants to know of a table's column."""
+    present = [value for value in values if value is not None]
+    if not present or any(isinstance(value, bool) for value in present):
+        return "other"
+    try:
+        class_values("", present)
+    except UserError:
+        return "other"
+    return "plain"
 
 
 def class_values(where, values) -> list:
-    """Labels as whole numbers where all are, else as text; None stays.
+    """Labels as whole numbers where all are, else as text; None stays, NaN becomes None.
 
     Raises UserError for lists, and for numbers that are not whole, naming `where`.
     """
-    present = [value for value in values if value is not None and value == value]
+    values = [None if value != value else value for value in values]
+    present = [value for value in values if value is not None]
     odd = next((v for v in present if isinstance(v, (list, tuple, dict, np.ndarray))), None)
     if odd is not None:
         raise UserError(f"{where} holds {odd!r}: several labels an image are not supported")
-    whole = re.compile(r"-?(0|[1-9]\d*)([.]0+)?")
     if all(isinstance(v, bool) for v in present):
         return [None if v is None else str(v).lower() for v in values]
-    texts = [_number_text(v) for v in present]
-    if all(whole.fullmatch(text) for text in texts):
-        return [int(float(v)) if v is not None and v == v else None for v in values]
-    fraction = next((t for t in texts if _is_fraction(t)), None)
-    if fraction is not None and all(_is_fraction(t) or whole.fullmatch(t) for t in texts):
-        raise UserError(f"{where} holds {fraction}: classes are whole numbers or names")
-    return [None if v is None or v != v else str(v).strip() for v in values]
+    texts = [None if v is None else str(v).strip() for v in values]
+    whole = [text is None or bool(WHOLE.fullmatch(text)) for text in texts]
+    if all(whole):
+        return [None if text is None else int(text.partition(".")[0]) for text in texts]
+    fractions = [not w and _is_number(text) for w, text in zip(whole, texts, strict=True)]
+    if all(w or f for w, f in zip(whole, fractions, strict=True)):
+        raise UserError(
+            f"{where} holds {texts[fractions.index(True)]}: classes are whole numbers or names"
+        )
+    return [None if text is None else class_key(text) for text in texts]
 
 
-def _number_text(value):
-    return str(value).strip()
-
-
-def _is_fraction(text):
+def _is_number(text):
     try:
-        return float(text) != int(float(text))
-    except (ValueError, OverflowError):
+        return float(text) == float(text)
+    except ValueError:
         return False
 
 
@@ -174,34 +219,34 @@ def _is_fraction(text):
 
 
 def find_tables(root, tree) -> dict[str, str]:
-    """{split or "": path} of the tables that say of themselves what they are.
+    """{split or "": path} of the tables that say by their names what they are.
 
-    metadata.* in a split's folder or at the root, labels.csv, and train.csv, val.csv, test.csv at
-    the root.
+    metadata.* in a split's folder or at the root, labels.*, and train.*, val.*, test.* at the root
+    (not .parquet, which is rather the data set itself). Raises UserError for two of one kind.
     """
-    root, found = Path(root), {}
-    tops = [tree, *tree.inhabited()[: len(tree.inhabited()) == 1]]
-    for top in tops:
-        for name in ("metadata", "labels"):
-            for suffix in SUFFIXES:
-                if (file := root / top.path / f"{name}{suffix}").is_file():
-                    found.setdefault("", str(file))
-        for file in sorted((root / top.path).glob("*.*")):
-            if file.suffix.lower() in SUFFIXES[:3] and file.stem.lower() in _SPLIT_TABLES:
-                found.setdefault(split_of(file.stem), str(file))
-    if "" in found and len(found) > 1:
-        several = ", ".join(Path(path).name for path in found.values())
-        raise UserError(f"{root} has the tables {several}: name the right one with --labels FILE")
-    if found:
-        return found
-    for folder in (folder for top in tops for folder in top.inhabited()):
-        split = split_of(folder.name)
-        for suffix in SUFFIXES if split else ():
-            file = root / folder.path / f"metadata{suffix}"
-            if file.is_file():
-                if split in found:
-                    raise UserError(f"{found[split]} and {file} are both of the split '{split}'")
-                found[split] = str(file)
+    found: dict[str, str] = {}
+
+    def note(split, folder, name):
+        path = str(Path(root) / folder.path / name)
+        if split in found or (found and "" in (split, *found)):
+            raise UserError(
+                f"{root} has the tables {', '.join([*found.values(), path])}: name the right one "
+                "with --labels FILE, or with --layout that the folders say the classes"
+            )
+        found[split] = path
+
+    for top in tops(tree):
+        for name in top.tables:
+            stem, suffix = os.path.splitext(name.lower())
+            if stem in ("metadata", "labels"):
+                note("", top, name)
+            elif suffix != ".parquet" and stem in _SPLIT_TABLES:
+                note(split_of(stem), top, name)
+    if not found:
+        for folder in (folder for top in tops(tree) for folder in top.with_images()):
+            for name in folder.tables:
+                if split_of(folder.name) and name.lower().startswith("metadata."):
+                    note(split_of(folder.name), folder, name)
     return found
 
 
@@ -216,101 +261,85 @@ def read_tables(root, tree, tables, file_column=None, label_column=None) -> List
     """
     listing, folders = Listing({}), splits_of(tree)
     all_images = Images.of(tree)
-    rows_left = {}
+    said, with_label = [], set()
     for split, path in tables.items():
         table = read_table(path, file_column, label_column)
-        below = Path(path).parent
-        base = "" if below == Path(root) else _relative(below, root)
-        folder = folders.get(split) if split else None
-        images = Images.of(folder) if folder and folder is not tree else all_images
-        places = _match(table, images, base, folder.path if folder else "")
-        rows_left[split] = table, images, places
-    for split, (table, images, places) in rows_left.items():
-        labels = _labels_of(table, images, places)
-        known = np.array([label is not None for label in labels])
-        matched = np.zeros(len(images), bool)
-        matched[[k for k in places if k is not None]] = True
+        folder = folders.get(split, tree)
+        images = Images.of(folder) if folder is not tree else all_images
+        places = _match(table, images, root, folder.path)
+        said.append(f"{Path(path).name} ({table.file_column} → {table.label_column or 'no label'})")
         if table.labels is None:
-            listing.unlabelled[_folder_of(images, matched)] = int(matched.sum())
-            listing.strays += [images.paths[k] for k in np.flatnonzero(matched)]
+            rows = sorted({place for place in places if place is not None})
+            paths = [images.paths[row] for row in rows]
+            listing.reported += paths
+            listing.unlabelled.update(path.rpartition("/")[0] for path in paths)
             continue
-        others = {
+        images.labels = _labels_of(table, images, places)
+        images.others = {
             name: _of_images(values, places, len(images)) for name, values in table.others.items()
         }
-        images = Images(images.paths, images.facts, labels, others)
         _tell_rows(listing, table, images, places)
-        if split:
-            listing.splits[split] = images.where(known)
-        else:
-            of_split = _split_of_each(images, folders, tree)
-            for name in folders:
-                keep = known & (of_split == name)
-                if keep.any():
-                    listing.splits[name] = images.where(keep)
-    if "train" not in listing.splits or not len(listing.splits["train"]):
-        names = ", ".join(tables.values())
-        raise UserError(f"{names} gives no label to any image of train in {root}")
-    listing.notes.append(
-        "labels from " + ", ".join(
-            f"{Path(t.name).name} ({t.file_column} → {t.label_column or 'no labels'})"
-            for t, _, _ in rows_left.values()
+        known = np.array([label is not None for label in images.labels])
+        with_label.update(images.paths[row] for row in np.flatnonzero(known))
+        parts = {split: known} if split else {
+            name: known & _inside(images, part) for name, part in folders.items()
+        }  # fmt: skip
+        for name, rows in parts.items():
+            if rows.any():
+                listing.splits[name] = images.where(rows)
+    if "train" not in listing.splits:
+        raise UserError(
+            f"{', '.join(tables.values())} gives no label to any image of train in {root}"
         )
-    )  # fmt: skip
-    taken = {path for images in listing.splits.values() for path in images.paths}
-    counted_already = taken | set(listing.strays)
-    without = [path for path in all_images.paths if path not in counted_already]
-    test_folders = {
-        folder.path: folder.total
-        for folder in folders.values()
-        if folder is not tree and not any(p.startswith(f"{folder.path}/") for p in counted_already)
-    }
-    for path, number in test_folders.items():
-        listing.unlabelled[path] = number
-    without = [p for p in without if not any(p.startswith(f"{f}/") for f in test_folders)]
-    if without:
-        listing.strays += without
-        listing.left_out.append(f"{counted(len(without), 'image')} without a row: {few(without)}")
-    account(listing, tree, root)
+    listing.notes.append("labels from " + ", ".join(said))
+    _tell_images(listing, all_images, with_label, [f for f in folders.values() if f is not tree])
+    count_left_out(listing, tree, root, tables.values())
     return listing
 
 
-def _relative(path, root):
-    try:
-        return Path(path).resolve().relative_to(Path(root).resolve()).as_posix().removeprefix(".")
-    except ValueError:
-        return ""
+def _inside(images, folder):
+    """bool (n,): which of the images are below the folder."""
+    start = f"{folder.path}/".lstrip("/")
+    return np.array([path.startswith(start) for path in images.paths])
 
 
-def _folder_of(images, matched):
-    paths = {images.paths[k].rpartition("/")[0] for k in np.flatnonzero(matched)}
-    return min(paths, default="")
+def _match(table, images, root, folder) -> list[int | None]:
+    """The image of each row of a table.
 
-
-def _match(table, images, base, folder) -> list[int | None]:
-    """The image of each row of a table."""
+    folder: of the table's split, relative to the root.
+    """
+    root = Path(root).resolve()
+    beside = os.path.relpath(Path(table.name).resolve().parent, root)
+    starts = [f"{start}/" if start not in ("", ".") else "" for start in (beside, folder, "")]
     exact = {path: k for k, path in enumerate(images.paths)}
-    loose: dict[str, list[int]] = {}  # by the end of the path, with and without suffix
+    loose: dict[str, list[int]] = {}  # by the file's name and the path, with and without suffix
     for k, path in enumerate(images.paths):
         stem = re.sub(r"[.][^./]*$", "", path)
         for end in {path.rpartition("/")[2], stem.rpartition("/")[2], path, stem}:
             loose.setdefault(end, []).append(k)
-    ends = {}
+    ends: dict[str, list[int]] = {}
     places, missing = [], []
     for file in table.files:
-        name = (file or "").replace("\\", "/").removeprefix("./")
-        tried = [f"{start}/{name}" if start else name for start in (base, folder, "")]
-        place = next((exact[t] for t in tried if t in exact), None)
-        if place is None and name:
-            found = next((loose[t] for t in (*tried, name) if t in loose), [])
-            if not found and "/" in name:
-                ends = ends or _ends(images.paths)
-                found = ends.get(name, [])
-            if len(set(found)) > 1:
-                raise UserError(
-                    f"{table.name}: {file} may be {few([images.paths[k] for k in found])}: write "
-                    "the path as well"
-                )
-            place = found[0] if found else None
+        name = (file or "").replace("\\", "/")
+        place = None
+        if re.match("/|[A-Za-z]:/", name):
+            place = _absolute(name, root, exact)
+        elif name:
+            tried = [start + name for start in starts]
+            if beside.startswith("..") or "./" in name or "//" in name:
+                tried = [os.path.relpath(os.path.join(root, path), root) for path in tried]
+            place = next((exact[path] for path in tried if path in exact), None)
+            if place is None:
+                found = next((loose[path] for path in tried if path in loose), [])
+                if not found and "/" in name:
+                    ends = ends or _ends(images.paths)
+                    found = ends.get(name, [])
+                if len(found) > 1:
+                    raise UserError(
+                        f"{table.name}: {file} may be {few([images.paths[k] for k in found])}: "
+                        "write the path as well"
+                    )
+                place = found[0] if found else None
         places.append(place)
         if place is None:
             missing.append(file or "an empty cell")
@@ -320,6 +349,25 @@ def _match(table, images, base, folder) -> list[int | None]:
             f"in column '{table.file_column}'): is it the table of these images?"
         )
     return places
+
+
+def _absolute(name, root, exact) -> int | None:
+    """The image at an absolute path, which may have been written on another machine.
+
+    Its whole path below the root, or the root's name and that, must be the end of `name`.
+    """
+    inside = name.removeprefix(f"{root}/")
+    parts = name.split("/")
+    tails = ("/".join(parts[n:]) for n in range(1, len(parts) - 1))
+    return next(
+        (
+            exact[path]
+            for tail in (inside, *tails)
+            for path in (tail, tail.removeprefix(f"{root.name}/"))
+            if path in exact
+        ),
+        None,
+    )
 
 
 def _ends(paths):
@@ -335,8 +383,6 @@ def _ends(paths):
 def _labels_of(table, images, places):
     """The label of each image, None where a table has none."""
     labels: list = [None] * len(images)
-    if table.labels is None:
-        return labels
     for place, label in zip(places, table.labels, strict=True):
         if place is None or label is None:
             continue
@@ -372,16 +418,22 @@ def _tell_rows(listing, table, images, places):
         if place is not None and label is None and images.labels[place] is None
     ]
     if empty:
-        listing.strays += empty
+        listing.reported += empty
         listing.left_out.append(
             f"{counted(len(empty), 'image')} without a label in {name}: {few(empty)}"
         )
 
 
-def _split_of_each(images, folders, tree):
-    of = np.full(len(images), "train" if folders.get("train") is tree else "", dtype=object)
-    for name, folder in folders.items():
-        if folder is not tree:
-            start = f"{folder.path}/"
-            of[[path.startswith(start) for path in images.paths]] = name
-    return of
+def _tell_images(listing, images, with_label, folders):
+    """Say which images have no row; those of a whole split are unlabelled."""
+    reported = set(listing.reported)
+    without = [p for p in images.paths if p not in with_label and p not in reported]
+    for folder in folders:
+        start = f"{folder.path}/"
+        inside = [path for path in without if path.startswith(start)]
+        if len(inside) == folder.total:
+            listing.leave_unlabelled(folder)
+            without = [path for path in without if not path.startswith(start)]
+    if without:
+        listing.reported += without
+        listing.left_out.append(f"{counted(len(without), 'image')} without a row: {few(without)}")

@@ -1,13 +1,11 @@
 """Folders of images: every layout, what is left out, and what is refused, in a tree made here."""
 
-import io
 import os
-from collections import Counter
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from imagefolders import found, make, picture
 from PIL import Image
 
 from harness.data import formats
@@ -15,43 +13,6 @@ from harness.data.folders import Images, read_folder, scan, split_of
 from harness.data.images import load_images
 from harness.data.sources import load_data
 from harness.errors import UserError
-
-
-def picture(number, kind="PNG"):
-    """The bytes of a small image that no other number gives."""
-    file = io.BytesIO()
-    pixels = np.full((8, 8, 3), number % 251, np.uint8)
-    pixels[0, 0] = number // 251 % 251
-    Image.fromarray(pixels).save(file, kind)
-    return file.getvalue()
-
-
-def make(root, *paths):
-    """Files at these paths: an image, or text where the name says so; "a/b*3.png" is three."""
-    number = sum(len(files) for _, _, files in os.walk(root))
-    for path in paths:
-        start, star, rest = path.partition("*")
-        count, _, suffix = rest.partition(".") if star else ("1", "", "")
-        for k in range(int(count)):
-            file = root / (f"{start}{k}.{suffix}" if star else path)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            number += 1
-            if file.suffix.lower() in formats.image_suffixes():
-                file.write_bytes(picture(number))
-            else:
-                file.write_text(f"text {number}")
-    return root
-
-
-def found(root, **options):
-    """({split: {class: images}}, what was left out, notes)."""
-    stored = load_images(root, **options)
-    counts = {}
-    for split, dataset in stored.splits.items():
-        names = dataset.features["label"].names
-        counts[split] = dict(Counter(names[k] for k in dataset["label"]))
-    return counts, stored.left_out, stored.notes
-
 
 THREE = {"ant": 2, "bee": 2}
 LAYOUTS = {
@@ -91,6 +52,11 @@ LAYOUTS = {
     "other suffixes": (
         ["ant/a.PPM", "ant/a.TGA", "bee/*1.webp", "bee/b.JPG"], {"train": THREE},
     ),
+    "a split in a folder of its name": (
+        ["seg_train/seg_train/ant/*2.png", "seg_train/seg_train/bee/*2.png",
+         "seg_test/seg_test/ant/*1.png"],
+        {"train": THREE, "test": {"ant": 1}},
+    ),
     "hidden things": (
         ["ant/*2.png", "ant/._0.png", "bee/*2.png", ".git/x/a.png", "__MACOSX/ant/0.png",
          ".ipynb_checkpoints/c/a.png", "ant/Thumbs.db", "ant/.ipynb_checkpoints/0.png"],
@@ -115,6 +81,11 @@ def test_layouts(tmp_path, name):
 
 REFUSED = {
     "flat splits": (["train/*3.png", "test/*2.png"], "no table of labels.*--label_pattern"),
+    "unlabelled alone": (["unlabeled/*3.png", "inference/*2.png"], "without class folders inside"),
+    "a table of another name": (
+        ["images/*3.png", "skin_metadata.csv"],
+        "--labels FILE .there is skin_metadata.csv",
+    ),
     "one class": (["*3.png"], "no class folders.*the folder of one class"),
     "nothing": (["a/b.txt", "c.zip"], r"has no images.*1 .zip: an archive: unpack it"),
     "several data sets": (
@@ -131,7 +102,10 @@ REFUSED = {
         ["train/ant/0.png", "train/bee/1.png", "test/Ant/0.png"],
         r"'Ant'.*\(train has ant\)",
     ),
-    "another class in test": (["train/ant/0.png", "test/cow/0.png"], "'cow', which train has not"),
+    "another class in test": (
+        ["train/ant/0.png", "test/cow/0.png"],
+        "'cow', which train does not have",
+    ),
     "more loose than sorted": (["ant/0.png", "bee/0.png", "*3.png"], "3 outside of them"),
 }
 
@@ -148,9 +122,29 @@ def test_layout_overrules(tmp_path):
     make(tmp_path, "train/a/*2.png", "train/b/*2.png", "other/*1.png")
     assert set(found(tmp_path)[0]["train"]) == {"a", "b"}
     assert found(tmp_path, layout="classes")[0] == {"train": {"train": 4, "other": 1}}
+    counts, left_out, _ = found(tmp_path, layout="splits")
+    assert counts == {"train": {"a": 2, "b": 2}}
+    assert left_out == ["1 image outside of the class folders: other/0.png"]
     make(tmp_path / "flat", "bus/*1.png", "car/*1.png")
     with pytest.raises(UserError, match="--layout splits"):
         load_images(tmp_path / "flat", layout="splits")
+
+
+def test_a_split_that_is_not_used_may_have_other_classes(tmp_path):
+    make(tmp_path, "train/ant/*2.png", "train/bee/*2.png", "test/cow/*2.png")
+    with pytest.raises(UserError, match=r"which train does not have.*--test_split none"):
+        load_data(str(tmp_path))
+    data = load_data(str(tmp_path), test_split="none")
+    assert data.classes == ["ant", "bee"] and data.test is None
+    assert data.left_out == ["2 images of split 'test', not asked for"]
+
+
+def test_a_quick_look_keeps_images_of_every_class(tmp_path):
+    make(tmp_path, *(f"{name}/*4.png" for name in "abcdef"))
+    for empty in ("refuse", "drop"):
+        with pytest.raises(UserError, match="--max_train_samples 3 keeps images of only 3 of 6"):
+            load_data(str(tmp_path), max_train_samples=3, empty_classes=empty)
+    assert len(load_data(str(tmp_path), max_train_samples=3, empty_classes="keep").classes) == 6
 
 
 def test_links_are_followed_and_loops_refused(tmp_path):
@@ -164,7 +158,10 @@ def test_links_are_followed_and_loops_refused(tmp_path):
     counts, left_out, _ = found(root)
     assert counts == {"train": THREE} and left_out == ["1 image of train that links reach twice"]
     (store / "y" / "broken.png").symlink_to(tmp_path / "nowhere")
-    assert "1 links that lead nowhere: not images" in found(root)[1]
+    assert "1 broken link" in found(root)[1]
+    os.mkfifo(store / "y" / "pipe.png")
+    (store / "y" / "self").symlink_to(store / "y" / "self")
+    assert {"2 broken links", "1 pipe or device"} <= set(found(root)[1])
     (root / "bee" / "copy.png").symlink_to(store / "x" / "0.png")
     with pytest.raises(UserError, match="are the same file, of two classes"):
         load_images(root)
@@ -205,7 +202,7 @@ def test_an_order_of_the_classes(tmp_path):
     assert dropped.classes == ["cow", "ant", "bee"]
     assert sorted(dropped.train.labels) == [0, 1, 2]
     file.write_text("cow\nant\n")
-    with pytest.raises(UserError, match="it lacks bee"):
+    with pytest.raises(UserError, match="bee is missing"):
         load_data(str(root), classes=str(file))
 
 

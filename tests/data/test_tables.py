@@ -4,12 +4,11 @@ import json
 
 import datasets
 import pytest
+from imagefolders import found, make, picture
 
 from harness.data.images import load_images
 from harness.data.sources import load_data
 from harness.errors import UserError
-
-from test_folders import found, make, picture  # isort: skip
 
 
 def csv(root, name, *rows):
@@ -19,17 +18,13 @@ def csv(root, name, *rows):
     return path
 
 
-def flat(root, folder, number=4):
-    make(root, *(f"{folder}/{k}.png" for k in range(number)))
-
-
 ROWS = ["file_name,label", "0.png,ant", "1.png,ant", "2.png,bee", "3.png,bee"]
 TWO = {"ant": 2, "bee": 2}
 
 
 def test_metadata_in_each_split(tmp_path):
     for split in ("train", "test"):
-        flat(tmp_path, split)
+        make(tmp_path, f"{split}/*4.png")
         csv(tmp_path / split, "metadata.csv", *ROWS)
     counts, _, notes = found(tmp_path)
     assert counts == {"train": TWO, "test": TWO}
@@ -37,7 +32,7 @@ def test_metadata_in_each_split(tmp_path):
 
 
 def test_images_beside_a_table(tmp_path):
-    flat(tmp_path, "images")
+    make(tmp_path, "images/*4.png")
     csv(tmp_path, "metadata.csv", *(row.replace("0.png", "images/0.png") for row in ROWS))
     assert found(tmp_path)[0] == {"train": TWO}
 
@@ -55,7 +50,7 @@ def test_kaggle(tmp_path):
 
 
 def test_one_folder_of_images_for_train_and_test(tmp_path):
-    flat(tmp_path, "images", 6)
+    make(tmp_path, "images/*6.png")
     csv(tmp_path, "train.csv", "image_id,species", "0,ant", "1,bee", "2,ant", "3,bee")
     csv(tmp_path, "test.csv", "image_id", "4", "5")
     counts, left_out, _ = found(tmp_path)
@@ -64,7 +59,7 @@ def test_one_folder_of_images_for_train_and_test(tmp_path):
 
 
 def test_a_table_a_split(tmp_path):
-    flat(tmp_path, "images", 6)
+    make(tmp_path, "images/*6.png")
     train = csv(tmp_path / "t", "a.csv", "path;kind", "0.png;x", "1.png;y")
     val = csv(tmp_path / "t", "b.jsonl", *(json.dumps({"file": f"{k}.png", "label": v})
                                             for k, v in ((2, "x"), (3, "y"))))  # fmt: skip
@@ -90,7 +85,7 @@ def test_numbers_are_classes_by_value_and_ids_are_text(tmp_path):
 
 
 def test_other_columns_are_kept(tmp_path):
-    flat(tmp_path, "images")
+    make(tmp_path, "images/*4.png")
     (tmp_path / "metadata.jsonl").write_text(
         "".join(
             json.dumps({"file_name": f"images/{k}.png", "label": "ab"[k % 2], "box": [k, 0, 5, 5]})
@@ -125,23 +120,146 @@ REFUSED = {
     ),
     "fractions": (["file,label", "0.png,0.5", "1.png,1"], "'label' .* holds 0.5"),
     "several labels": (["file,label,class", "0.png,a,b"], "columns label, class"),
-    "several columns": (["file,a,b", "0.png,1,2"], "no column called label, and 2 others"),
+    "several columns": (["file,a,b", "0.png,1,2"], "the columns a, b and none called label"),
     "no file column": (["what,label", "0.png,a"], "no column of file names"),
-    "ragged": (["file,label", "0.png"], "line 2: 1 cells under 2 columns"),
+    "ragged": (["file,label", "", "0.png"], "line 3: 1 cells under 2 columns"),
+    "two columns of one name": (["file,label,label", "0.png,a,b"], "two columns called label"),
     "no labels": (["file", "0.png", "1.png"], "gives no label to any image of train"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_tables_that_are_refused(tmp_path, name):
-    flat(tmp_path, "images")
+    make(tmp_path, "images/*4.png")
     rows, words = REFUSED[name]
     with pytest.raises(UserError, match=words):
         load_images(tmp_path, labels=str(csv(tmp_path, "t.csv", *rows)))
 
 
+def test_a_broken_line_of_json_is_named(tmp_path):
+    make(tmp_path, "images/*4.png")
+    csv(tmp_path, "metadata.jsonl", '{"file_name": "0.png", "label": "a"}', "", "{oh")
+    with pytest.raises(UserError, match=r"metadata.jsonl, line 3: not a JSON object"):
+        load_images(tmp_path)
+
+
+FORMS = {
+    "utf-16": ("utf-16", "file,label\n0.png,ä\n1.png,b\n"),
+    "byte order mark": ("utf-8-sig", "file,label\n0.png,ä\n1.png,b\n"),
+    "semicolons": ("utf-8", 'file;label;x\r\n0.png;ä;"1,5"\r\n1.png;b;2\r\n'),
+    "tabs": ("utf-8", "file\tlabel\n0.png\tä\n1.png\tb\n"),
+    "numbered rows": ("utf-8", ",file,species\n0,0.png,ä\n1,1.png,b\n"),
+    "fractions beside": ("utf-8", "file,weight,species\n0.png,0.5,ä\n1.png,1.5,b\n"),
+    "line ends in a cell": ("utf-8", 'file,label,words\n0.png,ä,"two\nlines"\n1.png,b,\n'),
+    "an absolute path": ("utf-8", "file,label\nROOT/images/0.png,ä\nROOT/images/1.png,b\n"),
+    "of another machine": ("utf-8", "file,label\n/x/NAME/images/0.png,ä\nC:\\a\\images\\1.png,b\n"),
+    "up and down": ("utf-8", "file,label\nimages/../images/0.png,ä\n./images//1.png,b\n"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["metadata.csv", "Labels.CSV"])
+def test_forms_of_a_table(tmp_path, form, name):
+    make(tmp_path, "images/*2.png")
+    encoding, text = FORMS[form]
+    text = text.replace("ROOT", str(tmp_path)).replace("NAME", tmp_path.name)
+    (tmp_path / name).write_text(text, encoding=encoding, newline="")
+    counts, left_out, _ = found(tmp_path)
+    assert counts == {"train": {"ä": 1, "b": 1}} and not left_out
+
+
+def test_a_row_of_one_split_is_no_image_of_another(tmp_path):
+    """data/train/0.png is not here: test/0.png is another image."""
+    make(tmp_path, "test/*4.png", "train/4.png", "train/5.png", "train/6.png", "train/7.png")
+    rows = [f"/data/train/{k}.png,{'ab'[k % 2]}" for k in (3, 4, 5, 6, 7)]
+    counts, left_out, _ = found(tmp_path, labels=str(csv(tmp_path, "t.csv", "file,label", *rows)))
+    assert counts == {"train": {"a": 2, "b": 2}}
+    assert "1 row of t.csv without an image: /data/train/3.png" in left_out
+    rows = [row.removeprefix("/data/") for row in rows]
+    again = found(tmp_path, labels=str(csv(tmp_path, "t.csv", "file,label", *rows)))
+    assert again[0] == counts
+
+
+def test_a_table_outside_of_the_folder(tmp_path):
+    make(tmp_path / "images", "*2.png")
+    rows = ["file,label", "../images/0.png,a", "../images/1.png,b"]
+    file = csv(tmp_path, "labels/t.csv", *rows)
+    assert found(tmp_path / "images", labels=str(file))[0] == {"train": {"a": 1, "b": 1}}
+
+
+def test_large_numbers_stay_apart(tmp_path):
+    make(tmp_path, "images/*2.png")
+    large = 2**53
+    csv(tmp_path, "metadata.csv", "file,label", f"0.png,{large}", f"1.png,{large + 1}")
+    assert found(tmp_path)[0] == {"train": {str(large): 1, str(large + 1): 1}}
+
+
+def test_two_tables_that_both_may_be_the_right_one(tmp_path):
+    make(tmp_path, "images/*4.png")
+    csv(tmp_path, "metadata.csv", *ROWS)
+    csv(tmp_path, "labels.csv", *ROWS)
+    with pytest.raises(UserError, match=r"has the tables .*metadata.csv.* --labels FILE"):
+        load_images(tmp_path)
+    assert found(tmp_path, labels=str(tmp_path / "labels.csv"))[0] == {"train": TWO}
+
+
+def test_two_tables_without_labels_are_counted_both(tmp_path):
+    make(tmp_path, "images/*9.png")
+    csv(tmp_path, "train.csv", *ROWS)
+    csv(tmp_path, "val.csv", "file_name", "4.png")
+    csv(tmp_path, "test.csv", "file_name", "5.png", "6.png")
+    counts, left_out, _ = found(tmp_path)
+    assert counts == {"train": TWO}
+    assert left_out[:2] == [
+        "2 images without a row: images/7.png, images/8.png",
+        "3 images of images/, which are unlabelled: they can be predicted, not trained on",
+    ]
+
+
+def test_a_table_in_another_unicode_form(tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    make(tmp_path, f"{decomposed}/0.png", "b/1.png")
+    rows = [f"{decomposed}/0.png,{composed}", "b/1.png,b"]
+    csv(tmp_path, "metadata.csv", "file_name,label", *rows)
+    counts, left_out, notes = found(tmp_path)
+    assert counts == {"train": {composed: 1, "b": 1}} and not left_out
+    assert notes == ["metadata.csv says the same classes as the folders"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"label_column": "x"}, "--label_column x: .* has no table of labels"),
+        ({"file_column": "x"}, "--file_column x: .* has no table of labels"),
+        ({"layout": "classes", "label_pattern": "(a)"}, "--layout and --label_pattern both say"),
+        ({"layout": "splits", "labels": "t.csv"}, "--layout and --labels both say"),
+        ({"labels": "t.csv", "label_pattern": "(a)"}, "--labels and --label_pattern both say"),
+    ],
+)
+def test_flags_without_effect_are_refused(tmp_path, options, words):
+    make(tmp_path, "ant/*2.png", "bee/*2.png")
+    with pytest.raises(UserError, match=words):
+        load_data(str(tmp_path), **options)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+@pytest.mark.parametrize("options", [{"classes": "c.txt"}, {"labels": "t.csv"}])
+def test_flags_of_image_folders_elsewhere(tmp_path, kind, options):
+    columns = {"image": [{"bytes": picture(k), "path": None} for k in range(2)], "label": [0, 1]}
+    table = datasets.Dataset.from_dict(columns)
+    if kind == "saved":
+        table.save_to_disk(tmp_path / "set")
+    else:
+        (tmp_path / "set").mkdir()
+        table.to_parquet(tmp_path / "set" / "train-0.parquet")
+    with pytest.raises(UserError, match=f"--{next(iter(options))} is for folders of images"):
+        load_data(str(tmp_path / "set"), **options)
+    with pytest.raises(UserError, match="there is no such folder"):
+        load_data("./no_such_folder", **options)
+
+
 def test_equal_rows_and_empty_labels(tmp_path):
-    flat(tmp_path, "images")
+    make(tmp_path, "images/*4.png")
     file = csv(tmp_path, "t.csv", "file,label", "0.png,a", "0.png,a", "1.png,b", "2.png,")
     counts, left_out, _ = found(tmp_path, labels=str(file))
     assert counts == {"train": {"a": 1, "b": 1}}
@@ -149,7 +267,7 @@ def test_equal_rows_and_empty_labels(tmp_path):
 
 
 def test_a_pointer_is_called_one(tmp_path):
-    flat(tmp_path, "images")
+    make(tmp_path, "images/*4.png")
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     (tmp_path / "t.csv").write_text(pointer)
     with pytest.raises(UserError, match="Git LFS pointer"):
@@ -234,7 +352,7 @@ def test_the_column_of_labels(tmp_path, name):
         ({"label": [0.5, 1.0], "age": [1, 2]}, "column 'label' holds 0.5"),
         ({"labels": [[1], [2]], "age": [1, 2]}, "several labels an image are not supported"),
         ({"label": [0, 1], "class": [1, 2]}, "columns label, class"),
-        ({"age": [1, 2], "size": [1, 2]}, "there are 2 columns of labels"),
+        ({"age": [1, 2], "size": [1, 2]}, "columns age, size and none called label"),
         ({"weight": [0.5, 0.1]}, "there are no columns of labels"),
         ({"label": [None, 1]}, "1 of 2 images of split 'train' have no label"),
     ],

@@ -1,7 +1,7 @@
 """A folder of images that is moved, or changed, between a stop and a resume; all four scripts."""
 
 import pytest
-from data.test_folders import make
+from imagefolders import make
 
 import faulty
 import smallruns
