@@ -29,7 +29,17 @@ SPLIT_WORDS = {
 UNLABELLED = re.compile(
     r"(test|testing|val|valid|validation|eval|evaluation|unlabell?ed|inference)\d*"
 )
-IGNORED = {"__macosx", "thumbs.db", "desktop.ini"}  # and all that begins with a dot
+IGNORED = {  # and all that begins with a dot
+    "__macosx", "thumbs.db", "desktop.ini", "@eadir", "#recycle", "$recycle.bin", "lost+found",
+    "system volume information",
+}  # fmt: skip
+# Folders that rather hold all images, or what belongs to them, than those of one class
+GENERIC = {
+    "image", "images", "img", "imgs", "jpegimages", "photo", "photos", "picture", "pictures",
+    "pics", "data", "dataset", "files", "mask", "masks", "annotation", "annotations", "label",
+    "labels", "segmentation", "segmentations", "trimaps", "examples", "samples",
+}  # fmt: skip
+STRICTLY_SPLIT = re.compile(rf"({'|'.join(SPLIT_WORDS)})\d*")
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 EXPECTED = "expected CLASS/*.jpg or train/CLASS/*.jpg"
 
@@ -45,7 +55,7 @@ class Folder:
     stats: np.ndarray | None = None  # int64 (images, 4): size, time in ns, device, inode
     tables: list[str] = field(default_factory=list)  # names of files that may be tables of labels
     others: Counter = field(default_factory=Counter)  # files that are no images, by suffix
-    skipped: Counter = field(default_factory=Counter)  # what is neither, by what it is
+    skipped: dict[str, list[str]] = field(default_factory=dict)  # what it is -> paths
     total: int = 0  # images in it and below
 
     def walk(self):
@@ -92,7 +102,8 @@ def scan(root) -> Folder:
                     continue
                 kind = _kind(entry)
                 if kind not in ("folder", "file"):
-                    folder.skipped[kind] += 1
+                    where = f"{folder.path}/{name}".lstrip("/")
+                    folder.skipped.setdefault(kind, []).append(where)
                 elif kind == "folder":
                     child = Folder(name, f"{folder.path}/{name}" if folder.path else name)
                     folder.folders.append(child)
@@ -145,23 +156,27 @@ class Images:
         return len(self.paths)
 
     @staticmethod
+    def directly_in(folder) -> Images:
+        """The images in a folder, not those below, without labels."""
+        start = f"{folder.path}/" if folder.path else ""
+        return Images([start + name for name in folder.images], folder.stats, None)
+
+    @staticmethod
     def of(folder, label=None) -> Images:
         """All images below a folder, of one class or of none."""
-        paths, stats = [], []
-        for each in folder.walk():
-            paths += [f"{each.path}/{name}" if each.path else name for name in each.images]
-            stats.append(each.stats)
-        labels = None if label is None else [class_key(label)] * len(paths)
-        return Images(paths, np.concatenate(stats), labels)
+        images = Images.joined(Images.directly_in(each) for each in folder.walk())
+        images.labels = None if label is None else [class_key(label)] * len(images)
+        return images
 
     @staticmethod
     def joined(parts) -> Images:
         parts = list(parts)
         stats = [part.stats for part in parts]
+        labels = [label for part in parts for label in part.labels or ()]
         return Images(
             [path for part in parts for path in part.paths],
             np.concatenate(stats) if stats else np.zeros((0, 4), np.int64),
-            [label for part in parts for label in part.labels],
+            labels or None,
         )
 
     def where(self, keep) -> Images:
@@ -177,15 +192,18 @@ class Listing:
     """What a folder of images is: its splits with their classes, and what was not taken."""
 
     splits: dict[str, Images]
+    inside: str = "class folders"  # what the images of the splits are in
+    has_splits: bool = False  # whether folders say which split an image is of
     unlabelled: Counter = field(default_factory=Counter)  # folder -> how many images
     reported: list[str] = field(default_factory=list)  # images that left_out counts already
     left_out: list[str] = field(default_factory=list)  # in words
     notes: list[str] = field(default_factory=list)  # for the plan
 
-    def leave_unlabelled(self, folder):
-        """All images below a folder have no label."""
-        self.unlabelled[folder.path] += folder.total
-        self.reported += Images.of(folder).paths
+    def leave_unlabelled(self, paths):
+        """These images have no label."""
+        folders = {path.rpartition("/")[0] for path in paths}
+        self.unlabelled[os.path.commonpath(folders) if folders else ""] += len(paths)
+        self.reported += paths
 
 
 # -- the layout ----------------------------------------------------------------------------------
@@ -217,7 +235,7 @@ def by_split(folders) -> dict[str, Folder]:
     return {split: found[split] for split in ("train", "validation", "test") if split in found}
 
 
-def read_folder(root, tree, layout="auto", tables=()) -> Listing:
+def read_folder(root, tree, layout="auto") -> Listing:
     """The splits and classes of a tree of images. Raises UserError where it can't be told.
 
     In this order, each at the root or wrapped in one folder:
@@ -227,13 +245,13 @@ def read_folder(root, tree, layout="auto", tables=()) -> Listing:
     4. folders are classes, unless all have a split's name, which is refused; a flat test folder
        beside them is unlabelled.
     layout: "classes", every folder is a class; "splits", every folder with a split's name is a
-    split; or "auto". tables: files of labels that the caller reads, so that they are not left out.
+    split; or "auto".
     """
     top = _unwrapped(tree, layout)
     if not top.with_images():
         raise UserError(_no_classes(root, tree))
     if layout == "classes":
-        listing = _as_classes(top.with_images())
+        listing = _as_classes(top, top.with_images())
     elif splits := _split_folders(top):
         listing = _under_splits(top, splits)
     elif layout == "splits":
@@ -243,7 +261,6 @@ def read_folder(root, tree, layout="auto", tables=()) -> Listing:
     else:
         _refuse_several(root, top)
         listing = _class_folders(root, top)
-    count_left_out(listing, tree, root, tables)
     return listing
 
 
@@ -273,14 +290,26 @@ def _split_folders(top) -> dict[str, Folder]:
 
 
 def _under_splits(top, splits):
-    listing = Listing({})
+    listing = Listing({}, has_splits=True)
     for folder in top.with_images():
         flat = not folder.with_images()
         if flat and (split_of(folder.name) or UNLABELLED.fullmatch(folder.name.lower())):
-            listing.leave_unlabelled(folder)
+            listing.leave_unlabelled(Images.of(folder).paths)
+    of_train = {folder.name for folder in splits["train"].with_images()}
     for split, folder in splits.items():
-        listing.splits[split] = Images.joined(Images.of(c, c.name) for c in folder.with_images())
+        classes = folder.with_images()
+        if split != "train" and len(classes) == 1 and _is_one_for_all(classes[0], of_train):
+            listing.leave_unlabelled(Images.of(folder).paths)
+            continue
+        listing.splits[split] = Images.joined(Images.of(c, c.name) for c in classes)
+        _tell_odd_classes(listing, folder, classes)
     return listing
+
+
+def _is_one_for_all(folder, classes):
+    """Whether the only folder of a split holds its images of all classes: test/images/*.jpg."""
+    name = folder.name.lower()
+    return folder.name not in classes and bool(name in GENERIC or split_of(name))
 
 
 def _splits_of_classes(top) -> dict[str, dict[str, Folder]]:
@@ -301,7 +330,8 @@ def _splits_of_classes(top) -> dict[str, dict[str, Folder]]:
 
 
 def _under_classes(parts):
-    listing = Listing({}, notes=["the splits lie in the class folders: CLASS/train"])
+    listing = Listing({}, has_splits=True)
+    listing.notes.append("the splits lie in the class folders: CLASS/train")
     for split in ("train", "validation", "test"):
         found = [Images.of(of[split], name) for name, of in parts.items() if split in of]
         if found:
@@ -342,9 +372,9 @@ def _class_folders(root, top):
             f"no table of labels: {EXPECTED}. {other_ways(top)}"
         )
     classes = [f for f in folders if f not in unlabelled]
-    listing = _as_classes(classes)
+    listing = _as_classes(top, classes)
     for folder in unlabelled:
-        listing.leave_unlabelled(folder)
+        listing.leave_unlabelled(Images.of(folder).paths)
     odd = [f.name for f in classes if split_of(f.name)]
     if odd:
         are = "is a class here, not a split" if len(odd) == 1 else "are classes here, not splits"
@@ -352,15 +382,30 @@ def _class_folders(root, top):
     return listing
 
 
-def _as_classes(folders):
+def _as_classes(top, folders):
     listing = Listing({"train": Images.joined(Images.of(f, f.name) for f in folders)})
-    parents = [f.name for f in folders if not f.images]
+    _tell_odd_classes(listing, top, folders)
+    return listing
+
+
+def _tell_odd_classes(listing, parent, classes):
+    """Notes on classes that may be none, and on folders that may be classes."""
+    parents = [f for f in classes if not f.images]
     if parents:
         listing.notes.append(
-            f"{few(parents)}: no image directly inside, so all that lies below is one class; if it "
-            "is a data set with classes of its own, give that folder as --dataset"
+            f"{few(f.shown() for f in parents)}: no image directly inside, so all that lies below "
+            "is one class; if it is a data set with classes of its own, give that folder as "
+            "--dataset"
         )
-    return listing
+    generic = [f.shown() for f in classes if f.images and f.name.lower() in GENERIC]
+    if generic:
+        listing.notes.append(
+            f"{few(generic)} {'is a class' if len(generic) == 1 else 'are classes'} here, as every "
+            "folder is; where a table has the labels, --labels FILE"
+        )
+    empty = [f.shown() for f in parent.folders if not f.total]
+    if empty:
+        listing.notes.append(f"no image that can be read in {few(empty)}: not a class")
 
 
 def other_ways(tree):
@@ -400,42 +445,62 @@ def read_pattern(root, tree, pattern) -> Listing:
             f"--label_pattern {pattern} has {regex.groups} groups: the class is what its one group "
             "matches, as in '/(cat|dog)[.]'; (?:…) groups without being one"
         )
-    listing, example = Listing({}), None
-    for split, folder in splits_of(tree).items():
-        images = Images.of(folder)
+    listing = Listing({}, inside="folders of the splits")
+    splits = split_images(tree)
+    for split, images in splits.items():
         found = [regex.search(path) for path in images.paths]
         labels = [match and match[1] and class_key(match[1]) for match in found]
         matched = np.array([bool(label) for label in labels])
-        example = example or (images.paths[0] if images.paths else None)
         if not matched.any():
-            listing.leave_unlabelled(folder)
+            listing.leave_unlabelled(images.paths)
             continue
         images.labels = labels
-        reported = [images.paths[k] for k in np.flatnonzero(~matched)]
-        if len(reported) > len(images) / 2:
+        without = [images.paths[k] for k in np.flatnonzero(~matched)]
+        if len(without) > len(images) / 2:
             raise UserError(
                 f"--label_pattern {pattern} matches {matched.sum():,} of {len(images):,} images of "
-                f"split '{split}', under half; not {few(reported)}"
+                f"split '{split}', under half; not {few(without)}"
             )
-        if reported:
-            listing.reported += reported
+        if without:
+            listing.reported += without
             listing.left_out.append(
-                f"{len(reported):,} of {split} that --label_pattern does not match: {few(reported)}"
+                f"{len(without):,} of {split} that --label_pattern does not match: {few(without)}"
             )
         listing.splits[split] = images.where(matched)
     if "train" not in listing.splits:
-        raise UserError(f"--label_pattern {pattern} matches no image of train, as {example}")
-    count_left_out(listing, tree, root)
+        example = few(splits["train"].paths if "train" in splits else (), 1)
+        raise UserError(f"--label_pattern {pattern} matches no image of train: {example}")
     return listing
 
 
-def splits_of(tree) -> dict[str, Folder]:
-    """{split: folder} of the folders with a split's name and images; {"train": tree} for none."""
-    for top in tops(tree):
-        found = by_split(top.with_images())
-        if "train" in found:
-            return found
-    return {"train": tree}
+def split_images(tree) -> dict[str, Images]:
+    """{split: images} by the folders with a split's name, wherever they lie.
+
+    Images in none of these are train where there is no train folder, else of no split.
+
+    Of siblings with a train folder among them, all with a split's name are meant (seg_train,
+    seg_test); elsewhere only what is called test, test1, val and so on, and nothing more.
+    """
+    parts: dict[str, list[Images]] = {}
+    others = []
+    todo = [tree]
+    while todo:
+        folder = todo.pop()
+        of = {child.path: split_of(child.name) for child in folder.with_images()}
+        others.append(Images.directly_in(folder))
+        for child in reversed(folder.with_images()):
+            split = of[child.path]
+            if split and ("train" in of.values() or STRICTLY_SPLIT.fullmatch(child.name.lower())):
+                parts.setdefault(split, []).append(Images.of(child))
+            else:
+                todo.append(child)
+    if "train" not in parts:
+        parts["train"] = others
+    return {
+        split: Images.joined(parts[split])
+        for split in ("train", "validation", "test")
+        if split in parts
+    }
 
 
 def tops(tree) -> list[Folder]:
@@ -458,14 +523,14 @@ def count_left_out(listing, tree, root, tables=()):
         known.update(images.paths)
     taken = sum(map(len, listing.splits.values()))
     loose = [path for path in Images.of(tree).paths if path not in known]
-    if len(loose) > taken:
+    if len(loose) > taken and listing.inside == "class folders":
         raise UserError(
             f"{root} has {taken:,} images in class folders and {len(loose):,} outside of "
             f"them ({few(loose)}): {EXPECTED}"
         )
     if loose:
         listing.left_out.append(
-            f"{counted(len(loose), 'image')} outside of the class folders: {few(loose)}"
+            f"{counted(len(loose), 'image')} outside of the {listing.inside}: {few(loose)}"
         )
     for path, number in listing.unlabelled.items():
         listing.left_out.append(
@@ -478,8 +543,12 @@ def count_left_out(listing, tree, root, tables=()):
         if table.is_relative_to(here):
             others[table.suffix.lower()] -= 1
     listing.left_out += by_suffix(+others)
-    skipped = sum((folder.skipped for folder in tree.walk()), Counter())
-    listing.left_out += [counted(number, noun) for noun, number in sorted(skipped.items())]
+    skipped: dict[str, list[str]] = {}
+    for folder in tree.walk():
+        for kind, paths in folder.skipped.items():
+            skipped.setdefault(kind, []).extend(paths)
+    for kind, paths in sorted(skipped.items()):
+        listing.left_out.append(f"{counted(len(paths), kind)}: {few(paths)}")
 
 
 def by_suffix(others):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,8 +14,8 @@ import numpy as np
 from harness.data.folders import (
     EXPECTED,
     Images,
-    Listing,
     class_key,
+    count_left_out,
     counted,
     few,
     other_ways,
@@ -24,7 +25,13 @@ from harness.data.folders import (
     scan,
     split_of,
 )
-from harness.data.tables import find_tables, read_tables
+from harness.data.labels import (
+    OtherTableError,
+    compared,
+    find_tables,
+    other_tables,
+    read_tables,
+)
 from harness.errors import UserError
 
 
@@ -62,7 +69,12 @@ def load_images(
     """
     root = Path(root)
     tree = tree or scan(root)
-    listing = _read(root, tree, layout, label_pattern, labels, file_column, label_column)
+    listing, tables = _read(root, tree, layout, label_pattern, labels, file_column, label_column)
+    count_left_out(listing, tree, root, tables)
+    if not label_pattern and (unread := other_tables(root, tree, tables)):
+        listing.notes.append(
+            f"not read: {few(unread)}; --labels {unread[0]} takes the labels from it"
+        )
     used = set(choose(listing.splits) if choose else listing.splits)
     for split in [split for split in listing.splits if split not in used]:
         listing.left_out.append(
@@ -86,61 +98,51 @@ def load_images(
     return stored
 
 
-def _read(root, tree, layout, label_pattern, labels, file_column, label_column) -> Listing:
-    if labels:
-        return read_tables(root, tree, _given_tables(labels, root), file_column, label_column)
+def _read(root, tree, layout, label_pattern, labels, file_column, label_column):
+    """(Listing, paths of the tables that were read) of a folder of images."""
+    columns = [("file_column", file_column), ("label_column", label_column)]
+    columns = [f"--{flag} {value}" for flag, value in columns if value]
     if label_pattern:
-        return read_pattern(root, tree, label_pattern)
-    tables = find_tables(root, tree) if layout == "auto" else {}
+        if columns:
+            raise UserError(f"{columns[0]} has no effect: --label_pattern says the classes")
+        return read_pattern(root, tree, label_pattern), ()
+    given = _given_tables(labels, root) if labels else {}
+    tables = given or (find_tables(root, tree) if layout == "auto" else {})
     if not tables:
-        for flag, given in (("file_column", file_column), ("label_column", label_column)):
-            if given:
-                raise UserError(
-                    f"--{flag} {given}: {root} has no table of labels (metadata.csv, train.csv); "
-                    "name one with --labels FILE"
-                )
-        return read_folder(root, tree, layout)
-    by_folder = by_table = refused = None
-    with contextlib.suppress(UserError):  # without class folders the table alone says the classes
-        by_folder = read_folder(root, tree, layout, tables.values())
-    try:
-        by_table = read_tables(root, tree, tables, file_column, label_column)
-    except UserError as error:
-        refused = error
-    several = by_folder and len(set(by_folder.splits["train"].labels)) > 1
-    if refused and (not several or file_column or label_column):
-        raise refused
-    if not several:
-        return by_table
+        if columns:
+            raise UserError(
+                f"{columns[0]}: {root} has no table of labels (metadata.csv, train.csv); name one "
+                "with --labels FILE"
+            )
+        return read_folder(root, tree, layout), ()
+    by_folder = None
+    if "" not in given:
+        with contextlib.suppress(UserError):  # without class folders the table alone says it
+            by_folder = read_folder(root, tree, "auto")
+        if by_folder and len(set(by_folder.splits["train"].labels)) < 2:
+            by_folder = None
     names = ", ".join(Path(path).name for path in tables.values())
-    if refused:
-        by_folder.notes.append(f"{names} is not used, the class folders are: {refused}")
-        return by_folder
-    told = {
-        path: str(label)
-        for images in by_table.splits.values()
-        for path, label in zip(images.paths, images.labels, strict=True)
-    }
-    for images in by_folder.splits.values():
-        for path, label in zip(images.paths, images.labels, strict=True):
-            if path in told and told[path] != label:
-                raise UserError(
-                    f"{root} has class folders and {names}, and they differ: {path} is of class "
-                    f"{label!r} by its folder and {told[path]!r} by the table. --labels FILE takes "
-                    "the table, --layout splits or classes the folders"
-                )
-    by_folder.notes.append(f"{names} says the same classes as the folders")
-    return by_folder
+    try:
+        by_table = read_tables(root, tree, tables, file_column, label_column, by_folder)
+    except OtherTableError as error:
+        if given or columns or not by_folder:
+            raise
+        by_folder.notes.append(f"{names} is not used, the class folders are: {error}")
+        return by_folder, tables.values()
+    if by_folder and not given:
+        return compared(root, by_folder, by_table, tables), tables.values()
+    return by_table, tables.values()
 
 
 def _given_tables(given, root) -> dict[str, str]:
     """{split or "": path} of --labels FILE or train=FILE,val=FILE."""
     found = {}
-    for word in given.split(","):
-        split, equals, path = word.partition("=")
-        if not equals:
-            split, path = "", word
-        elif not split_of(split):
+    words = given.split(",")
+    if not all(re.match(r"\w+=", word) for word in words):
+        words = [f"={given}"]
+    for word in words:
+        split, _, path = word.partition("=")
+        if split and not split_of(split):
             raise UserError(f"--labels {word}: {split} is no split (train, val or test)")
         split = split and split_of(split)
         if split in found:
@@ -180,7 +182,8 @@ def _classes(listing, file) -> list[str]:
         return order
     try:
         with open(file, encoding="utf-8-sig") as lines:
-            given = [class_key(line.strip()) for line in lines if line.strip()]
+            given = [class_key(line.rstrip("\r\n")) for line in lines if line.strip()]
+        given = [name if name in every else name.strip() for name in given]
     except (OSError, ValueError) as error:
         raise UserError(f"--classes {file}: {getattr(error, 'strerror', None) or error}") from None
     twice = [name for name, count in Counter(given).items() if count > 1]

@@ -711,11 +711,14 @@ def _values(dataset, column):
     Raises UserError for lists and for numbers that are not whole.
     """
     import pyarrow
+    import pyarrow.compute
 
     stored = _arrow_column(dataset, column)
-    kind = stored.type
-    if pyarrow.types.is_integer(kind) or _type_name(dataset.features[column]).endswith("string"):
+    if pyarrow.types.is_integer(stored.type):
         return stored
+    if _type_name(dataset.features[column]).endswith("string"):
+        empty = pyarrow.compute.equal(pyarrow.compute.utf8_trim_whitespace(stored), "")
+        return pyarrow.compute.if_else(empty, pyarrow.scalar(None, stored.type), stored)
     return pyarrow.array(class_values(f"column '{column}'", stored.to_pylist()))
 
 

@@ -1,76 +1,40 @@
-"""Tables of labels beside images: metadata.csv, train.csv, or what --labels names.
-
-A table has a column of files and a column of labels. Rows and files are matched by the file's path
-relative to the table, to the folder of its split or to any folder below, with or without suffix.
-"""
+"""Tables of labels: reading them, and which column holds what."""
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
-import os
 import re
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from harness.data.folders import (
-    TABLE_SUFFIXES,
-    Images,
-    Listing,
-    class_key,
-    count_left_out,
-    counted,
-    few,
-    split_of,
-    splits_of,
-    tops,
-)
+from harness.data.folders import SPLIT_WORDS, TABLE_SUFFIXES, class_key
 from harness.errors import UserError, nearest
 from harness.files import is_lfs_pointer
 
-FILE_COLUMNS = ("file_name", "filename", "file", "image", "path", "id", "image_id", "image_name")
+FILE_COLUMNS = (
+    "file_name", "filename", "file", "path", "file_path", "filepath", "image_path", "image",
+    "image_name", "image_id", "id",
+)  # fmt: skip
 LABEL_COLUMNS = ("label", "labels", "class", "target", "category")
 WHOLE = re.compile(r"-?(0|[1-9]\d*)([.]0+)?")
+IS_SPLIT = re.compile(r"is_?(train|valid|val|test)(ing|ation)?(_?(img|image))?")
 
 
-@dataclass
-class Table:
-    """The rows of one table: what is the file, what is its label."""
+def read_columns(path) -> dict[str, list]:
+    """The columns of a .csv, .tsv, .jsonl or .parquet file.
 
-    name: str  # for messages
-    files: list[str | None]
-    labels: list | None  # None where it has no column of labels; None for an empty cell
-    label_column: str | None
-    file_column: str
-    others: dict[str, list]  # further columns
-
-
-def read_table(path, file_column=None, label_column=None) -> Table:
-    """Read .csv, .tsv, .jsonl or .parquet; ids stay text. Raises UserError that names the table."""
-    path = Path(path)
-    columns = _read_columns(path)
+    Cells of .csv and .tsv are text, None where empty. Raises UserError that names the table.
+    """
+    columns = _read(path)
     if not columns or not len(next(iter(columns.values()))):
         raise UserError(f"{path} has no rows")
-    file = _pick(path, columns, file_column, "--file_column", FILE_COLUMNS)
-    if file is None:
-        raise UserError(
-            f"{path} has no column of file names ({', '.join(FILE_COLUMNS[:6])}): name it with "
-            f"--file_column; its columns are {', '.join(columns)}"
-        )
-    others = {name: values for name, values in columns.items() if name != file}
-    kinds = {name: _kind(values) for name, values in others.items()}
-    label = find_label(path, kinds, label_column)
-    labels = None
-    if label is not None:
-        labels = class_values(f"column '{label}' of {path}", others.pop(label))
-    files = [None if value is None else str(value).strip() for value in columns[file]]
-    return Table(str(path), files, labels, label, file, others)
+    return columns
 
 
-def _read_columns(path) -> dict[str, list]:
+def _read(path):
     suffix = path.suffix.lower()
     if suffix not in TABLE_SUFFIXES:
         raise UserError(f"{path}: tables are read from {', '.join(TABLE_SUFFIXES)}")
@@ -98,10 +62,11 @@ def _encoding(path):
 
 
 def _read_csv(path, file):
-    """Cells between commas, semicolons or tabs, whichever the first line has most of."""
+    """Cells between commas, semicolons, tabs or bars, whichever the first line has most of."""
     start = file.readline()
-    file.seek(0)
-    reader = csv.reader(file, delimiter=max(",;\t", key=start.count))
+    if re.fullmatch(r'"?sep=.\s*"?\s*', start):  # which Excel reads
+        start = file.readline()
+    reader = csv.reader(itertools.chain([start], file), delimiter=max(",;\t|", key=start.count))
     head, rows = None, []
     for row in reader:
         if not any(row):
@@ -140,17 +105,20 @@ def _read_json_lines(path, file):
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def _pick(path, columns, given, flag, known):
-    """The column that is given, or the first of the known names that is there."""
-    if given:
-        if given not in columns:
-            raise UserError(
-                f"{flag} {given}: {path} has no such column{nearest(given, columns)} "
-                f"(its columns are {', '.join(columns)})"
-            )
-        return given
+def named(path, columns, given, flag):
+    """The given column; raises UserError where there is none of that name."""
+    if given not in columns:
+        raise UserError(
+            f"{flag} {given}: {path} has no such column{nearest(given, columns)} "
+            f"(its columns are {', '.join(columns)})"
+        )
+    return given
+
+
+def file_columns(columns) -> list[str]:
+    """Those that are called as a column of files is."""
     lower = {name.lower(): name for name in columns}
-    return next((lower[name] for name in known if name in lower), None)
+    return [lower[name] for name in FILE_COLUMNS if name in lower]
 
 
 def find_label(source, kinds, given=None) -> str | None:
@@ -160,11 +128,9 @@ def find_label(source, kinds, given=None) -> str | None:
     of images and files. None where there is none. Raises UserError where it can't be told which.
     """
     if given:
-        return _pick(source, kinds, given, "--label_column", ())
+        return named(source, kinds, given, "--label_column")
     called = [name for name in kinds if name.lower() in LABEL_COLUMNS]
-    classes = [name for name, kind in kinds.items() if kind == "classes"]
-    plain = [name for name, kind in kinds.items() if kind == "plain"]
-    if len(found := called or classes or plain) > 1:
+    if len(found := label_candidates(kinds)) > 1:
         why = "" if called else " and none called label"
         raise UserError(
             f"{source} has the columns {', '.join(found)}{why}: name one with --label_column"
@@ -172,7 +138,14 @@ def find_label(source, kinds, given=None) -> str | None:
     return found[0] if found else None
 
 
-def _kind(values):
+def label_candidates(kinds) -> list[str]:
+    """The columns that may hold the labels, see `find_label`."""
+    called = [name for name in kinds if name.lower() in LABEL_COLUMNS]
+    classes = [name for name, kind in kinds.items() if kind == "classes"]
+    return called or classes or [name for name, kind in kinds.items() if kind == "plain"]
+
+
+def kind_of(values) -> str:
     """What `find_label` wants to know of a table's column."""
     present = [value for value in values if value is not None]
     if not present or any(isinstance(value, bool) for value in present):
@@ -185,11 +158,11 @@ def _kind(values):
 
 
 def class_values(where, values) -> list:
-    """Labels as whole numbers where all are, else as text; None stays, NaN becomes None.
+    """Labels as whole numbers where all are, else as text; NaN and empty text become None.
 
     Raises UserError for lists, and for numbers that are not whole, naming `where`.
     """
-    values = [None if value != value else value for value in values]
+    values = [None if v != v or (isinstance(v, str) and not v.strip()) else v for v in values]
     present = [value for value in values if value is not None]
     odd = next((v for v in present if isinstance(v, (list, tuple, dict, np.ndarray))), None)
     if odd is not None:
@@ -215,225 +188,22 @@ def _is_number(text):
         return False
 
 
-# -- with the images -----------------------------------------------------------------------------
+def split_column(path, columns) -> tuple[str, list] | None:
+    """The column that says which split each row is of, and the splits; None where there is none.
 
-
-def find_tables(root, tree) -> dict[str, str]:
-    """{split or "": path} of the tables that say by their names what they are.
-
-    metadata.* in a split's folder or at the root, labels.*, and train.*, val.*, test.* at the root
-    (not .parquet, which is rather the data set itself). Raises UserError for two of one kind.
+    That is one of which every cell is a split's name, or is_train, is_valid or is_test of 0 and 1.
+    Raises UserError for several.
     """
-    found: dict[str, str] = {}
-
-    def note(split, folder, name):
-        path = str(Path(root) / folder.path / name)
-        if split in found or (found and "" in (split, *found)):
-            raise UserError(
-                f"{root} has the tables {', '.join([*found.values(), path])}: name the right one "
-                "with --labels FILE, or with --layout that the folders say the classes"
-            )
-        found[split] = path
-
-    for top in tops(tree):
-        for name in top.tables:
-            stem, suffix = os.path.splitext(name.lower())
-            if stem in ("metadata", "labels"):
-                note("", top, name)
-            elif suffix != ".parquet" and stem in _SPLIT_TABLES:
-                note(split_of(stem), top, name)
-    if not found:
-        for folder in (folder for top in tops(tree) for folder in top.with_images()):
-            for name in folder.tables:
-                if split_of(folder.name) and name.lower().startswith("metadata."):
-                    note(split_of(folder.name), folder, name)
-    return found
-
-
-_SPLIT_TABLES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
-
-
-def read_tables(root, tree, tables, file_column=None, label_column=None) -> Listing:
-    """The splits and labels that tables give to the images of a tree.
-
-    tables: {split or "": path}; "" is for all splits. Raises UserError where over half of the rows
-    have no file, one file has two labels, or no image of train has a label.
-    """
-    listing, folders = Listing({}), splits_of(tree)
-    all_images = Images.of(tree)
-    said, with_label = [], set()
-    for split, path in tables.items():
-        table = read_table(path, file_column, label_column)
-        folder = folders.get(split, tree)
-        images = Images.of(folder) if folder is not tree else all_images
-        places = _match(table, images, root, folder.path)
-        said.append(f"{Path(path).name} ({table.file_column} → {table.label_column or 'no label'})")
-        if table.labels is None:
-            rows = sorted({place for place in places if place is not None})
-            paths = [images.paths[row] for row in rows]
-            listing.reported += paths
-            listing.unlabelled.update(path.rpartition("/")[0] for path in paths)
-            continue
-        images.labels = _labels_of(table, images, places)
-        images.others = {
-            name: _of_images(values, places, len(images)) for name, values in table.others.items()
-        }
-        _tell_rows(listing, table, images, places)
-        known = np.array([label is not None for label in images.labels])
-        with_label.update(images.paths[row] for row in np.flatnonzero(known))
-        parts = {split: known} if split else {
-            name: known & _inside(images, part) for name, part in folders.items()
-        }  # fmt: skip
-        for name, rows in parts.items():
-            if rows.any():
-                listing.splits[name] = images.where(rows)
-    if "train" not in listing.splits:
-        raise UserError(
-            f"{', '.join(tables.values())} gives no label to any image of train in {root}"
-        )
-    listing.notes.append("labels from " + ", ".join(said))
-    _tell_images(listing, all_images, with_label, [f for f in folders.values() if f is not tree])
-    count_left_out(listing, tree, root, tables.values())
-    return listing
-
-
-def _inside(images, folder):
-    """bool (n,): which of the images are below the folder."""
-    start = f"{folder.path}/".lstrip("/")
-    return np.array([path.startswith(start) for path in images.paths])
-
-
-def _match(table, images, root, folder) -> list[int | None]:
-    """The image of each row of a table.
-
-    folder: of the table's split, relative to the root.
-    """
-    root = Path(root).resolve()
-    beside = os.path.relpath(Path(table.name).resolve().parent, root)
-    starts = [f"{start}/" if start not in ("", ".") else "" for start in (beside, folder, "")]
-    exact = {path: k for k, path in enumerate(images.paths)}
-    loose: dict[str, list[int]] = {}  # by the file's name and the path, with and without suffix
-    for k, path in enumerate(images.paths):
-        stem = re.sub(r"[.][^./]*$", "", path)
-        for end in {path.rpartition("/")[2], stem.rpartition("/")[2], path, stem}:
-            loose.setdefault(end, []).append(k)
-    ends: dict[str, list[int]] = {}
-    places, missing = [], []
-    for file in table.files:
-        name = (file or "").replace("\\", "/")
-        place = None
-        if re.match("/|[A-Za-z]:/", name):
-            place = _absolute(name, root, exact)
-        elif name:
-            tried = [start + name for start in starts]
-            if beside.startswith("..") or "./" in name or "//" in name:
-                tried = [os.path.relpath(os.path.join(root, path), root) for path in tried]
-            place = next((exact[path] for path in tried if path in exact), None)
-            if place is None:
-                found = next((loose[path] for path in tried if path in loose), [])
-                if not found and "/" in name:
-                    ends = ends or _ends(images.paths)
-                    found = ends.get(name, [])
-                if len(found) > 1:
-                    raise UserError(
-                        f"{table.name}: {file} may be {few([images.paths[k] for k in found])}: "
-                        "write the path as well"
-                    )
-                place = found[0] if found else None
-        places.append(place)
-        if place is None:
-            missing.append(file or "an empty cell")
-    if len(missing) * 2 > len(places):
-        raise UserError(
-            f"{table.name}: {len(missing):,} of {len(places):,} rows have no image ({few(missing)} "
-            f"in column '{table.file_column}'): is it the table of these images?"
-        )
-    return places
-
-
-def _absolute(name, root, exact) -> int | None:
-    """The image at an absolute path, which may have been written on another machine.
-
-    Its whole path below the root, or the root's name and that, must be the end of `name`.
-    """
-    inside = name.removeprefix(f"{root}/")
-    parts = name.split("/")
-    tails = ("/".join(parts[n:]) for n in range(1, len(parts) - 1))
-    return next(
-        (
-            exact[path]
-            for tail in (inside, *tails)
-            for path in (tail, tail.removeprefix(f"{root.name}/"))
-            if path in exact
-        ),
-        None,
-    )
-
-
-def _ends(paths):
-    """Every end of every path that begins after a slash -> the images that have it."""
-    found: dict[str, list[int]] = {}
-    for k, path in enumerate(paths):
-        parts = path.split("/")
-        for n in range(1, len(parts)):
-            found.setdefault("/".join(parts[n:]), []).append(k)
-    return found
-
-
-def _labels_of(table, images, places):
-    """The label of each image, None where a table has none."""
-    labels: list = [None] * len(images)
-    for place, label in zip(places, table.labels, strict=True):
-        if place is None or label is None:
-            continue
-        if labels[place] is not None and labels[place] != label:
-            raise UserError(
-                f"{table.name} has {images.paths[place]} twice, with the labels "
-                f"{labels[place]!r} and {label!r}"
-            )
-        labels[place] = label
-    return labels
-
-
-def _of_images(values, places, number):
-    """The values of a column for each image, None without a row."""
-    found: list = [None] * number
-    for place, value in zip(places, values, strict=True):
-        if place is not None:
-            found[place] = value
-    return found
-
-
-def _tell_rows(listing, table, images, places):
-    """Say what of a table was not used."""
-    missing = [file for file, place in zip(table.files, places, strict=True) if place is None]
-    name = Path(table.name).name
-    if missing:
-        listing.left_out.append(
-            f"{counted(len(missing), 'row')} of {name} without an image: {few(map(str, missing))}"
-        )
-    empty = [
-        images.paths[place]
-        for place, label in zip(places, table.labels, strict=True)
-        if place is not None and label is None and images.labels[place] is None
-    ]
-    if empty:
-        listing.reported += empty
-        listing.left_out.append(
-            f"{counted(len(empty), 'image')} without a label in {name}: {few(empty)}"
-        )
-
-
-def _tell_images(listing, images, with_label, folders):
-    """Say which images have no row; those of a whole split are unlabelled."""
-    reported = set(listing.reported)
-    without = [p for p in images.paths if p not in with_label and p not in reported]
-    for folder in folders:
-        start = f"{folder.path}/"
-        inside = [path for path in without if path.startswith(start)]
-        if len(inside) == folder.total:
-            listing.leave_unlabelled(folder)
-            without = [path for path in without if not path.startswith(start)]
-    if without:
-        listing.reported += without
-        listing.left_out.append(f"{counted(len(without), 'image')} without a row: {few(without)}")
+    found = {}
+    for name, values in columns.items():
+        texts = [str(value).strip().lower() for value in values]
+        match = IS_SPLIT.fullmatch(name.lower())
+        if match and set(texts) <= {"0", "1", "true", "false", "0.0", "1.0"}:
+            yes = SPLIT_WORDS[match[1]]
+            no = "test" if yes == "train" else "train"
+            found[name] = [yes if text[0] in "1t" else no for text in texts]
+        elif name.lower() not in LABEL_COLUMNS and set(texts) <= set(SPLIT_WORDS):
+            found[name] = [SPLIT_WORDS[text] for text in texts]
+    if len(found) > 1:
+        raise UserError(f"{path} says the split in the columns {', '.join(found)}: leave one")
+    return next(iter(found.items()), None)

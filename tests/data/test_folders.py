@@ -9,7 +9,7 @@ from imagefolders import found, make, picture
 from PIL import Image
 
 from harness.data import formats
-from harness.data.folders import Images, read_folder, scan, split_of
+from harness.data.folders import Images, count_left_out, read_folder, scan, split_of
 from harness.data.images import load_images
 from harness.data.sources import load_data
 from harness.errors import UserError
@@ -158,10 +158,15 @@ def test_links_are_followed_and_loops_refused(tmp_path):
     counts, left_out, _ = found(root)
     assert counts == {"train": THREE} and left_out == ["1 image of train that links reach twice"]
     (store / "y" / "broken.png").symlink_to(tmp_path / "nowhere")
-    assert "1 broken link" in found(root)[1]
+    assert "1 broken link: bee/broken.png" in found(root)[1]
     os.mkfifo(store / "y" / "pipe.png")
     (store / "y" / "self").symlink_to(store / "y" / "self")
-    assert {"2 broken links", "1 pipe or device"} <= set(found(root)[1])
+    left_out = set(found(root)[1])
+    assert "2 broken links: bee/broken.png, bee/self" in left_out
+    assert "1 pipe or device: bee/pipe.png" in left_out
+        "2 broken links: bee/broken.png, bee/self",
+        "1 pipe or device: bee/pipe.png",
+    } <= left_out
     (root / "bee" / "copy.png").symlink_to(store / "x" / "0.png")
     with pytest.raises(UserError, match="are the same file, of two classes"):
         load_images(root)
@@ -319,6 +324,7 @@ def test_images_classes_and_what_is_left_out_add_up(tmp_path_factory, paths, lay
     assert set(Images.of(tree).paths) == images and tree.total == len(images)
     try:
         listing = read_folder(root, tree, layout)
+        count_left_out(listing, tree, root)
     except UserError as error:
         assert "\n" not in str(error)
         return

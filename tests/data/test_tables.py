@@ -114,7 +114,7 @@ def test_a_table_over_class_folders(tmp_path):
 
 
 REFUSED = {
-    "two labels": (["file,label", "0.png,a", "0.png,b", "1.png,a"], "twice, with the labels 'a'"),
+    "two labels": (["file,label", "0.png,a", "0.png,b", "1.png,a"], "twice, with 'a' and 'b'"),
     "rows without files": (
         ["file,label", "x.png,a", "y.png,b", "0.png,a"], "2 of 3 rows have no image",
     ),
@@ -223,7 +223,7 @@ def test_a_table_in_another_unicode_form(tmp_path):
     csv(tmp_path, "metadata.csv", "file_name,label", *rows)
     counts, left_out, notes = found(tmp_path)
     assert counts == {"train": {composed: 1, "b": 1}} and not left_out
-    assert notes == ["metadata.csv says the same classes as the folders"]
+    assert notes == ["labels from metadata.csv (file_name → label)"]
 
 
 @pytest.mark.parametrize(

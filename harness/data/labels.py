@@ -1,0 +1,388 @@
+"""Labels that tables give to the images of a folder: metadata.csv, train.csv, --labels FILE.
+
+Rows and files are matched by the file's path relative to the table, to the folder of its split or
+to any folder below, with or without suffix.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from harness.data.folders import (
+    Images,
+    Listing,
+    counted,
+    few,
+    split_images,
+    split_of,
+    tops,
+)
+from harness.data.tables import (
+    FILE_COLUMNS,
+    LABEL_COLUMNS,
+    class_values,
+    file_columns,
+    find_label,
+    kind_of,
+    label_candidates,
+    named,
+    read_columns,
+    split_column,
+)
+from harness.errors import UserError
+
+SPLIT_TABLES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+
+
+class OtherTableError(UserError):
+    """A table that is none of these images."""
+
+
+def find_tables(root, tree) -> dict[str, str]:
+    """{split or "": path} of the tables that say by their names what they are.
+
+    metadata.* in a split's folder or at the root, labels.*, and train.*, val.*, test.* at the root
+    (not .parquet, which is rather the data set itself). Raises UserError for two of one kind.
+    """
+    found: dict[str, str] = {}
+
+    def note(split, folder, name):
+        path = str(Path(root) / folder.path / name)
+        if split in found or (found and "" in (split, *found)):
+            raise UserError(
+                f"{root} has the tables {', '.join([*found.values(), path])}: name the right one "
+                "with --labels FILE, or with --layout that the folders say the classes"
+            )
+        found[split] = path
+
+    for top in tops(tree):
+        for name in top.tables:
+            stem, suffix = os.path.splitext(name.lower())
+            if stem in ("metadata", "labels"):
+                note("", top, name)
+            elif suffix != ".parquet" and stem in SPLIT_TABLES:
+                note(split_of(stem), top, name)
+    if not found:
+        for folder in (folder for top in tops(tree) for folder in top.with_images()):
+            for name in folder.tables:
+                if split_of(folder.name) and name.lower().startswith("metadata."):
+                    note(split_of(folder.name), folder, name)
+    return found
+
+
+def other_tables(root, tree, tables) -> list[str]:
+    """The tables at the root that nobody reads, relative to it."""
+    read = {Path(table).resolve() for table in tables}
+    paths = [f"{top.path}/{name}".lstrip("/") for top in tops(tree) for name in top.tables]
+    return [
+        path
+        for path in paths
+        if (Path(root) / path).resolve() not in read and not path.lower().endswith(".parquet")
+    ]
+
+
+def read_tables(root, tree, tables, file_column=None, label_column=None, by_folder=None) -> Listing:
+    """The splits and labels that tables give to the images of a tree.
+
+    tables: {split or "": path}; "" is for all splits. by_folder: the Listing by class folders,
+    which stands for the splits without a table, and tells columns apart where one of them says the
+    same. Raises UserError where over half of the rows have no file (OtherTableError), one file has
+    two labels, or no image of train has a label.
+    """
+    listing = Listing({}, inside="folders of the splits")
+    parts, all_images = split_images(tree), Images.of(tree)
+    told, with_label = [], set()
+    order = ("", "train", "validation", "test")
+    for split, path in sorted(tables.items(), key=lambda item: order.index(item[0])):
+        images = (parts.get(split) or _others(all_images, parts)) if split else all_images
+        columns = read_columns(Path(path))
+        file, places = _match(path, columns, images, root, file_column)
+        others = {name: values for name, values in columns.items() if name != file}
+        said_split = None if split else split_column(path, others)
+        if said_split:
+            del others[said_split[0]]
+        label = _label_column(path, others, label_column, told, images, places, by_folder)
+        labels = [None] * len(places)
+        if label:
+            labels = class_values(f"column '{label}' of {path}", others.pop(label))
+        told.append((Path(path).name, file, label))
+        if all(value is None for value in labels):
+            rows = sorted({place for place in places if place is not None})
+            listing.leave_unlabelled([images.paths[row] for row in rows])
+            continue
+        images.labels = _of_images(path, images, places, labels)
+        images.others = {
+            name: _of_images(path, images, places, values, check=False)
+            for name, values in others.items()
+        }
+        _tell_rows(listing, path, columns[file], labels, images, places)
+        known = np.array([value is not None for value in images.labels])
+        with_label.update(images.paths[row] for row in np.flatnonzero(known))
+        for name, rows in _splits_of(path, split, said_split, images, places, parts).items():
+            if (known & rows).any():
+                listing.splits[name] = images.where(known & rows)
+        if said_split:
+            listing.notes.append(f"splits from column {said_split[0]} of {Path(path).name}")
+            listing.has_splits = True
+    for name, images in by_folder.splits.items() if by_folder and "" not in tables else ():
+        if by_folder.has_splits and name not in tables:
+            listing.splits[name] = images
+            with_label.update(images.paths)
+    if "train" not in listing.splits:
+        raise UserError(
+            f"{', '.join(tables.values())} gives no label to any image of train in {root}"
+        )
+    listing.notes.append("labels from " + ", ".join(
+        f"{name} ({file} → {label or 'no label'})" for name, file, label in told
+    ))  # fmt: skip
+    _tell_images(listing, all_images, with_label, parts)
+    return listing
+
+
+def _others(images, parts):
+    """The images that are in no split's folder; all where there are none."""
+    taken = {path for split in parts.values() for path in split.paths}
+    rest = images.where(np.array([path not in taken for path in images.paths]))
+    return rest if len(rest) else images
+
+
+def _splits_of(path, split, said_split, images, places, parts) -> dict[str, np.ndarray]:
+    """{split: bool (n,)} of the images of a table."""
+    if split:
+        return {split: np.ones(len(images), bool)}
+    of_folder = {image: name for name, part in parts.items() for image in part.paths}
+    by_folder = np.array([of_folder.get(image) for image in images.paths], object)
+    if said_split:
+        column, splits = said_split
+        by_column = np.array(_of_images(path, images, places, splits), object)
+        known = by_column != None  # noqa: E711
+        wrong = np.flatnonzero(known & (by_column != by_folder)) if len(parts) > 1 else ()
+        if len(wrong):
+            raise UserError(
+                f"{images.paths[wrong[0]]} is of split '{by_column[wrong[0]]}' by column {column} "
+                f"of {path}, and its folder says another: give tables without that column, or a "
+                "folder without splits"
+            )
+        by_folder = by_column
+    return {name: by_folder == name for name in ("train", "validation", "test")}
+
+
+def _label_column(path, columns, given, told, images, places, by_folder):
+    """The column of labels of a table, or None.
+
+    told: what was found for the tables before: those of other splits have train's column, or one
+    that is called label, or none.
+    """
+    wanted = told[0][2] if told else given
+    if told and (wanted or given):
+        if (wanted or given) in columns:
+            return wanted or given
+        columns = {name: v for name, v in columns.items() if name.lower() in LABEL_COLUMNS}
+        given = None
+    kinds = {name: kind_of(values) for name, values in columns.items()}
+    candidates = label_candidates(kinds)
+    if given or len(candidates) < 2 or not by_folder:
+        return find_label(path, kinds, given)
+    known = {
+        image: str(label)
+        for part in by_folder.splits.values()
+        for image, label in zip(part.paths, part.labels, strict=True)
+    }
+    same = [
+        name for name in candidates
+        if all(
+            place is None or known.get(images.paths[place], str(value)) == str(value)
+            for place, value in zip(places, class_values(name, columns[name]), strict=True)
+        )
+    ]  # fmt: skip
+    return same[0] if len(same) == 1 else find_label(path, kinds)
+
+
+def _match(path, columns, images, root, given):
+    """The column of files, and for each row the place of its image or None."""
+    candidates = [named(path, columns, given, "--file_column")] if given else file_columns(columns)
+    if not candidates:
+        raise OtherTableError(
+            f"{path} has no column of file names ({', '.join(FILE_COLUMNS)}): name it with "
+            f"--file_column; its columns are {', '.join(columns)}"
+        )
+    files = _Files(images, Path(root).resolve(), Path(path).resolve().parent)
+    fitting, refused = {}, None
+    for column in candidates:
+        try:
+            fitting[column] = files.places(path, column, columns[column])
+        except UserError as error:
+            refused = refused or error
+    if not fitting:
+        raise refused
+    (column, places), *others = fitting.items()
+    for other, there in others:
+        if any(a != b for a, b in zip(places, there, strict=True) if None not in (a, b)):
+            raise UserError(
+                f"{path} names other files in column '{column}' than in '{other}': name the right "
+                "one with --file_column"
+            )
+    return column, places
+
+
+class _Files:
+    """Finds the image that a cell of a table names.
+
+    images: those it may be. root: their folder. beside: the folder of the table. Both absolute.
+    """
+
+    def __init__(self, images, root, beside):
+        self.images, self.root = images, root
+        self.start = os.path.relpath(beside, root)
+        self.exact = {path: k for k, path in enumerate(images.paths)}
+        self.loose: dict[str, list[int]] = {}  # by name and path, with and without suffix
+        for k, path in enumerate(images.paths):
+            stem = re.sub(r"[.][^./]*$", "", path)
+            for end in {path.rpartition("/")[2], stem.rpartition("/")[2], path, stem}:
+                self.loose.setdefault(end, []).append(k)
+        self.ends: dict[str, list[int]] = {}
+
+    def places(self, table, column, cells) -> list[int | None]:
+        """The image of each row; raises OtherTableError where over half have none."""
+        places = [self.place(table, "" if cell is None else str(cell).strip()) for cell in cells]
+        missing = [cell for cell, place in zip(cells, places, strict=True) if place is None]
+        if len(missing) * 2 > len(places):
+            raise OtherTableError(
+                f"{table}: {len(missing):,} of {len(places):,} rows have no image "
+                f"({few(map(str, missing))} in column '{column}'): is it the table of these images?"
+            )
+        return places
+
+    def place(self, table, cell) -> int | None:
+        name = cell.replace("\\", "/")
+        if not name:
+            return None
+        if re.match("/|[A-Za-z]:/", name):
+            return self._absolute(name)
+        tried = [name if self.start == "." else f"{self.start}/{name}", name]
+        tried.append(name.removeprefix(f"{self.root.name}/"))
+        if "./" in "".join(tried) or "//" in name:
+            tried = [os.path.relpath(os.path.join(self.root, path), self.root) for path in tried]
+        place = next((self.exact[path] for path in tried if path in self.exact), None)
+        if place is not None:
+            return place
+        found = next((self.loose[path] for path in tried if path in self.loose), [])
+        if not found and "/" in name:
+            found = self._by_end(name)
+        if len(found) > 1:
+            raise UserError(
+                f"{table}: {cell} may be {few(self.images.paths[k] for k in found)}: write the "
+                "path as well"
+            )
+        return found[0] if found else None
+
+    def _absolute(self, name):
+        """Of a path that may have been written on another machine.
+
+        An image's whole path below the root, or the root's name and that, must be its end.
+        """
+        parts = name.split("/")
+        ends = ("/".join(parts[n:]) for n in range(1, len(parts) - 1))
+        for end in (name.removeprefix(f"{self.root}/"), *ends):
+            for path in (end, end.removeprefix(f"{self.root.name}/")):
+                if path in self.exact:
+                    return self.exact[path]
+        return None
+
+    def _by_end(self, name):
+        """The images whose path ends with this path."""
+        if not self.ends:
+            for k, path in enumerate(self.images.paths):
+                parts = path.split("/")
+                for n in range(1, len(parts)):
+                    self.ends.setdefault("/".join(parts[n:]), []).append(k)
+        return self.ends.get(name, [])
+
+
+def _of_images(table, images, places, values, check=True):
+    """The value of each image in a column, None without a row.
+
+    check: raise UserError where two rows of one image differ.
+    """
+    found: list = [None] * len(images)
+    for place, value in zip(places, values, strict=True):
+        if place is None or value is None:
+            continue
+        if check and found[place] is not None and found[place] != value:
+            raise UserError(
+                f"{table} has {images.paths[place]} twice, with {found[place]!r} and {value!r}"
+            )
+        found[place] = value
+    return found
+
+
+def _tell_rows(listing, table, files, labels, images, places):
+    """Say what of a table was not used."""
+    name = Path(table).name
+    missing = [file for file, place in zip(files, places, strict=True) if place is None]
+    if missing:
+        listing.left_out.append(
+            f"{counted(len(missing), 'row')} of {name} without an image: {few(map(str, missing))}"
+        )
+    empty = [
+        images.paths[place]
+        for place, label in zip(places, labels, strict=True)
+        if place is not None and label is None and images.labels[place] is None
+    ]
+    if empty:
+        listing.reported += empty
+        listing.left_out.append(
+            f"{counted(len(empty), 'image')} without a label in {name}: {few(empty)}"
+        )
+
+
+def _tell_images(listing, images, with_label, parts):
+    """Say which images have no row; those of a whole split are unlabelled."""
+    reported = with_label.union(listing.reported)
+    for split, part in parts.items():
+        if split != "train" and not any(path in reported for path in part.paths):
+            listing.leave_unlabelled(part.paths)
+            reported.update(part.paths)
+    without = [path for path in images.paths if path not in reported]
+    if without:
+        listing.reported += without
+        listing.left_out.append(f"{counted(len(without), 'image')} without a row: {few(without)}")
+
+
+def compared(root, by_folder, by_table, tables) -> Listing:
+    """What stands where class folders and tables both say the classes: tables of splits, else the
+    one that has more images.
+
+    Raises UserError where they differ, or where each has images that the other has not.
+    """
+    names = ", ".join(Path(path).name for path in tables.values())
+    told = {
+        path: str(label)
+        for images in by_table.splits.values()
+        for path, label in zip(images.paths, images.labels, strict=True)
+    }
+    ways = "--labels FILE takes the table, --layout splits or classes the folders"
+    for images in by_folder.splits.values():
+        for path, label in zip(images.paths, images.labels, strict=True):
+            if path in told and told[path] != str(label):
+                raise UserError(
+                    f"{root} has class folders and {names}, and they differ: {path} is of class "
+                    f"{label!r} by its folder and {told[path]!r} by the table. {ways}"
+                )
+    if "" not in tables:
+        return by_table
+    in_folders = {path for images in by_folder.splits.values() for path in images.paths}
+    if in_folders <= told.keys() or by_table.has_splits:
+        return by_table
+    more = [path for path in told if path not in in_folders]
+    if more:
+        raise UserError(
+            f"{root} has class folders and {names}, which has labels of other images as well, as "
+            f"{few(more, 1)}, but not of all in the folders. {ways}"
+        )
+    by_folder.notes.append(f"{names} says the same classes as the folders")
+    return by_folder
