@@ -22,9 +22,10 @@ from harness.errors import UserError
 
 # A word of a folder's name -> the split that it is
 SPLIT_WORDS = {
-    "train": "train", "training": "train",
+    "train": "train", "training": "train", "trainset": "train",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+    "valset": "validation", "testset": "test",
 }  # fmt: skip
 UNLABELLED = re.compile(
     r"(test|testing|val|valid|validation|eval|evaluation|unlabell?ed|inference)\d*"
@@ -140,7 +141,7 @@ def _kind(entry):
         return "name that is not UTF-8"
     except OSError:  # a link to itself
         pass
-    return "broken link" if entry.is_symlink() else "pipe or device"
+    return "broken link" if entry.is_symlink() else "special file"
 
 
 @dataclass
@@ -306,10 +307,23 @@ def _under_splits(top, splits):
     return listing
 
 
-def _is_one_for_all(folder, classes):
+def _is_one_for_all(folder, classes=()):
     """Whether the only folder of a split holds its images of all classes: test/images/*.jpg."""
     name = folder.name.lower()
     return folder.name not in classes and bool(name in GENERIC or split_of(name))
+
+
+def labelled_splits(tree) -> dict[str, Images]:
+    """{split: images} of the folders with a split's name that hold class folders."""
+    for top in tops(tree):
+        found = {}
+        for split, folder in by_split(f for f in top.with_images() if not f.images).items():
+            classes = folder.with_images()
+            if len(classes) > 1 or not _is_one_for_all(classes[0]):
+                found[split] = Images.joined(Images.of(c, c.name) for c in classes)
+        if found:
+            return found
+    return {}
 
 
 def _splits_of_classes(top) -> dict[str, dict[str, Folder]]:
@@ -390,7 +404,7 @@ def _as_classes(top, folders):
 
 def _tell_odd_classes(listing, parent, classes):
     """Notes on classes that may be none, and on folders that may be classes."""
-    parents = [f for f in classes if not f.images]
+    parents = [f for f in classes if not f.images and len(f.with_images()) > 1]
     if parents:
         listing.notes.append(
             f"{few(f.shown() for f in parents)}: no image directly inside, so all that lies below "
@@ -526,7 +540,7 @@ def count_left_out(listing, tree, root, tables=()):
     if len(loose) > taken and listing.inside == "class folders":
         raise UserError(
             f"{root} has {taken:,} images in class folders and {len(loose):,} outside of "
-            f"them ({few(loose)}): {EXPECTED}"
+            f"them ({few(loose)}): {EXPECTED}; --layout classes treats every folder as a class"
         )
     if loose:
         listing.left_out.append(

@@ -83,7 +83,11 @@ def load_images(
     remove_repeated(listing)
     names = _classes(listing, classes)
     if len(names) == 1 and not labels and not label_pattern:
-        raise UserError(f"{root} has 1 class, {names[0]}: {EXPECTED}. {other_ways(tree)}")
+        parent = next((f for f in tree.walk() if f.name == names[0] and len(f.folders) > 1), None)
+        inside = (
+            f" (if the classes are the folders in it, give {root / parent.path})" if parent else ""
+        )
+        raise UserError(f"{root} has 1 class, {names[0]}{inside}: {EXPECTED}. {other_ways(tree)}")
     stored = Stored({}, "label", notes=listing.notes, left_out=listing.left_out)
     for split, images in listing.splits.items():
         places = {name: k for k, name in enumerate(names)}
@@ -147,8 +151,8 @@ def _given_tables(given, root) -> dict[str, str]:
         split = split and split_of(split)
         if split in found:
             raise UserError(f"--labels {given} names two tables for one split")
-        beside = Path(root) / path
-        found[split] = str(beside if beside.is_file() and not Path(path).is_file() else path)
+        path = Path(path).expanduser()
+        found[split] = str(path if path.is_file() else Path(root) / path)
     return found
 
 
@@ -183,13 +187,15 @@ def _classes(listing, file) -> list[str]:
     try:
         with open(file, encoding="utf-8-sig") as lines:
             given = [class_key(line.rstrip("\r\n")) for line in lines if line.strip()]
-        given = [name if name in every else name.strip() for name in given]
-    except (OSError, ValueError) as error:
-        raise UserError(f"--classes {file}: {getattr(error, 'strerror', None) or error}") from None
+        given = [name if name in order else name.strip() for name in given]
+    except OSError as error:
+        raise UserError(f"--classes {file}: {error.strerror}") from None
+    except UnicodeError:
+        raise UserError(f"--classes {file} is not in UTF-8: save it as UTF-8") from None
     twice = [name for name, count in Counter(given).items() if count > 1]
     missing = [name for name in order if name not in set(given)]
     if twice or missing:
-        why = f"{few(twice)} is there more than once" if twice else f"{few(missing)} is missing"
+        why = f"{few(twice)} is there twice" if twice else f"no line is {few(missing)}"
         raise UserError(f"--classes {file}: {why}; it must name every class once, one on a line")
     return given
 

@@ -17,6 +17,7 @@ from harness.data.folders import (
     Listing,
     counted,
     few,
+    labelled_splits,
     split_images,
     split_of,
     tops,
@@ -45,7 +46,7 @@ class OtherTableError(UserError):
 def find_tables(root, tree) -> dict[str, str]:
     """{split or "": path} of the tables that say by their names what they are.
 
-    metadata.* in a split's folder or at the root, labels.*, and train.*, val.*, test.* at the root
+    metadata.* or labels.* at the root, in a split's folder or in the only folder with one, train.*, val.*, test.* at the root
     (not .parquet, which is rather the data set itself). Raises UserError for two of one kind.
     """
     found: dict[str, str] = {}
@@ -66,11 +67,17 @@ def find_tables(root, tree) -> dict[str, str]:
                 note("", top, name)
             elif suffix != ".parquet" and stem in SPLIT_TABLES:
                 note(split_of(stem), top, name)
+    inside = [
+        (folder, name)
+        for top in tops(tree) for folder in top.with_images() for name in folder.tables
+        if name.lower().startswith(("metadata.", "labels."))
+    ]  # fmt: skip
     if not found:
-        for folder in (folder for top in tops(tree) for folder in top.with_images()):
-            for name in folder.tables:
-                if split_of(folder.name) and name.lower().startswith("metadata."):
-                    note(split_of(folder.name), folder, name)
+        for folder, name in inside:
+            if split_of(folder.name):
+                note(split_of(folder.name), folder, name)
+    if not found and len(inside) == 1:
+        note("", *inside[0])
     return found
 
 
@@ -105,10 +112,16 @@ def read_tables(root, tree, tables, file_column=None, label_column=None, by_fold
         said_split = None if split else split_column(path, others)
         if said_split:
             del others[said_split[0]]
-        label = _label_column(path, others, label_column, told, images, places, by_folder)
+        known = _labels_by_path(by_folder)
+        label = _label_column(path, others, label_column, told, images, places, known)
         labels = [None] * len(places)
         if label:
             labels = class_values(f"column '{label}' of {path}", others.pop(label))
+        elif said_split:
+            labels = [place is not None and known.get(images.paths[place]) for place in places]
+            labels = [label or None for label in labels]
+        elif by_folder and split in ("", "train"):
+            raise OtherTableError(f"{path} has no column of labels")
         told.append((Path(path).name, file, label))
         if all(value is None for value in labels):
             rows = sorted({place for place in places if place is not None})
@@ -128,8 +141,8 @@ def read_tables(root, tree, tables, file_column=None, label_column=None, by_fold
         if said_split:
             listing.notes.append(f"splits from column {said_split[0]} of {Path(path).name}")
             listing.has_splits = True
-    for name, images in by_folder.splits.items() if by_folder and "" not in tables else ():
-        if by_folder.has_splits and name not in tables:
+    for name, images in labelled_splits(tree).items() if "" not in tables else ():
+        if name not in tables:
             listing.splits[name] = images
             with_label.update(images.paths)
     if "train" not in listing.splits:
@@ -171,9 +184,21 @@ def _splits_of(path, split, said_split, images, places, parts) -> dict[str, np.n
     return {name: by_folder == name for name in ("train", "validation", "test")}
 
 
-def _label_column(path, columns, given, told, images, places, by_folder):
+def _labels_by_path(listing) -> dict[str, str]:
+    """{path: label as text} of a Listing or of None."""
+    parts = listing.splits.values() if listing else ()
+    return {
+        path: str(label)
+        for part in parts
+        for path, label in zip(part.paths, part.labels, strict=True)
+    }
+
+
+def _label_column(path, columns, given, told, images, places, known):
     """The column of labels of a table, or None.
 
+    known: {path: class} by class folders: a column that says the same is the one, and free text is
+    none.
     told: what was found for the tables before: those of other splits have train's column, or one
     that is called label, or none.
     """
@@ -184,41 +209,43 @@ def _label_column(path, columns, given, told, images, places, by_folder):
         columns = {name: v for name, v in columns.items() if name.lower() in LABEL_COLUMNS}
         given = None
     kinds = {name: kind_of(values) for name, values in columns.items()}
-    candidates = label_candidates(kinds)
-    if given or len(candidates) < 2 or not by_folder:
+    if given or not known:
         return find_label(path, kinds, given)
-    known = {
-        image: str(label)
-        for part in by_folder.splits.values()
-        for image, label in zip(part.paths, part.labels, strict=True)
-    }
+    candidates = label_candidates(kinds)
+    values = {name: class_values(name, columns[name]) for name in candidates}
     same = [
         name for name in candidates
         if all(
             place is None or known.get(images.paths[place], str(value)) == str(value)
-            for place, value in zip(places, class_values(name, columns[name]), strict=True)
+            for place, value in zip(places, values[name], strict=True)
         )
     ]  # fmt: skip
-    return same[0] if len(same) == 1 else find_label(path, kinds)
+    if len(same) == 1:
+        return same[0]
+    found = find_label(path, kinds)
+    if found and found.lower() not in LABEL_COLUMNS and len(set(values[found])) > len(places) / 2:
+        return None
+    return found
 
 
 def _match(path, columns, images, root, given):
     """The column of files, and for each row the place of its image or None."""
     candidates = [named(path, columns, given, "--file_column")] if given else file_columns(columns)
-    if not candidates:
-        raise OtherTableError(
-            f"{path} has no column of file names ({', '.join(FILE_COLUMNS)}): name it with "
-            f"--file_column; its columns are {', '.join(columns)}"
-        )
+    every = candidates or list(columns)  # one of another name is known by its cells
     files = _Files(images, Path(root).resolve(), Path(path).resolve().parent)
     fitting, refused = {}, None
-    for column in candidates:
+    for column in every:
         try:
             fitting[column] = files.places(path, column, columns[column])
         except UserError as error:
             refused = refused or error
-    if not fitting:
+    if not fitting and candidates:
         raise refused
+    if not candidates and len(fitting) != 1:
+        raise OtherTableError(
+            f"{path} has no column of file names ({', '.join(FILE_COLUMNS)}): name it with "
+            f"--file_column; its columns are {', '.join(columns)}"
+        )
     (column, places), *others = fitting.items()
     for other, there in others:
         if any(a != b for a, b in zip(places, there, strict=True) if None not in (a, b)):
@@ -245,6 +272,7 @@ class _Files:
             for end in {path.rpartition("/")[2], stem.rpartition("/")[2], path, stem}:
                 self.loose.setdefault(end, []).append(k)
         self.ends: dict[str, list[int]] = {}
+        self.folded: dict[str, list[int]] = {}
 
     def places(self, table, column, cells) -> list[int | None]:
         """The image of each row; raises OtherTableError where over half have none."""
@@ -273,6 +301,7 @@ class _Files:
         found = next((self.loose[path] for path in tried if path in self.loose), [])
         if not found and "/" in name:
             found = self._by_end(name)
+        found = found or self._in_other_case(name)
         if len(found) > 1:
             raise UserError(
                 f"{table}: {cell} may be {few(self.images.paths[k] for k in found)}: write the "
@@ -292,6 +321,14 @@ class _Files:
                 if path in self.exact:
                     return self.exact[path]
         return None
+
+    def _in_other_case(self, name):
+        """The images of this path or name in other cases: 0.JPG for 0.jpg."""
+        if not self.folded:
+            for path, k in self.exact.items():
+                for end in {path, path.rpartition("/")[2]}:
+                    self.folded.setdefault(end.casefold(), []).append(k)
+        return self.folded.get(name.casefold(), [])
 
     def _by_end(self, name):
         """The images whose path ends with this path."""
@@ -353,6 +390,15 @@ def _tell_images(listing, images, with_label, parts):
         listing.left_out.append(f"{counted(len(without), 'image')} without a row: {few(without)}")
 
 
+def _rename(by_table, told, known):
+    """Give the classes of a table the folders' names where each is one folder's, under a number."""
+    pairs = {(told[path], label) for path, label in known.items() if path in told}
+    names = dict(pairs)
+    if len(pairs) == len(names) == len(set(names.values())) and set(told.values()) <= set(names):
+        for images in by_table.splits.values():
+            images.labels = [names[str(label)] for label in images.labels]
+
+
 def compared(root, by_folder, by_table, tables) -> Listing:
     """What stands where class folders and tables both say the classes: tables of splits, else the
     one that has more images.
@@ -360,11 +406,9 @@ def compared(root, by_folder, by_table, tables) -> Listing:
     Raises UserError where they differ, or where each has images that the other has not.
     """
     names = ", ".join(Path(path).name for path in tables.values())
-    told = {
-        path: str(label)
-        for images in by_table.splits.values()
-        for path, label in zip(images.paths, images.labels, strict=True)
-    }
+    told = _labels_by_path(by_table)
+    _rename(by_table, told, _labels_by_path(by_folder))
+    told = _labels_by_path(by_table)
     ways = "--labels FILE takes the table, --layout splits or classes the folders"
     for images in by_folder.splits.values():
         for path, label in zip(images.paths, images.labels, strict=True):

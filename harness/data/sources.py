@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from harness.counters import generator
-from harness.data.folders import scan
+from harness.data.folders import SPLIT_WORDS, scan
 from harness.data.formats import image_suffixes
 from harness.data.images import Stored, load_images
 from harness.data.pixels import find_bad, gray_depth_note, native_size
@@ -209,7 +209,7 @@ def load_data(dataset, **options) -> Data:
     elif options.empty_classes == "refuse":
         _check_every_class(splits["train"], classes)
     if len(classes) < 2:
-        raise UserError(f"{dataset} has {len(classes)} class: there is nothing to tell apart")
+        raise UserError(f"{dataset} has 1 class, {classes[0]}: there is nothing to tell apart")
     if options.val_fraction:
         splits["train"], splits["val"] = _hold_out(
             splits["train"], options.val_fraction, classes, options.seed
@@ -586,6 +586,7 @@ def _choose_splits(stored, wanted):
     for role, name in wanted.items():
         if name is None or (name == "none" and role != "train"):
             continue
+        name = name if name in stored else SPLIT_WORDS.get(name.lower(), name)
         if name not in stored:
             raise UserError(
                 f"--{role}_split {name}: there is no such split{nearest(name, stored)} "

@@ -47,6 +47,8 @@ def _read(path):
             return pyarrow.parquet.read_table(path).to_pydict()
         with open(path, encoding=_encoding(path), newline="") as file:
             return _read_json_lines(path, file) if suffix == ".jsonl" else _read_csv(path, file)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such table") from None
     except UnicodeError:
@@ -173,18 +175,18 @@ def class_values(where, values) -> list:
     whole = [text is None or bool(WHOLE.fullmatch(text)) for text in texts]
     if all(whole):
         return [None if text is None else int(text.partition(".")[0]) for text in texts]
-    fractions = [not w and _is_number(text) for w, text in zip(whole, texts, strict=True)]
-    if all(w or f for w, f in zip(whole, fractions, strict=True)):
+    fractions = [not w and _is_fraction(text) for w, text in zip(whole, texts, strict=True)]
+    if any(fractions) and all(w or f for w, f in zip(whole, fractions, strict=True)):
         raise UserError(
             f"{where} holds {texts[fractions.index(True)]}: classes are whole numbers or names"
         )
     return [None if text is None else class_key(text) for text in texts]
 
 
-def _is_number(text):
+def _is_fraction(text):
     try:
-        return float(text) == float(text)
-    except ValueError:
+        return not float(text).is_integer()
+    except (ValueError, OverflowError):
         return False
 
 

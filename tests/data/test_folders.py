@@ -163,10 +163,7 @@ def test_links_are_followed_and_loops_refused(tmp_path):
     (store / "y" / "self").symlink_to(store / "y" / "self")
     left_out = set(found(root)[1])
     assert "2 broken links: bee/broken.png, bee/self" in left_out
-    assert "1 pipe or device: bee/pipe.png" in left_out
-        "2 broken links: bee/broken.png, bee/self",
-        "1 pipe or device: bee/pipe.png",
-    } <= left_out
+    assert "1 special file: bee/pipe.png" in left_out
     (root / "bee" / "copy.png").symlink_to(store / "x" / "0.png")
     with pytest.raises(UserError, match="are the same file, of two classes"):
         load_images(root)
@@ -207,7 +204,7 @@ def test_an_order_of_the_classes(tmp_path):
     assert dropped.classes == ["cow", "ant", "bee"]
     assert sorted(dropped.train.labels) == [0, 1, 2]
     file.write_text("cow\nant\n")
-    with pytest.raises(UserError, match="bee is missing"):
+    with pytest.raises(UserError, match="no line is bee"):
         load_data(str(root), classes=str(file))
 
 
