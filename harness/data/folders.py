@@ -404,7 +404,7 @@ def _as_classes(top, folders):
 
 def _tell_odd_classes(listing, parent, classes):
     """Notes on classes that may be none, and on folders that may be classes."""
-    parents = [f for f in classes if not f.images and len(f.with_images()) > 1]
+    parents = [f for f in classes if not f.images]
     if parents:
         listing.notes.append(
             f"{few(f.shown() for f in parents)}: no image directly inside, so all that lies below "

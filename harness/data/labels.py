@@ -22,6 +22,7 @@ from harness.data.folders import (
     split_of,
     tops,
 )
+from harness.data.formats import image_suffixes
 from harness.data.tables import (
     FILE_COLUMNS,
     LABEL_COLUMNS,
@@ -46,8 +47,9 @@ class OtherTableError(UserError):
 def find_tables(root, tree) -> dict[str, str]:
     """{split or "": path} of the tables that say by their names what they are.
 
-    metadata.* or labels.* at the root, in a split's folder or in the only folder with one, train.*, val.*, test.* at the root
-    (not .parquet, which is rather the data set itself). Raises UserError for two of one kind.
+    metadata.* or labels.* at the root, in a split's folder, or in one other; train.*, val.*, test.*
+    at the root (not .parquet, which is rather the data set itself). Raises UserError for two of
+    one kind.
     """
     found: dict[str, str] = {}
 
@@ -231,7 +233,11 @@ def _label_column(path, columns, given, told, images, places, known):
 def _match(path, columns, images, root, given):
     """The column of files, and for each row the place of its image or None."""
     candidates = [named(path, columns, given, "--file_column")] if given else file_columns(columns)
-    every = candidates or list(columns)  # one of another name is known by its cells
+    # One of another name is known by its cells
+    every = candidates + [
+        name for name, cells in columns.items()
+        if not given and name not in candidates and (not candidates or _names_images(cells))
+    ]  # fmt: skip
     files = _Files(images, Path(root).resolve(), Path(path).resolve().parent)
     fitting, refused = {}, None
     for column in every:
@@ -254,6 +260,11 @@ def _match(path, columns, images, root, given):
                 "one with --file_column"
             )
     return column, places
+
+
+def _names_images(cells):
+    first = next((str(cell) for cell in cells if cell is not None), "")
+    return os.path.splitext(first)[1].lower() in image_suffixes()
 
 
 class _Files:

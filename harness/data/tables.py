@@ -7,10 +7,12 @@ import itertools
 import json
 import re
 from collections import Counter
+from os.path import splitext
 
 import numpy as np
 
 from harness.data.folders import SPLIT_WORDS, TABLE_SUFFIXES, class_key
+from harness.data.formats import image_suffixes
 from harness.errors import UserError, nearest
 from harness.files import is_lfs_pointer
 
@@ -81,6 +83,11 @@ def _read_csv(path, file):
             )
         else:
             rows.append(row)
+    image = next(
+        (name for name in head or () if splitext(name)[1].lower() in image_suffixes()), None
+    )
+    if image:
+        raise UserError(f"{path} has no line of column names: it begins with {image}")
     twice = [name for name, number in Counter(head or ()).items() if number > 1 and name]
     if twice:
         raise UserError(f"{path} has two columns called {twice[0]}")

@@ -436,7 +436,7 @@ BAD_LABELS = {
     "one class": (
         make([0, 0], label_type=ClassLabel(names=["ant"])),
         make([0], label_type=ClassLabel(names=["ant"])),
-        "has 1 class: there is nothing to tell apart",
+        "has 1 class, ant: there is nothing to tell apart",
     ),
     "other order": (
         make(TRAIN),
