@@ -1,6 +1,7 @@
 """Tables of labels beside images: which are found, how rows meet files, what is refused."""
 
 import json
+import os
 
 import datasets
 import pytest
@@ -257,6 +258,164 @@ def test_flags_of_image_folders_elsewhere(tmp_path, kind, options):
         load_data(str(tmp_path / "set"), **options)
     with pytest.raises(UserError, match="there is no such folder"):
         load_data("./no_such_folder", **options)
+
+
+def rows(head, *cells):
+    return [head, *cells]
+
+
+BOTH = {"ant": 2, "bee": 2}
+ONE = {"ant": 1, "bee": 1}
+CLASSES = ("ant/*2.png", "bee/*2.png")
+TREES = {
+    "tables of splits over class folders": (
+        ["images/ant/*3.png", "images/bee/*3.png"],
+        {"train.csv": rows("file_name,label", "images/ant/0.png,ant", "images/ant/1.png,ant",
+                           "images/bee/0.png,bee", "images/bee/1.png,bee"),
+         "test.csv": rows("file_name,label", "images/ant/2.png,ant", "images/bee/2.png,bee")},
+        {"train": BOTH, "test": ONE},
+    ),
+    "numbers for the names of folders": (
+        [*CLASSES], {"train.csv": rows("f,Label,ClassName", "ant/0.png,0,ant", "bee/0.png,1,bee"),
+                     "test.csv": rows("f,Label,ClassName", "ant/1.png,0,ant", "bee/1.png,1,bee")},
+        {"train": ONE, "test": ONE},
+    ),
+    "a table for a flat test": (
+        ["train/ant/*2.png", "train/bee/*2.png", "test/*2.png"],
+        {"test.csv": rows("file_name,label", "test/0.png,ant", "1.png,bee")},
+        {"train": BOTH, "test": ONE},
+    ),
+    "a table for all, with a flat test": (
+        ["train/ant/*1.png", "train/bee/*1.png", "test/*2.png"],
+        {"metadata.csv": rows("file_name,label", "train/ant/0.png,ant", "train/bee/0.png,bee",
+                              "test/0.png,ant", "test/1.png,bee")},
+        {"train": ONE, "test": ONE},
+    ),
+    "a table in train, class folders in test": (
+        ["train/*4.png", "test/ant/*1.png", "test/bee/*1.png"],
+        {"train/metadata.csv": ROWS}, {"train": BOTH, "test": ONE},
+    ),
+    "a column of splits": (
+        ["images/*4.png"],
+        {"metadata.csv": rows("file_name,label,split", "0.png,ant,train", "1.png,bee,Train",
+                              "2.png,ant,test", "3.png,bee,val")},
+        {"train": ONE, "validation": {"bee": 1}, "test": {"ant": 1}},
+    ),
+    "a column is_train": (
+        ["images/*4.png"],
+        {"metadata.csv": rows("file_name,label,is_train", "0.png,ant,1", "1.png,bee,1",
+                              "2.png,ant,0", "3.png,bee,0")},
+        {"train": ONE, "test": ONE},
+    ),
+    "a column of splits over class folders": (
+        [*CLASSES], {"metadata.csv": rows("file_name,split", "ant/0.png,train", "ant/1.png,test",
+                                          "bee/0.png,train", "bee/1.png,test")},
+        {"train": ONE, "test": ONE},
+    ),
+    "splits below images": (
+        ["data/images/train/*2.png", "data/images/test/2.png", "data/images/test/3.png"],
+        {"metadata.csv": rows("id,label", "0,ant", "1,bee", "2,ant", "3,bee")},
+        {"train": ONE, "test": ONE},
+    ),
+    "ids that are images of test": (
+        ["images/*2.png", "test/8.png", "test/9.png"],
+        {"train.csv": rows("id,label", "0,ant", "1,bee", "9,bee")}, {"train": ONE},
+    ),
+    "a test table with other columns": (
+        ["train/*2.png", "test/*2.png"],
+        {"train.csv": rows("file,label,age", "0.png,ant,1", "1.png,bee,2"),
+         "test.csv": rows("file,age", "0.png,1", "1.png,2")}, {"train": ONE},
+    ),
+    "a column that says what the folders say": (
+        ["Train/0/*1.png", "Train/1/*1.png", "Test/*2.png"],
+        {"Train.csv": rows("Width,ClassId,Path", "5,0,Train/0/0.png", "5,1,Train/1/0.png"),
+         "Test.csv": rows("Width,ClassId,Path", "5,0,Test/0.png", "5,1,Test/1.png")},
+        {"train": {"0": 1, "1": 1}, "test": {"0": 1, "1": 1}},
+    ),
+    "captions beside class folders": (
+        [*CLASSES], {"metadata.csv": rows("file_name,text", "ant/0.png,an ant", "ant/1.png,two",
+                                          "bee/0.png,a bee", "bee/1.png,bees")}, {"train": BOTH},
+    ),
+    "a column of another name": (
+        ["images/*2.png"], {"labels.csv": rows("id_code,diagnosis", "0,ant", "1,bee")},
+        {"train": ONE},
+    ),
+    "blank labels of test": (
+        ["train/*2.png", "test/*2.png"],
+        {"train.csv": rows("file,label", "0.png,ant", "1.png,bee"),
+         "test.csv": rows("file,label", "0.png,", "1.png,")}, {"train": ONE},
+    ),
+    "zero-padded names": (
+        ["images/*2.png"], {"labels.csv": rows("id,label", "0,001", "1,010")},
+        {"train": {"001": 1, "010": 1}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_tables_and_folders_together(tmp_path, name):
+    paths, tables, counts = TREES[name]
+    make(tmp_path, *paths)
+    for table, lines in tables.items():
+        csv(tmp_path, table, *lines)
+    assert found(tmp_path)[0] == counts
+    images = sum(len(files) for _, _, files in os.walk(tmp_path)) - len(tables)
+    stored = load_images(tmp_path)
+    left_out = sum(
+        int(line.split()[0]) for line in stored.left_out if " images" in line or " image " in line
+    )
+    assert images == left_out + sum(map(len, stored.splits.values())), stored.left_out
+
+
+BAD_TREES = {
+    "a row number called id": (
+        ["images/*3.png"], "id,image_name,label", ["0,2.png,ant", "1,1.png,bee", "2,0.png,ant"],
+        "names other files in column 'id' than in 'image_name'|than in 'id'",
+    ),
+    "parts that are no classes": (
+        ["part_1/*2.png", "part_2/*2.png"], "file_name,label",
+        ["part_1/0.png,a", "part_1/1.png,b", "part_2/0.png,a", "part_2/1.png,b"],
+        "has class folders and metadata.csv, and they differ",
+    ),
+    "which of several columns": (
+        [*CLASSES], "file_name,kind,origin",
+        ["ant/0.png,x,y", "ant/1.png,x,y", "bee/0.png,x,y", "bee/1.png,x,z"],
+        "columns kind, origin and none called label",
+    ),
+    "each has other images": (
+        [*CLASSES, "more/*1.png"], "file_name,label", ["ant/0.png,ant", "more/0.png,more"],
+        "class folders",
+    ),
+    "two columns of splits": (
+        ["images/*2.png"], "file_name,label,split,is_train", ["0.png,a,train,1", "1.png,b,test,0"],
+        "says the split in the columns split, is_train",
+    ),
+    "a column of splits against the folders": (
+        ["train/*2.png", "test/8.png"], "file_name,label,split",
+        ["train/0.png,a,train", "train/1.png,b,train", "test/8.png,a,train"],
+        "is of split 'train' by column split .* and its folder says another",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_TREES)
+def test_tables_and_folders_that_differ(tmp_path, name):
+    paths, head, lines, words = BAD_TREES[name]
+    make(tmp_path, *paths)
+    csv(tmp_path, "metadata.csv", head, *lines)
+    if name == "each has other images":
+        (tmp_path / "more" / "deep").mkdir()
+        (tmp_path / "more" / "0.png").rename(tmp_path / "0.png")
+        csv(tmp_path, "metadata.csv", head, "ant/0.png,ant", "0.png,bee")
+    with pytest.raises(UserError, match=words):
+        load_images(tmp_path)
+
+
+def test_a_table_of_another_name_is_pointed_at(tmp_path):
+    make(tmp_path, *CLASSES)
+    csv(tmp_path, "skin.csv", *ROWS)
+    notes = found(tmp_path)[2]
+    assert notes == ["not read: skin.csv; --labels skin.csv takes the labels from it"]
 
 
 def test_equal_rows_and_empty_labels(tmp_path):
