@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from harness.counters import generator
-from harness.data.folders import SPLIT_WORDS, scan
+from harness.data.folders import SPLIT_WORDS, counted, few, scan, split_of
 from harness.data.formats import image_suffixes
 from harness.data.images import Stored, load_images
 from harness.data.pixels import find_bad, gray_depth_note, native_size
@@ -357,15 +357,11 @@ def _load_folder(folder, config, options) -> Stored:
             _check_no_folder_flags(folder, options)
             return Stored(_load_saved_folder(folder, saved[0]))
         tree = scan(folder)
-        if _has_parquet(tree) and (not tree.total or options.of_folders() == DEFAULT_OF_FOLDERS):
-            _check_no_folder_flags(folder, options)
-            _check_no_pointers(folder, tree)
-            if re.search(r"[][*?]|::", str(folder)):
-                raise UserError(
-                    f"{folder}: datasets takes [ ] * ? or :: in a path for a pattern: rename it"
-                )
-            # The Hub's layout, with what a README.md there may say about configurations.
-            return Stored(_with_images(dict(datasets.load_dataset(str(folder), config)), folder))
+        parquet = parquet_files(tree)
+        if parquet and (not tree.total or options.of_folders() == DEFAULT_OF_FOLDERS):
+            found = _load_parquet(folder, config, tree, parquet, options)
+            if found:
+                return found
         if config:
             raise UserError(
                 f"--dataset {folder}:{config}: folders of images have no configurations"
@@ -394,61 +390,139 @@ def _load_folder(folder, config, options) -> Stored:
         ) from error
 
 
-def _with_images(splits, folder):
-    """Splits of parquet files without a column of type Image, with what can be one as one.
+def _load_parquet(folder, config, tree, files, options) -> Stored | None:
+    """The splits of parquet files, None where they hold no images and others lie there."""
+    import datasets
+    import pyarrow.parquet
+
+    for file in files:
+        if is_lfs_pointer(folder / file):
+            raise UserError(f"{folder / file} is a Git LFS pointer, not the file: git lfs pull")
+    if re.search(r"[][*?]|::", str(folder)):
+        raise UserError(
+            f"{folder}: datasets takes [ ] * ? or :: in a path for a pattern: rename it"
+        )
+    if config or _says_configurations(folder):
+        splits = dict(datasets.load_dataset(str(folder), config))
+    else:
+        schema = pyarrow.parquet.read_schema(folder / files[0])
+        first = pyarrow.parquet.ParquetFile(folder / files[0]).iter_batches(1)
+        texts = [str(value) for row in next(first, ()) or () for value in row.to_pylist()]
+        if tree.total and not _may_hold_images(schema, texts):
+            return None
+        named = parquet_splits(files)
+        named = {split: [str(folder / file) for file in its] for split, its in named.items()}
+        splits = dict(datasets.load_dataset("parquet", data_files=named))
+    _check_no_folder_flags(folder, options)
+    splits, named = _with_images(splits, folder, options.image_column)
+    beside = tree.total - named
+    return Stored(
+        splits, left_out=[f"{counted(beside, 'image')} beside the parquet files"] if beside else []
+    )
+
+
+def _says_configurations(folder):
+    """Whether a README.md says how the files are to be read, as on the Hub."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    return bool(front and re.search(r"^(configs|dataset_info):", front[1], re.MULTILINE))
+
+
+def _may_hold_images(schema, texts):
+    import pyarrow
+
+    return any(
+        pyarrow.types.is_struct(kind) or "binary" in str(kind) for kind in schema.types
+    ) or any(Path(text).suffix.lower() in image_suffixes() for text in texts)
+
+
+def parquet_files(tree) -> list[str]:
+    """The parquet files below a folder, relative to it, that are no tables of labels."""
+    tables = ("metadata.parquet", "labels.parquet")
+    return [
+        f"{folder.path}/{name}".lstrip("/")
+        for folder in tree.walk()
+        for name in folder.tables
+        if name.lower().endswith(".parquet") and name.lower() not in tables
+    ]
+
+
+def parquet_splits(files) -> dict[str, list[str]]:
+    """{split: files} by the files' names, or else their folders'; all are train where none says.
+
+    >>> parquet_splits(["data/train-00000-of-00002.parquet", "extra-00000-of-00001.parquet"])
+    {'train': ['data/train-00000-of-00002.parquet'], 'extra': ['extra-00000-of-00001.parquet']}
+    """
+    found: dict[str | None, list[str]] = {}
+    for file in files:
+        *folders, name = Path(file).with_suffix("").parts
+        part = re.fullmatch(r"(.+)-\d{5}-of-\d{5}", name)
+        split = SPLIT_WORDS.get(part[1].lower(), part[1]) if part else split_of(name)
+        split = split or next(filter(None, map(split_of, reversed(folders))), None)
+        found.setdefault(split, []).append(file)
+    if None in found and len(found) > 1:
+        split, others = next(item for item in found.items() if item[0])
+        raise UserError(
+            f"{few(found[None])} names no split, as {others[0]} does ({split}): rename it to one, "
+            "or take it out"
+        )
+    named = {split or "train": its for split, its in found.items()}
+    first = [split for split in ("train", "validation", "test") if split in named]
+    return {split: named[split] for split in dict.fromkeys([*first, *named])}
+
+
+def _with_images(splits, folder, given=None):
+    """(splits, how many files they name): with a column of type Image, if one can be made one.
 
     That is the only struct of bytes and path, the only column of bytes, or the only column of
-    paths of images relative to the folder.
+    paths of images relative to the folder; or of these the given one.
     """
     import datasets
 
     features = next(iter(splits.values())).features
     if any(isinstance(kind, datasets.Image) for kind in features.values()):
-        return splits
+        return splits, 0
     structs = [n for n, k in features.items() if isinstance(k, dict) and {*k} == {"bytes", "path"}]
     binary = [n for n, k in features.items() if getattr(k, "dtype", "").endswith("binary")]
-    if len(structs) == 1 or (not structs and len(binary) == 1):
-        (column,) = structs or binary
-        return {name: split.cast_column(column, datasets.Image()) for name, split in splits.items()}
+    first = next(iter(splits.values()))[:1]
+    texts = [
+        name
+        for name, kind in features.items()
+        if getattr(kind, "dtype", "").endswith("string")
+        and Path((first[name] or [""])[0] or "").suffix.lower() in image_suffixes()
+    ]
+    candidates = structs or binary or texts
+    if given in structs + binary + texts:
+        candidates = [given]
+    if len(candidates) != 1:
+        return splits, 0
+    (column,) = candidates
+    if column in texts:
+        return _paths_as_images(splits, column, folder)
+    cast = {name: split.cast_column(column, datasets.Image()) for name, split in splits.items()}
+    return cast, 0
 
-    def path_columns(split):
-        text = [n for n, k in features.items() if getattr(k, "dtype", "").endswith("string")]
-        first = {n: split[n][0] for n in text if len(split)}
-        return [n for n, v in first.items() if v and Path(v).suffix.lower() in image_suffixes()]
 
-    columns = path_columns(next(iter(splits.values())))
-    if structs or binary or len(columns) != 1:
-        return splits
-    return {name: _paths_as_images(split, columns[0], folder) for name, split in splits.items()}
-
-
-def _paths_as_images(split, column, folder):
+def _paths_as_images(splits, column, folder):
     import datasets
 
-    root = folder.resolve()
-    paths = []
-    for value in split[column]:
-        path = (root / value).resolve() if value else None
-        if path is None or not path.is_relative_to(root):
-            raise UserError(f"column '{column}' of {folder} names {value!r}, which is not in it")
-        paths.append(str(path))
-    replaced = split.remove_columns(column).add_column(column, paths)
-    return replaced.cast_column(column, datasets.Image())
-
-
-def _has_parquet(tree):
-    """Whether there are parquet files that are no tables of labels."""
-    tables = ("metadata.parquet", "labels.parquet")
-    names = (name.lower() for folder in tree.walk() for name in folder.tables)
-    return any(name.endswith(".parquet") and name not in tables for name in names)
-
-
-def _check_no_pointers(folder, tree):
-    """Raise UserError where a parquet file is the note that Git LFS leaves in its place."""
-    for each in tree.walk():
-        for file in sorted((folder / each.path).glob("*.parquet")):
-            if is_lfs_pointer(file):
-                raise UserError(f"{file} is a Git LFS pointer, not the file: git lfs pull")
+    root, made, every = folder.resolve(), {}, set()
+    for name, split in splits.items():
+        paths = []
+        for value in split[column]:
+            path = (root / value).resolve() if value else None
+            if path is None or not path.is_relative_to(root):
+                raise UserError(
+                    f"column '{column}' of {folder} names {value!r}, which is not in it"
+                )
+            paths.append(str(path))
+        replaced = split.remove_columns(column).add_column(column, paths)
+        made[name] = replaced.cast_column(column, datasets.Image())
+        every.update(paths)
+    return made, len(every)
 
 
 def _load_saved_folder(folder, kind):

@@ -461,6 +461,44 @@ def test_parquet_without_the_type_image(tmp_path, kind):
     assert data.train.labels.tolist() == [0, 1, 0, 1]
 
 
+def test_other_parquet_files_beside_images(tmp_path):
+    """They are no reason to leave the listing to anybody else."""
+    make(tmp_path, "train/ant/x/*2.png", "train/bee/y/*2.png", "train/bee/my-test-1.png")
+    datasets.Dataset.from_dict({"vector": [[0.5]]}).to_parquet(tmp_path / "embeddings.parquet")
+    data = load_data(str(tmp_path))
+    assert data.classes == ["ant", "bee"] and len(data.train) == 5
+    assert "1 .parquet: not images" in data.left_out
+
+
+def test_images_beside_parquet_files_are_counted(tmp_path):
+    table = {"image": [picture(k) for k in range(2)], "label": [0, 1]}
+    make(tmp_path, "preview/*3.png")
+    datasets.Dataset.from_dict(table).to_parquet(tmp_path / "train-0.parquet")
+    assert load_data(str(tmp_path)).left_out == ["3 images beside the parquet files"]
+
+
+def test_which_split_a_parquet_file_is_of(tmp_path):
+    table = datasets.Dataset.from_dict({"image": [picture(k) for k in range(2)], "label": [0, 1]})
+    (tmp_path / "data").mkdir()
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "dev", "extra-00000-of-00001"):
+        table.to_parquet(tmp_path / "data" / f"{name}.parquet")
+    data = load_data(str(tmp_path))
+    assert (len(data.train), len(data.val), data.test) == (4, 2, None)
+    assert len(load_data(str(tmp_path), train_split="extra").train) == 2
+    table.to_parquet(tmp_path / "data" / "more.parquet")
+    with pytest.raises(UserError, match=r"more.parquet names no split, as .*train-00000"):
+        load_data(str(tmp_path))
+
+
+def test_one_of_two_columns_of_bytes(tmp_path):
+    pictures = [picture(k) for k in range(2)]
+    table = datasets.Dataset.from_dict({"image": pictures, "mask": pictures, "label": [0, 1]})
+    table.to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="no columns of images"):
+        load_data(str(tmp_path))
+    assert load_data(str(tmp_path), image_column="image").image_column == "image"
+
+
 def test_a_folder_with_configurations(tmp_path):
     for config, labels in (("one", [0, 1]), ("two", [1, 0])):
         (tmp_path / config).mkdir()
