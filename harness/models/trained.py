@@ -10,7 +10,8 @@ import numpy as np
 from torch import nn
 
 from harness.data.preprocessing import Preprocessing, preprocessing_of
-from harness.data.sources import BUILT_IN, load_data, stored_rows
+from harness.data.sources import load_data, stored_rows
+from harness.data.stored import BUILT_IN
 from harness.errors import UserError
 from harness.models.build import rebuild_model
 from harness.models.weights import DATA_FLAGS, load_state, load_weights, read_config, recipes_of

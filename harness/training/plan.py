@@ -8,8 +8,9 @@ from dataclasses import fields
 import numpy as np
 
 from harness.cli.tables import facts
+from harness.data.options import DataOptions
 from harness.data.preprocessing import Preprocessing
-from harness.data.sources import DataOptions, load_data
+from harness.data.sources import load_data
 from harness.models import build
 from harness.processes import from_local_main
 from tricks.ema import decay_at, half_life

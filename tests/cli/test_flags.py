@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from harness.cli import flags
-from harness.data.sources import DataOptions
+from harness.data.options import DataOptions
 from smallruns import ROOT, build_parser
 
 RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.yaml") if p.stem != "sweep")  # W&B's

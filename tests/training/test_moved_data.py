@@ -59,15 +59,15 @@ def test_every_script_reads_the_same_folder(tmp_path, images, capsys):
 
 
 def count_scans():
-    from harness.data import sources
+    from harness.data import stored
 
-    real = sources.load_images
+    real = stored.load_images
 
     def load_images(*args, **options):
         print("lists the images")
         return real(*args, **options)
 
-    sources.load_images = load_images
+    stored.load_images = load_images
 
 
 @pytest.mark.slow

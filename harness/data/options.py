@@ -1,0 +1,106 @@
+"""Which images of a data set are used, and as what: the flags of data, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harness.data.folders import SPLIT_WORDS
+from harness.errors import UserError, nearest
+
+SPLIT_NAMES = {
+    "train": ("train",),
+    "val": ("validation", "valid", "val", "dev"),
+    "test": ("test",),
+}
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What besides its name says which images of a data set are used, and as what.
+
+    Each is the flag of that name; see `load_data`.
+    """
+
+    image_column: str | None = None  # None: the only column of images
+    label_column: str | None = None  # None: see harness.data.tables.find_label
+    train_split: str | None = None  # None: "train"
+    val_split: str | None = None  # None: the one there is, if any; "none" to do without
+    test_split: str | None = None  # the same
+    val_fraction: float = 0.0  # the part of train to hold out, stratified, in [0, 1)
+    max_train_samples: int | None = None  # keep so many of train, stratified; None for all
+    max_eval_samples: int | None = None  # the same for validation and test
+    seed: int = 42  # decides which samples are held out and kept; nothing else does
+    bad_images: str = "stop"  # "skip" leaves images that can't be read out, before any part is cut
+    bit_depth: int | None = None  # of 16-bit gray images; None: as the file says, else 16
+    empty_classes: str = "refuse"  # of classes without a train image: "refuse", "drop" or "keep"
+    # of folders of images, see harness.data.images.load_images
+    layout: str = "auto"
+    label_pattern: str | None = None
+    labels: str | None = None
+    file_column: str | None = None
+    classes: str | None = None
+
+    def of_folders(self) -> dict:
+        """Those that only folders of images have."""
+        names = ("layout", "label_pattern", "labels", "file_column", "classes")
+        return {name: getattr(self, name) for name in names}
+
+    def chosen(self, names) -> dict[str, str | None]:
+        """The stored split that is train, that is val (or None) and that is test (or None)."""
+        wanted = {role: getattr(self, f"{role}_split") for role in SPLIT_NAMES}
+        return _choose_splits(names, wanted)
+
+
+DEFAULT_OF_FOLDERS = DataOptions().of_folders()
+
+
+def check_options(options):
+    if not 0 <= options.val_fraction < 1:
+        raise UserError(
+            f"--val_fraction is {options.val_fraction}: it must be at least 0 and below 1"
+        )
+    for flag in ("max_train_samples", "max_eval_samples"):
+        count = getattr(options, flag)
+        if count is not None and count < 1:
+            raise UserError(f"--{flag} is {count}: it must be at least 1 (leave it out for all)")
+    says = [
+        f"--{name}"
+        for name in ("layout", "labels", "label_pattern")
+        if getattr(options, name) not in (None, "auto")
+    ]
+    if len(says) > 1:
+        raise UserError(f"{' and '.join(says)} both say the classes: give one of them")
+
+
+def check_no_folder_flags(name, options):
+    given = [f for f, value in options.of_folders().items() if value != DEFAULT_OF_FOLDERS[f]]
+    if given:
+        raise UserError(f"--{given[0]} is for folders of images, which {name} is not")
+
+
+def _choose_splits(stored, wanted):
+    """{"train": name, "val": name or None, "test": name or None} of the stored splits."""
+    chosen = {}
+    for role, name in wanted.items():
+        if name is None or (name == "none" and role != "train"):
+            continue
+        name = name if name in stored else SPLIT_WORDS.get(name.lower(), name)
+        if name not in stored:
+            raise UserError(
+                f"--{role}_split {name}: there is no such split{nearest(name, stored)} "
+                f"(the splits are {', '.join(stored)})"
+            )
+        if name in chosen.values():
+            raise UserError(f"--{role}_split {name}: that split already has another use")
+        chosen[role] = name
+    for role, names in SPLIT_NAMES.items():
+        if wanted[role] is None:
+            left = [name for name in names if name in stored and name not in chosen.values()]
+            chosen[role] = left[0] if left else None
+        else:
+            chosen.setdefault(role, None)  # "none"
+    if chosen["train"] is None:
+        raise UserError(
+            f"there is no split 'train': name one with --train_split ({', '.join(stored)})"
+        )
+    return {role: chosen[role] for role in SPLIT_NAMES}

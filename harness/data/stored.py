@@ -1,0 +1,412 @@
+"""Where a data set is: built in, on the Hub, or in a folder of images, of parquet or saved."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import socket
+import threading
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from harness.data.folders import SPLIT_WORDS, counted, few, scan, split_of
+from harness.data.formats import image_suffixes
+from harness.data.images import Stored, load_images
+from harness.data.options import DEFAULT_OF_FOLDERS, DataOptions, check_no_folder_flags
+from harness.errors import UserError, nearest
+from harness.files import is_lfs_pointer
+
+IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HUB_TIMEOUT_S = 3.0
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A data set known by a short name; `splits` are the sizes its numbers are quoted for."""
+
+    id: str  # on the Hub, or a folder of this repository
+    splits: dict[str, int]
+    revision: str | None = None
+    label_column: str | None = None  # only where there are several
+    statistics: tuple = IMAGENET_STATISTICS  # mean and std of the train pixels in 0..1
+
+
+BUILT_IN = {
+    "digits": BuiltIn(
+        id=str(Path(__file__).resolve().parents[2] / "data" / "digits"),
+        splits={"train": 1437, "test": 360},
+        statistics=((0.3054,) * 3, (0.3760,) * 3),
+    ),
+    "cifar10": BuiltIn(
+        id="uoft-cs/cifar10",
+        revision="0b2714987fa478483af9968de7c934580d0bb9a2",
+        splits={"train": 50_000, "test": 10_000},
+        statistics=((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    ),
+    "cifar100": BuiltIn(
+        id="uoft-cs/cifar100",
+        splits={"train": 50_000, "test": 10_000},
+        label_column="fine_label",
+        statistics=((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    ),
+    "flowers102": BuiltIn(
+        id="Donghyun99/Oxford-Flower-102",
+        revision="7e43fe37eeb9278138ab0bd2d0abb10d0f703d09",
+        splits={"train": 1020, "validation": 1020, "test": 6149},
+    ),
+}
+
+
+def find_stored(name, built_in, options) -> Stored:
+    """The stored splits of a data set, and where they came from."""
+    path, config = _local(name)
+    if built_in:
+        check_no_folder_flags(name, options)
+    if built_in and Path(built_in.id).is_absolute():
+        return _load_folder(Path(built_in.id), None, DataOptions()).at(built_in.id)
+    if built_in:
+        source = f"{built_in.id}@{built_in.revision[:7]}" if built_in.revision else built_in.id
+        splits = _load_from_hub(built_in.id, built_in.revision, built_in.label_column)
+        return Stored(splits, source=source)
+    if path is not None:
+        return _load_folder(path, config, options).at(str(path.resolve()))
+    if Path(name).expanduser().exists():
+        raise UserError(
+            f"--dataset {name} is a file: give the folder that it is in (an archive: unpack it)"
+        )
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", name):
+        check_no_folder_flags(name, options)
+        return Stored(_load_from_hub(name, None, None), source=name)
+    if "/" in name:
+        raise UserError(f"--dataset {name}: there is no such folder")
+    raise UserError(
+        f'unknown data set "{name}"{nearest(name, BUILT_IN)} (built in are {", ".join(BUILT_IN)}; '
+        "others are a Hub id, owner/name, or a folder)"
+    )
+
+
+def _local(name):
+    """(folder, configuration or None) where `name` is a folder or folder:config, else (None, …)."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path, None
+    before, colon, config = name.rpartition(":")
+    if colon and config and "/" not in config and Path(before).expanduser().is_dir():
+        return Path(before).expanduser(), config
+    return None, None
+
+
+def _load_folder(folder, config, options) -> Stored:
+    """The splits of a local folder; what kind of folder it is, is seen by looking at it."""
+    import datasets
+
+    saved = [n for n in ("dataset_dict.json", "state.json") if (folder / n).is_file()]
+    try:
+        if saved:
+            check_no_folder_flags(folder, options)
+            return Stored(_load_saved_folder(folder, saved[0]))
+        tree = scan(folder)
+        parquet = parquet_files(tree)
+        if parquet and (not tree.total or options.of_folders() == DEFAULT_OF_FOLDERS):
+            found = _load_parquet(folder, config, tree, parquet, options)
+            if found:
+                return found
+        if config:
+            raise UserError(
+                f"--dataset {folder}:{config}: folders of images have no configurations"
+            )
+        return load_images(
+            folder, tree, label_column=options.label_column, **options.of_folders(),
+            choose=lambda names: options.chosen(names).values(),
+        )  # fmt: skip
+    except UserError:
+        raise
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        lines = str(error.__cause__ or error).split("\n")
+        if "onfig name is missing" in lines[0]:
+            raise UserError(
+                f"--dataset {folder}: add a configuration, {folder}:NAME. {' '.join(lines[:2])}"
+            ) from error
+        blocked = getattr(error, "filename", None)
+        if blocked and not Path(str(blocked)).resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"cannot write {blocked}: {error.strerror}; set HF_DATASETS_CACHE to a folder that "
+                "can be written to"
+            ) from error
+        raise UserError(
+            f"cannot read a data set from {folder}: {lines[0]} (wanted: parquet files named "
+            "train-*.parquet, a save_to_disk folder, or one folder of images per class)"
+        ) from error
+
+
+# -- parquet ------------------------------------------------------------------------------------
+
+
+def _load_parquet(folder, config, tree, files, options) -> Stored | None:
+    """The splits of parquet files, None where they hold no images and others lie there."""
+    import datasets
+    import pyarrow.parquet
+
+    for file in files:
+        if is_lfs_pointer(folder / file):
+            raise UserError(f"{folder / file} is a Git LFS pointer, not the file: git lfs pull")
+    if re.search(r"[][*?]|::", str(folder)):
+        raise UserError(
+            f"{folder}: datasets takes [ ] * ? or :: in a path for a pattern: rename it"
+        )
+    if config or _says_configurations(folder):
+        splits = dict(datasets.load_dataset(str(folder), config))
+    else:
+        schema = pyarrow.parquet.read_schema(folder / files[0])
+        first = pyarrow.parquet.ParquetFile(folder / files[0]).iter_batches(1)
+        texts = [str(value) for row in next(first, ()) or () for value in row.to_pylist()]
+        if tree.total and not _may_hold_images(schema, texts):
+            return None
+        named = parquet_splits(files)
+        named = {split: [str(folder / file) for file in its] for split, its in named.items()}
+        splits = dict(datasets.load_dataset("parquet", data_files=named))
+    check_no_folder_flags(folder, options)
+    splits, named = _with_images(splits, folder, options.image_column)
+    beside = tree.total - named
+    return Stored(
+        splits, left_out=[f"{counted(beside, 'image')} beside the parquet files"] if beside else []
+    )
+
+
+def _says_configurations(folder):
+    """Whether a README.md says how the files are to be read, as on the Hub."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    return bool(front and re.search(r"^(configs|dataset_info):", front[1], re.MULTILINE))
+
+
+def _may_hold_images(schema, texts):
+    import pyarrow
+
+    return any(
+        pyarrow.types.is_struct(kind) or "binary" in str(kind) for kind in schema.types
+    ) or any(Path(text).suffix.lower() in image_suffixes() for text in texts)
+
+
+def parquet_files(tree) -> list[str]:
+    """The parquet files below a folder, relative to it, that are no tables of labels."""
+    tables = ("metadata.parquet", "labels.parquet")
+    return [
+        f"{folder.path}/{name}".lstrip("/")
+        for folder in tree.walk()
+        for name in folder.tables
+        if name.lower().endswith(".parquet") and name.lower() not in tables
+    ]
+
+
+def parquet_splits(files) -> dict[str, list[str]]:
+    """{split: files} by the files' names, or else their folders'; all are train where none says.
+
+    >>> parquet_splits(["data/train-00000-of-00002.parquet", "extra-00000-of-00001.parquet"])
+    {'train': ['data/train-00000-of-00002.parquet'], 'extra': ['extra-00000-of-00001.parquet']}
+    """
+    found: dict[str | None, list[str]] = {}
+    for file in files:
+        *folders, name = Path(file).with_suffix("").parts
+        part = re.fullmatch(r"(.+)-\d{5}-of-\d{5}", name)
+        split = SPLIT_WORDS.get(part[1].lower(), part[1]) if part else split_of(name)
+        split = split or next(filter(None, map(split_of, reversed(folders))), None)
+        found.setdefault(split, []).append(file)
+    if None in found and len(found) > 1:
+        split, others = next(item for item in found.items() if item[0])
+        raise UserError(
+            f"{few(found[None])} names no split, as {others[0]} does ({split}): rename it to one, "
+            "or take it out"
+        )
+    named = {split or "train": its for split, its in found.items()}
+    first = [split for split in ("train", "validation", "test") if split in named]
+    return {split: named[split] for split in dict.fromkeys([*first, *named])}
+
+
+def _with_images(splits, folder, given=None):
+    """(splits, how many files they name): with a column of type Image, if one can be made one.
+
+    That is the only struct of bytes and path, the only column of bytes, or the only column of
+    paths of images relative to the folder; or of these the given one.
+    """
+    import datasets
+
+    features = next(iter(splits.values())).features
+    if any(isinstance(kind, datasets.Image) for kind in features.values()):
+        return splits, 0
+    structs = [n for n, k in features.items() if isinstance(k, dict) and {*k} == {"bytes", "path"}]
+    binary = [n for n, k in features.items() if getattr(k, "dtype", "").endswith("binary")]
+    first = next(iter(splits.values()))[:1]
+    texts = [
+        name
+        for name, kind in features.items()
+        if getattr(kind, "dtype", "").endswith("string")
+        and Path((first[name] or [""])[0] or "").suffix.lower() in image_suffixes()
+    ]
+    candidates = structs or binary or texts
+    if given in structs + binary + texts:
+        candidates = [given]
+    if len(candidates) != 1:
+        return splits, 0
+    (column,) = candidates
+    if column in texts:
+        return _paths_as_images(splits, column, folder)
+    cast = {name: split.cast_column(column, datasets.Image()) for name, split in splits.items()}
+    return cast, 0
+
+
+def _paths_as_images(splits, column, folder):
+    import datasets
+
+    root, made, every = folder.resolve(), {}, set()
+    for name, split in splits.items():
+        paths = []
+        for value in split[column]:
+            path = (root / value).resolve() if value else None
+            if path is None or not path.is_relative_to(root):
+                raise UserError(
+                    f"column '{column}' of {folder} names {value!r}, which is not in it"
+                )
+            paths.append(str(path))
+        replaced = split.remove_columns(column).add_column(column, paths)
+        made[name] = replaced.cast_column(column, datasets.Image())
+        every.update(paths)
+    return made, len(every)
+
+
+# -- save_to_disk -------------------------------------------------------------------------------
+
+
+def _load_saved_folder(folder, kind):
+    """{split: Dataset} as `save_to_disk` wrote them; nothing outside of the folder is read."""
+    if kind == "state.json":
+        return {"train": _load_saved(folder, "train")}
+    names = _json(folder / kind, "splits", list)
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise UserError(f"{folder / kind} names the split {name!r}, which is no folder in it")
+    return {name: _load_saved(folder / name, name) for name in names}
+
+
+def _json(file, key, kind):
+    """`key` of a JSON object in a file, if it is of that kind."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        why = f"has no {key}" if isinstance(error, (KeyError, TypeError)) else "can't be read"
+        raise UserError(f"{file} {why}: not as save_to_disk wrote it") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{file}: {key} is {str(value)[:40]!r}: not as save_to_disk wrote it")
+    return value
+
+
+def _load_saved(folder, name):
+    """One split as `save_to_disk` wrote it."""
+    import datasets
+
+    # No rows are saved as no file, which `datasets` can't read again.
+    files = _json(folder / "state.json", "_data_files", list)
+    if not files:
+        raise UserError(f"split '{name}' is empty")
+    for file in files:
+        part = file.get("filename") if isinstance(file, dict) else None
+        if not isinstance(part, str) or Path(part).name != part:
+            raise UserError(f"{folder / 'state.json'} names the file {part!r}, which is none in it")
+        if not (folder / part).is_file():
+            raise UserError(f"{folder / part} is missing")
+    dataset = datasets.Dataset.load_from_disk(folder)
+    # Its own says how it was made (paths, a function), not what came out: decoded pixels are kept
+    # by it, and those of a set that was made anew would be the old ones.
+    found = [(folder / file["filename"]).stat() for file in files]
+    content = repr((dataset._fingerprint, [(f.st_size, f.st_mtime_ns) for f in found]))
+    dataset._fingerprint = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+    return dataset
+
+
+# -- the Hub ------------------------------------------------------------------------------------
+
+
+def _load_from_hub(name, revision, label_column):
+    """The splits of a Hub data set: from the network, or else from the local cache."""
+    import datasets
+
+    hub_id, _, config = name.partition(":")
+    was_offline = datasets.config.HF_HUB_OFFLINE
+    offline = was_offline or not _hub_answers(datasets.config.HF_ENDPOINT)
+    # Without a network `datasets` would retry for 24 s before it looks into its cache.
+    datasets.config.HF_HUB_OFFLINE = offline
+    try:
+        return dict(datasets.load_dataset(hub_id, config or None, revision=revision))
+    except Exception as error:  # a dozen types from three libraries, all of them about this id
+        reason = str(error).partition("\n")[0]
+        if "Config name is missing" in reason or "There are multiple" in reason:
+            detail = " ".join(str(error).split("\n")[:2])
+            raise UserError(
+                f"--dataset {name}: add a configuration, {name}:NAME. {detail}"
+            ) from error
+        if not offline and not isinstance(error, ConnectionError):
+            raise UserError(f"cannot load {name} from the Hub: {reason}") from error
+        folder = hub_id.rpartition("/")[2]
+        at = f" --revision {revision}" if revision else ""
+        column = f" --label_column {label_column}" if label_column else ""
+        raise UserError(
+            f"{name} is not in the local cache and the Hub is out of reach (nor is there a folder "
+            f"of that name). Where there is network, `hf download {hub_id} --repo-type dataset{at} "
+            f"--local-dir {folder}` fetches it; then pass that folder: --dataset ./{folder}{column}"
+        ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = was_offline
+
+
+def _hub_answers(endpoint):
+    """Whether something listens at the Hub, or at the proxy before it; at most 3 s."""
+    hub = urlsplit(endpoint)
+    proxy = urllib.request.getproxies().get(hub.scheme)
+    bypassed = not proxy or urllib.request.proxy_bypass(hub.hostname)
+    at = hub if bypassed else urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    port = at.port or (443 if at.scheme == "https" else 80)
+    answers = []
+
+    def connect():
+        try:
+            socket.create_connection((at.hostname, port), timeout=HUB_TIMEOUT_S).close()
+            answers.append(True)
+        except OSError:
+            pass
+
+    # In a thread, because looking up the host's address knows no timeout.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(HUB_TIMEOUT_S)
+    return bool(answers)
+
+
+def check_sizes(name, stored, sizes):
+    """A built-in data set has the published splits, or its numbers would mean something else."""
+    for split, size in sizes.items():
+        found = len(stored[split]) if split in stored else 0
+        if found != size:
+            raise UserError(
+                f"split '{split}' of {name} has {found:,} images, but should have {size:,}: "
+                "delete the copy in the cache of datasets and fetch it again"
+            )
+
+
+def copied_built_in(dataset, stored):
+    """The built-in that a folder is a local copy of, going by its name and its sizes, or None.
+
+    So that `--dataset ./cifar10`, which the error without a network recommends, is trained on
+    with the same normalisation and labels as `--dataset cifar10`.
+    """
+    sizes = {name: len(split) for name, split in stored.items()}
+    folder = Path(dataset).resolve().name.lower()
+    for name, known in BUILT_IN.items():
+        if folder in (name, known.id.rpartition("/")[2].lower()) and sizes == known.splits:
+            return known
+    return None
