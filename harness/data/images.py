@@ -11,26 +11,23 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.data.folders import (
-    EXPECTED,
-    Images,
-    class_key,
-    count_left_out,
-    counted,
-    few,
-    other_ways,
-    read_folder,
-    read_pattern,
-    remove_repeated,
-    scan,
-    split_of,
-)
+from harness.data.folders import other_ways, read_folder, read_pattern, split_of
 from harness.data.labels import (
     OtherTableError,
     compared,
     find_tables,
     other_tables,
     read_tables,
+)
+from harness.data.listing import (
+    EXPECTED,
+    Images,
+    class_key,
+    count_left_out,
+    counted,
+    few,
+    remove_repeated,
+    scan,
 )
 from harness.errors import UserError
 

@@ -12,17 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.data.folders import (
-    Images,
-    Listing,
-    counted,
-    few,
-    labelled_splits,
-    split_images,
-    split_of,
-    tops,
-)
+from harness.data.folders import labelled_splits, split_images, split_of, tops
 from harness.data.formats import image_suffixes
+from harness.data.listing import Images, Listing, counted, few
 from harness.data.tables import (
     FILE_COLUMNS,
     LABEL_COLUMNS,

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from harness.data.folders import SPLIT_WORDS, counted, few, scan, split_of
+from harness.data.folders import SPLIT_WORDS, split_of
 from harness.data.formats import image_suffixes
 from harness.data.images import Stored, load_images
+from harness.data.listing import counted, few, scan
 from harness.data.options import DEFAULT_OF_FOLDERS, DataOptions, check_no_folder_flags
 from harness.errors import UserError, nearest
 from harness.files import is_lfs_pointer

@@ -11,8 +11,9 @@ from os.path import splitext
 
 import numpy as np
 
-from harness.data.folders import SPLIT_WORDS, TABLE_SUFFIXES, class_key
+from harness.data.folders import SPLIT_WORDS
 from harness.data.formats import image_suffixes
+from harness.data.listing import TABLE_SUFFIXES, class_key
 from harness.errors import UserError, nearest
 from harness.files import is_lfs_pointer
 

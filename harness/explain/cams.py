@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import nn
 
 from harness.counters import generator
-from harness.data.folders import Images, scan
+from harness.data.listing import Images, scan
 from harness.data.pixels import decode_image
 from harness.data.preprocessing import Preprocessing
 from harness.data.sources import load_data

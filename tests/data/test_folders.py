@@ -9,8 +9,9 @@ from imagefolders import found, make, picture
 from PIL import Image
 
 from harness.data import formats
-from harness.data.folders import Images, count_left_out, read_folder, scan, split_of
+from harness.data.folders import read_folder, split_of
 from harness.data.images import load_images
+from harness.data.listing import Images, count_left_out, scan
 from harness.data.sources import load_data
 from harness.errors import UserError
 
