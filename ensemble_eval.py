@@ -33,7 +33,7 @@ from harness.launch import make_accelerator, script
 from harness.models.trained import load_model
 from harness.processes import from_local_main, in_turn
 from harness.tracking import Tracking, parse_report_to
-from harness.training.folder import report_folder
+from harness.training.folder import claim_report, report_folder
 from tricks.ensemble import average_logits, average_probabilities
 
 
@@ -43,7 +43,7 @@ def main(args):
     # members, views, images: all that can be refused is, before any long work
     members = in_turn(accelerator, lambda: read_members(args.members))
     names = [member.name for member in members]
-    folder = report_folder(args, report.default_name(names))
+    folder = report_folder(args, report.default_name(names), "ensemble_eval.py")
     weights = args.member_weights
     if weights and len(weights) != len(members):
         raise UserError(f"--member_weights has {len(weights)} for {len(members)} members")
@@ -112,6 +112,7 @@ def main(args):
 
     # report: the answer first, pictures take a second
     print(report.answer(found), flush=True)
+    claim_report(folder, "ensemble_eval.py")
     report.write(folder, found, predictions.samples("scored", members[0].look))
     replace_file(folder / "config.yaml", flags.to_yaml(args))
     soups.save_all(results)

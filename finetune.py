@@ -64,7 +64,7 @@ def main(args):
         args.deterministic,
     )  # fmt: skip
     device = accelerator.device
-    folder = check_folder(args)
+    folder = check_folder(args, "finetune.py")
 
     build.library_of(args.model)  # a mistyped name answers before a data set is looked for
 

@@ -27,7 +27,7 @@ from harness.explain import cams, report
 from harness.explain.sheets import colours
 from harness.launch import make_accelerator, script
 from harness.processes import from_each, in_turn
-from harness.training.folder import report_folder
+from harness.training.folder import claim_report, report_folder
 from tricks.cam import CAM_METHODS
 
 
@@ -41,7 +41,7 @@ def main(args):
     colour = colours(args.colormap)
     cams.check_flags(args)
     network = in_turn(accelerator, lambda: cams.find_network(args))
-    folder = report_folder(args, f"gradcam-{network.name}")
+    folder = report_folder(args, f"gradcam-{network.name}", "gradcam.py")
     network.model.to(device)
     pictures = cams.find_pictures(args, network, accelerator)
     classes_of = cams.targets_of(args, network, pictures)
@@ -60,6 +60,7 @@ def main(args):
 
     # report
     if accelerator.is_main_process:
+        claim_report(folder, "gradcam.py")
         report.write(args, accelerator, folder, network, pictures, found, colour)
 
 

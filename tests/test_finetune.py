@@ -13,7 +13,7 @@ import faulty
 import smallruns
 from harness.models import build
 from harness.models.weights import load_state, load_weights
-from harness.training.folder import read_metrics
+from harness.training.metrics import read_metrics
 from harness.training.run import Run
 
 TWO = ("--config_file", str(smallruns.ROOT / "accelerate_configs/cpu_2proc.yaml"))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import smallruns
-from harness.training.folder import read_metrics
+from harness.training.metrics import read_metrics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 

@@ -1,5 +1,6 @@
 """Trackers show what was logged, and nothing they do stops or holds up training."""
 
+import functools
 import json
 import logging
 import math
@@ -230,9 +231,10 @@ def test_missing_packages(tmp_path, monkeypatch):
     assert "pip install wandb" in run.line
     run.log({"a": 1}, 1)
     run.finish()
-    for folder_of in (check_folder, lambda args: report_folder(args, "report")):  # before any work
-        with pytest.raises(UserError, match="pip install tensorboard"):
-            folder_of(SimpleNamespace(report_to="tensorboard"))
+    args = SimpleNamespace(report_to="tensorboard")
+    for folder_of in (check_folder, functools.partial(report_folder, name="report")):
+        with pytest.raises(UserError, match="pip install tensorboard"):  # before any work
+            folder_of(args, script="train.py")
 
 
 def test_a_start_that_fails_spares_the_other_tracker(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import smallruns
 from harness.errors import RunStopped, UserError
 from harness.models import build
 from harness.models.weights import load_state
-from harness.training.folder import read_metrics
+from harness.training.metrics import read_metrics
 
 TWO = ("--config_file", str(smallruns.ROOT / "accelerate_configs" / "cpu_2proc.yaml"))
 ONE = ("--config_file", str(smallruns.ROOT / "accelerate_configs" / "cpu.yaml"))
@@ -245,7 +245,10 @@ def test_bad_input_is_one_line_that_names_it(tmp_path):
         ({"val_split": "tset"}, 'did you mean "test"'),
         ({"image_size": 4, "model": "vit_b_16"}, "does not run at 4 px"),
         ({"mixed_precision": "fp16"}, r"fp16 \(--mixed_precision\) needs a GPU"),
-        ({"max_train_samples": 5, "batch_size": 2}, "--max_train_samples 5 keeps images of only 5 of 10"),
+        (
+            {"max_train_samples": 5, "batch_size": 2},
+            "--max_train_samples 5 keeps images of only 5 of 10",
+        ),
     ]
     for flags, message in cases:
         with pytest.raises(UserError, match=message):

@@ -62,7 +62,6 @@ def write(folder, report, samples):
 
     report: what report.json holds. samples: harness.data.batches.Samples of the scored images.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=1) + "\n"
     text = re.sub(r"\[\s+([-\d.e,\s]+?)\s+\]", _on_one_line, text)
     replace_file(folder / "report.json", text.encode())

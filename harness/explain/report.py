@@ -34,7 +34,6 @@ def plan(args, network, pictures, methods, machine) -> str:
 
 def write(args, accelerator, folder, network, pictures, found, colour):
     """Everything of the report into its folder, and on the trackers."""
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "panels").mkdir(exist_ok=True)
     for old in (folder / "panels").glob("*.png"):
         old.unlink()

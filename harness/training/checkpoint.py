@@ -49,12 +49,13 @@ class CheckpointWriter:
         self._threads = ThreadPoolExecutor(2, "checkpoint")
         self._buffers, self._write = {}, None
 
-    def start(self, root, step, tensors, state, keep, then=None):
+    def start(self, root, step, tensors, state, keep, first=None, then=None):
         """Copy the tensors and begin to publish checkpoint `step` under `root`.
 
         tensors: {"model": {name: tensor}, "ema": ..., "optimizer": ...}, a safetensors file each.
-        state: what JSON can hold. keep: how many to prune to afterwards. then: a function that
-        the writer calls after that. Waits for the write before, and raises what stopped it.
+        state: what JSON can hold. keep: how many to prune to afterwards. first, then: functions
+        that the writer calls before and after. Waits for the write before, and raises what
+        stopped it.
         """
         self.wait()
         self._buffers = {k: as_file(group, self._buffers.get(k)) for k, group in tensors.items()}
@@ -64,7 +65,9 @@ class CheckpointWriter:
         files["state.json"] = json.dumps(state, indent=1).encode()
         listed = self._threads.submit(_describe, files)  # first: the write waits for it
         self.step = step
-        self._write = self._threads.submit(_publish, Path(root), step, files, listed, keep, then)
+        self._write = self._threads.submit(
+            _publish, Path(root), step, files, listed, keep, first, then
+        )
         atexit.register(self.wait)
 
     def done(self):
@@ -98,7 +101,9 @@ def _describe(files):
     }
 
 
-def _publish(root, step, files, listed, keep, then):
+def _publish(root, step, files, listed, keep, first, then):
+    if first:
+        first()
     root.mkdir(parents=True, exist_ok=True)
     for left_over in root.glob(".writing-*"):
         shutil.rmtree(left_over, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -12,34 +13,45 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import yaml
+
 from harness.cli import flags
 from harness.errors import UserError
 from harness.files import file_name, replace_file
 from harness.tracking import parse_report_to, require_tensorboard
 from harness.training.checkpoint import checkpoints
+from harness.training.metrics import MetricsFile
 
-# What a run writes into its folder, and so what --overwrite may delete.
-WRITTEN = (
-    "config.yaml", "model.safetensors", "config.json", "summary.json", "metrics.jsonl",
-    "curves.png", "train_batch.png", "checkpoints", "predictions", "wandb", "tensorboard",
+# The file that says which script has a folder and what it may write there: {"script": name,
+# "written": [names], "checkpoint": the step of its first, "clearing": while --overwrite deletes}.
+# It is the first file in the folder; nothing is removed that it does not list.
+MARK = ".run.json"
+WRITTEN_BY_RUN = (
+    "model.safetensors", "config.json", "summary.json", "metrics.jsonl", "curves.png",
+    "train_batch.png", "checkpoints", "predictions", "wandb", "tensorboard", "config.yaml",
 )  # fmt: skip
+OURS = re.compile(r"\.(lock|run\.json|.*\.writing)")  # beside them
+METRICS_BEFORE = "metrics.before-*.jsonl"
+IN_CHECKPOINTS = re.compile(r"step-\d+|set-aside-step-\d+|\.writing-.*")
 
 
-def report_folder(args, name):
-    """The folder of a report, `name` without --run_name; a report that is there is replaced.
+def report_folder(args, name, script):
+    """The folder of a report, `name` without --run_name; a report of this script is replaced.
 
     Raises UserError where it holds anything else, or can't be written.
     """
     _check_trackers(args)
     folder = Path(args.output_dir) / (args.run_name or name)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: choose another --run_name")
-    ours = folder / "report.json"
-    begun = {"predictions", "panels", "config.yaml"}  # of a command that was stopped
-    if folder.is_dir() and not ours.exists() and {p.name for p in folder.iterdir()} - begun:
-        raise UserError(f"{folder} holds files that are not a report's: choose another --run_name")
+    _owner(folder, args, script)
     _check_writable(args, folder)
     return folder
+
+
+def claim_report(folder, script):
+    """Make the folder of a report and say whose it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not _read_mark(folder):
+        _write_mark(folder, {"script": script})
 
 
 def _of_sweep():
@@ -59,7 +71,49 @@ def _check_writable(args, folder):
         raise UserError(f"--output_dir {args.output_dir}: {parent} cannot be written to")
 
 
-def check_folder(args):
+def _read_mark(folder):
+    """The mark of a folder as a dict; empty where there is none, or it can't be read."""
+    try:
+        mark = json.loads((folder / MARK).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return mark if isinstance(mark, dict) and isinstance(mark.get("script"), str) else {}
+
+
+def _write_mark(folder, mark):
+    replace_file(folder / MARK, json.dumps(mark).encode())
+
+
+def _owner(folder, args, script):
+    """The folder's mark, {} where it is free; raises UserError where anything else lies there."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another --run_name")
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    mark = _read_mark(folder)
+    others = [name for name in names if not OURS.fullmatch(name)]
+    if not mark and others and not _of_older_version(folder, args):
+        raise UserError(
+            f"{folder} holds files that are not of {script}, as {others[0]}: choose another "
+            "--run_name"
+        )
+    if not mark and others:
+        mark = {"script": script}
+    if mark and mark["script"] != script:
+        raise UserError(f"{folder} holds what {mark['script']} wrote: choose another --run_name")
+    return mark
+
+
+def _of_older_version(folder, args):
+    """Whether config.yaml has this script's flags: what runs and reports wrote without a mark."""
+    try:
+        recipe = yaml.safe_load((folder / "config.yaml").read_bytes())
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return False
+    known = vars(args).keys()
+    return isinstance(recipe, dict) and len(recipe) > 8 and len(recipe.keys() - known) < 4
+
+
+def check_folder(args, script):
     """The folder of this run; raises UserError where it holds another one.
 
     Also where --report_to names no tracker: all that can be refused is, before any long work.
@@ -68,13 +122,8 @@ def check_folder(args):
     dataset = re.sub(r"[^\w.-]+", "_", Path(args.dataset).name or args.dataset)
     name = args.run_name or f"{dataset}-{args.model}-s{args.seed}"
     folder = Path(args.output_dir) / (name + _of_sweep())
-    taken = (folder / "config.yaml").exists()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: choose another --run_name")
-    if folder.is_dir() and not taken and any(p.name != ".lock" for p in folder.iterdir()):
-        raise UserError(f"{folder} holds files that are not a run's: choose another --run_name")
-    if (folder / "report.json").exists():
-        raise UserError(f"{folder} holds a report: choose another --run_name")
+    mark = _owner(folder, args, script)
+    taken = bool(mark) and not mark.get("clearing") and (folder / "config.yaml").exists()
     _check_writable(args, folder)
     asked = args.resume_from_checkpoint
     if asked not in (None, "auto") and folder.resolve() == Path(asked).resolve():
@@ -96,52 +145,113 @@ def check_folder(args):
     return folder
 
 
-def claim_folder(folder, args, resumed_step):
+def is_cleared(folder) -> bool:
+    """Whether --overwrite has begun to clear the folder, and what is left does not count."""
+    return bool(_read_mark(folder).get("clearing"))
+
+
+def check_nothing_lost(folder):
+    """Raise UserError where a run without a checkpoint to continue from once had one."""
+    mark = _read_mark(folder)
+    place = folder / "checkpoints"
+    why = None
+    if place.is_symlink() and not place.exists():
+        why = f"{place} is a link to {os.readlink(place)}, which is not there"
+    elif place.exists() and not place.is_dir():
+        why = f"{place} is a file"
+    elif mark.get("checkpoint") is not None:
+        why = f"{folder} had a checkpoint of step {mark['checkpoint']}, and has none now"
+    else:
+        results = [n for n in ("model.safetensors", "config.json") if (folder / n).exists()]
+        if results:
+            why = f"{folder} has {' and '.join(results)}, but no checkpoint to continue from"
+    if why:
+        raise UserError(f"{why}: bring the checkpoints back, or start anew with --overwrite")
+
+
+def claim_folder(folder, args, resumed_step, script, metrics=None, say=print):
     """Lock the folder and make it ready: cleared for a new run, cut back for a resumed one.
 
     resumed_step: the step of the checkpoint that the run goes on from, or None for a new run.
-    Metrics of later steps are dropped, they will be written again; checkpoints of later steps are
-    set aside under another name. Returns the lock, which holds
-    until it is closed or the process ends.
+    metrics: what that checkpoint says of metrics.jsonl. Metrics of later steps are dropped, they
+    will be written again; checkpoints of later steps are set aside under another name. say: a
+    function of a line, for what is missing. Killed at any moment, the same command goes on.
+    Returns (the lock, which holds until it is closed or the process ends; the MetricsFile).
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
-    if resumed_step is None:
-        if (folder / "summary.json").exists() and not args.overwrite:
-            raise UserError(
-                f"{folder} holds a finished run without checkpoints to continue from: replace it "
-                "with --overwrite, or choose another --run_name"
-            )
-        if checkpoints(folder / "checkpoints") and not args.overwrite:
+    mark = _read_mark(folder) or {"script": script, "written": WRITTEN_BY_RUN, "checkpoint": None}
+    if resumed_step is None and not args.overwrite:
+        if checkpoints(folder / "checkpoints"):
             raise UserError(
                 f"another process has trained in {folder} meanwhile: continue its run with "
                 "--resume_from_checkpoint auto, or choose another --run_name"
             )
-        for name in WRITTEN:
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if not mark.get("clearing"):
+            check_nothing_lost(folder)
+    if resumed_step is None and (args.overwrite or mark.get("clearing")):
+        _write_mark(folder, mark | {"clearing": True})
+        _clear(folder, mark)
+        mark = mark | {"checkpoint": None}
+    _write_mark(folder, {k: v for k, v in mark.items() if k != "clearing"})
     # Damaged ones, or those after an older one that was named: not this run's past any more
     for late in checkpoints(folder / "checkpoints"):
         if resumed_step is not None and int(late.name[5:]) > resumed_step:
             shutil.rmtree(late.with_name(f"set-aside-{late.name}"), ignore_errors=True)
             late.rename(late.with_name(f"set-aside-{late.name}"))
-    metrics = folder / "metrics.jsonl"
-    kept = [r for r in read_metrics(metrics) if r["step"] <= (resumed_step or 0)]
-    replace_file(metrics, "".join(json.dumps(record) + "\n" for record in kept).encode())
+    records = MetricsFile(folder / "metrics.jsonl")
+    if resumed_step is None:
+        aside = records.set_aside()
+        if aside:
+            say(f"records      of a run that had no checkpoint yet are in {aside.name}")
+    elif missing := records.cut_back(resumed_step, metrics):
+        say(f"warning: {missing}: the records in between are lost")
     replace_file(folder / "config.yaml", flags.to_yaml(args))
-    return lock
+    return lock, records
 
 
-def read_metrics(path):
-    """The records of a metrics.jsonl; a last line cut short by a kill is left out."""
-    records = []
-    if Path(path).exists():
-        for line in Path(path).read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return records
+def note_checkpoint(folder, step):
+    """Put down in the folder's mark that a checkpoint was complete once."""
+    mark = _read_mark(folder)
+    if mark and mark.get("checkpoint") is None:
+        _write_mark(folder, mark | {"checkpoint": step})
+
+
+def still_held(folder, lock) -> bool:
+    """Whether the folder is the one that `lock` was taken in, not removed or made anew."""
+    try:
+        return os.path.samestat(os.stat(folder / ".lock"), os.fstat(lock.fileno()))
+    except OSError:
+        return False
+
+
+def _clear(folder, mark):
+    """Remove what a run wrote, and raise UserError before anything for a file that it did not."""
+    place = folder / "checkpoints"
+    inside = list(place.iterdir()) if place.is_dir() else []
+    foreign = [p.name for p in inside if not IN_CHECKPOINTS.fullmatch(p.name)]
+    if foreign:
+        raise UserError(
+            f"{place} holds {foreign[0]}, which no run wrote: move it away, or choose another "
+            "--run_name"
+        )
+    for path in inside:
+        _remove(path)
+    for name in mark.get("written") or WRITTEN_BY_RUN:
+        path = folder / name
+        if name == "checkpoints" and path.is_symlink() and path.is_dir():
+            continue  # a disk of its own: the link stays
+        if name in WRITTEN_BY_RUN:
+            _remove(path)
+    for path in [*folder.glob(METRICS_BEFORE), *folder.glob(".*.writing")]:
+        _remove(path)
+
+
+def _remove(path):
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def versions():
@@ -162,7 +272,13 @@ def git_commit():
 
 def _lock(folder):
     """Hold the folder until the process ends; raises UserError where another process does."""
-    handle = open(folder / ".lock", "a+")  # noqa: SIM115  (held open on purpose)
+    try:
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{folder / '.lock'} is a link: remove it") from None
+        raise
+    handle = os.fdopen(handle, "r+")
     try:
         import fcntl
 
@@ -170,10 +286,10 @@ def _lock(folder):
     except ImportError:  # Windows has no flock
         pass
     except BlockingIOError:
-        handle.seek(0)
-        raise UserError(f"{folder} is in use by process {handle.read() or '?'}") from None
+        raise UserError(f"{folder} is in use by process {handle.read(20) or '?'}") from None
     except OSError:  # a file system without locks
         pass
+    handle.seek(0)
     handle.truncate(0)
     handle.write(str(os.getpid()))
     handle.flush()

@@ -30,7 +30,14 @@ from harness.processes import from_each, from_main, on_main
 from harness.tracking import Tracking, parse_report_to
 from harness.training import state
 from harness.training.checkpoint import CheckpointWriter, checkpoints
-from harness.training.folder import claim_folder, git_commit, read_metrics, versions
+from harness.training.folder import (
+    claim_folder,
+    git_commit,
+    note_checkpoint,
+    still_held,
+    versions,
+)
+from harness.training.metrics import read_metrics
 
 # On a GPU the check of step t is read while step t + 2 is queued, so that the host never waits for
 # the device; the update itself was already withheld there (see `agree`).
@@ -41,8 +48,10 @@ MOST_SKIPPED = 10
 
 UNWRITTEN = "the result could not be written"
 
-# Signals as numbers whose sum over the processes still says which there were.
-STOP = {signal.SIGINT: 1.0, signal.SIGTERM: 1e6}
+# Signals as numbers whose sum over the processes still says which there were; and that the run's
+# folder is gone, which is no signal.
+GONE = "gone"
+STOP = {signal.SIGINT: 1.0, signal.SIGTERM: 1e6, GONE: 2.0**40}
 
 
 def check_batch(args, processes, train_size, mixing):
@@ -114,11 +123,14 @@ class Run:
 
         resumed = self._resume() if args.resume_from_checkpoint else None
         self._threads = from_each(accelerator, torch.get_num_threads)
-        self._lock = on_main(
+        self._lock, self._records = on_main(
             accelerator,
-            lambda: claim_folder(folder, args, self.step if resumed else None),
+            lambda: claim_folder(
+                folder, args, self.step if resumed else None, f"{config['job_type']}.py",
+                resumed and resumed.get("metrics"), self.say,
+            ),
             "the run's folder could not be made ready",
-        )
+        ) or (None, None)  # fmt: skip
         if self.best:  # the result may be of a later one, if the run was killed
             best = self.best, self._best_weights
             on_main(accelerator, lambda: self._write_best(*best), UNWRITTEN)
@@ -262,6 +274,11 @@ class Run:
             self._in_a_row = 0 if finite else self._in_a_row + 1
             if not finite:
                 self._nonfinite(step + 1, loss, norm)
+            if stop >= STOP[GONE]:
+                self.fail(
+                    f"{self.folder} was removed while this run was writing to it, or another run "
+                    f"has it: stopped before step {step + 1}"
+                )
             if stop:
                 self._stop = signal.SIGTERM if stop >= STOP[signal.SIGTERM] else signal.SIGINT
 
@@ -399,10 +416,19 @@ class Run:
         stage = {"stage": self.stage} if self.stage else {}
         place = {"step": self.step, "epoch": self.step / self.steps_per_epoch, **stage}
         record = place | record
-        if self.main:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
+        if self.main and self._has_folder():
+            self._records.add(record)
             self.tracking.log(record, self.step)
+
+    def _has_folder(self):
+        """Whether the folder is still this run's; if not, all stop before the next update."""
+        if not still_held(self.folder, self._lock):
+            self._signal = GONE
+        return self._signal != GONE
+
+    def _check_has_folder(self):
+        if not self._has_folder():
+            raise OSError(f"{self.folder} was removed, or another run has it")
 
     def _checkpoint(self, must):
         """Begin to write one, in the background; wait for it where it must be there."""
@@ -426,16 +452,27 @@ class Run:
             "best": self.best,
             "seconds": self.seconds + time.perf_counter() - self._since,
             "run_id": self.tracking.run_id,
+            "metrics": self._records.state(),
             "scaler": self.accelerator.scaler and self.accelerator.scaler.state_dict(),
         }
         tensors = state.gather_tensors(self.module, self.optimizer, self.ema)
         counters["moments"] = len(tensors["optimizer"])
         best, weights = self.best, self._best_weights
         tensors |= {"best": weights} if best else {}
-        # The result follows the checkpoint that has it: a run that is resumed may not fall behind
+
+        def first():
+            self._check_has_folder()
+            self._records.sync()
+
+        def then():
+            note_checkpoint(self.folder, step)
+            # The result follows the checkpoint that has it: a resumed run may not fall behind
+            self._write_best(best, weights)
+
+        step = self.step
         self._writer.start(
-            self.folder / "checkpoints", self.step, tensors, counters, self.args.max_checkpoints,
-            then=lambda: self._write_best(best, weights),
+            self.folder / "checkpoints", step, tensors, counters, self.args.max_checkpoints,
+            first, then,
         )  # fmt: skip
 
     def _settle(self):
@@ -479,6 +516,7 @@ class Run:
 
         def write():
             failed = self._settle()
+            self._check_has_folder()
             self._write_best(self.best or {}, weights)
             if failed:
                 raise failed
@@ -569,7 +607,9 @@ class Run:
     def _resume(self):
         """Restore the checkpoint that is asked for, if there is one; returns its state.json."""
         say, asked = self.say, self.args.resume_from_checkpoint
-        found = state.find_checkpoint(asked, self.folder, self.accelerator, say)
+        found = state.find_checkpoint(
+            asked, self.folder, self.accelerator, say, self.args.overwrite
+        )
         if found is None:
             say(f"no checkpoint yet in {self.folder}: starting from step 0")
             return None

@@ -11,6 +11,7 @@ from harness.errors import UserError
 from harness.models.weights import clean_state_dict, plain_state_dict
 from harness.processes import on_main
 from harness.training.checkpoint import Damaged, load_checkpoint, newest_valid
+from harness.training.folder import check_nothing_lost, is_cleared
 
 SUMS = ("loss", "mixed_acc", "grad_norm")  # what is summed over the steps of an interval
 
@@ -76,10 +77,11 @@ def _kinds(tensors):
     return [kind for kind in (floats, others) if kind]
 
 
-def find_checkpoint(asked, folder, accelerator, say):
+def find_checkpoint(asked, folder, accelerator, say, overwrite=False):
     """(path, tensors, state) of the checkpoint to resume from, or None; the same everywhere.
 
-    asked: "auto" for the newest valid one of this run, or a path. The main process reads it and
+    asked: "auto" for the newest valid one of this run, or a path. Raises UserError where the run
+    had one and has none now, unless it may be overwritten. The main process reads it and
     hands it to the others, which may be on machines that don't see its disk.
     """
     found = None
@@ -87,7 +89,10 @@ def find_checkpoint(asked, folder, accelerator, say):
     def read():
         nonlocal found
         if asked == "auto":
-            found = newest_valid(folder / "checkpoints", say)
+            if not is_cleared(folder):
+                found = newest_valid(folder / "checkpoints", say)
+                if found is None and not overwrite:
+                    check_nothing_lost(folder)
             return
         try:
             found = Path(asked), *load_checkpoint(asked)

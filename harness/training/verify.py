@@ -19,7 +19,7 @@ import torch
 from harness.cli import flags
 from harness.errors import RunStopped, UserError
 from harness.training.checkpoint import checkpoints, load_checkpoint
-from harness.training.folder import read_metrics
+from harness.training.metrics import read_metrics
 
 POLL_SECONDS = 0.05
 

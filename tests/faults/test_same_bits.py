@@ -12,7 +12,7 @@ import pytest
 
 import faulty
 import smallruns
-from harness.training.folder import read_metrics
+from harness.training.metrics import read_metrics
 
 # 48 steps: augmentation, erasing, mixing, dropout, averages and accumulation are all on
 LONG = {

@@ -20,7 +20,8 @@ import train
 from harness import files
 from harness.errors import RunStopped, UserError
 from harness.training import checkpoint
-from harness.training.folder import check_folder, claim_folder, read_metrics
+from harness.training.folder import check_folder, claim_folder
+from harness.training.metrics import read_metrics
 from harness.training.run import Run
 from harness.training.verify import verify_resume
 
@@ -155,10 +156,10 @@ def test_a_folder_that_holds_a_run_is_refused_and_overwrite_replaces_it(straight
 def test_a_run_that_came_between_is_not_thrown_away(tmp_path):
     """Another start trains in the folder while this one decodes its images."""
     args = train.read_flags(smallruns.words({**smallruns.SMALL, "output_dir": tmp_path}))
-    folder = check_folder(args)
+    folder = check_folder(args, "train.py")
     smallruns.train(tmp_path, stop_after=2)
     with pytest.raises(UserError, match="another process has trained"):
-        claim_folder(folder, args, None)
+        claim_folder(folder, args, None, "train.py")
     _, status = smallruns.train(tmp_path, resume_from_checkpoint="auto")
     assert status == 0
 
@@ -167,9 +168,10 @@ def test_the_runs_folder_is_no_checkpoint_and_a_reports_folder_no_runs(tmp_path)
     folder, _ = smallruns.train(tmp_path, stop_after=2)
     with pytest.raises(UserError, match=r"is the run's folder: give auto"):
         smallruns.train(tmp_path, resume_from_checkpoint=folder)
-    (folder / "report.json").write_text("{}")
-    with pytest.raises(UserError, match="holds a report"):
-        smallruns.train(tmp_path, resume_from_checkpoint="auto")
+    (folder / "report.json").write_text("{}")  # decides nothing
+    assert smallruns.train(tmp_path, resume_from_checkpoint="auto")[1] == 0
+    with pytest.raises(UserError, match=r"holds what train.py wrote"):
+        smallruns.ensemble(tmp_path, folder, run_name="run")
 
 
 def test_stopped_where_it_would_stop(tmp_path, capsys):
