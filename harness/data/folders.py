@@ -150,9 +150,9 @@ def labelled_splits(tree) -> dict[str, Images]:
     """{split: images} of the folders with a split's name that hold class folders."""
     for top in tops(tree):
         found = {}
-        for split, folder in by_split(f for f in top.with_images() if not f.images).items():
+        for split, folder in by_split(top.with_images()).items():
             classes = folder.with_images()
-            if len(classes) > 1 or not _is_one_for_all(classes[0]):
+            if len(classes) > 1 or (classes and not _is_one_for_all(classes[0])):
                 found[split] = Images.joined(Images.of(c, c.name) for c in classes)
         if found:
             return found
@@ -240,9 +240,9 @@ def _tell_odd_classes(listing, parent, classes):
     parents = [f for f in classes if not f.images]
     if parents:
         listing.notes.append(
-            f"{few(f.shown() for f in parents)}: no image directly inside, so all that lies below "
-            "is one class; if it is a data set with classes of its own, give that folder as "
-            "--dataset"
+            f"warning: {few(f.shown() for f in parents)}: no image directly inside, so all that "
+            "lies below is one class; if it is a data set with classes of its own, give that "
+            "folder as --dataset"
         )
     generic = [f.shown() for f in classes if f.images and f.name.lower() in GENERIC]
     if generic:
@@ -261,8 +261,8 @@ def other_ways(tree):
     tables = [f"{f.path}/{name}".lstrip("/") for f in top for name in f.tables]
     there = f" ({'there is' if len(tables) == 1 else 'there are'} {few(tables)})" if tables else ""
     return (
-        "Where file names hold the class, --label_pattern REGEX reads it from them; where a table "
-        f"does, --labels FILE{there}"
+        "Where file names hold the class, --label_pattern reads it from them, as "
+        f"'/(cat|dog)[.]' does; where a table does, --labels FILE{there}"
     )
 
 
@@ -284,7 +284,7 @@ def _no_classes(root, tree):
 def read_pattern(root, tree, pattern) -> Listing:
     """Splits by folders, classes by `pattern` in the path of each image relative to the root."""
     try:
-        regex = re.compile(pattern)
+        regex = re.compile(class_key(pattern))
     except re.error as error:
         raise UserError(f"--label_pattern {pattern}: {error}") from None
     if regex.groups != 1:
@@ -295,7 +295,7 @@ def read_pattern(root, tree, pattern) -> Listing:
     listing = Listing({}, inside="folders of the splits")
     splits = split_images(tree)
     for split, images in splits.items():
-        found = [regex.search(path) for path in images.paths]
+        found = [regex.search(class_key(path)) for path in images.paths]
         labels = [match and match[1] and class_key(match[1]) for match in found]
         matched = np.array([bool(label) for label in labels])
         if not matched.any():
@@ -334,9 +334,11 @@ def split_images(tree) -> dict[str, Images]:
     while todo:
         folder = todo.pop()
         of = {child.path: split_of(child.name) for child in folder.with_images()}
+        if set(of.values()) == {"train", None}:
+            of = {}  # a class called train among others
         others.append(Images.directly_in(folder))
         for child in reversed(folder.with_images()):
-            split = of[child.path]
+            split = of.get(child.path)
             if split and ("train" in of.values() or STRICTLY_SPLIT.fullmatch(child.name.lower())):
                 parts.setdefault(split, []).append(Images.of(child))
             else:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.data.folders import other_ways, read_folder, read_pattern, split_of
+from harness.console import printable
+from harness.data.folders import GENERIC, other_ways, read_folder, read_pattern, split_of
 from harness.data.labels import (
     OtherTableError,
     compared,
@@ -29,6 +30,7 @@ from harness.data.listing import (
     remove_repeated,
     scan,
 )
+from harness.data.parquet import parquet_files, parquet_splits
 from harness.errors import UserError
 
 
@@ -72,13 +74,13 @@ def load_images(
         listing.notes.append(
             f"not read: {few(unread)}; --labels {unread[0]} takes the labels from it"
         )
-    used = set(choose(listing.splits) if choose else listing.splits)
+    used = [split for split in (choose or list)(listing.splits) if split]
     for split in [split for split in listing.splits if split not in used]:
         listing.left_out.append(
             f"{counted(len(listing.splits.pop(split)), 'image')} of split '{split}', not asked for"
         )
     remove_repeated(listing)
-    names = _classes(listing, classes)
+    names = _classes(listing, classes, used[0])
     if len(names) == 1 and not labels and not label_pattern:
         parent = next((f for f in tree.walk() if f.name == names[0] and len(f.folders) > 1), None)
         inside = (
@@ -115,12 +117,12 @@ def _read(root, tree, layout, label_pattern, labels, file_column, label_column):
                 f"{columns[0]}: {root} has no table of labels (metadata.csv, train.csv); name one "
                 "with --labels FILE"
             )
-        return read_folder(root, tree, layout), ()
+        return _by_folder_or_parquet(root, tree, layout)
     by_folder = None
     if "" not in given:
         with contextlib.suppress(UserError):  # without class folders the table alone says it
             by_folder = read_folder(root, tree, "auto")
-        if by_folder and len(set(by_folder.splits["train"].labels)) < 2:
+        if by_folder and not _may_be_classes(set(by_folder.splits["train"].labels), tables):
             by_folder = None
     names = ", ".join(Path(path).name for path in tables.values())
     try:
@@ -135,10 +137,43 @@ def _read(root, tree, layout, label_pattern, labels, file_column, label_column):
     return by_table, tables.values()
 
 
+def _by_folder_or_parquet(root, tree, layout):
+    """By class folders, or where there are none by parquet files that name the images."""
+    files = parquet_files(tree) if layout == "auto" else []
+    refused = None
+    try:
+        listing = read_folder(root, tree, layout)
+        if not files or len(set(listing.splits["train"].labels)) > 1:
+            return listing, ()
+    except UserError as error:
+        if not files:
+            raise
+        refused = error
+    splits = parquet_splits(files)
+    if any(len(its) > 1 for its in splits.values()):
+        raise UserError(f"{root}: {few(files)} are tables of labels: make one of each split")
+    tables = {split: str(root / its[0]) for split, its in splits.items()}
+    if len(tables) == 1:
+        tables = {"": next(iter(tables.values()))}
+    try:
+        return read_tables(root, tree, tables), tables.values()
+    except OtherTableError:
+        if refused:
+            raise refused from None
+        return listing, ()
+
+
+def _may_be_classes(names, tables) -> bool:
+    """Whether folders of these names say classes where there are tables as well."""
+    if tables and all(name.lower() in GENERIC or split_of(name) for name in names):
+        return False  # train/ and masks/
+    return len(names) > 1
+
+
 def _given_tables(given, root) -> dict[str, str]:
     """{split or "": path} of --labels FILE or train=FILE,val=FILE."""
     found = {}
-    words = given.split(",")
+    words = re.split(r",\s*", given)
     if not all(re.match(r"\w+=", word) for word in words):
         words = [f"={given}"]
     for word in words:
@@ -153,7 +188,7 @@ def _given_tables(given, root) -> dict[str, str]:
     return found
 
 
-def _classes(listing, file) -> list[str]:
+def _classes(listing, file, train_split) -> list[str]:
     """The names of the classes in order; makes the labels of all splits names of these."""
     of_split = {split: set(images.labels) for split, images in listing.splits.items()}
     every = set().union(*of_split.values())
@@ -163,7 +198,7 @@ def _classes(listing, file) -> list[str]:
         order = sorted({str(label) for label in every})
     for images in listing.splits.values():
         images.labels = [str(label) for label in images.labels]
-    train = set(listing.splits["train"].labels)
+    train = set(listing.splits[train_split].labels)
     lower: dict[str, str] = {}
     for name in sorted(train):
         if name.casefold() in lower:
@@ -173,10 +208,10 @@ def _classes(listing, file) -> list[str]:
         unknown = sorted(set(images.labels) - train)
         if unknown:
             close = lower.get(unknown[0].casefold())
-            hint = f" (train has {close})" if close else ""
+            hint = f" ({train_split} has {close})" if close else ""
             raise UserError(
-                f"split '{split}' has {few(map(repr, unknown))}, which train does not have{hint}: "
-                "give classes the same names in all splits, or leave that split out "
+                f"split '{split}' has {few(map(repr, unknown))}, which {train_split} does not have"
+                f"{hint}: give classes the same names in all splits, or leave that split out "
                 "(--val_split none, --test_split none)"
             )
     if not file:
@@ -214,8 +249,9 @@ def _dataset(root, images: Images, numbers, names):
         name = name if name not in columns else f"table_{name}"
         try:
             columns[name] = pyarrow.array(values)
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):  # of several types
-            columns[name] = pyarrow.array([None if v is None else str(v) for v in values])
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError, UnicodeError):
+            texts = [None if v is None else printable(v) for v in values]  # of several types
+            columns[name] = pyarrow.array(texts)
         features[name] = datasets.features.features.generate_from_arrow_type(columns[name].type)
     digest = hashlib.blake2b(base.encode(), digest_size=8)
     digest.update("\0".join([*images.paths, *names]).encode())

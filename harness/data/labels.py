@@ -14,7 +14,7 @@ import numpy as np
 
 from harness.data.folders import labelled_splits, split_images, split_of, tops
 from harness.data.formats import image_suffixes
-from harness.data.listing import Images, Listing, counted, few
+from harness.data.listing import Images, Listing, class_key, counted, few
 from harness.data.tables import (
     FILE_COLUMNS,
     LABEL_COLUMNS,
@@ -56,15 +56,19 @@ def find_tables(root, tree) -> dict[str, str]:
 
     for top in tops(tree):
         for name in top.tables:
-            stem, suffix = os.path.splitext(name.lower())
-            if stem in ("metadata", "labels"):
+            if name.lower().startswith(("metadata.", "labels.")):
                 note("", top, name)
-            elif suffix != ".parquet" and stem in SPLIT_TABLES:
-                note(split_of(stem), top, name)
+            elif _split_table(name):
+                note(_split_table(name), top, name)
     inside = [
         (folder, name)
         for top in tops(tree) for folder in top.with_images() for name in folder.tables
         if name.lower().startswith(("metadata.", "labels."))
+    ]  # fmt: skip
+    below = [
+        (folder, name)
+        for folder in tree.with_images() for name in folder.tables
+        if not split_of(folder.name) and _split_table(name)
     ]  # fmt: skip
     if not found:
         for folder, name in inside:
@@ -72,18 +76,23 @@ def find_tables(root, tree) -> dict[str, str]:
                 note(split_of(folder.name), folder, name)
     if not found and len(inside) == 1:
         note("", *inside[0])
+    if not found and len({folder.path for folder, _ in below}) == 1:
+        for folder, name in below:
+            note(_split_table(name), folder, name)
     return found
+
+
+def _split_table(name):
+    """The split of train.csv, val.csv, test.csv; None for other names."""
+    stem, suffix = os.path.splitext(name.lower())
+    return split_of(stem) if stem in SPLIT_TABLES and suffix != ".parquet" else None
 
 
 def other_tables(root, tree, tables) -> list[str]:
     """The tables at the root that nobody reads, relative to it."""
-    read = {Path(table).resolve() for table in tables}
+    read = {os.path.abspath(table) for table in tables}
     paths = [f"{top.path}/{name}".lstrip("/") for top in tops(tree) for name in top.tables]
-    return [
-        path
-        for path in paths
-        if (Path(root) / path).resolve() not in read and not path.lower().endswith(".parquet")
-    ]
+    return [path for path in paths if os.path.abspath(Path(root) / path) not in read]
 
 
 def read_tables(root, tree, tables, file_column=None, label_column=None, by_folder=None) -> Listing:
@@ -96,14 +105,22 @@ def read_tables(root, tree, tables, file_column=None, label_column=None, by_fold
     """
     listing = Listing({}, inside="folders of the splits")
     parts, all_images = split_images(tree), Images.of(tree)
-    told, with_label = [], set()
+    told, with_label, unlabelled = [], set(), set()
+    folder_splits = by_folder.splits if by_folder else labelled_splits(tree)
+    folder_splits = {} if "" in tables else folder_splits
     order = ("", "train", "validation", "test")
     for split, path in sorted(tables.items(), key=lambda item: order.index(item[0])):
-        images = (parts.get(split) or _others(all_images, parts)) if split else all_images
         columns = read_columns(Path(path))
-        file, places = _match(path, columns, images, root, file_column)
+        images = parts.get(split) or _others(all_images, parts) if split else all_images
+        try:
+            file, places = _match(path, columns, images, root, file_column)
+        except OtherTableError:
+            if split in parts or len(images) == len(all_images):
+                raise
+            images = all_images.where(np.ones(len(all_images), bool))
+            file, places = _match(path, columns, images, root, file_column)
         others = {name: values for name, values in columns.items() if name != file}
-        said_split = None if split else split_column(path, others)
+        said_split = split_column(path, others, label_column)
         if said_split:
             del others[said_split[0]]
         known = _labels_by_path(by_folder)
@@ -116,10 +133,16 @@ def read_tables(root, tree, tables, file_column=None, label_column=None, by_fold
             labels = [label or None for label in labels]
         elif by_folder and split in ("", "train"):
             raise OtherTableError(f"{path} has no column of labels")
+        elif split in folder_splits:
+            listing.notes.append(f"{Path(path).name} has no column of labels: its folders say them")
+            continue
         told.append((Path(path).name, file, label))
         if all(value is None for value in labels):
             rows = sorted({place for place in places if place is not None})
-            listing.leave_unlabelled([images.paths[row] for row in rows])
+            paths = [images.paths[row] for row in rows]
+            taken = with_label.union(listing.reported)
+            listing.leave_unlabelled([path for path in paths if path not in taken])
+            unlabelled.add(split)
             continue
         images.labels = _of_images(path, images, places, labels)
         images.others = {
@@ -131,14 +154,20 @@ def read_tables(root, tree, tables, file_column=None, label_column=None, by_fold
         with_label.update(images.paths[row] for row in np.flatnonzero(known))
         for name, rows in _splits_of(path, split, said_split, images, places, parts).items():
             if (known & rows).any():
+                if name in listing.splits or (name != split and name in tables):
+                    raise UserError(f"{path} says split '{name}', and so does another table")
                 listing.splits[name] = images.where(known & rows)
+        _tell_no_split(listing, path, said_split, images, places, known)
         if said_split:
             listing.notes.append(f"splits from column {said_split[0]} of {Path(path).name}")
             listing.has_splits = True
-    for name, images in labelled_splits(tree).items() if "" not in tables else ():
-        if name not in tables:
-            listing.splits[name] = images
-            with_label.update(images.paths)
+    for name, images in folder_splits.items():
+        if name not in listing.splits and name not in unlabelled:
+            taken = with_label.union(listing.reported)
+            rest = images.where(np.array([path not in taken for path in images.paths]))
+            if len(rest):
+                listing.splits[name] = rest
+                with_label.update(rest.paths)
     if "train" not in listing.splits:
         raise UserError(
             f"{', '.join(tables.values())} gives no label to any image of train in {root}"
@@ -159,15 +188,15 @@ def _others(images, parts):
 
 def _splits_of(path, split, said_split, images, places, parts) -> dict[str, np.ndarray]:
     """{split: bool (n,)} of the images of a table."""
-    if split:
+    if split and not said_split:
         return {split: np.ones(len(images), bool)}
     of_folder = {image: name for name, part in parts.items() for image in part.paths}
     by_folder = np.array([of_folder.get(image) for image in images.paths], object)
     if said_split:
         column, splits = said_split
         by_column = np.array(_of_images(path, images, places, splits), object)
-        known = by_column != None  # noqa: E711
-        wrong = np.flatnonzero(known & (by_column != by_folder)) if len(parts) > 1 else ()
+        both = (by_column != None) & (by_folder != None)  # noqa: E711
+        wrong = np.flatnonzero(both & (by_column != by_folder)) if len(parts) > 1 else ()
         if len(wrong):
             raise UserError(
                 f"{images.paths[wrong[0]]} is of split '{by_column[wrong[0]]}' by column {column} "
@@ -229,6 +258,7 @@ def _match(path, columns, images, root, given):
     every = candidates + [
         name for name, cells in columns.items()
         if not given and name not in candidates and (not candidates or _names_images(cells))
+        and not re.search("mask|seg|annot|depth", name.lower())
     ]  # fmt: skip
     files = _Files(images, Path(root).resolve(), Path(path).resolve().parent)
     fitting, refused = {}, None
@@ -239,6 +269,8 @@ def _match(path, columns, images, root, given):
             refused = refused or error
     if not fitting and candidates:
         raise refused
+    if not candidates and len(fitting) > 1:  # numbers of classes may be names of files, too
+        fitting = {name: places for name, places in fitting.items() if _names_images(columns[name])}
     if not candidates and len(fitting) != 1:
         raise OtherTableError(
             f"{path} has no column of file names ({', '.join(FILE_COLUMNS)}): name it with "
@@ -268,9 +300,10 @@ class _Files:
     def __init__(self, images, root, beside):
         self.images, self.root = images, root
         self.start = os.path.relpath(beside, root)
-        self.exact = {path: k for k, path in enumerate(images.paths)}
+        self.paths = [class_key(path) for path in images.paths]
+        self.exact = {path: k for k, path in enumerate(self.paths)}
         self.loose: dict[str, list[int]] = {}  # by name and path, with and without suffix
-        for k, path in enumerate(images.paths):
+        for k, path in enumerate(self.paths):
             stem = re.sub(r"[.][^./]*$", "", path)
             for end in {path.rpartition("/")[2], stem.rpartition("/")[2], path, stem}:
                 self.loose.setdefault(end, []).append(k)
@@ -289,7 +322,7 @@ class _Files:
         return places
 
     def place(self, table, cell) -> int | None:
-        name = cell.replace("\\", "/")
+        name = class_key(cell.replace("\\", "/"))
         if not name:
             return None
         if re.match("/|[A-Za-z]:/", name):
@@ -336,7 +369,7 @@ class _Files:
     def _by_end(self, name):
         """The images whose path ends with this path."""
         if not self.ends:
-            for k, path in enumerate(self.images.paths):
+            for k, path in enumerate(self.paths):
                 parts = path.split("/")
                 for n in range(1, len(parts)):
                     self.ends.setdefault("/".join(parts[n:]), []).append(k)
@@ -380,6 +413,20 @@ def _tell_rows(listing, table, files, labels, images, places):
         )
 
 
+def _tell_no_split(listing, path, said_split, images, places, known):
+    """Say which labelled images a column of splits leaves to none of them."""
+    if not said_split or None not in said_split[1]:
+        return
+    splits = _of_images(path, images, places, said_split[1])
+    rows = [k for k in np.flatnonzero(known) if splits[k] is None]
+    paths = [images.paths[k] for k in rows]
+    if paths:
+        listing.reported += paths
+        listing.left_out.append(
+            f"{counted(len(paths), 'image')} of no split by column {said_split[0]}: {few(paths)}"
+        )
+
+
 def _tell_images(listing, images, with_label, parts):
     """Say which images have no row; those of a whole split are unlabelled."""
     reported = with_label.union(listing.reported)
@@ -397,6 +444,8 @@ def _rename(by_table, told, known):
     """Give the classes of a table the folders' names where each is one folder's, under a number."""
     pairs = {(told[path], label) for path, label in known.items() if path in told}
     names = dict(pairs)
+    if names.keys() & set(names.values()):  # not another way of naming them
+        return
     if len(pairs) == len(names) == len(set(names.values())) and set(told.values()) <= set(names):
         for images in by_table.splits.values():
             images.labels = [names[str(label)] for label in images.labels]

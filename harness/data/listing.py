@@ -6,7 +6,6 @@ import os
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -210,10 +209,10 @@ def count_left_out(listing, tree, root, tables=()):
             "predicted, not trained on"
         )
     others = sum((folder.others for folder in tree.walk()), Counter())
-    here = Path(root).resolve()
-    for table in {Path(table).resolve() for table in tables}:
-        if table.is_relative_to(here):
-            others[table.suffix.lower()] -= 1
+    here = os.path.abspath(root)
+    for table in {os.path.abspath(table) for table in tables}:
+        if table.startswith(f"{here}/"):
+            others[os.path.splitext(table)[1].lower()] -= 1
     listing.left_out += by_suffix(+others)
     skipped: dict[str, list[str]] = {}
     for folder in tree.walk():

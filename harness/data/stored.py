@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from harness.data.folders import SPLIT_WORDS, split_of
-from harness.data.formats import image_suffixes
 from harness.data.images import Stored, load_images
-from harness.data.listing import counted, few, scan
+from harness.data.listing import scan
 from harness.data.options import DEFAULT_OF_FOLDERS, DataOptions, check_no_folder_flags
+from harness.data.parquet import load_parquet, parquet_files
 from harness.errors import UserError, nearest
-from harness.files import is_lfs_pointer
 
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HUB_TIMEOUT_S = 3.0
@@ -104,17 +102,19 @@ def _load_folder(folder, config, options) -> Stored:
     """The splits of a local folder; what kind of folder it is, is seen by looking at it."""
     import datasets
 
-    saved = [n for n in ("dataset_dict.json", "state.json") if (folder / n).is_file()]
+    saved = [n for n in ("dataset_dict.json", "state.json") if _is_saved(folder / n)]
     try:
         if saved:
             check_no_folder_flags(folder, options)
             return Stored(_load_saved_folder(folder, saved[0]))
         tree = scan(folder)
-        parquet = parquet_files(tree)
-        if parquet and (not tree.total or options.of_folders() == DEFAULT_OF_FOLDERS):
-            found = _load_parquet(folder, config, tree, parquet, options)
+        files = parquet_files(tree)
+        if files and (not tree.total or options.of_folders() == DEFAULT_OF_FOLDERS):
+            found = load_parquet(folder, config, tree, files, options.image_column)
             if found:
-                return found
+                check_no_folder_flags(folder, options)
+                splits, left_out = found
+                return Stored(splits, left_out=left_out)
         if config:
             raise UserError(
                 f"--dataset {folder}:{config}: folders of images have no configurations"
@@ -143,145 +143,14 @@ def _load_folder(folder, config, options) -> Stored:
         ) from error
 
 
-# -- parquet ------------------------------------------------------------------------------------
-
-
-def _load_parquet(folder, config, tree, files, options) -> Stored | None:
-    """The splits of parquet files, None where they hold no images and others lie there."""
-    import datasets
-    import pyarrow.parquet
-
-    for file in files:
-        if is_lfs_pointer(folder / file):
-            raise UserError(f"{folder / file} is a Git LFS pointer, not the file: git lfs pull")
-    if re.search(r"[][*?]|::", str(folder)):
-        raise UserError(
-            f"{folder}: datasets takes [ ] * ? or :: in a path for a pattern: rename it"
-        )
-    if config or _says_configurations(folder):
-        splits = dict(datasets.load_dataset(str(folder), config))
-    else:
-        schema = pyarrow.parquet.read_schema(folder / files[0])
-        first = pyarrow.parquet.ParquetFile(folder / files[0]).iter_batches(1)
-        texts = [str(value) for row in next(first, ()) or () for value in row.to_pylist()]
-        if tree.total and not _may_hold_images(schema, texts):
-            return None
-        named = parquet_splits(files)
-        named = {split: [str(folder / file) for file in its] for split, its in named.items()}
-        splits = dict(datasets.load_dataset("parquet", data_files=named))
-    check_no_folder_flags(folder, options)
-    splits, named = _with_images(splits, folder, options.image_column)
-    beside = tree.total - named
-    return Stored(
-        splits, left_out=[f"{counted(beside, 'image')} beside the parquet files"] if beside else []
-    )
-
-
-def _says_configurations(folder):
-    """Whether a README.md says how the files are to be read, as on the Hub."""
-    try:
-        text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    return bool(front and re.search(r"^(configs|dataset_info):", front[1], re.MULTILINE))
-
-
-def _may_hold_images(schema, texts):
-    import pyarrow
-
-    return any(
-        pyarrow.types.is_struct(kind) or "binary" in str(kind) for kind in schema.types
-    ) or any(Path(text).suffix.lower() in image_suffixes() for text in texts)
-
-
-def parquet_files(tree) -> list[str]:
-    """The parquet files below a folder, relative to it, that are no tables of labels."""
-    tables = ("metadata.parquet", "labels.parquet")
-    return [
-        f"{folder.path}/{name}".lstrip("/")
-        for folder in tree.walk()
-        for name in folder.tables
-        if name.lower().endswith(".parquet") and name.lower() not in tables
-    ]
-
-
-def parquet_splits(files) -> dict[str, list[str]]:
-    """{split: files} by the files' names, or else their folders'; all are train where none says.
-
-    >>> parquet_splits(["data/train-00000-of-00002.parquet", "extra-00000-of-00001.parquet"])
-    {'train': ['data/train-00000-of-00002.parquet'], 'extra': ['extra-00000-of-00001.parquet']}
-    """
-    found: dict[str | None, list[str]] = {}
-    for file in files:
-        *folders, name = Path(file).with_suffix("").parts
-        part = re.fullmatch(r"(.+)-\d{5}-of-\d{5}", name)
-        split = SPLIT_WORDS.get(part[1].lower(), part[1]) if part else split_of(name)
-        split = split or next(filter(None, map(split_of, reversed(folders))), None)
-        found.setdefault(split, []).append(file)
-    if None in found and len(found) > 1:
-        split, others = next(item for item in found.items() if item[0])
-        raise UserError(
-            f"{few(found[None])} names no split, as {others[0]} does ({split}): rename it to one, "
-            "or take it out"
-        )
-    named = {split or "train": its for split, its in found.items()}
-    first = [split for split in ("train", "validation", "test") if split in named]
-    return {split: named[split] for split in dict.fromkeys([*first, *named])}
-
-
-def _with_images(splits, folder, given=None):
-    """(splits, how many files they name): with a column of type Image, if one can be made one.
-
-    That is the only struct of bytes and path, the only column of bytes, or the only column of
-    paths of images relative to the folder; or of these the given one.
-    """
-    import datasets
-
-    features = next(iter(splits.values())).features
-    if any(isinstance(kind, datasets.Image) for kind in features.values()):
-        return splits, 0
-    structs = [n for n, k in features.items() if isinstance(k, dict) and {*k} == {"bytes", "path"}]
-    binary = [n for n, k in features.items() if getattr(k, "dtype", "").endswith("binary")]
-    first = next(iter(splits.values()))[:1]
-    texts = [
-        name
-        for name, kind in features.items()
-        if getattr(kind, "dtype", "").endswith("string")
-        and Path((first[name] or [""])[0] or "").suffix.lower() in image_suffixes()
-    ]
-    candidates = structs or binary or texts
-    if given in structs + binary + texts:
-        candidates = [given]
-    if len(candidates) != 1:
-        return splits, 0
-    (column,) = candidates
-    if column in texts:
-        return _paths_as_images(splits, column, folder)
-    cast = {name: split.cast_column(column, datasets.Image()) for name, split in splits.items()}
-    return cast, 0
-
-
-def _paths_as_images(splits, column, folder):
-    import datasets
-
-    root, made, every = folder.resolve(), {}, set()
-    for name, split in splits.items():
-        paths = []
-        for value in split[column]:
-            path = (root / value).resolve() if value else None
-            if path is None or not path.is_relative_to(root):
-                raise UserError(
-                    f"column '{column}' of {folder} names {value!r}, which is not in it"
-                )
-            paths.append(str(path))
-        replaced = split.remove_columns(column).add_column(column, paths)
-        made[name] = replaced.cast_column(column, datasets.Image())
-        every.update(paths)
-    return made, len(every)
-
-
 # -- save_to_disk -------------------------------------------------------------------------------
+
+
+def _is_saved(file):
+    """Whether a file says that `save_to_disk` wrote its folder; other state.json files do not."""
+    if file.name == "state.json":
+        return file.is_file() and (file.parent / "dataset_info.json").is_file()
+    return file.is_file()
 
 
 def _load_saved_folder(folder, kind):
@@ -292,6 +161,8 @@ def _load_saved_folder(folder, kind):
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
             raise UserError(f"{folder / kind} names the split {name!r}, which is no folder in it")
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{folder / name} is a link that leads outside of {folder}")
     return {name: _load_saved(folder / name, name) for name in names}
 
 
@@ -321,7 +192,12 @@ def _load_saved(folder, name):
             raise UserError(f"{folder / 'state.json'} names the file {part!r}, which is none in it")
         if not (folder / part).is_file():
             raise UserError(f"{folder / part} is missing")
-    dataset = datasets.Dataset.load_from_disk(folder)
+    try:
+        dataset = datasets.Dataset.load_from_disk(folder)
+        dataset[:1]  # whether the features are what is stored
+    except Exception as error:  # as many types as there are ways to damage it
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{folder} is not as save_to_disk wrote it: {why}") from error
     # Its own says how it was made (paths, a function), not what came out: decoded pixels are kept
     # by it, and those of a set that was made anew would be the old ones.
     found = [(folder / file["filename"]).stat() for file in files]

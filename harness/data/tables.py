@@ -11,7 +11,7 @@ from os.path import splitext
 
 import numpy as np
 
-from harness.data.folders import SPLIT_WORDS
+from harness.data.folders import SPLIT_WORDS, split_of
 from harness.data.formats import image_suffixes
 from harness.data.listing import TABLE_SUFFIXES, class_key
 from harness.errors import UserError, nearest
@@ -23,6 +23,10 @@ FILE_COLUMNS = (
 )  # fmt: skip
 LABEL_COLUMNS = ("label", "labels", "class", "target", "category")
 WHOLE = re.compile(r"-?(0|[1-9]\d*)([.]0+)?")
+YES_OR_NO = {
+    **dict.fromkeys(("1", "1.0", "true", "t", "yes", "y"), True),
+    **dict.fromkeys(("0", "0.0", "false", "f", "no", "n"), False),
+}
 IS_SPLIT = re.compile(r"is_?(train|valid|val|test)(ing|ation)?(_?(img|image))?")
 
 
@@ -71,7 +75,10 @@ def _read_csv(path, file):
     start = file.readline()
     if re.fullmatch(r'"?sep=.\s*"?\s*', start):  # which Excel reads
         start = file.readline()
-    reader = csv.reader(itertools.chain([start], file), delimiter=max(",;\t|", key=start.count))
+    reader = csv.reader(
+        itertools.chain([start], file), delimiter=max(",;\t|", key=start.count),
+        skipinitialspace=True,
+    )  # fmt: skip
     head, rows = None, []
     for row in reader:
         if not any(row):
@@ -106,7 +113,7 @@ def _read_json_lines(path, file):
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: not a JSON object")
@@ -177,6 +184,8 @@ def class_values(where, values) -> list:
     odd = next((v for v in present if isinstance(v, (list, tuple, dict, np.ndarray))), None)
     if odd is not None:
         raise UserError(f"{where} holds {odd!r}: several labels an image are not supported")
+    if any(isinstance(v, bytes) for v in present):
+        raise UserError(f"{where} holds bytes: classes are whole numbers or names")
     if all(isinstance(v, bool) for v in present):
         return [None if v is None else str(v).lower() for v in values]
     texts = [None if v is None else str(v).strip() for v in values]
@@ -198,22 +207,36 @@ def _is_fraction(text):
         return False
 
 
-def split_column(path, columns) -> tuple[str, list] | None:
+def split_column(path, columns, label_column=None) -> tuple[str, list] | None:
     """The column that says which split each row is of, and the splits; None where there is none.
 
-    That is one of which every cell is a split's name, or is_train, is_valid or is_test of 0 and 1.
-    Raises UserError for several.
+    That is one called split (subset, usage, partition), whose other words are None: such rows are
+    of no split; one of which every cell is a split's name; or is_train, is_valid or is_test of yes
+    and no. Raises UserError for two that differ and for what is neither yes nor no.
     """
     found = {}
     for name, values in columns.items():
-        texts = [str(value).strip().lower() for value in values]
-        match = IS_SPLIT.fullmatch(name.lower())
-        if match and set(texts) <= {"0", "1", "true", "false", "0.0", "1.0"}:
+        if name.lower() in LABEL_COLUMNS or name == label_column:
+            continue
+        texts = ["" if value is None else str(value).strip() for value in values]
+        if match := IS_SPLIT.fullmatch(name.lower()):
+            odd = next((text for text in texts if text.lower() not in YES_OR_NO), None)
+            if odd is not None:
+                raise UserError(f"column '{name}' of {path} says {odd!r}, neither yes nor no")
             yes = SPLIT_WORDS[match[1]]
             no = "test" if yes == "train" else "train"
-            found[name] = [yes if text[0] in "1t" else no for text in texts]
-        elif name.lower() not in LABEL_COLUMNS and set(texts) <= set(SPLIT_WORDS):
-            found[name] = [SPLIT_WORDS[text] for text in texts]
-    if len(found) > 1:
-        raise UserError(f"{path} says the split in the columns {', '.join(found)}: leave one")
-    return next(iter(found.items()), None)
+            found[name] = [yes if YES_OR_NO[text.lower()] else no for text in texts]
+        elif {text.lower() for text in texts} <= set(SPLIT_WORDS):
+            found[name] = [SPLIT_WORDS[text.lower()] for text in texts]
+        elif name.lower() in ("split", "subset", "usage", "partition"):
+            splits = [split_of(text) for text in texts]
+            if "train" in splits:
+                found[name] = splits
+    first = next(iter(found.items()), None)
+    differing = [name for name, splits in found.items() if splits != first[1]]
+    if differing:
+        raise UserError(
+            f"{path} says the split in the columns {first[0]} and {differing[0]}, which differ: "
+            "leave one"
+        )
+    return first

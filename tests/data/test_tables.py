@@ -387,8 +387,8 @@ BAD_TREES = {
         "class folders",
     ),
     "two columns of splits": (
-        ["images/*2.png"], "file_name,label,split,is_train", ["0.png,a,train,1", "1.png,b,test,0"],
-        "says the split in the columns split, is_train",
+        ["images/*2.png"], "file_name,label,split,is_train", ["0.png,a,train,1", "1.png,b,test,1"],
+        "says the split in the columns split and is_train",
     ),
     "a column of splits against the folders": (
         ["train/*2.png", "test/8.png"], "file_name,label,split",
@@ -457,7 +457,8 @@ def test_parquet_without_the_type_image(tmp_path, kind):
 
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "train-0.parquet")
     data = load_data(str(tmp_path))
-    assert data.image_column == "picture" and data.image_size == 8
+    assert data.image_column == ("image" if kind == "paths" else "picture")
+    assert data.image_size == 8
     assert data.train.labels.tolist() == [0, 1, 0, 1]
 
 
