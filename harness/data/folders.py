@@ -292,7 +292,7 @@ def read_pattern(root, tree, pattern) -> Listing:
             f"--label_pattern {pattern} has {regex.groups} groups: the class is what its one group "
             "matches, as in '/(cat|dog)[.]'; (?:…) groups without being one"
         )
-    listing = Listing({}, inside="folders of the splits")
+    listing = Listing({}, "folders of the splits", f"from file names by {pattern}")
     splits = split_images(tree)
     for split, images in splits.items():
         found = [regex.search(class_key(path)) for path in images.paths]

@@ -40,6 +40,7 @@ class Stored:
 
     splits: dict  # name -> datasets.Dataset
     label_column: str | None = None  # where it is known
+    labels_from: str = ""  # what says the labels, where no column alone does
     source: str = ""  # where they came from: id@revision, or a folder
     notes: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
@@ -87,7 +88,9 @@ def load_images(
             f" (if the classes are the folders in it, give {root / parent.path})" if parent else ""
         )
         raise UserError(f"{root} has 1 class, {names[0]}{inside}: {EXPECTED}. {other_ways(tree)}")
-    stored = Stored({}, "label", notes=listing.notes, left_out=listing.left_out)
+    stored = Stored(
+        {}, "label", listing.labels_from, notes=listing.notes, left_out=listing.left_out
+    )
     for split, images in listing.splits.items():
         places = {name: k for k, name in enumerate(names)}
         numbers = np.array([places[label] for label in images.labels], np.int64)

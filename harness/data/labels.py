@@ -172,6 +172,9 @@ def read_tables(root, tree, tables, file_column=None, label_column=None, by_fold
         raise UserError(
             f"{', '.join(tables.values())} gives no label to any image of train in {root}"
         )
+    columns = dict.fromkeys(f"column {label} of {name}" for name, _, label in told if label)
+    if columns:
+        listing.labels_from = f"from {', '.join(columns)}"
     listing.notes.append("labels from " + ", ".join(
         f"{name} ({file} → {label or 'no label'})" for name, file, label in told
     ))  # fmt: skip

@@ -170,6 +170,7 @@ class Listing:
 
     splits: dict[str, Images]
     inside: str = "class folders"  # what the images of the splits are in
+    labels_from: str = "from class folders"  # for the plan
     has_splits: bool = False  # whether folders say which split an image is of
     unlabelled: Counter = field(default_factory=Counter)  # folder -> how many images
     reported: list[str] = field(default_factory=list)  # images that left_out counts already

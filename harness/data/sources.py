@@ -66,6 +66,7 @@ class Data:
     mean: tuple[float, float, float]  # of pixels in 0..1
     std: tuple[float, float, float]
     bad: dict[str, dict[int, str]] = field(default_factory=dict)  # left out: split, row, why
+    labels_from: str = ""  # what says the labels, for the plan
     notes: list[str] = field(default_factory=list)  # what the plan says of how it was read
     left_out: list[str] = field(default_factory=list)  # what lies there and was not taken
     content: dict[str, list] = field(default_factory=dict)  # see harness.data.images
@@ -95,6 +96,11 @@ def load_data(dataset, **options) -> Data:
             f"--val_fraction is {options.val_fraction}, but {dataset} has the validation split "
             f"'{chosen['val']}': leave --val_fraction out, or pass --val_split none"
         )
+    unused = [
+        f"{len(split):,} images of split '{name}', which is not used"
+        for name, split in stored.items()
+        if name not in chosen.values()
+    ]
     features = stored[chosen["train"]].features
     image_column = find_image_column(features, options.image_column)
     asked = found.label_column or options.label_column or (built_in and built_in.label_column)
@@ -153,8 +159,9 @@ def load_data(dataset, **options) -> Data:
         mean=mean,
         std=std,
         bad=bad,
+        labels_from=found.labels_from or f"in column {label_column}",
         notes=notes,
-        left_out=found.left_out,
+        left_out=found.left_out + unused,
         content={name: found.content[name] for name in chosen.values() if name in found.content},
     )
 

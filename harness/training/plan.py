@@ -47,7 +47,7 @@ def classes_row(data):
     counts = np.bincount(data.train.labels, minlength=len(data.classes))
     names = ", ".join(data.classes[:5]) + (", …" if len(data.classes) > 5 else "")
     row = (
-        f"{len(data.classes):,} in column {data.label_column}: {names}; train images a class: "
+        f"{len(data.classes):,} {data.labels_from}: {names}; train images a class: "
         f"least {counts.min():,}, median {int(np.median(counts)):,}, most {counts.max():,}"
     )
     if counts.max() >= 10 * counts.min():
@@ -87,7 +87,8 @@ def text(args, machine, data, model, look, total, rows):
     stored = f" from {look.stored_size}×{look.stored_size}" if larger else ""
     colours = ", ".join(f"{m:.3g}±{s:.3g}" for m, s in zip(look.mean, look.std, strict=True))
     rows = {
-        "data": f"{data.name} ({data.source}): "
+        "data": (data.name if data.name == data.source else f"{data.name} ({data.source})")
+        + ": "
         + ", ".join(f"{n:,} {role}" for role, n in sizes(data).items())
         + f"; {len(data.classes)} classes"
         + ("" if data.val or data.test else f"; {NOTHING_HELD_OUT}"),

@@ -140,6 +140,12 @@ def test_a_split_that_is_not_used_may_have_other_classes(tmp_path):
     assert data.left_out == ["2 images of split 'test', not asked for"]
 
 
+def test_another_split_may_be_train(tmp_path):
+    make(tmp_path, "train/ant/*2.png", "train/bee/*2.png", "test/ant/*1.png", "test/bee/*1.png")
+    data = load_data(str(tmp_path), train_split="test", test_split="none")
+    assert len(data.train) == 2 and data.left_out == ["4 images of split 'train', not asked for"]
+
+
 def test_a_quick_look_keeps_images_of_every_class(tmp_path):
     make(tmp_path, *(f"{name}/*4.png" for name in "abcdef"))
     for empty in ("refuse", "drop"):

@@ -367,7 +367,105 @@ def test_tables_and_folders_together(tmp_path, name):
     assert images == left_out + sum(map(len, stored.splits.values())), stored.left_out
 
 
+MORE_TREES = {
+    "words of a split": (
+        ["images/*6.png"],
+        {"t.csv": rows("file,label,Usage", "0.png,a,Training", "1.png,b,Training",
+                       "2.png,a,PublicTest", "3.png,b,PrivateTest", "4.png,b,", "5.png,a,unused")},
+        {"labels": "t.csv"}, {"train": {"a": 1, "b": 1}, "test": {"a": 1, "b": 1}},
+        ["2 images of no split by column Usage: images/4.png, images/5.png"],
+    ),
+    "is_train of yes and no": (
+        ["images/*3.png"],
+        {"t.csv": rows("file,label,is_train", "0.png,a,yes", "1.png,b,Yes", "2.png,a,no")},
+        {"labels": "t.csv"}, {"train": {"a": 1, "b": 1}, "test": {"a": 1}}, [],
+    ),
+    "train.csv with a split of its own": (
+        ["images/*3.png"],
+        {"train.csv": rows("file,label,is_valid", "0.png,a,0", "1.png,b,0", "2.png,a,1")},
+        {}, {"train": {"a": 1, "b": 1}, "validation": {"a": 1}}, [],
+    ),
+    "test.csv without labels over class folders": (
+        ["train/ant/*1.png", "train/bee/*1.png", "test/ant/*1.png", "test/bee/*1.png"],
+        {"test.csv": rows("file,width", "ant/0.png,5", "bee/0.png,6")},
+        {}, {"train": ONE, "test": ONE}, [],
+    ),
+    "a stray image beside the classes of a split": (
+        ["train/*2.png", "val/ant/*1.png", "val/bee/*1.png", "val/overview.png"],
+        {"train.csv": rows("file,label", "0.png,ant", "1.png,bee")},
+        {}, {"train": ONE, "validation": ONE}, ["1 image without a row: val/overview.png"],
+    ),
+    "one image in two tables without labels": (
+        ["images/*5.png"],
+        {"train.csv": rows("file,label", "0.png,ant", "1.png,bee"),
+         "val.csv": rows("file", "1.png", "2.png"), "test.csv": rows("file", "2.png", "3.png")},
+        {}, {"train": ONE}, ["1 image without a row: images/4.png", "2 images of images/, which"],
+    ),
+    "spaces before quotes": (
+        ["images/*3.png"],
+        {"t.csv": rows("file, label", '0.png, "ant"', "1.png, ant", "2.png, bee")},
+        {"labels": "t.csv"}, {"train": {"ant": 2, "bee": 1}}, [],
+    ),
+    "a table of a part of class folders": (
+        [*CLASSES], {"test.csv": rows("file,label", "ant/1.png,ant", "bee/1.png,bee")},
+        {}, {"train": ONE, "test": ONE}, [],
+    ),
+    "a table for test over CLASS/SPLIT": (
+        ["ant/train/*1.png", "bee/train/*1.png", "ant/test/*1.png", "bee/test/*1.png"],
+        {"test.csv": rows("file,label", "ant/test/0.png,ant", "bee/test/0.png,bee")},
+        {}, {"train": ONE, "test": ONE}, [],
+    ),
+    "masks beside train": (
+        ["train/*2.png", "test/*1.png", "masks/*2.png"],
+        {"train.csv": rows("file,label", "train/0.png,ant", "train/1.png,bee")},
+        {}, {"train": ONE}, ["2 images without a row: masks/0.png"],
+    ),
+    "a logo beside splits": (
+        ["train/*4.png", "test/a.png", "logo.png"],
+        {"train.csv": rows("file,label", "0.png,ant", "1.png,bee"),
+         "val.csv": rows("file,label", "2.png,ant", "3.png,bee")},
+        {}, {"train": ONE, "validation": ONE}, ["1 image without a row: logo.png"],
+    ),
+    "decomposed names of files": (
+        ["images/cafe\u0301.png", "images/b.png"],
+        {"t.csv": rows("file,label", "caf\u00e9.png,ant", "b.png,bee")},
+        {"labels": "t.csv"}, {"train": ONE}, [],
+    ),
+    "a list with a space": (
+        ["images/*4.png"], {"a.csv": [*ROWS[:1], "0.png,ant", "1.png,bee"],
+                            "b.csv": [*ROWS[:1], "2.png,ant", "3.png,bee"]},
+        {"labels": "train=a.csv, val=b.csv"}, {"train": ONE, "validation": ONE}, [],
+    ),
+    "images and masks": (
+        ["i/*2.png", "m/*2.png"],
+        {"t.csv": rows("image,mask,label", "i/0.png,m/1.png,ant", "i/1.png,m/0.png,bee")},
+        {"labels": "t.csv"}, {"train": ONE}, ["2 images without a row: m/0.png, m/1.png"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MORE_TREES)
+def test_what_tables_say_of_splits_and_images(tmp_path, name):
+    paths, tables, options, counts, left_out = MORE_TREES[name]
+    make(tmp_path, *paths)
+    for table, lines in tables.items():
+        csv(tmp_path, table, *lines)
+    found_counts, found_left_out, _ = found(tmp_path, **options)
+    assert found_counts == counts
+    for line in left_out:
+        assert any(one.startswith(line) for one in found_left_out), found_left_out
+
+
 BAD_TREES = {
+    "swapped names": (
+        [*CLASSES], "file_name,label",
+        ["ant/0.png,bee", "ant/1.png,bee", "bee/0.png,ant", "bee/1.png,ant"],
+        "has class folders and metadata.csv, and they differ",
+    ),
+    "neither yes nor no": (
+        ["images/*2.png"], "file_name,label,is_train", ["0.png,a,1", "1.png,b,"],
+        "column 'is_train' of .* says '', neither yes nor no",
+    ),
     "a row number called id": (
         ["images/*3.png"], "id,image_name,label", ["0,2.png,ant", "1,1.png,bee", "2,0.png,ant"],
         "names other files in column 'id' than in 'image_name'|than in 'id'",
@@ -409,6 +507,14 @@ def test_tables_and_folders_that_differ(tmp_path, name):
         csv(tmp_path, "metadata.csv", head, "ant/0.png,ant", "0.png,bee")
     with pytest.raises(UserError, match=words):
         load_images(tmp_path)
+
+
+def test_a_table_in_one_of_two_folders(tmp_path):
+    make(tmp_path, "data/images/*2.png", "docs/figure.png")
+    csv(tmp_path, "data/train.csv", "file,label", "0.png,ant", "1.png,bee")
+    with pytest.raises(UserError, match=r"has class folders and train.csv, and they differ"):
+        load_images(tmp_path)
+    assert found(tmp_path, labels="data/train.csv")[0] == {"train": ONE}
 
 
 def test_a_table_of_another_name_is_pointed_at(tmp_path):
@@ -476,6 +582,78 @@ def test_images_beside_parquet_files_are_counted(tmp_path):
     make(tmp_path, "preview/*3.png")
     datasets.Dataset.from_dict(table).to_parquet(tmp_path / "train-0.parquet")
     assert load_data(str(tmp_path)).left_out == ["3 images beside the parquet files"]
+
+
+@pytest.mark.parametrize("columns", [
+    {"file_name": ["train/ant/0.png"], "blurry": [0]}, {"path": ["train/ant/0.png"], "md5": [b"x"]},
+    {"path": ["train/ant/0.png"], "box": [{"x": 1}]},
+])  # fmt: skip
+@pytest.mark.parametrize("card", ["", "---\ndataset_info:\n  x: 1\n---\n"])
+def test_parquet_files_about_images_do_not_overrule_class_folders(tmp_path, columns, card):
+    make(tmp_path, "train/ant/*2.png", "train/bee/*2.png", "test/ant/*1.png")
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "quality.parquet")
+    if card:
+        (tmp_path / "README.md").write_text(card)
+    data = load_data(str(tmp_path))
+    assert data.classes == ["ant", "bee"] and (len(data.train), len(data.test)) == (4, 1)
+    assert any("quality.parquet" in note for note in data.notes)
+
+
+def test_parquet_folders_of_configurations_and_missing_shards(tmp_path):
+    def write(name, labels):
+        table = {"image": [picture(k) for k in range(2)], "label": labels}
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict(table).to_parquet(tmp_path / name)
+
+    write("fine/train-00000-of-00001.parquet", [0, 1])
+    write("coarse/train-00000-of-00001.parquet", ["x", "y"])
+    with pytest.raises(UserError, match=r"FOLDER:coarse or FOLDER:fine|FOLDER:fine or"):
+        load_data(str(tmp_path))
+    assert load_data(f"{tmp_path}:coarse").classes == ["x", "y"]
+    with pytest.raises(UserError, match="there is no such folder or configuration"):
+        load_data(f"{tmp_path}:medium")
+    write("part/train-00001-of-00003-0123abcd.parquet", [0, 1])
+    with pytest.raises(UserError, match=r"train-00000-of-00003.parquet is missing: 1 of 3"):
+        load_data(f"{tmp_path}:part")
+
+
+def test_a_configured_folder_is_read_anew(tmp_path):
+    card = "---\nconfigs:\n- config_name: a\n  data_files: a/*.parquet\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    (tmp_path / "a").mkdir()
+    for number in (2, 3):
+        table = {"image": [picture(k) for k in range(number)], "label": list(range(number))}
+        datasets.Dataset.from_dict(table).to_parquet(tmp_path / "a" / "train.parquet")
+        assert len(load_data(str(tmp_path)).train) == number
+
+
+def test_what_is_not_used_of_a_saved_folder_is_said(tmp_path):
+    table = datasets.Dataset.from_dict({"image": [picture(k) for k in range(2)], "label": [0, 1]})
+    table = table.cast_column("image", datasets.Image())
+    datasets.DatasetDict(train=table, extra=table).save_to_disk(tmp_path / "set")
+    data = load_data(str(tmp_path / "set"))
+    assert data.left_out == ["2 images of split 'extra', which is not used"]
+    (tmp_path / "set" / "extra").rename(tmp_path / "outside")
+    (tmp_path / "set" / "extra").symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match="is a link that leads outside"):
+        load_data(str(tmp_path / "set"))
+
+
+@pytest.mark.parametrize("file", ["state.json", "dataset_info.json"])
+def test_each_damage_of_a_saved_folder_is_one_line(tmp_path, file):
+    table = datasets.Dataset.from_dict({"image": [picture(k) for k in range(2)], "label": [0, 1]})
+    table = table.cast_column("image", datasets.Image())
+    table.cast_column("label", datasets.ClassLabel(names=["a", "b"])).save_to_disk(tmp_path)
+    whole = json.loads((tmp_path / file).read_text())
+    for key in whole:
+        for value in ("absent", None, 5, [], {}, "x", [5]):
+            damaged = {k: v for k, v in whole.items() if k != key}
+            damaged |= {} if value == "absent" else {key: value}
+            (tmp_path / file).write_text(json.dumps(damaged))
+            try:
+                load_data(str(tmp_path))
+            except UserError as error:
+                assert "\n" not in str(error)
 
 
 def test_which_split_a_parquet_file_is_of(tmp_path):

@@ -42,7 +42,7 @@ def test_changed_images_are_named_by_their_split(tmp_path, images):
 def test_every_script_reads_the_same_folder(tmp_path, images, capsys):
     run, _ = smallruns.train(tmp_path, dataset=images, run_name="a", **FLAGS)
     plan = capsys.readouterr().out
-    assert "2 in column label: ant, bee; train images a class: least 12, median 12" in plan
+    assert "2 from class folders: ant, bee; train images a class: least 12, median 12" in plan
     assert "3 images of test/, which are unlabelled" in plan and "1 .txt: not images" in plan
     tuned, _ = smallruns.finetune(
         tmp_path / "f", dataset=images, weights=run, run_name="b", **FLAGS
@@ -77,7 +77,7 @@ def test_one_of_two_processes_lists_the_images(tmp_path, images):
     )
     run.done()
     assert run.output().count("lists the images") == 1
-    assert "2 in column label: ant, bee" in run.output()
+    assert "2 from class folders: ant, bee" in run.output()
 
 
 @pytest.mark.slow
