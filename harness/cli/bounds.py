@@ -14,43 +14,39 @@ from harness.errors import shortened
 
 def whole(low, high):
     """An argparse type: an integer in [low, high]."""
+    words = f"a whole number at least {low} and at most {high}"
 
     def convert(text):
         value = int(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(_range_message(text, "a whole number", low, high))
+            raise argparse.ArgumentTypeError(f"{shortened(text)} is not {words}")
         return value
 
-    convert.__name__ = "whole number"
+    convert.__name__, convert.words = "whole number", words
     return convert
 
 
-def number(low=None, high=None, above=None, zero=False):
+def number(low=None, high=math.inf, above=None, zero=False):
     """An argparse type: a finite float in [low, high], or greater than `above`.
 
     zero: 0 is allowed, too, below `low`; it is the word for off.
     """
 
-    def convert(text):
-        value = float(text)
-        bad = not math.isfinite(value) or (low is not None and value < low)
-        bad = bad or value > high or (above is not None and value <= above)
-        if bad and not (zero and value == 0):
-            raise argparse.ArgumentTypeError(
-                _range_message(text, "a number", low, high, above, zero)
-            )
-        return value
-
-    convert.__name__ = "number"
-    return convert
-
-
-def _range_message(text, kind, low, high, above=None, zero=False):
     bounds = [f"above {above}"] if above is not None else []
     bounds += [f"at least {low}"] if low is not None else []
     bounds += [f"at most {high}"]
-    words = f"{'0, or ' if zero else ''}{' and '.join(bounds)}"
-    return f"{shortened(text)} is not {kind} {words}"
+    words = f"a number {'0, or ' if zero else ''}{' and '.join(bounds)}"
+
+    def convert(text):
+        value = float(text)
+        inside = math.isfinite(value) and (low is None or low <= value) and value <= high
+        inside = inside and (above is None or value > above)
+        if not inside and not (zero and value == 0):
+            raise argparse.ArgumentTypeError(f"{shortened(text)} is not {words}")
+        return value
+
+    convert.__name__, convert.words = "number", words
+    return convert
 
 
 def integer_or(*words, low=1, high):
@@ -80,6 +76,8 @@ BOUNDS = {
     "dropout": number(0, 0.99),
     "num_classes": whole(1, 1_000_000),  # of a config.json
     "crop_pct": number(0.25, 1),  # of a config.json
+    "mean": number(-1000, 1000),  # of a config.json, each
+    "std": number(0.001, 1000),  # of a config.json, each
     # transfer
     "layer_decay": number(above=0, high=1),
     "views": whole(0, 1000),
@@ -124,3 +122,19 @@ BOUNDS = {
     "stop_after": whole(1, MANY),
     "verify_resume": whole(2, MANY),
 }
+
+
+def range_of(name) -> str:
+    """The bounds of a number in words: "a number at least 0 and at most 1"."""
+    return BOUNDS[name].words
+
+
+def fits(name, value) -> bool:
+    """Whether a value of a JSON file is a number within the bounds of `name`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        BOUNDS[name](str(value))
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
+    return True
