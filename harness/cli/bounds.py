@@ -113,7 +113,7 @@ BOUNDS = {
     "max_images": whole(1, 100_000),
     "alpha": PROBABILITY,
     # running
-    "threads": whole(1, 1024),
+    "threads": whole(1, 512),  # no machine has more cores to give one process
     "seed": whole(0, 2**32 - 1),
     "logging_steps": whole(1, MANY),
     "eval_epochs": whole(1, MANY),
