@@ -22,3 +22,13 @@ def nearest(word, known):
     """`, did you mean "x"?` for the closest of `known`, or an empty string."""
     match = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
     return f', did you mean "{match[0]}"?' if match else ""
+
+
+def shortened(text, most=60):
+    """The text, or its start and its length where it is longer than `most` characters.
+
+    >>> shortened("9" * 5000, most=5)
+    '99999… (5000 characters)'
+    """
+    text = str(text)
+    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"

@@ -24,7 +24,15 @@ from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import GradientAccumulationPlugin, set_seed
 
 from harness.console import printable, steady_output
+from harness.environment import check_environment, is_true, refuse_kind
 from harness.errors import UserError
+
+# XLA is the launcher's word for TPUs. Where torch_xla, DeepSpeed and so on are not installed, the
+# launcher itself ends before a script begins
+UNSUPPORTED_TYPES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA", "TPU")
+FAILED_WRITES = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
 def make_accelerator(
@@ -37,17 +45,24 @@ def make_accelerator(
     and an error where an operation has none. Raises UserError where training would run on
     fewer processes than were asked for.
     """
+    check_environment()
     _follow_launcher()
     world = int(os.environ.get("WORLD_SIZE", 1))
     said = launcher_settings()
-    if world == 1 and int(said.get("num_processes", 1)) > 1:
+    if said.get("distributed_type") in UNSUPPORTED_TYPES:
+        refuse_kind(said["distributed_type"], "distributed_type")
+    asked = str(said.get("num_processes", 1))
+    if world == 1 and asked.isdecimal() and int(asked) > 1:
         raise UserError(
-            f"the launcher was asked for {said['num_processes']} processes but started one (as it "
+            f"the launcher was asked for {asked} processes but started one (as it "
             "does for --cpu and MULTI_CPU): use --config_file accelerate_configs/cpu_2proc.yaml"
         )
     # With several processes the launcher hands use_cpu on to nobody
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
-    cpu = on_cpu or bool(said.get("use_cpu")) or not torch.accelerator.is_available()
+    cpu = (
+        is_true("ACCELERATE_USE_CPU")
+        or bool(said.get("use_cpu"))
+        or not torch.accelerator.is_available()
+    )
     precision, origin = _precision(mixed_precision, said, cpu)
     if precision == "fp16" and cpu:
         raise UserError(f"fp16 ({origin}) needs a GPU; on a CPU use bf16 or no")
@@ -68,6 +83,8 @@ def make_accelerator(
         # Buffers are averaged over the processes every step (Run.agree) instead of taking rank 0's
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if accelerator.distributed_type in UNSUPPORTED_TYPES:  # torch_xla takes over by itself
+        refuse_kind(accelerator.distributed_type.value, "what is installed")
     torch.set_num_threads(threads)  # Accelerate sets another number without OMP_NUM_THREADS
     if accelerator.num_processes != world:
         raise UserError(
@@ -138,11 +155,14 @@ def launcher_settings():
             break  # the script; its own flags follow
     written = {}
     with (
-        contextlib.suppress(OSError, yaml.YAMLError),
+        contextlib.suppress(OSError, ValueError, yaml.YAMLError),
         open(said.get("config_file", default_config_file), encoding="utf-8") as file,
     ):
-        written = yaml.safe_load(file) or {}
-    names = ("mixed_precision", "num_processes", "use_cpu")
+        written = yaml.safe_load(file)
+    written = written if isinstance(written, dict) else {}
+    if "multi_gpu" in said or "cpu" in said:  # then the launcher leaves the file's out
+        written.pop("distributed_type", None)
+    names = ("mixed_precision", "num_processes", "use_cpu", "distributed_type")
     both = {**written, **said}
     return {name: both[name] for name in names if both.get(name) is not None}
 
@@ -151,7 +171,7 @@ def _precision(asked, said, cpu):
     """(precision, who said so)."""
     if asked != "auto":
         return asked, "--mixed_precision"
-    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if launcher != "no" or "mixed_precision" in said:
         return launcher, "the launcher"
     if _computes_bf16(cpu):
@@ -224,7 +244,7 @@ def _one_line(name):
         _print_once(f"{name}: --deterministic: {str(error).partition(',')[0]}")
         raise SystemExit(2) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in FAILED_WRITES:
             raise
         _print_once(f"{name}: {error.filename or 'writing'}: {error.strerror}")
         raise SystemExit(1) from None
@@ -238,5 +258,6 @@ def _one_line(name):
 
 def _print_once(line):
     """Once on each machine: a folder may be missing on the second one only."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    rank = os.environ.get("LOCAL_RANK", "")
+    if not rank.isdecimal() or int(rank) == 0:  # what it says may be the mistake
         print(line, file=sys.stderr, flush=True)

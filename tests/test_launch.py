@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
 
 from harness import launch
 from harness.errors import RunStopped, UserError
@@ -37,6 +38,10 @@ with script("probe.py"):
     # One write, so that the lines of two processes don't mix
     os.write(1, (json.dumps(seen) + "\\n").encode())
 """
+
+
+# What a launcher exports to the first of two processes
+TWO = {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
 
 
 @pytest.fixture
@@ -157,11 +162,12 @@ def shell(monkeypatch, tmp_path):
     monkeypatch.setattr(launch, "default_config_file", str(tmp_path / "default_config.yaml"))
     monkeypatch.setattr(launch, "_computes_bf16", lambda cpu: True)
     for name in [*os.environ]:
-        if name.startswith(("ACCELERATE_", "OMP_", "MASTER_", "WORLD_SIZE", "LOCAL_")):
+        if name.startswith(("ACCELERATE_", "OMP_", "MASTER_", "WORLD_SIZE", "RANK", "LOCAL_")):
             monkeypatch.delenv(name)
 
     def accelerator(cpu, mixed_precision, **_):
-        return SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+        device, kind = torch.device("cpu"), DistributedType.NO
+        return SimpleNamespace(num_processes=1, device=device, distributed_type=kind)
 
     monkeypatch.setattr(launch, "Accelerator", accelerator)
 
@@ -191,7 +197,86 @@ def test_the_environment_does_not_overrule_the_accumulation(monkeypatch):
 
 def test_processes_that_do_not_know_of_each_other_are_refused(shell):
     with pytest.raises(UserError, match=r"2 processes but they don't know of each other"):
-        shell(WORLD_SIZE=2)
+        shell(**TWO)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"OMP_NUM_THREADS": "4,2"}, ["OMP_NUM_THREADS is '4,2'", "a whole number"]),
+        ({"OMP_NUM_THREADS": "9" * 5000}, ["OMP_NUM_THREADS", "(5000 characters)"]),
+        ({"WORLD_SIZE": "two"}, ["WORLD_SIZE is 'two'", "from 1"]),
+        ({"WORLD_SIZE": "0"}, ["WORLD_SIZE is '0'"]),
+        ({"WORLD_SIZE": "2"}, ["WORLD_SIZE is 2 but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"]),
+        ({"LOCAL_RANK": "junk"}, ["LOCAL_RANK is 'junk'"]),
+        ({"LOCAL_RANK": "0"}, ["LOCAL_RANK is 0 but WORLD_SIZE, RANK"]),
+        ({"LOCAL_WORLD_SIZE": "1.5"}, ["LOCAL_WORLD_SIZE is '1.5'"]),
+        (TWO | {"RANK": "2"}, ["RANK is 2, of 2 processes"]),
+        (TWO | {"LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 1}, ["LOCAL_RANK is 1, of 1 processes"]),
+        (TWO | {"MASTER_PORT": "x"}, ["MASTER_PORT is 'x'", "65535"]),
+        ({"RANK": "3"}, ["RANK is 3, of 1 processes"]),
+        ({"PMI_RANK": "x"}, ["PMI_RANK is 'x'"]),
+        ({"ACCELERATE_USE_CPU": "maybe"}, ["ACCELERATE_USE_CPU is 'maybe'", "true or false"]),
+        ({"ACCELERATE_DEBUG_MODE": "2"}, ["ACCELERATE_DEBUG_MODE is '2'"]),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, ["PRECISION is 'fp8'", "no, bf16, fp16"]),
+        ({"ACCELERATE_TORCH_DEVICE": "gpu"}, ["ACCELERATE_TORCH_DEVICE is 'gpu'"]),
+        ({"ACCELERATE_DYNAMO_BACKEND": "x"}, ["ACCELERATE_DYNAMO_BACKEND is 'x'", "inductor"]),
+        ({"ACCELERATE_DYNAMO_MODE": "fast"}, ["ACCELERATE_DYNAMO_MODE is 'fast'"]),
+        ({"ACCELERATE_USE_FSDP": "true"}, ["FSDP (ACCELERATE_USE_FSDP)", "multi_gpu.yaml"]),
+        ({"ACCELERATE_USE_DEEPSPEED": "1"}, ["DeepSpeed (ACCELERATE_USE_DEEPSPEED)"]),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, ["Megatron-LM"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_environment_that_cannot_be_read(shell, variables, words):
+    with pytest.raises(UserError) as refused:
+        shell(**variables)
+    line = str(refused.value)
+    assert "\n" not in line and len(line) < 400
+    for word in words:
+        assert word in line
+
+
+def test_empty_variables_are_as_unset(shell):
+    names = ("WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "ACCELERATE_USE_CPU")
+    assert shell(**dict.fromkeys(names, ""))["processes"] == 1
+    assert not set(names) & os.environ.keys()
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA", "TPU"])
+def test_launchers_of_another_kind_are_refused(shell, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    Path("default_config.yaml").write_text(f"distributed_type: {kind}\n")
+    said = {"ACCELERATE_MIXED_PRECISION": "no"}
+    with pytest.raises(UserError, match=rf"{kind} \(distributed_type\).*multi_gpu\.yaml"):
+        shell("python accelerate launch train.py", **said)
+    assert shell("python accelerate launch --cpu train.py", **said)["processes"] == 1
+
+
+@pytest.mark.parametrize(
+    "variable", ["OMP_NUM_THREADS=4,2", "LOCAL_RANK=junk", "ACCELERATE_DYNAMO_BACKEND=junk"]
+)
+@pytest.mark.slow
+def test_a_script_in_such_an_environment_says_one_line(environment, tmp_path, variable):
+    name, _, value = variable.partition("=")
+    (tmp_path / "probe.py").write_text(PROBE)
+    command = [sys.executable, str(tmp_path / "probe.py")]
+    environment |= {name: value}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("probe.py: the environment variable ")
+    assert ended.stderr.count("\n") == 1 and f"{name} is {value!r}" in ended.stderr
+
+
+@pytest.mark.slow
+def test_fsdp_is_refused(start, tmp_path):
+    config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP",
+              "num_processes": 1, "num_machines": 1, "fsdp_config": {}}  # fmt: skip
+    (tmp_path / "fsdp.yaml").write_text(json.dumps(config))
+    ended = start("--config_file", tmp_path / "fsdp.yaml", "--main_process_port", "0")
+    assert ended.returncode != 0 and ended.stdout == "" and ended.stderr.count("Traceback") == 1
+    (line,) = [x for x in ended.stderr.splitlines() if x.startswith("probe.py: ")]
+    assert "FSDP (ACCELERATE_USE_FSDP)" in line
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_killing_the_launcher_stops_the_training_with_a_checkpoint(tmp_path):
 def test_a_non_finite_loss_stops_before_the_update_with_the_step_named(tmp_path):
     flags = {"warmup_epochs": 0, "checkpointing_steps": 1, "gradient_accumulation_steps": 1}
     with pytest.raises(RunStopped, match=r"step (\d+): loss is .*the last good checkpoint is") as e:
-        smallruns.train(tmp_path, lr=1e30, mixed_precision="no", **flags)
+        smallruns.train(tmp_path, lr=1e4, weight_decay=1000, mixed_precision="no", **flags)
     step = int(str(e.value).split(":")[0].removeprefix("step "))
     checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert int(checkpoints[-1].name[5:]) == step - 1

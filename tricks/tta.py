@@ -20,6 +20,7 @@ from torch import Tensor
 
 __all__ = ["View", "average_views", "tta_views"]
 
+MOST_RANDOM = 1000  # views: each is one more evaluation of all images
 EXAMPLES = ("none", "flip", "shift", "crops:5", "crops:10", "random:8")
 SCALE, RATIO = (0.35, 1.0), (3 / 4, 4 / 3)  # of random views: share of the area, width / height
 
@@ -89,8 +90,8 @@ def tta_views(kind: str, size: int, seed: int = 0) -> list[View]:
         views = [_still(place, 1 / n, size) for place in places[:n]]
         return _with_mirrored(views) if count == 10 else views
     if name == "random" and count is not None:
-        if count < 1:
-            raise ValueError(f"random views are 1 or more, got {kind!r}")
+        if not 1 <= count <= MOST_RANDOM:
+            raise ValueError(f"random views are 1 to {MOST_RANDOM}, got {kind!r}")
         return [
             View(f"random {number}", 1 / count, partial(_random_crop, size, seed, number))
             for number in range(count)

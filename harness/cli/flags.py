@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import os
+import re
 import sys
 from pathlib import Path
 
 import yaml
 
-from harness.errors import nearest
+from harness.cli.bounds import BOUNDS, MANY, whole
+from harness.cli.strict_yaml import MOST_CHARACTERS, read_yaml
+from harness.errors import nearest, shortened
 
 SCRIPTS = Path(__file__).resolve().parents[2]  # where train.py, recipes/ and the others are
 OF_ONE_COMMAND = {
@@ -22,6 +25,8 @@ OF_ONE_COMMAND = {
 }  # fmt: skip
 
 STRATEGIES = ("feature_extraction", "staged", "full", "auto")
+
+NAME_BYTES = 255  # of a file or a folder, on every file system in use
 
 AUGMENTS = ("none", "basic", "autoaugment", "randaugment", "trivialaugment")
 
@@ -42,54 +47,14 @@ OPERATIONAL = {
 }  # fmt: skip
 
 
-def whole(low, high=None):
-    """An argparse type: an integer in [low, high]."""
-
-    def convert(text):
-        value = int(text)
-        if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(_range_message(text, "a whole number", low, high))
-        return value
-
-    convert.__name__ = "whole number"
-    return convert
-
-
-def number(low=None, high=None, above=None):
-    """An argparse type: a finite float in [low, high], or greater than `above`."""
-
-    def convert(text):
-        value = float(text)
-        bad = not math.isfinite(value) or (low is not None and value < low)
-        if bad or (high is not None and value > high) or (above is not None and value <= above):
-            raise argparse.ArgumentTypeError(_range_message(text, "a number", low, high, above))
-        return value
-
-    convert.__name__ = "number"
-    return convert
-
-
-def _range_message(text, kind, low, high, above=None):
-    bounds = [f"above {above}"] if above is not None else []
-    bounds += [f"at least {low}"] if low is not None else []
-    bounds += [f"at most {high}"] if high is not None else []
-    return f"{text} is not {kind} {' and '.join(bounds)}".rstrip()
-
-
-def integer_or(*words, low=1):
-    """An argparse type: one of `words`, or an integer of at least `low`."""
-
-    def convert(text):
-        return text if text in words else whole(low)(text)
-
-    convert.__name__ = f"{' or '.join(words)} or whole number"
-    return convert
-
-
 def run_name(text):
     """An argparse type: a name that is one folder and stays inside `--output_dir`."""
     if not text or text in (".", "..") or any(c in text for c in "/\\\0"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a folder name (no slashes, no NUL)")
+    if len(os.fsencode(text)) > NAME_BYTES:
+        raise argparse.ArgumentTypeError(
+            f"{shortened(text)} is not a folder name: it is longer than {NAME_BYTES} bytes"
+        )
     return text
 
 
@@ -170,6 +135,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         message = message.replace("argument ", "", 1)
+        message = re.sub(r"\S{300,}", lambda word: shortened(word[0]), message)
         self.exit(2, f"{self.prog}: {self.where}{message}\n")
 
     def _check_value(self, action, value):
@@ -232,10 +198,11 @@ class Parser(argparse.ArgumentParser):
         try:
             beside = SCRIPTS / path  # from another working directory
             file = beside if beside.is_file() and not Path(path).exists() else Path(path)
-            flags = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            with file.open(encoding="utf-8") as opened:
+                flags = read_yaml(opened.read(MOST_CHARACTERS + 1)) or {}
         except OSError as error:
             self.error(f"cannot read the recipe: {error.strerror}")
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no path at all
             self.error(f"is not YAML: {' '.join(str(error).split())}")
         if not isinstance(flags, dict):
             self.error("a recipe is lines of `flag: value`")
@@ -244,13 +211,16 @@ class Parser(argparse.ArgumentParser):
     def _argv(self, flags):
         """{"lr": 0.1} as command-line words; names that are no flag are refused."""
         known = {a.dest: a for a in self._actions}
-        argv = []
+        argv, said = [], set()
         for key, value in flags.items():
             action = known.get(str(key).replace("-", "_"))
             if action is None or key in ("help", "config"):
                 self.error(
                     f'unknown flag "{key}"{_hint(str(key), set(known) - {"help", "config"})}'
                 )
+            if action.dest in said:
+                self.error(f'{key}: it is there twice, as "{action.dest}", too')
+            said.add(action.dest)
             if isinstance(action, Switch):
                 if not isinstance(value, bool):
                     self.error(f'{key}: "{value}" is not true or false')
@@ -269,7 +239,7 @@ class Parser(argparse.ArgumentParser):
                 hint = (
                     " (off and no are words for false in YAML: write 0)" if value is False else ""
                 )
-                self.error(f'{key}: "{value}" is not one value{hint}')
+                self.error(f'{key}: "{_in_words(value)}" is not one value{hint}')
             elif value is not None:
                 argv.append(f"--{action.dest}={value}")
         return argv
@@ -281,7 +251,7 @@ class Parser(argparse.ArgumentParser):
         of STAGE_FLAGS, checked as on the command line.
         """
         try:
-            stages = yaml.safe_load(text)
+            stages = read_yaml(text)
         except yaml.YAMLError as error:
             raise argparse.ArgumentTypeError(f"not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(stages, list) or not stages:
@@ -306,9 +276,9 @@ class Parser(argparse.ArgumentParser):
                 f"stage {n}: train: wants lines of `module: learning rate`, at least one"
             )
         try:
-            convert, key, value = whole(1), "epochs", stage["epochs"]
+            convert, key, value = BOUNDS["epochs"], "epochs", stage["epochs"]
             epochs = convert(str(value))
-            convert, rates = number(above=0), {}
+            convert, rates = BOUNDS["lr"], {}
             for key, value in stage["train"].items():
                 rates[str(key)] = convert(str(value))
         except argparse.ArgumentTypeError as error:
@@ -323,6 +293,17 @@ class Parser(argparse.ArgumentParser):
         self.where = before
         name = {"name": str(stage["name"])} if stage.get("name") else {}
         return {**name, "epochs": epochs, "train": rates, **own}
+
+
+def _in_words(value):
+    """A value of a recipe as it is written there: [0.1, 0.2], {a: 1}."""
+    if isinstance(value, list):
+        text = f"[{', '.join(map(_in_words, value))}]"
+    elif isinstance(value, dict):
+        text = f"{{{', '.join(f'{k}: {_in_words(v)}' for k, v in value.items())}}}"
+    else:
+        text = str(value)
+    return shortened(text)
 
 
 def _underscored(word):
@@ -343,6 +324,11 @@ def to_recipe(args):
 def to_yaml(args) -> bytes:
     """config.yaml: `to_recipe` as YAML."""
     return yaml.safe_dump(to_recipe(args), sort_keys=True, allow_unicode=True).encode()
+
+
+def bounded(group, name, **words):
+    """Declare a number: `--name`, with its line in BOUNDS."""
+    group.add_argument(f"--{name}", type=BOUNDS[name], **words)
 
 
 # fmt: off
@@ -368,19 +354,19 @@ def data_flags(parser, dataset):
                    "whole numbers by value")
     g.add_argument("--empty_classes", choices=("refuse", "drop", "keep"), default="refuse",
                    help="classes without an image in train: stop, leave them out, or keep them")
-    g.add_argument("--bit_depth", type=whole(9, 16),
-                   help="of 16-bit gray images: 12 where values end at 4095; unset: as the files "
-                   "say, else 16")
+    bounded(g, "bit_depth",
+            help="of 16-bit gray images: 12 where values end at 4095; unset: as the files "
+            "say, else 16")
     g.add_argument("--image_column", help="only where it cannot be inferred")
     g.add_argument("--label_column", help="only where it cannot be inferred")
     g.add_argument("--train_split", help="only where it is not called train")
     g.add_argument("--val_split", help="unset: validation, valid, val or dev; none: without")
     g.add_argument("--test_split", help="unset: test; none: without")
-    g.add_argument("--val_fraction", type=number(0, 0.9), default=0.0,
-                   help="hold out this stratified part of train, keep the epoch that is best on "
-                   "it; 0: train on all, the last weights are the result")
-    g.add_argument("--max_train_samples", type=whole(1), help="images; cut for a quick look")
-    g.add_argument("--max_eval_samples", type=whole(1), help="images; cut for a quick look")
+    bounded(g, "val_fraction", default=0.0,
+            help="hold out this stratified part of train, keep the epoch that is best on "
+            "it; 0: train on all, the last weights are the result")
+    bounded(g, "max_train_samples", help="images; cut for a quick look")
+    bounded(g, "max_eval_samples", help="images; cut for a quick look")
     g.add_argument("--bad_images", choices=("stop", "skip"), default="stop",
                    help="that can't be read: stop and name the first one, or leave them out, "
                    "count and name them (one more pass of decoding, once)")
@@ -389,8 +375,7 @@ def data_flags(parser, dataset):
 def model_flags(parser, model):
     g = parser.add_argument_group("model")
     g.add_argument("--model", default=model, help="any torchvision (or installed timm) classifier")
-    g.add_argument("--image_size", type=whole(4, 4096),
-                   help="pixels a side; unset: the weights' own, else the data set's")
+    bounded(g, "image_size", help="pixels a side; unset: the weights' own, else the data set's")
     g.add_argument("--stem", choices=("auto", "small", "standard"), default="auto",
                    help="small: 3x3 without max-pool; auto: small up to 64 pixels")
     g.add_argument("--weights", default="none",
@@ -399,8 +384,7 @@ def model_flags(parser, model):
     g.add_argument("--init", choices=("auto", "kaiming", "own"), default="auto",
                    help="kaiming: normal, fan_out; own: the model's; auto: kaiming for networks "
                    "with BatchNorm")
-    g.add_argument("--dropout", type=number(0, 0.99),
-                   help="probability before the head, 0: off; unset: the model's own")
+    bounded(g, "dropout", help="probability before the head, 0: off; unset: the model's own")
 
 
 def transfer_flags(parser):
@@ -415,45 +399,42 @@ def transfer_flags(parser):
     g.add_argument("--stages", type=parser.stages, metavar="YAML",
                    help="of staged: a list of {epochs: …, train: {module: lr}}, best in a recipe; "
                    "unset: head; + last blocks; everything")
-    g.add_argument("--layer_decay", type=number(high=1, above=0),
-                   help="factor on a block's learning rate for each block between it and the "
-                   "end; 1: off; unset: 0.75 for full, 1 for staged")
+    bounded(g, "layer_decay",
+            help="factor on a block's learning rate for each block between it and the "
+            "end; 1: off; unset: 0.75 for full, 1 for staged")
     g.add_argument("--bn_mode", choices=("auto", "eval", "train"), default="auto",
                    help="auto: BatchNorm of frozen parts stays as it is, of trained parts adapts; "
                    "eval: none adapts; train: all do, frozen or not")
-    g.add_argument("--views", type=whole(0), default=2,
-                   help="augmented views of each image whose features are kept while only the "
-                   "head trains; 1: no augmentation; 0: the network runs anew every step")
+    bounded(g, "views", default=2,
+            help="augmented views of each image whose features are kept while only the "
+            "head trains; 1: no augmentation; 0: the network runs anew every step")
 
 
 def optimization_flags(parser, optimizers=("sgd", "adamw")):
     g = parser.add_argument_group("optimization")
-    g.add_argument("--batch_size", type=whole(1), default=128,
-                   help="images one optimizer step sees, over all processes and accumulation")
-    g.add_argument("--gradient_accumulation_steps", type=whole(1), default=1,
-                   help="parts the batch is cut into on each process; 1: off")
-    g.add_argument("--epochs", type=whole(1), default=100, help="passes over train")
-    g.add_argument("--max_steps", type=whole(1), help="optimizer steps; overrides --epochs")
+    bounded(g, "batch_size", default=128,
+            help="images one optimizer step sees, over all processes and accumulation")
+    bounded(g, "gradient_accumulation_steps", default=1,
+            help="parts the batch is cut into on each process; 1: off")
+    bounded(g, "epochs", default=100, help="passes over train")
+    bounded(g, "max_steps", help="optimizer steps; overrides --epochs")
     g.add_argument("--optimizer", choices=optimizers, default="sgd", help="update rule")
-    g.add_argument("--lr", type=number(above=0), default=0.1, help="peak learning rate")
-    g.add_argument("--momentum", type=number(0, 0.9999), default=0.9,
-                   help="of sgd and muon; beta1 of adamw")
+    bounded(g, "lr", default=0.1, help="peak learning rate")
+    bounded(g, "momentum", default=0.9, help="of sgd and muon; beta1 of adamw")
     g.add_argument("--nesterov", action=Switch, default=True,
                    help="Nesterov momentum of sgd and muon")
-    g.add_argument("--weight_decay", type=number(0), default=5e-4, help="of weights; 0: off")
-    g.add_argument("--norm_weight_decay", type=number(0), default=0.0,
-                   help="of norms and biases; 0: off")
-    g.add_argument("--warmup_epochs", type=number(0), default=5.0,
-                   help="epochs of linear warm-up before the cosine; 0: off")
+    bounded(g, "weight_decay", default=5e-4, help="of weights; 0: off")
+    bounded(g, "norm_weight_decay", default=0.0, help="of norms and biases; 0: off")
+    bounded(g, "warmup_epochs", default=5.0,
+            help="epochs of linear warm-up before the cosine; 0: off")
     g.add_argument("--nonfinite", choices=("stop", "skip"), default="stop",
                    help="at a loss or gradient that is not finite; skip: no process updates, up to "
                    "10 steps in a row; without a fused optimizer (fp16) the host then waits for "
                    "the device at every step")
-    g.add_argument("--clip_grad_norm", type=number(0), default=1.0, help="L2 norm; 0: off")
-    g.add_argument("--ema_decay", type=number(0, 0.999999), default=0.9999,
-                   help="of the averaged weights; warmed up as min(d, (1+t)/(10+t)); 0: off")
-    g.add_argument("--label_smoothing", type=number(0, 0.99), default=0.1,
-                   help="mass spread over all classes; 0: off")
+    bounded(g, "clip_grad_norm", default=1.0, help="L2 norm; 0: off")
+    bounded(g, "ema_decay", default=0.9999,
+            help="of the averaged weights; warmed up as min(d, (1+t)/(10+t)); 0: off")
+    bounded(g, "label_smoothing", default=0.1, help="mass spread over all classes; 0: off")
     return g
 
 
@@ -462,13 +443,11 @@ def speed_flags(group):
     g = group
     g.add_argument("--schedule", choices=("cosine", "linear"), default="cosine",
                    help="how the rate falls after the warm-up; linear: for few epochs")
-    g.add_argument("--head_lr", type=number(above=0),
-                   help="peak learning rate of the last layer's weights; unset: --lr")
-    g.add_argument("--bias_lr", type=number(above=0),
-                   help="peak learning rate of norms and biases; unset: --lr")
-    g.add_argument("--start_size", type=whole(4),
-                   help="pixels a side in the first step, growing to the full size over 60 %% of "
-                   "the steps; unset: off")
+    bounded(g, "head_lr", help="peak learning rate of the last layer's weights; unset: --lr")
+    bounded(g, "bias_lr", help="peak learning rate of norms and biases; unset: --lr")
+    bounded(g, "start_size",
+            help="pixels a side in the first step, growing to the full size over 60 %% of "
+            "the steps; unset: off")
     g.add_argument("--tta", default="none", metavar="VIEWS",
                    help="the result is scored over several views, too: flip, shift, crops:N, "
                    "random:N; none: off")
@@ -478,23 +457,20 @@ def augmentation_flags(parser):
     g = parser.add_argument_group("augmentation")
     g.add_argument("--augment", choices=AUGMENTS, default="randaugment",
                    help="basic: crop + flip; the others add their operations to it")
-    g.add_argument("--flip_prob", type=number(0, 1), default=0.5, help="horizontal flip; 0: off")
+    bounded(g, "flip_prob", default=0.5, help="horizontal flip; 0: off")
     g.add_argument("--flip", choices=("random", "alternating"), default="random",
                    help="alternating: drawn once an image, then every epoch the other way")
-    g.add_argument("--crop_scale", type=number(0, 1), default=0.0,
-                   help="random resized crop of at least this share of the area; 0: the padded "
-                   "crop instead")
-    g.add_argument("--crop_padding", type=whole(0),
-                   help="pixels; 0: no random crop; unset: an eighth of the image")
-    g.add_argument("--randaugment_ops", type=whole(1), default=2, help="operations an image")
-    g.add_argument(
-        "--randaugment_magnitude", type=whole(0, 30), default=9, help="strength, 0 to 30"
-    )
-    g.add_argument("--random_erasing", type=number(0, 1), default=0.25, help="probability; 0: off")
-    g.add_argument("--mixup_alpha", type=number(0), default=0.2, help="Beta parameter; 0: off")
-    g.add_argument("--cutmix_alpha", type=number(0), default=1.0, help="Beta parameter; 0: off")
-    g.add_argument("--mix_prob", type=number(0, 1), default=1.0,
-                   help="part of the steps that mix (mixup or CutMix at even odds); 0: off")
+    bounded(g, "crop_scale", default=0.0,
+            help="random resized crop of at least this share of the area; 0: the padded "
+            "crop instead")
+    bounded(g, "crop_padding", help="pixels; 0: no random crop; unset: an eighth of the image")
+    bounded(g, "randaugment_ops", default=2, help="operations an image")
+    bounded(g, "randaugment_magnitude", default=9, help="strength, 0 to 30")
+    bounded(g, "random_erasing", default=0.25, help="probability; 0: off")
+    bounded(g, "mixup_alpha", default=0.2, help="Beta parameter; 0: off")
+    bounded(g, "cutmix_alpha", default=1.0, help="Beta parameter; 0: off")
+    bounded(g, "mix_prob", default=1.0,
+            help="part of the steps that mix (mixup or CutMix at even odds); 0: off")
 
 
 def ensemble_flags(parser):
@@ -516,7 +492,7 @@ def ensemble_flags(parser):
     g.add_argument("--label_column", help="only where it has another name than in training")
     g.add_argument("--split", choices=("test", "val"),
                    help="scored images; unset: test where there is one, else val")
-    g.add_argument("--max_eval_samples", type=whole(2), help="images; cut for a quick look")
+    g.add_argument("--max_eval_samples", type=whole(2, MANY), help="images; cut for a quick look")
 
 
 def cam_flags(parser):
@@ -541,8 +517,7 @@ def cam_flags(parser):
     g.add_argument("--indices", type=numbers, metavar="N,N,…", help="just these of the split")
     g.add_argument("--only", choices=("all", "wrong", "right"),
                    help="unset: all, as many of both as there are")
-    g.add_argument("--max_images", type=whole(1),
-                   help="unset: 16 of a split, all of --images")
+    bounded(g, "max_images", help="unset: 16 of a split, all of --images")
     g = parser.add_argument_group("maps")
     g.add_argument("--method", default="gradcam",
                    help="gradcam, gradcam++, hirescam, layercam, eigencam, scorecam; several with "
@@ -556,18 +531,18 @@ def cam_flags(parser):
     g.add_argument("--check", action=Switch,
                    help="deletion and insertion, a re-initialised network, heat in the region")
     g = parser.add_argument_group("pictures")
-    g.add_argument("--alpha", type=number(0, 1), default=0.6, help="of the hottest place")
+    bounded(g, "alpha", default=0.6, help="of the hottest place")
     g.add_argument("--colormap", default="inferno", help="one of matplotlib's")
 
 
 def numbers(text):
     """An argparse type: whole numbers of at least 0, with commas."""
-    return [whole(0)(word) for word in text.split(",")]
+    return [BOUNDS["indices"](word) for word in text.split(",")]
 
 
 def shares(text):
     """An argparse type: numbers of at least 0, not all 0, scaled to the sum 1."""
-    values = [number(0)(word) for word in text.split(",")]
+    values = [BOUNDS["member_weights"](word) for word in text.split(",")]
     if not sum(values):
         raise argparse.ArgumentTypeError(f"{text}: at least one must be above 0")
     return [value / sum(values) for value in values]
@@ -578,12 +553,9 @@ def running_flags(parser, precision=True, trains=True):
     if precision:
         g.add_argument("--mixed_precision", choices=("auto", "no", "bf16", "fp16"), default="auto",
                        help="auto: what the launcher says, else bf16 where the device computes it")
-    g.add_argument(
-        "--threads", type=whole(1),
-        help="CPU threads a process; unset: all cores, shared"
-        + (". A resumed run keeps its own" if trains else ""),
-    )
-    g.add_argument("--seed", type=whole(0, 2**32 - 1), default=42, help="of everything random")
+    bounded(g, "threads", help="CPU threads a process; unset: all cores, shared"
+            + (". A resumed run keeps its own" if trains else ""))
+    bounded(g, "seed", default=42, help="of everything random")
     g.add_argument("--dry_run", action=Switch, help="print the plan and stop")
 
 
@@ -601,20 +573,20 @@ def output_flags(parser, project):
     g = report_flags(parser, project)
     g.add_argument("--overwrite", action=Switch, help="replace the run of that name")
     g.add_argument("--log_model", action=Switch, help="upload the result as a W&B artifact")
-    g.add_argument("--logging_steps", type=whole(1), default=50, help="steps between metrics")
-    g.add_argument("--eval_epochs", type=whole(1), default=1,
-                   help="epochs between evaluations; the last epoch is always evaluated")
-    g.add_argument("--checkpointing_steps", type=integer_or("epoch"), default="epoch",
-                   help="optimizer steps between checkpoints, or epoch")
-    g.add_argument("--max_checkpoints", type=whole(2), default=2, help="newest ones kept")
+    bounded(g, "logging_steps", default=50, help="steps between metrics")
+    bounded(g, "eval_epochs", default=1,
+            help="epochs between evaluations; the last epoch is always evaluated")
+    bounded(g, "checkpointing_steps", default="epoch",
+            help="optimizer steps between checkpoints, or epoch")
+    bounded(g, "max_checkpoints", default=2, help="newest ones kept")
     g.add_argument("--resume_from_checkpoint", metavar="auto|PATH",
                    help="auto: continue this run from its newest valid checkpoint, or begin; a "
                    "path: of one, checkpoints/step-*")
-    g.add_argument("--stop_after", type=whole(1),
-                   help="optimizer steps, then a checkpoint and exit 0; the schedule is that of "
-                   "the whole run")
-    g.add_argument("--verify_resume", type=whole(2), metavar="STEPS",
-                   help="train nothing: so many steps straight, the same killed half-way and "
-                   "resumed, then PASS or the first difference")
+    bounded(g, "stop_after",
+            help="optimizer steps, then a checkpoint and exit 0; the schedule is that of "
+            "the whole run")
+    bounded(g, "verify_resume", metavar="STEPS",
+            help="train nothing: so many steps straight, the same killed half-way and "
+            "resumed, then PASS or the first difference")
     g.add_argument("--deterministic", action=Switch,
                    help="algorithms that give the same bits every time, on a GPU too; slower there")

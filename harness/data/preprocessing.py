@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from harness.cli.bounds import fits, range_of
 from harness.data.pixels import FILTERS
-from harness.errors import UserError
+from harness.errors import UserError, shortened
 
 
 class Preprocessing(NamedTuple):
@@ -29,23 +30,34 @@ class Preprocessing(NamedTuple):
 
 def preprocessing_of(cfg, file) -> Preprocessing | None:
     """The preprocessing in timm's words, or None where one of them is missing."""
+    three = "three numbers, each"
     checks = {
-        "input_size": lambda v: v[0] == 3 and v[1] == v[2] > 0 and isinstance(v[2], int),
-        "crop_pct": lambda v: 0 < v <= 1,
-        "interpolation": lambda v: v in FILTERS,
-        "mean": lambda v: len(v) == 3 and all(abs(float(x)) < float("inf") for x in v),
-        "std": lambda v: len(v) == 3 and all(0 < float(x) < float("inf") for x in v),
+        "input_size": (
+            lambda v: v[0] == 3 and v[1] == v[2] and len(v) == 3 and fits("image_size", v[2]),
+            f"[3, n, n] with n {range_of('image_size')}",
+        ),
+        "crop_pct": (lambda v: fits("crop_pct", v), range_of("crop_pct")),
+        "interpolation": (lambda v: v in FILTERS, f"one of {', '.join(FILTERS)}"),
+        "mean": (lambda v: _three("mean", v), f"{three} {range_of('mean')}"),
+        "std": (lambda v: _three("std", v), f"{three} {range_of('std')}"),
     }
     if not isinstance(cfg, dict) or any(cfg.get(key) is None for key in checks):
         return None
-    for key, check in checks.items():
+    for key, (check, wanted) in checks.items():
         try:
-            fits = check(cfg[key])
-        except (TypeError, ValueError, LookupError):
-            fits = False
-        if not fits:
-            raise UserError(f"{file}: pretrained_cfg has no usable {key}: {cfg[key]!r}")
+            usable = check(cfg[key])
+        except (TypeError, LookupError):
+            usable = False
+        if not usable:
+            raise UserError(
+                f"{file}: pretrained_cfg has no usable {key}: {shortened(repr(cfg[key]))}; it has "
+                f"to be {wanted}"
+            )
     mean, std = (tuple(float(x) for x in cfg[key]) for key in ("mean", "std"))
     return Preprocessing(
         cfg["input_size"][2], float(cfg["crop_pct"]), cfg["interpolation"], mean, std
     )
+
+
+def _three(name, values):
+    return len(values) == 3 and all(fits(name, value) for value in values)

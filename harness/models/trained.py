@@ -14,7 +14,8 @@ from harness.data.sources import load_data, stored_rows
 from harness.data.stored import BUILT_IN
 from harness.errors import UserError
 from harness.models.build import rebuild_model
-from harness.models.weights import DATA_FLAGS, load_state, load_weights, read_config, recipes_of
+from harness.models.config import DATA_FLAGS, read_config
+from harness.models.weights import load_state, load_weights, recipes_of
 
 
 class Trained(NamedTuple):
@@ -58,6 +59,9 @@ def read_trained(path) -> Trained:
     classes = config.get("label_names")
     if not isinstance(classes, list) or not classes:
         raise UserError(f"{file} has no label_names: it is not one of this project's")
+    if config.get("num_classes") not in (None, len(classes)):
+        count = config["num_classes"]
+        raise UserError(f"{file}: num_classes is {count}, but label_names has {len(classes)}")
     look = preprocessing_of(config.get("pretrained_cfg"), file)
     if look is None:
         raise UserError(f"{file} does not say how images are prepared (pretrained_cfg)")

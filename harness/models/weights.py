@@ -5,7 +5,6 @@ Where they come from also says how they want their images, and which classes the
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -18,6 +17,7 @@ from harness.data.preprocessing import Preprocessing, preprocessing_of
 from harness.errors import UserError, nearest
 from harness.files import is_lfs_pointer
 from harness.models.build import Family, family_of, head, library_of, one_line
+from harness.models.config import DATA_FLAGS, read_config
 
 # Names in torchvision's older weight files -> names in its models now.
 OLD_KEYS = (
@@ -25,12 +25,6 @@ OLD_KEYS = (
     (re.compile(r"\.mlp\.linear_1\."), ".mlp.0."),
     (re.compile(r"\.mlp\.linear_2\."), ".mlp.3."),
 )
-# Flags of a run that say which images it was trained on.
-DATA_FLAGS = (
-    "image_column", "label_column", "train_split", "val_split", "test_split", "val_fraction",
-    "max_train_samples", "seed", "bad_images", "empty_classes", "layout", "label_pattern", "labels",
-    "file_column", "classes", "bit_depth",
-)  # fmt: skip
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads that we build googlenet, inception without
 
 
@@ -249,30 +243,11 @@ def _stored(spec, name):
         load_weights(spec),
         spec,
         architecture,
-        stem if stem in ("small", "standard") else None,
+        stem,
         [str(label) for label in classes] if isinstance(classes, list) else None,
         preprocessing_of(config["pretrained_cfg"], file) if "pretrained_cfg" in config else None,
         tuple(recipes_of(config) if config.get("flags") else [{"unknown": str(spec)}]),
     )
-
-
-def read_config(file) -> dict:
-    """config.json as a dict, empty where there is none."""
-    if not file.is_file():
-        return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is not JSON ({one_line(error)})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file} is not a JSON object")
-    ancestors = config.get("ancestors") or []
-    if not isinstance(ancestors, list) or not all(isinstance(a, dict) for a in ancestors):
-        raise UserError(f"{file}: ancestors is not a list of objects")
-    for key in ("flags", "data"):
-        if not isinstance(config.get(key) or {}, dict):
-            raise UserError(f"{file}: {key} is not an object")
-    return config
 
 
 def _published(spec, name):

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from harness.cli import flags
+from harness.environment import check_environment
 from harness.errors import RunStopped, UserError
 from harness.training.checkpoint import checkpoints, load_checkpoint
 from harness.training.metrics import read_metrics
@@ -32,6 +33,7 @@ def verify_resume(script, args):
     the last checkpoint, bit by bit. Under a launcher each process looks after its own; the first
     one compares. Raises RunStopped with the first difference, and where a run ended with an error.
     """
+    check_environment()
     if args.dry_run:
         raise UserError("--verify_resume trains, --dry_run does not: give one of them")
     steps, main = args.verify_resume, int(os.environ.get("RANK", 0)) == 0

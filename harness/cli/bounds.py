@@ -1,0 +1,140 @@
+"""What the numbers of flags may be: one table, for the command line, recipes and config.json.
+
+Both ends are there to catch a mistake before any work begins; nobody should ever miss what lies
+beyond them. A flag refers to its line here by its name: `type=BOUNDS["lr"]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from harness.errors import shortened
+
+
+def whole(low, high):
+    """An argparse type: an integer in [low, high]."""
+    words = f"a whole number at least {low} and at most {high}"
+
+    def convert(text):
+        value = int(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{shortened(text)} is not {words}")
+        return value
+
+    convert.__name__, convert.words = "whole number", words
+    return convert
+
+
+def number(low=None, high=math.inf, above=None, zero=False):
+    """An argparse type: a finite float in [low, high], or greater than `above`.
+
+    zero: 0 is allowed, too, below `low`; it is the word for off.
+    """
+
+    bounds = [f"above {above}"] if above is not None else []
+    bounds += [f"at least {low}"] if low is not None else []
+    bounds += [f"at most {high}"]
+    words = f"a number {'0, or ' if zero else ''}{' and '.join(bounds)}"
+
+    def convert(text):
+        value = float(text)
+        inside = math.isfinite(value) and (low is None or low <= value) and value <= high
+        inside = inside and (above is None or value > above)
+        if not inside and not (zero and value == 0):
+            raise argparse.ArgumentTypeError(f"{shortened(text)} is not {words}")
+        return value
+
+    convert.__name__, convert.words = "number", words
+    return convert
+
+
+def integer_or(*words, low=1, high):
+    """An argparse type: one of `words`, or an integer in [low, high]."""
+
+    def convert(text):
+        return text if text in words else whole(low, high)(text)
+
+    convert.__name__ = f"{' or '.join(words)} or whole number"
+    return convert
+
+
+MANY = 1_000_000_000  # steps, images: what is only counted, and costs nothing by itself
+RATE = number(above=0, high=10_000)  # the largest in use, of biases, is 283
+BETA = number(0.001, 1000, zero=True)  # Beta(α, α): all at the ends, or all in the middle
+DECAY = number(0, 1000)
+PROBABILITY = number(0, 1)
+
+BOUNDS = {
+    # data
+    "bit_depth": whole(9, 16),
+    "val_fraction": number(0, 0.9),
+    "max_train_samples": whole(1, MANY),
+    "max_eval_samples": whole(1, MANY),
+    # model
+    "image_size": whole(4, 4096),
+    "dropout": number(0, 0.99),
+    "num_classes": whole(1, 1_000_000),  # of a config.json
+    "crop_pct": number(0.25, 1),  # of a config.json
+    "mean": number(-1000, 1000),  # of a config.json, each
+    "std": number(0.001, 1000),  # of a config.json, each
+    # transfer
+    "layer_decay": number(above=0, high=1),
+    "views": whole(0, 1000),
+    # optimization
+    "batch_size": whole(1, 1_000_000),
+    "gradient_accumulation_steps": whole(1, 1_000_000),
+    "epochs": whole(1, 1_000_000),
+    "max_steps": whole(1, MANY),
+    "lr": RATE,
+    "head_lr": RATE,
+    "bias_lr": RATE,
+    "momentum": number(0, 0.9999),
+    "weight_decay": DECAY,
+    "norm_weight_decay": DECAY,
+    "warmup_epochs": number(0, 1_000_000),
+    "clip_grad_norm": number(0, 1e9),
+    "ema_decay": number(0, 0.999999),
+    "label_smoothing": number(0, 0.99),
+    "start_size": whole(4, 4096),
+    # augmentation
+    "flip_prob": PROBABILITY,
+    "crop_scale": number(0.001, 1, zero=True),
+    "crop_padding": whole(0, 512),
+    "randaugment_ops": whole(1, 20),
+    "randaugment_magnitude": whole(0, 30),
+    "random_erasing": PROBABILITY,
+    "mixup_alpha": BETA,
+    "cutmix_alpha": BETA,
+    "mix_prob": PROBABILITY,
+    # reports
+    "member_weights": number(0, 1e9),  # each
+    "indices": whole(0, MANY),  # each
+    "max_images": whole(1, 100_000),
+    "alpha": PROBABILITY,
+    # running
+    "threads": whole(1, 512),  # no machine has more cores to give one process
+    "seed": whole(0, 2**32 - 1),
+    "logging_steps": whole(1, MANY),
+    "eval_epochs": whole(1, MANY),
+    "checkpointing_steps": integer_or("epoch", high=MANY),
+    "max_checkpoints": whole(2, MANY),
+    "stop_after": whole(1, MANY),
+    "verify_resume": whole(2, MANY),
+}
+
+
+def range_of(name) -> str:
+    """The bounds of a number in words: "a number at least 0 and at most 1"."""
+    return BOUNDS[name].words
+
+
+def fits(name, value) -> bool:
+    """Whether a value of a JSON file is a number within the bounds of `name`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        BOUNDS[name](str(value))
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
+    return True
