@@ -35,6 +35,9 @@ FAILED_WRITES = (
 )  # fmt: skip
 
 
+_parts = 1  # of a batch, for the line about memory
+
+
 def make_accelerator(
     mixed_precision="auto", gradient_accumulation_steps=1, threads=None, seed=0, deterministic=False
 ):
@@ -45,6 +48,8 @@ def make_accelerator(
     and an error where an operation has none. Raises UserError where training would run on
     fewer processes than were asked for.
     """
+    global _parts
+    _parts = gradient_accumulation_steps
     check_environment()
     _follow_launcher()
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -238,6 +243,14 @@ def _one_line(name):
     except UserError as error:
         _print_once(f"{name}: {printable(' '.join(str(error).split()))}")
         raise SystemExit(error.status) from None
+    except torch.OutOfMemoryError as error:
+        parts = 2 * _parts
+        _print_once(
+            f"{name}: out of memory on the device ({str(error).partition('.')[0]}): "
+            f"--gradient_accumulation_steps {parts} computes the same batch in smaller parts, and "
+            "may be given to a resumed run, too"
+        )
+        raise SystemExit(1) from None
     except RuntimeError as error:
         if "does not have a deterministic implementation" not in str(error):
             raise

@@ -43,7 +43,7 @@ STAGE_FLAGS = {
 OPERATIONAL = {
     "config", "output_dir", "run_name", "overwrite", "dry_run", "report_to", "project", "group",
     "log_model", "threads", "checkpointing_steps", "max_checkpoints", "resume_from_checkpoint",
-    "stop_after", "nonfinite", "verify_resume",
+    "stop_after", "nonfinite", "verify_resume", "gradient_accumulation_steps",
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ once per data set and image size. The result lies in the cache folder of `datase
 `pixels/`, and may be deleted at any time: the next start makes it again.
 """
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
@@ -27,6 +28,7 @@ from harness.data.formats import open_image
 from harness.errors import UserError, nearest
 from harness.files import replace_file
 
+WAIT_SILENTLY_S = 10
 DECODE_VERSION = 2  # part of the cache key: raise it whenever decode_image's output changes
 MAX_PIXELS = 89_478_485  # what Pillow calls a decompression bomb: a quarter GiB as RGB
 BLOCK = 256  # images a thread decodes at a time
@@ -87,7 +89,7 @@ def decode_split(
     if not _is_whole(file, shape):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{file}.lock"):
+            with _alone(file):
                 if not _is_whole(file, shape):  # nobody else made it while we waited
                     decode = partial(
                         decode_image, size=size, interpolation=interpolation, bit_depth=bit_depth
@@ -126,7 +128,7 @@ def find_bad(dataset, image_column, *, name, bit_depth=None, progress=True):
     if not found.exists():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{file}.lock"):
+            with _alone(file):
                 if not found.exists():
                     images, bad = _encoded(dataset, image_column), {}
                     decode = partial(
@@ -262,7 +264,23 @@ def _is_whole(file, shape):
         pixels = np.load(file, mmap_mode="r")
     except (OSError, ValueError, EOFError):  # missing, cut short, or not .npy at all
         return False
-    return pixels.shape == shape and pixels.dtype == np.uint8
+    # Of an .npz, which np.load reads as well, it gives no array
+    return isinstance(pixels, np.ndarray) and pixels.shape == shape and pixels.dtype == np.uint8
+
+
+@contextlib.contextmanager
+def _alone(file):
+    """Hold the lock of a file; after 10 s of waiting for another process it is said."""
+    lock = FileLock(f"{file}.lock")
+    try:
+        lock.acquire(timeout=WAIT_SILENTLY_S)
+    except Timeout:
+        print(f"waiting for another process to decode these images ({lock.lock_file})", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _bad_file(file):

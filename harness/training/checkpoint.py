@@ -145,6 +145,9 @@ def load_checkpoint(path):
     """
     path = Path(path)
     try:
+        for file in path.iterdir():  # a pipe would be waited for
+            if not file.is_file():
+                raise Damaged(f"{file.name} is no regular file")
         manifest = json.loads((path / "manifest.json").read_bytes())
         listed = manifest["files"]
         if manifest["format"] != FORMAT:
@@ -172,7 +175,9 @@ def load_checkpoint(path):
     except OSError as error:
         missing = Path(error.filename or path).name
         raise Damaged(f"{missing}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (
+        ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError
+    ) as error:  # fmt: skip
         raise Damaged(f"{type(error).__name__}: {error}") from None
     return tensors, state
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import signal
+import socket
 import sys
 import time
 from collections import deque
@@ -52,6 +53,11 @@ UNWRITTEN = "the result could not be written"
 # folder is gone, which is no signal.
 GONE = "gone"
 STOP = {signal.SIGINT: 1.0, signal.SIGTERM: 1e6, GONE: 2.0**40}
+# What batch systems send before they kill, and a closed ssh
+AS_SIGTERM = [
+    getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGXCPU") if hasattr(signal, name)
+]
+STOP |= dict.fromkeys(AS_SIGTERM, STOP[signal.SIGTERM])
 
 
 def check_batch(args, processes, train_size, mixing):
@@ -98,6 +104,7 @@ class Run:
             "mixed_precision": accelerator.mixed_precision,
             **identity,
         }
+        _check_same(accelerator, self.identity)
         device = accelerator.device
         self.step, self.seconds, self.images_per_second = 0, 0.0, 0.0
         self.best, self._best_weights, self.scores = None, None, {}
@@ -143,7 +150,8 @@ class Run:
         self.say(f"tracking     {self.tracking.line}")
         self._handlers = {
             number: signal.signal(number, self._on_signal)
-            for number in (signal.SIGTERM, signal.SIGINT)
+            for number in (signal.SIGTERM, signal.SIGINT, *AS_SIGTERM)
+            if signal.getsignal(number) is not signal.SIG_IGN  # nohup's
         }
         self._bar = tqdm(
             total=total, initial=self.step, unit="step", dynamic_ncols=True,
@@ -643,6 +651,20 @@ class Run:
         if len(saved) == self.accelerator.num_processes and saved[rank] != now:
             torch.set_num_threads(saved[rank])
             self.say(f"threads      {saved[rank]} as before, not {now}: so the bits stay the same")
+
+
+def _check_same(accelerator, identity):
+    """Raise UserError unless all processes have the same flags and the same data."""
+    text = {name: repr(value) for name, value in identity.items()}
+    every = from_each(accelerator, lambda: (socket.gethostname(), text))
+    host, first = every[0]
+    for rank, (other, theirs) in enumerate(every):
+        for name in first:
+            if theirs.get(name) != first[name]:
+                raise UserError(
+                    f"process {rank} on {other} has {name} {theirs.get(name)}, process 0 on {host} "
+                    f"has {first[name]}: all need the same flags and the same data"
+                )
 
 
 def score_words(scores, sizes):

@@ -253,3 +253,71 @@ def remove_in_step(step, folder, anew):
             (folder / "theirs").write_text("another run's")
 
     script.draw_mixing = faulty.Nth(script.draw_mixing, step, remove)
+
+
+# -- 7: a damaged checkpoint blocks nothing; 8: other signals; 13: other data on another process ---
+
+
+@pytest.mark.parametrize("damage", ["nested", "pipe"])
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(run, damage, capsys):
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    file = newest / ("manifest.json" if damage == "nested" else "model.safetensors")
+    file.unlink()
+    if damage == "nested":
+        file.write_text("[" * 200_000 + "]" * 200_000)
+    else:
+        os.mkfifo(file)
+    assert train(run, **AUTO)[1] == 0
+    out = capsys.readouterr().out
+    assert f"{newest} is damaged" in out and "step 2 of 4" in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU])
+def test_signals_of_batch_systems_leave_a_checkpoint(tmp_path, number):
+    fault = functools.partial(signal_in_step, 3, number)
+    flags = FLAGS | {"checkpointing_steps": 100, "epochs": 2}
+    started = faulty.start(tmp_path, fault=fault, **flags)
+    assert started.wait() == [143], started.output()
+    assert f"{number.name}: a checkpoint after this step" in started.output()
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_a_signal_that_was_ignored_stays_ignored(tmp_path):
+    """As under nohup."""
+    fault = functools.partial(signal_in_step, 3, signal.SIGHUP, ignored=True)
+    assert faulty.start(tmp_path, fault=fault, **FLAGS).done()
+
+
+def signal_in_step(step, number, ignored=False):
+    import train as script
+
+    if ignored:
+        signal.signal(number, signal.SIG_IGN)
+    act = functools.partial(os.kill, os.getpid(), number)
+    script.draw_mixing = faulty.Nth(script.draw_mixing, step, act)
+
+
+def test_processes_with_other_data_do_not_train(tmp_path):
+    run = faulty.start(tmp_path, processes=2, fault=other_labels, **FLAGS)
+    assert run.wait() == [2, 2], run.output()
+    assert "process 1 on " in run.output() and "has data_sha256" in run.output()
+    assert "Traceback" not in run.output()
+
+
+def other_labels():
+    """The second process reads its own copy of the data, and another one."""
+    from harness.training import plan
+
+    real = plan.load
+
+    def load(args, accelerator):
+        data = real(args, accelerator)
+        if accelerator.process_index == 1:
+            data.train.labels[:2] = data.train.labels[1::-1] + 1
+        return data
+
+    plan.load = load
+
+
+def test_a_run_goes_on_with_more_parts_of_a_batch(run):
+    assert train(run, **AUTO, gradient_accumulation_steps=4)[1] == 0

@@ -231,7 +231,7 @@ def test_resuming_an_older_checkpoint_by_name_sets_the_later_ones_aside(straight
 def test_a_finished_run_without_its_checkpoints_is_not_thrown_away(tmp_path):
     folder, _ = smallruns.train(tmp_path, epochs=1)
     shutil.rmtree(folder / "checkpoints")
-    with pytest.raises(UserError, match="finished run without checkpoints"):
+    with pytest.raises(UserError, match="had a checkpoint of step 4, and has none now"):
         smallruns.train(tmp_path, epochs=1, resume_from_checkpoint="auto")
     assert (folder / "model.safetensors").exists()
 
