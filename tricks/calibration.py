@@ -70,10 +70,12 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         low, high = (inverse, high) if slope < 0 else (low, inverse)
         step = slope / curvature if curvature > 0 else math.inf
         previous, inverse = inverse, inverse - step
-        if not low < inverse < high:
-            inverse = math.sqrt(low * high)
+        # Asked before the bracket, one end of which the solution is by now: rounding alone may
+        # take the last step over it, and halving the bracket would begin the search anew.
         if abs(inverse - previous) <= 1e-12 * previous:
             break
+        if not low < inverse < high:
+            inverse = math.sqrt(low * high)
         slope, curvature = slopes(inverse)
     return 1 / inverse
 
