@@ -182,8 +182,9 @@ def _resize_weights(
 ) -> torch.Tensor:
     """Antialiased bilinear weights (n, size, full) from source to target pixels along one side.
 
-    start, length: whole numbers (n,), as floats of the precision to compute in. A triangle around each target pixel's centre in the source, as wide as one target pixel (at
-    least one source pixel) to either side, cut off at the box [start, start + length).
+    start, length: whole numbers (n,), as floats of the precision to compute in. A triangle
+    around each target pixel's centre in the source, as wide as one target pixel (at least one
+    source pixel) to either side, cut off at the box [start, start + length).
     """
     start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
     source = torch.arange(full, device=start.device) - start

@@ -156,8 +156,8 @@ def muon_groups(groups: Iterable[dict[str, Any]], head: nn.Module) -> list[dict[
 
     Orthogonalised are filters and matrices, of four and two dimensions, but for those of `head`,
     whose rows are classes, and what has one number a row (gains). Their group is named "NAME
-    (muon)", has "orthogonal": True and no weight decay; the rest, "orthogonal": False, keeps its name
-    and what else its group has.
+    (muon)", has "orthogonal": True and no weight decay; the rest has "orthogonal": False and keeps
+    its name and what else its group has.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2))
     >>> groups = muon_groups([{"name": "all", "params": list(model.parameters())}], model[2])

@@ -101,18 +101,16 @@ def greedy_ingredients(count: int, score: Callable[[list[int]], float]) -> list[
 
 
 @torch.no_grad()
-def recompute_batch_norm(
-    model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]
-) -> None:
+def recompute_batch_norm(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) -> None:
     """Measure BatchNorm's running statistics anew: the mean over `batches` of each one's, in place.
 
     batches: what the model takes, training images above all, of equal size (each counts the
     same); of a tuple or list, a data loader's (images, labels) say, the first is given to the
-    model. They have to be where the model is. All else is in eval mode meanwhile, and every module's own mode comes back: in
-    `torch.optim.swa_utils.update_bn` dropout drops, and frozen parts are in train mode
-    afterwards. Nothing is read if the model has no such statistics. Several processes have to be
-    given the same batches. Raises ValueError where there is no batch. Whatever fails, in the model or
-    in `batches`, leaves the statistics as they were.
+    model. They have to be where the model is. All else is in eval mode meanwhile, and every
+    module's own mode comes back: in `torch.optim.swa_utils.update_bn` dropout drops, and frozen
+    parts are in train mode afterwards. Nothing is read if the model has no such statistics. Several
+    processes have to be given the same batches. Raises ValueError where there is no batch. Whatever
+    fails, in the model or in `batches`, leaves the statistics as they were.
 
     >>> norm = nn.BatchNorm1d(1)
     >>> batches = torch.tensor([[[1.0], [3.0]], [[4.0], [8.0]]])
