@@ -149,6 +149,30 @@ def test_the_calibration_error_equals_torchmetrics():
     assert ours == pytest.approx(theirs.item(), abs=1e-6)
 
 
+class WideCopies(TorchFunctionMode):
+    """Counts what is made in float64 as large as all the predictions."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.count = numel, 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
+            self.count += made.numel() >= self.numel
+        return made
+
+
+@pytest.mark.parametrize("score", [accuracy, nll, expected_calibration_error])
+def test_predictions_are_not_copied_into_float64(score):
+    """The copy and its checks were half of the calibration error's time."""
+    probabilities, labels = some_predictions()
+    probabilities = probabilities.float()
+    with WideCopies(probabilities.numel()) as copies:
+        score(probabilities, labels)
+    assert copies.count == 0
+
+
 @pytest.mark.parametrize("bins", [0, -3])
 def test_bins_that_are_none(bins):
     with pytest.raises(ValueError, match=str(bins)):
