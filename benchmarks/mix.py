@@ -73,6 +73,7 @@ def main():
             Row(
                 "mixup + CutMix alone: ours / torchvision v2",
                 over(taken["peer, alone"], taken["ours, alone"]),
+                1,
             ),
         ],
         f"batch {args.batch}, {PIXELS} px, {torch.get_num_threads()} threads, {steps} steps",

@@ -386,7 +386,7 @@ def test_the_outcome_says_what_it_is(report):
     found = report_of(report)
     best = row(found, found["best"])
     assert best["kind"] == "combination"
-    best["against"] |= {"gain": -0.32, "p": 0.0, "member": "a"}
+    best["against"] |= {"gain": -0.32, "p_holm": 0.0, "member": "a"}
     assert "32.00 points below the best member a" in words.headline(found)
-    best["against"] |= {"gain": 0.0, "p": 1.0}
+    best["against"] |= {"gain": 0.0, "p_holm": 1.0}
     assert "chance is not ruled out" in words.headline(found)

@@ -105,6 +105,8 @@ def alternate_flips(first: torch.Tensor, epoch: int) -> torch.Tensor:
 def flip_batch(images: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
     """Mirror left and right where flips, bool (n,) on the CPU, is true; images (n, C, H, W).
 
+    Raises ValueError unless there is one flip for each image.
+
     >>> flip_batch(torch.tensor([[1, 2], [3, 4]]).view(2, 1, 1, 2), torch.tensor([True, False]))
     tensor([[[[2, 1]]],
     <BLANKLINE>
@@ -112,6 +114,8 @@ def flip_batch(images: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
             [[[3, 4]]]])
     """
     n = len(images)
+    if flips.shape != (n,):
+        raise ValueError(f"{n} images need flips ({n},), got {tuple(flips.shape)}")
     return _take(torch.cat((images, images.flip(-1))), torch.arange(n) + n * flips)
 
 
@@ -178,8 +182,9 @@ def _resize_weights(
 ) -> torch.Tensor:
     """Antialiased bilinear weights (n, size, full) from source to target pixels along one side.
 
-    A triangle around each target pixel's centre in the source, as wide as one target pixel (at
-    least one source pixel) to either side, cut off at the box [start, start + length).
+    start, length: whole numbers (n,), as floats of the precision to compute in. A triangle
+    around each target pixel's centre in the source, as wide as one target pixel (at least one
+    source pixel) to either side, cut off at the box [start, start + length).
     """
     start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
     source = torch.arange(full, device=start.device) - start
@@ -194,8 +199,9 @@ def _resize_weights(
 def resized_crop_batch(images: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:
     """Crop each image to its own box and resize it to size × size: bilinear, antialiased.
 
-    images: uint8 (n, C, H, W); boxes: int64 (n, 4) as from `draw_resized_crops`, on the CPU.
-    Returns uint8 (n, C, size, size). ValueError for a box that is empty or not inside.
+    images: uint8 or floating point (n, C, H, W); boxes: int64 (n, 4) as from `draw_resized_crops`,
+    on the CPU. Returns (n, C, size, size) of the images' dtype: uint8 rounded, floats computed in
+    float32 at least. ValueError for another dtype, and for a box that is empty or not inside.
 
     On a CPU each image goes through torch's own uint8 kernel, and the result is that of
     torchvision's resized_crop(antialias=True). Elsewhere it is two matrix products an image for
@@ -208,6 +214,8 @@ def resized_crop_batch(images: torch.Tensor, boxes: torch.Tensor, size: int) -> 
     tensor([[100, 200],
             [100, 200]], dtype=torch.uint8)
     """
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
     inside = boxes[:, :2] + boxes[:, 2:] <= torch.tensor(images.shape[2:])
     if not (inside.all() and (boxes[:, :2] >= 0).all() and (boxes[:, 2:] > 0).all()):
         raise ValueError(f"a box is empty or not inside the images, {tuple(images.shape[2:])}")
@@ -218,20 +226,23 @@ def resized_crop_batch(images: torch.Tensor, boxes: torch.Tensor, size: int) -> 
 
 def _resize_each(images: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:
     resized = images.new_empty((*images.shape[:2], size, size))
-    for image, target, (top, left, h, w) in zip(images, resized, boxes.tolist(), strict=True):
-        box = image[None, :, top : top + h, left : left + w]
-        target.copy_(F.interpolate(box, (size, size), mode="bilinear", antialias=True)[0])
+    if images.dtype in (torch.float16, torch.bfloat16):  # no kernel of theirs
+        images = images.float()
+    for index, (top, left, h, w) in enumerate(boxes.tolist()):
+        box = images[index : index + 1, :, top : top + h, left : left + w]
+        resized[index] = F.interpolate(box, (size, size), mode="bilinear", antialias=True)[0]
     return resized
 
 
 def _resize_at_once(images: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:
     height, width = images.shape[-2:]
-    top, left, h, w = boxes.to(images.device, non_blocking=True).unbind(1)
+    dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+    top, left, h, w = boxes.to(images.device, dtype, non_blocking=True).unbind(1)
     down = _resize_weights(top, h, height, size)
     across = _resize_weights(left, w, width, size)
     with torch.autocast(images.device.type, enabled=False):  # else products in 16 bits
-        resized = down.unsqueeze(1) @ (images.float() @ across.mT.unsqueeze(1))
-    return resized.round_().to(torch.uint8)
+        resized = down.unsqueeze(1) @ (images.to(dtype) @ across.mT.unsqueeze(1))
+    return resized.to(images.dtype) if images.is_floating_point() else resized.round_().byte()
 
 
 def draw_erasing(
@@ -267,7 +278,8 @@ def erase_batch(images: torch.Tensor, boxes: torch.Tensor, value: float = 0.0) -
     """Set each image's box to `value` in all channels.
 
     images: (n, C, H, W) of any dtype, whose memory format is kept; boxes: int64 (n, 4) as from
-    `draw_erasing`, on the CPU. After `normalize_batch` the value 0 is the mean colour.
+    `draw_erasing`, on the CPU. What of a box lies outside of its image is left out. What is erased
+    has a gradient of 0. After `normalize_batch` the value 0 is the mean colour.
 
     >>> erase_batch(torch.ones(1, 1, 2, 3), torch.tensor([[0, 1, 2, 1]])).view(2, 3)
     tensor([[1., 0., 1.],
@@ -278,9 +290,10 @@ def erase_batch(images: torch.Tensor, boxes: torch.Tensor, value: float = 0.0) -
 
 
 def _erase_each(images: torch.Tensor, boxes: torch.Tensor, value: float) -> torch.Tensor:
-    for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True):
-        if height * width:
-            image[:, top : top + height, left : left + width] = value
+    boxes = torch.cat((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), dim=1).clamp(min=0)
+    for index, (top, left, bottom, right) in enumerate(boxes.tolist()):
+        if top < bottom and left < right:
+            images[index, :, top:bottom, left:right] = value  # a gradient forbids iterating
     return images
 
 

@@ -70,10 +70,12 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         low, high = (inverse, high) if slope < 0 else (low, inverse)
         step = slope / curvature if curvature > 0 else math.inf
         previous, inverse = inverse, inverse - step
-        if not low < inverse < high:
-            inverse = math.sqrt(low * high)
+        # Asked before the bracket, one end of which the solution is by now: rounding alone may
+        # take the last step over it, and halving the bracket would begin the search anew.
         if abs(inverse - previous) <= 1e-12 * previous:
             break
+        if not low < inverse < high:
+            inverse = math.sqrt(low * high)
         slope, curvature = slopes(inverse)
     return 1 / inverse
 
@@ -86,7 +88,8 @@ def accuracy(probabilities: Tensor, labels: Tensor) -> float:
     >>> accuracy(torch.tensor([[0.8, 0.2], [0.4, 0.6]]), torch.tensor([0, 0]))
     0.5
     """
-    return (_checked(probabilities, labels).argmax(1) == labels).double().mean().item()
+    _check_probabilities(probabilities, labels)
+    return (probabilities.argmax(1) == labels).double().mean().item()
 
 
 def nll(probabilities: Tensor, labels: Tensor) -> float:
@@ -97,8 +100,9 @@ def nll(probabilities: Tensor, labels: Tensor) -> float:
     >>> round(nll(torch.tensor([[0.5, 0.5], [0.25, 0.75]]), torch.tensor([0, 0])), 4)  # ln 8 / 2
     1.0397
     """
-    found = _checked(probabilities, labels).gather(1, labels.unsqueeze(1))
-    return -found.log().mean().item()
+    _check_probabilities(probabilities, labels)
+    found = probabilities.gather(1, labels.unsqueeze(1))
+    return -found.double().log().mean().item()
 
 
 def brier(probabilities: Tensor, labels: Tensor) -> float:
@@ -109,7 +113,8 @@ def brier(probabilities: Tensor, labels: Tensor) -> float:
     >>> round(brier(torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([0])), 4)  # .09 + .04 + .01
     0.14
     """
-    missing = _checked(probabilities, labels).clone()
+    _check_probabilities(probabilities, labels)
+    missing = probabilities.to(torch.float64, copy=True)
     missing.scatter_add_(1, labels.unsqueeze(1), -torch.ones_like(missing[:, :1]))
     return missing.square().sum(1).mean().item()
 
@@ -135,7 +140,9 @@ def reliability_table(probabilities: Tensor, labels: Tensor, bins: int = 15) -> 
     """
     if bins < 1:
         raise ValueError(f"bins must be ≥ 1, got {bins}")
-    confidence, predicted = _checked(probabilities, labels).max(1)
+    _check_probabilities(probabilities, labels)
+    confidence, predicted = probabilities.max(1)
+    confidence = confidence.double()
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=confidence.device)
     # Rounded as the probabilities are: 0.6 in float32 is above 0.6, and yet its bin's upper edge
     place = torch.bucketize(confidence, edges[1:-1].to(probabilities.dtype).double())
@@ -175,22 +182,22 @@ def _check_shapes(values: Tensor, labels: Tensor) -> None:
             f"labels must be int64 of shape ({samples},), got {labels.dtype} of "
             f"{tuple(labels.shape)}"
         )
-    if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(
-            f"labels must be 0 to {classes - 1}, got {labels.min().item()} to {labels.max().item()}"
-        )
+    least, most = (bound.item() for bound in labels.aminmax())
+    if least < 0 or most >= classes:
+        raise ValueError(f"labels must be 0 to {classes - 1}, got {least} to {most}")
 
 
-def _checked(probabilities: Tensor, labels: Tensor) -> Tensor:
+def _check_probabilities(probabilities: Tensor, labels: Tensor) -> None:
     _check_shapes(probabilities, labels)
-    double = probabilities.double()
-    sums = double.sum(1)
     # 2e-2: the rounding of bfloat16
-    off = ~((double >= 0).all(1) & ((sums - 1).abs() <= 2e-2))
-    if off.any():
-        row = int(off.nonzero()[0])
-        raise ValueError(
-            f"row {row} is no distribution: from {double[row].min().item():.4g}, "
-            f"with the sum {sums[row].item():.4g}"
-        )
-    return double
+    wide = torch.promote_types(probabilities.dtype, torch.float32)
+    sums = probabilities.sum(1, dtype=wide)
+    least, most = (bound.item() for bound in sums.aminmax())
+    if probabilities.amin() >= 0 and least >= 1 - 2e-2 and most <= 1 + 2e-2:  # none for NaN
+        return
+    off = ~((probabilities >= 0).all(1) & (sums >= 1 - 2e-2) & (sums <= 1 + 2e-2))
+    row = int(off.nonzero()[0])
+    raise ValueError(
+        f"row {row} is no distribution: from {probabilities[row].min().item():.4g}, "
+        f"with the sum {sums[row].item():.4g}"
+    )

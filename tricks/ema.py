@@ -71,20 +71,31 @@ class ModelEma:
             raise ValueError(f"decay must be in (0, 1), got {decay}")
         self.decay = decay
         self.warmup = warmup
+        self.updates = 0  # the step of the next update that is given none
         self._averages = {}
         for name, tensor in _tensors(model).items():
             # In 16 bits a step of (1 - d)·(w - a) would be rounded away.
             is_half = tensor.dtype in (torch.float16, torch.bfloat16)
             dtype = torch.float32 if is_half else tensor.dtype
             self._averages[name] = tensor.detach().to(dtype, copy=True)
+        # The names in the model's state dict, each with the name that its average has here: tied
+        # weights have several there, and buffers that are not persistent none.
+        names = {id(tensor): name for name, tensor in _tensors(model).items()}
+        state = model.state_dict(keep_vars=True)
+        self._saved = {name: names[id(t)] for name, t in state.items() if id(t) in names}
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int, names: Collection[str] | None = None) -> None:
+    def update(
+        self, model: nn.Module, step: int | None = None, names: Collection[str] | None = None
+    ) -> None:
         """Take in the weights that optimizer step `step`, counted from 0, left in the model.
 
-        names: the parameters and buffers that can have changed, where the rest is frozen and its
-        average stands still; None for all.
+        step: None for the one after the last update's. That count is not in `state_dict`: with
+        warm-up, give the step to the first update after loading. names: the parameters and buffers
+        that can have changed, where the rest is frozen and its average stands still; None for all.
         """
+        step = self.updates if step is None else step
+        self.updates = step + 1
         decay = decay_at(step, self.decay) if self.warmup else self.decay
         averages, sources, counters, counts = [], [], [], []
         pairs = self._pairs(model) if names is None else self._some_pairs(model, names)
@@ -118,18 +129,39 @@ class ModelEma:
         return dict(self._averages)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages by name, each contiguous, as safetensors wants them.
+        """The averages with the names of the model's own `state_dict`, for its `load_state_dict`.
 
-        They may be the averages themselves: write or clone them before the next `update`.
+        So buffers that are not persistent are left out (`tensors` has them), and tied weights are
+        there under each of their names. All are contiguous and none shares memory with another, as
+        safetensors wants them. They may be the averages themselves: write or clone them before the
+        next `update`.
         """
-        return {name: average.contiguous() for name, average in self._averages.items()}
+        state, held = {}, set()
+        for name, own in self._saved.items():
+            average = self._averages[own].contiguous()
+            state[name] = average.clone() if own in held else average
+            held.add(own)
+        return state
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over averages that `state_dict` gave; nothing is touched unless all of it fits."""
-        _check_same(state, self._averages, "the loaded average")
+        """Take over averages that `state_dict` or `tensors` gave.
+
+        What only one of them has may be missing: a tied weight's further names, and buffers that
+        are not persistent, which stay as they are. Raises ValueError, with the names, for other
+        names or shapes, and touches nothing then.
+        """
+        of_one = self._averages.keys() ^ self._saved.keys()
+        expected = {name: self._averages[own] for name, own in self._saved.items()}
+        expected = {
+            name: average
+            for name, average in {**self._averages, **expected}.items()
+            if name in state or name not in of_one
+        }
+        _check_same(state, expected, "the loaded average")
         for name, average in self._averages.items():
-            average.copy_(state[name])
+            if name in state:
+                average.copy_(state[name])
 
     def _pairs(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         # Looked up each time, because `model.to()` and `load_state_dict(assign=True)` replace them.

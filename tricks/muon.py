@@ -55,15 +55,20 @@ class Muon(Optimizer):
     matrices alone, and leaves all other parameters to a second optimizer.
 
     params: parameters or groups. lr: of groups that have none; μ = momentum in [0, 1).
-    Raises ValueError for a rate, momentum or decay that is negative, and for an orthogonal
-    parameter of fewer than two dimensions.
+    orthogonal: of groups that don't say it. `Muon(model.parameters())` can't be told apart: which
+    matrix is the head's is not to be seen, and all of it as SGD is not what Muon stands for.
 
-    >>> layer = nn.Linear(4, 4, bias=False)
-    >>> optimizer = Muon([{"params": layer.parameters(), "orthogonal": True}], lr=0.5)
-    >>> layer(torch.randn(8, 4)).square().sum().backward()
+    Raises ValueError where neither a group nor `orthogonal` says what is orthogonalised, for a
+    rate, momentum or decay that is negative, and for an orthogonal parameter of fewer than two
+    dimensions.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> groups = muon_groups([{"name": "all", "params": model.parameters()}], head=model[2])
+    >>> optimizer = Muon(groups, lr=0.5)
+    >>> model(torch.randn(8, 4)).square().sum().backward()
     >>> optimizer.step()
-    >>> layer.weight.norm() > 1
-    tensor(True)
+    >>> [group["orthogonal"] for group in optimizer.param_groups]
+    [True, False]
     """
 
     def __init__(
@@ -73,11 +78,19 @@ class Muon(Optimizer):
         momentum: float = 0.6,
         nesterov: bool = True,
         weight_decay: float = 0.0,
-        orthogonal: bool = False,
+        orthogonal: bool | None = None,
     ) -> None:
+        params = list(params)
+        grouped = any(isinstance(group, dict) and "orthogonal" in group for group in params)
+        if params and orthogonal is None and not grouped:
+            raise ValueError(
+                "Muon is not told which parameters to orthogonalise: give it the groups of "
+                "muon_groups([{'params': model.parameters()}], head), or orthogonal=True or False "
+                "for all parameters"
+            )
         defaults = {
             "lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay,
-            "orthogonal": orthogonal,
+            "orthogonal": bool(orthogonal),
         }  # fmt: skip
         super().__init__(params, defaults)
 
@@ -143,7 +156,8 @@ def muon_groups(groups: Iterable[dict[str, Any]], head: nn.Module) -> list[dict[
 
     Orthogonalised are filters and matrices, of four and two dimensions, but for those of `head`,
     whose rows are classes, and what has one number a row (gains). Their group is named "NAME
-    (muon)" and has no weight decay; the rest keeps its name and what else its group has.
+    (muon)", has "orthogonal": True and no weight decay; the rest has "orthogonal": False and keeps
+    its name and what else its group has.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2))
     >>> groups = muon_groups([{"name": "all", "params": list(model.parameters())}], model[2])
@@ -160,5 +174,5 @@ def muon_groups(groups: Iterable[dict[str, Any]], head: nn.Module) -> list[dict[
         special = {"name": f"{group.get('name', '')} (muon)".strip(), "params": own}
         special |= {"orthogonal": True, "weight_decay": 0.0}
         cut += [{**group, **special}] if own else []
-        cut += [{**group, "params": rest}] if rest else []
+        cut += [{**group, "params": rest, "orthogonal": False}] if rest else []
     return cut

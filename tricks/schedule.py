@@ -9,6 +9,7 @@ Linear: Li et al., "Budgeted Training", ICLR 2020, https://arxiv.org/abs/1905.04
 
 import math
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 __all__ = ["set_lr", "warmup_cosine", "warmup_linear"]
@@ -74,6 +75,7 @@ def set_lr(optimizer: Optimizer, factor: float) -> None:
 
     The base is the group's "initial_lr", the key torch's own schedulers use; a group without one
     gets it from its "lr" now. Groups keep their ratios to each other. Call it before each step.
+    A rate that is a tensor, as compiled and capturable optimizers have it, is set in place.
 
     Raises ValueError for a factor that is negative or not finite.
 
@@ -87,5 +89,12 @@ def set_lr(optimizer: Optimizer, factor: float) -> None:
     """
     if not 0 <= factor < math.inf:
         raise ValueError(f"the factor on the learning rate must be finite and ≥ 0, got {factor}")
+    for group in optimizer.param_groups:  # all before the first is set: groups may share a tensor
+        lr = group["lr"]
+        group.setdefault("initial_lr", lr.clone() if isinstance(lr, Tensor) else lr)
     for group in optimizer.param_groups:
-        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+        lr = group["initial_lr"] * factor
+        if isinstance(group["lr"], Tensor):
+            group["lr"].copy_(lr)
+        else:
+            group["lr"] = lr

@@ -7,10 +7,14 @@ https://doi.org/10.1214/aos/1176344552
 McNemar, "Note on the sampling error of the difference between correlated proportions or
 percentages", 1947, https://doi.org/10.1007/BF02295996; for classifiers: Dietterich, 1998,
 https://doi.org/10.1162/089976698300017197
+Holm, "A Simple Sequentially Rejective Multiple Test Procedure", 1979,
+https://www.jstor.org/stable/4615733
 Errors and their correlation: Kuncheva and Whitaker, "Measures of Diversity in Classifier
 Ensembles", 2003, https://doi.org/10.1023/A:1022859003006
 """
 
+from collections.abc import Sequence
+from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, localcontext
 from typing import NamedTuple
 
 import torch
@@ -21,6 +25,7 @@ __all__ = [
     "bootstrap_interval",
     "disagreement",
     "error_correlation",
+    "holm",
     "mcnemar_exact",
     "oracle_accuracy",
     "paired_bootstrap_interval",
@@ -63,18 +68,19 @@ def bootstrap_interval(
     if ((values == 0) | (values.abs() == 1)).all():
         # The generating function (down/z + even + up·z)^n at the roots of unity, transformed back,
         # is the chance of each sum from -n to n. What rounds to less than 0 is 0.
-        size = 2 * n + 1
+        size = 1 << (2 * n).bit_length()  # of 2n + 1 or more: others can take 20 times as long
         shares = torch.zeros(size, dtype=torch.float64)
         shares[[-1, 0, 1]] = torch.stack([(values == v).double().mean() for v in (-1, 0, 1)])
-        chances = torch.fft.ifft(torch.fft.fft(shares) ** n).real.clamp(min=0).roll(n)
-        below = chances.cumsum(0)
+        chances = torch.fft.irfft(torch.fft.rfft(shares) ** n, size).clamp(min=0)
+        below = torch.cat((chances[-n:], chances[: n + 1])).cumsum(0)
         # Where both tails hold exactly as much as the quantile asks, rounding must not decide
         places = torch.searchsorted(below / below[-1], tails - 1e-12)
         low, high = ((places - n).double() / n).tolist()
         return low, high
     means = []
-    for start in range(0, resamples, 1000):  # 80 MB of draws at a time for 10,000 samples
-        rows = min(1000, resamples - start)
+    most = max(1, min(1000, 10**7 // n))  # 80 MB of draws at a time
+    for start in range(0, resamples, most):
+        rows = min(most, resamples - start)
         means.append(values[torch.randint(n, (rows, n), generator=generator)].mean(1))
     low, high = torch.cat(means).quantile(tails).tolist()
     return low, high
@@ -115,9 +121,9 @@ def mcnemar_exact(correct_a: Tensor, correct_b: Tensor) -> McNemar:
     """McNemar's exact test, two-sided: are a and b equally often right on the same samples?
 
     b samples are right with a only, c with b only; if both are as good, b is Binomial(b + c, ½).
-    p is the chance of a split as uneven or more, in whole numbers up to one last division; 1
-    where a and b are right on the same samples. Raises ValueError for different lengths, and for
-    values other than 0 and 1.
+    p is the chance of a split as uneven or more, the float next to the exact number; 1 where a and
+    b are right on the same samples. Of several tests, correct the p values (`holm`).
+    Raises ValueError for different lengths, and for values other than 0 and 1.
 
     >>> mcnemar_exact(torch.tensor([True] * 9 + [False]), torch.tensor([True] * 3 + [False] * 7))
     McNemar(b=6, c=0, p=0.03125)
@@ -127,11 +133,42 @@ def mcnemar_exact(correct_a: Tensor, correct_b: Tensor) -> McNemar:
         raise ValueError(f"pairs need equal shapes, got {tuple(a.shape)} and {tuple(b.shape)}")
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     n = only_a + only_b
-    ways = total = 1
-    for k in range(min(only_a, only_b)):
-        ways = ways * (n - k) // (k + 1)  # of k + 1 among n
-        total += ways
-    return McNemar(only_a, only_b, min(1.0, 2 * total / 2**n))
+    with localcontext(Context(prec=50, Emin=MIN_EMIN, Emax=MAX_EMAX)):
+        # 2^-n of a million is no float, and whole numbers of a million bits are slow. What is
+        # rounded off in the 50th digit, a million times, does not reach a float's 16. Smaller
+        # numbers are whole, and may lie halfway between two floats: these are divided as such.
+        ways = total = Decimal(1)
+        for k in range(min(only_a, only_b)):
+            ways = ways * (n - k) / (k + 1)  # of k + 1 among n
+            total += ways
+        whole = total < 10**40
+        p = 2 * int(total) / 2**n if whole else float(2 * total / Decimal(2) ** n)
+    return McNemar(only_a, only_b, min(1.0, p))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction: p values of several tests, so that chance in any one of them is counted.
+
+        p̃₍ᵢ₎ = max over j ≤ i of min(1, (m - j + 1) · p₍ⱼ₎)
+
+    of the m values sorted ascending; returned in the order given. Rejecting where p̃ ≤ α, the
+    chance of rejecting even one true hypothesis is at most α, however the tests depend on each
+    other, as those against one and the same member do. One value stays as it is.
+
+    Raises ValueError for values outside [0, 1].
+
+    >>> holm([0.25, 0.0625, 0.125])
+    [0.25, 0.1875, 0.25]
+    """
+    for p in p_values:
+        if not 0 <= p <= 1:
+            raise ValueError(f"p values must be in [0, 1], got {p}")
+    corrected, least = [0.0] * len(p_values), 0.0
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    for rank, index in enumerate(order):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = least
+    return corrected
 
 
 def disagreement(labels: Tensor) -> Tensor:

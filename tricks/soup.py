@@ -101,14 +101,16 @@ def greedy_ingredients(count: int, score: Callable[[list[int]], float]) -> list[
 
 
 @torch.no_grad()
-def recompute_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def recompute_batch_norm(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) -> None:
     """Measure BatchNorm's running statistics anew: the mean over `batches` of each one's, in place.
 
     batches: what the model takes, training images above all, of equal size (each counts the
-    same). All else is in eval mode meanwhile, and every module's own mode comes back: in
-    `torch.optim.swa_utils.update_bn` dropout drops, and frozen parts are in train mode
-    afterwards. Nothing is read if the model has no such statistics. Several processes have to be
-    given the same batches. Raises ValueError where there is no batch, and touches nothing.
+    same); of a tuple or list, a data loader's (images, labels) say, the first is given to the
+    model. They have to be where the model is. All else is in eval mode meanwhile, and every
+    module's own mode comes back: in `torch.optim.swa_utils.update_bn` dropout drops, and frozen
+    parts are in train mode afterwards. Nothing is read if the model has no such statistics. Several
+    processes have to be given the same batches. Raises ValueError where there is no batch. Whatever
+    fails, in the model or in `batches`, leaves the statistics as they were.
 
     >>> norm = nn.BatchNorm1d(1)
     >>> batches = torch.tensor([[[1.0], [3.0]], [[4.0], [8.0]]])
@@ -130,6 +132,8 @@ def recompute_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
         raise ValueError("no batch to measure BatchNorm's statistics on") from None
     modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
+    statistics = [buffer for norm in norms for buffer in norm.buffers()]
+    before = [buffer.clone() for buffer in statistics]
     try:
         for module in modes:
             module.training = False  # and not eval(), which a module may have overridden
@@ -138,7 +142,11 @@ def recompute_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
             norm.momentum = None  # a cumulative average
             norm.reset_running_stats()
         for batch in chain([first], batches):
-            model(batch)
+            model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+    except BaseException:  # an interrupt too
+        for buffer, value in zip(statistics, before, strict=True):
+            buffer.copy_(value)
+        raise
     finally:
         for module, mode in modes.items():
             module.training = mode

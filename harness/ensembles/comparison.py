@@ -13,6 +13,7 @@ from tricks.significance import (
     bootstrap_interval,
     disagreement,
     error_correlation,
+    holm,
     mcnemar_exact,
     oracle_accuracy,
     paired_bootstrap_interval,
@@ -105,7 +106,9 @@ def compare(results, labels) -> list[dict]:
     """What the report says of each harness.ensembles.combinations.Result, in their order.
 
     labels: int64 (n,). Each combination is tested against the best member: the one with the most
-    images right, and the hardest to beat, as it is chosen knowing the labels.
+    images right, and the hardest to beat, as it is chosen knowing the labels. The p values of all
+    these tests are corrected by Holm's method, "p_holm": the best of many combinations looks real
+    by chance more often than one.
     """
     best = best_of(results, labels, "member")
     rows = []
@@ -137,6 +140,9 @@ def compare(results, labels) -> list[dict]:
                 "p": test.p,
             }
         rows.append(row)
+    tests = [row["against"] for row in rows if "against" in row]
+    for test, corrected in zip(tests, holm([test["p"] for test in tests]), strict=True):
+        test |= {"p_holm": corrected, "tests": len(tests)}
     return rows
 
 

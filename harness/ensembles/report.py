@@ -106,7 +106,8 @@ def p_value(value):
     return f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"
 
 
-HEADER = ("", "accuracy %", "95 % interval", "NLL", "Brier", "ECE %", "T", "gain", "p", "networks")
+HEADER = ("", "accuracy %", "95 % interval", "NLL", "Brier", "ECE %", "T", "gain", "p (Holm)",
+          "networks")  # fmt: skip
 
 
 def results_table(rows) -> str:
@@ -118,7 +119,8 @@ def results_table(rows) -> str:
             row["name"], percent(row["accuracy"]), interval(row["interval"]),
             _number(row["nll"]), _number(row["brier"]), percent(row["ece"]),
             " / ".join(f"{t:.2f}" for t in row["temperature"]) or "-",
-            signed(against["gain"]) if against else "", p_value(against["p"]) if against else "",
+            signed(against["gain"]) if against else "",
+            p_value(against["p_holm"]) if against else "",
             row["passes"],
         )  # fmt: skip
 
@@ -139,10 +141,11 @@ def tags(members) -> list[str]:
 def track(tracking, report, folder):
     """Tables, pictures and the summary for the trackers, and the end of their run."""
     rows = report["results"]
-    columns = ["name", "kind", "accuracy", "low", "high", "nll", "brier", "ece", "gain", "p"]
+    columns = ["name", "kind", "accuracy", "low", "high", "nll", "brier", "ece", "gain", "p",
+               "p_holm"]  # fmt: skip
     tracking.log_table("results", columns, [
         [row["name"], row["kind"], row["accuracy"], *row["interval"], row["nll"], row["brier"],
-         row["ece"], *(row.get("against", {}).get(key) for key in ("gain", "p"))]
+         row["ece"], *(row.get("against", {}).get(key) for key in ("gain", "p", "p_holm"))]
         for row in rows
     ])  # fmt: skip
     tracking.log_table(
@@ -190,9 +193,11 @@ def headline(report) -> str:
     words += (
         f", {percent(abs(against['gain']))} points {side} the best member {against['member']} "
         f"({signed(against['interval'][0])} to {signed(against['interval'][1])}, McNemar's p = "
-        f"{p_value(against['p'])}"
+        f"{p_value(against['p_holm'])}"
     )
-    return words + (")" if against["p"] < 0.05 else ": chance is not ruled out)")
+    if against["tests"] > 1:
+        words += f" after Holm's correction for {against['tests']} tests"
+    return words + (")" if against["p_holm"] < 0.05 else ": chance is not ruled out)")
 
 
 def how_fitted(report) -> str:
@@ -229,11 +234,13 @@ def markdown(report) -> str:
         "![Accuracies](accuracy.png)",
         "## Members and combinations",
         results_table(rows),
-        "*gain*: points over the best member, with the exact p of McNemar's test. The best member "
-        "is the one with the most scored images right: the hardest to beat, as it was chosen "
-        "knowing the labels. The best combination was chosen so, too: a difference inside the "
-        "intervals is noise. *T*: the temperature that the next table applies. *networks*: forward "
-        "passes an image, for each view.",
+        "*gain*: points over the best member. *p (Holm)*: the exact p of McNemar's test, by Holm's "
+        "correction for all tests of this table, since the best of many combinations looks better "
+        "by chance more often than a single one; report.json also has each p alone. The best "
+        "member is the one with the most scored images right: the hardest to beat, as it was "
+        "chosen knowing the labels. The best combination was chosen so, too: a difference inside "
+        "the intervals is noise. *T*: the temperature that the next table applies. *networks*: "
+        "forward passes an image, for each view.",
         "## Calibration",
         _calibration_table(rows),
         _unbounded_words(rows),

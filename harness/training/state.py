@@ -47,7 +47,7 @@ def restore_tensors(path, tensors, model, optimizer, ema, moments=None):
     if bool(ema) != ("ema" in tensors):
         raise UserError(f"{path} and --ema_decay differ on whether weights are averaged")
     if ema:
-        _check(path, "ema", tensors["ema"], ema.state_dict())
+        _check(path, "ema", tensors["ema"], ema.tensors())
     optimizer_state = _optimizer_state(path, tensors["optimizer"], model, optimizer)
     model.load_state_dict(tensors["model"])
     if ema:

@@ -9,6 +9,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from tricks.augment import (
     _erase_at_once,
+    _erase_each,
     _resize_at_once,
     crop_batch,
     draw_crops,
@@ -84,6 +85,14 @@ def test_flip_mirrors_what_was_drawn(shape):
     assert torch.equal(flip_batch(images, torch.ones(shape[0], dtype=torch.bool)), images.flip(-1))
 
 
+@pytest.mark.parametrize("flips", [torch.tensor([True]), torch.ones(8).bool(), torch.tensor(True)])
+def test_a_flip_for_each_image(flips):
+    """One flip for nine images would mirror all of them, or none."""
+    with pytest.raises(ValueError, match=r"9 images need flips \(9,\), got \("):
+        flip_batch(random_images(9, 3, 4, 5), flips)
+    assert flip_batch(random_images(0, 3, 4, 5), draw_flips(0)).shape == (0, 3, 4, 5)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
 def test_flip_probability(p):
     assert abs(draw_flips(10_000, p, seeded()).float().mean() - p) <= 4 * (p * (1 - p) / 1e4) ** 0.5
@@ -144,6 +153,39 @@ def test_resized_crop_equals_interpolation(shape, size):
     assert each.shape == (*shape[:2], size, size) and torch.equal(images, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_resized_crops_of_floats_keep_their_dtype_on_both_paths(dtype):
+    images = (random_images(9, 3, 20, 28).double() / 255 - 0.4).to(dtype)
+    boxes = draw_resized_crops(9, 20, 28, generator=seeded())
+    each, at_once = (f(images, boxes, 16) for f in (resized_crop_batch, _resize_at_once))
+    assert each.dtype == at_once.dtype == dtype
+    exact = torch.stack(
+        [
+            TF.resized_crop(x, *box, [16, 16], antialias=True)
+            for x, box in zip(images.double(), boxes.tolist(), strict=True)
+        ]
+    )
+    rounding = {"rtol": torch.finfo(dtype).eps, "atol": 1e-14 if dtype == torch.float64 else 2e-6}
+    for resized in (each, at_once):
+        torch.testing.assert_close(resized.double(), exact, **rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.bool])
+def test_a_resized_crop_of_other_numbers_is_refused(dtype):
+    with pytest.raises(ValueError, match=f"uint8 or floating point, got {dtype}"):
+        resized_crop_batch(torch.zeros(1, 3, 8, 8, dtype=dtype), torch.tensor([[0, 0, 8, 8]]), 8)
+
+
+def test_gradients_pass_through_a_resized_crop():
+    boxes = draw_resized_crops(5, 20, 28, generator=seeded())
+    gradients = []
+    for resize in (resized_crop_batch, _resize_at_once):
+        images = random_images(5, 3, 20, 28).float().requires_grad_()
+        resize(images, boxes, 16).square().sum().backward()
+        gradients.append(images.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-2)
+
+
 def test_a_crop_of_its_own_size_is_unchanged():
     images = random_images(4, 3, 24, 30)
     boxes = torch.tensor([[0, 6, 24, 24], [0, 0, 24, 24], [0, 3, 24, 24], [0, 1, 24, 24]])
@@ -196,6 +238,36 @@ def test_erase_equals_torchvision(shape, kind):
     assert torch.equal(_erase_at_once(images.clone(), boxes, 3.0), erased)  # as on a GPU
     assert erased.dtype == images.dtype and erased.stride() == images.stride()
     assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize(
+    "box",
+    [[-1, 1, 3, 2], [2, 3, 9, 9], [0, -2, 2, 3], [-2, -2, 9, 9], [6, 6, 2, 2], [-3, 0, 2, 4],
+     [1, 1, -1, 3], [3, 4, -2, -2]],
+)  # fmt: skip
+def test_only_what_of_a_box_is_inside_is_erased_on_both_paths(box):
+    images = torch.arange(1.0, 41.0).view(2, 1, 4, 5)
+    top, left, height, width = box
+    expected = images.clone()
+    for y in range(4):
+        for x in range(5):
+            if top <= y < top + height and left <= x < left + width:
+                expected[0, 0, y, x] = 0.5
+    boxes = torch.tensor([box, [0, 0, 0, 0]])
+    for erase in (_erase_each, _erase_at_once):
+        assert torch.equal(erase(images.clone(), boxes, 0.5), expected), erase
+    assert torch.equal(erase_batch(images, boxes, 0.5), expected)
+
+
+@pytest.mark.parametrize("erase", [_erase_each, _erase_at_once])
+def test_what_is_erased_has_no_gradient(erase):
+    images = random_images(5, 3, 8, 9).float().requires_grad_()
+    boxes = draw_erasing(5, 8, 9, p=0.8, generator=seeded(1))
+    erased = erase(images.clone(), boxes, 300.0)
+    erased.square().sum().backward()
+    inside = erased.detach() == 300
+    assert inside.any()
+    assert torch.equal(images.grad, torch.where(inside, 0, 2 * images.detach()))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

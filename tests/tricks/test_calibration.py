@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from tricks.calibration import (
     accuracy,
@@ -148,6 +149,30 @@ def test_the_calibration_error_equals_torchmetrics():
     assert ours == pytest.approx(theirs.item(), abs=1e-6)
 
 
+class WideCopies(TorchFunctionMode):
+    """Counts what is made in float64 as large as all the predictions."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.count = numel, 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
+            self.count += made.numel() >= self.numel
+        return made
+
+
+@pytest.mark.parametrize("score", [accuracy, nll, expected_calibration_error])
+def test_predictions_are_not_copied_into_float64(score):
+    """The copy and its checks were half of the calibration error's time."""
+    probabilities, labels = some_predictions()
+    probabilities = probabilities.float()
+    with WideCopies(probabilities.numel()) as copies:
+        score(probabilities, labels)
+    assert copies.count == 0
+
+
 @pytest.mark.parametrize("bins", [0, -3])
 def test_bins_that_are_none(bins):
     with pytest.raises(ValueError, match=str(bins)):
@@ -202,6 +227,29 @@ def test_no_temperature_in_the_bounds_is_better(seed):
     grid = torch.logspace(-2, 2, 401, dtype=torch.float64).tolist()
     best = min(F.cross_entropy(logits / t, labels).item() for t in grid)
     assert F.cross_entropy(logits / fit_temperature(logits, labels), labels).item() <= best + 1e-12
+
+
+class SoftmaxCalls(TorchFunctionMode):
+    """Counts them: one an evaluation of the NLL's derivatives."""
+
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.Tensor.softmax
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("factor", [0.1, 1.0, 10.0])
+def test_a_temperature_takes_few_evaluations(factor):
+    """Rounding's last step over the solution does not begin the search anew (it took 50)."""
+    counts = []
+    for seed in range(40):
+        logits = torch.randn(300, 5, generator=seeded(seed), dtype=torch.float64)
+        labels = drawn(logits, seed)
+        with SoftmaxCalls() as calls:
+            fit_temperature(logits * factor, labels)
+        counts.append(calls.count)
+    assert min(counts) >= 3 and sorted(counts)[20] <= 12 and max(counts) <= 20, counts
 
 
 def test_the_bounds_of_a_temperature():

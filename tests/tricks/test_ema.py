@@ -30,6 +30,21 @@ def tensors(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+class Attention(nn.Module):
+    """Has what a forward pass reads and `state_dict` leaves out, as Swin's and EVA's blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(3, 4, bias=False), nn.Linear(3, 4, bias=False)
+        self.head.weight = self.embed.weight
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("index", torch.arange(4), persistent=False)
+        self.register_buffer("mask", torch.tensor([0.0, 1.0, 2.0, 3.0]), persistent=False)
+
+    def forward(self, x):
+        return self.norm(self.embed(x) + self.head(x)) * self.mask + self.index
+
+
 def assert_same_bits(left, right):
     assert left.keys() == right.keys() and left
     for name in left:
@@ -164,11 +179,25 @@ def test_tied_weights_are_held_and_updated_once():
     start = model[0].weight.detach().clone()
     model[0].weight.data += 1
     ema.update(model, 0)
-    assert list(ema.state_dict()) == ["0.weight"]
+    assert list(ema.tensors()) == ["0.weight"]
     with ema.applied_to(model):
         assert model[1].weight is model[0].weight
         torch.testing.assert_close(model[1].weight.detach(), start + 0.5)
     torch.testing.assert_close(model[0].weight.detach(), start + 1)
+
+
+def test_without_a_step_updates_are_counted():
+    model, other = make_model(), make_model()
+    counted, told = ModelEma(model, 0.9), ModelEma(other, 0.9)
+    for step in range(5):
+        train_a_step(model, step)
+        train_a_step(other, step)
+        counted.update(model)
+        told.update(other, step)
+    assert_same_bits(counted.state_dict(), told.state_dict())
+    told.update(other)  # goes on after the last step that was given
+    counted.update(model, 5)
+    assert_same_bits(counted.state_dict(), told.state_dict())
 
 
 def test_naming_what_changes_gives_the_same_average():
@@ -278,6 +307,50 @@ def test_saved_and_loaded_equals_uninterrupted(tmp_path):
         train_a_step(through, step)
         expected.update(through, step)
     assert_same_bits(ema.state_dict(), expected.state_dict())
+
+
+def moved_attention():
+    torch.manual_seed(0)
+    model = Attention()
+    ema = ModelEma(model, 0.5, warmup=False)
+    with torch.no_grad():
+        model(torch.randn(5, 3))
+        model.embed.weight += 1
+        model.mask += 2
+    ema.update(model)
+    return model, ema
+
+
+def test_a_model_takes_the_state_though_it_has_ties_and_buffers_of_no_state():
+    model, ema = moved_attention()
+    state = ema.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert len({tensor.data_ptr() for tensor in state.values()}) == len(state)  # as safetensors
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    model.load_state_dict(state)
+    assert_same_bits(tensors(model), before)
+    assert model.head.weight is model.embed.weight
+    assert not torch.equal(model.mask, ema.tensors()["mask"])  # averaged, for `applied_to`
+    with ema.applied_to(model):
+        assert torch.equal(model.mask, torch.tensor([1.0, 2.0, 3.0, 4.0]))
+
+
+@pytest.mark.parametrize("given", ["state_dict", "tensors"])
+def test_either_form_is_loaded(given):
+    _, ema = moved_attention()
+    fresh = ModelEma(Attention(), 0.5)
+    mask = fresh.tensors()["mask"].clone()
+    fresh.load_state_dict(getattr(ema, given)())
+    assert_same_bits(fresh.state_dict(), ema.state_dict())
+    expected = ema.tensors()["mask"] if given == "tensors" else mask
+    assert torch.equal(fresh.tensors()["mask"], expected)
+
+
+@pytest.mark.parametrize("architecture", ["swin_tiny_patch4_window7_224", "eva02_tiny_patch14_224"])
+def test_timms_transformers_take_the_state(architecture):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(architecture)
+    model.load_state_dict(ModelEma(model, 0.9).state_dict())
 
 
 @pytest.mark.parametrize("damage", ["missing", "extra", "shape"])

@@ -70,6 +70,38 @@ def test_half_precision_logits_lose_nothing(dtype):
     torch.testing.assert_close(loss, F.cross_entropy(logits.float(), labels))
 
 
+@pytest.mark.parametrize("targets_dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_double_logits_give_a_double_loss(targets_dtype):
+    logits, labels = make_logits(dtype=torch.float64)
+    logits = (logits.detach() + 1e-10 * labels.view(-1, 1)).requires_grad_()  # float32 loses it
+    targets = F.one_hot(labels, 7).to(targets_dtype)
+    loss = soft_cross_entropy(logits, targets)
+    assert loss.dtype == torch.float64
+    by_hand = -logits.log_softmax(1)[torch.arange(5), labels].mean()
+    torch.testing.assert_close(loss, by_hand, rtol=1e-14, atol=0)
+    assert torch.autograd.grad(loss, logits)[0].dtype == torch.float64
+
+
+def test_double_targets_do_not_raise_the_precision():
+    logits, labels = make_logits()
+    one_hot = F.one_hot(labels, 7)
+    loss = soft_cross_entropy(logits, one_hot.double())
+    assert loss.dtype == torch.float32 and loss == soft_cross_entropy(logits, one_hot.float())
+
+
+def test_gradients_are_those_of_the_formula_bit_for_bit():
+    """So that runs of earlier versions go on as they would have."""
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        logits = torch.randn(126, 10, generator=generator).requires_grad_()
+        targets = torch.rand(126, 10, generator=generator).softmax(1)
+        formula = -(targets * logits.log_softmax(1)).sum(1).mean()
+        (expected,) = torch.autograd.grad(formula, logits)
+        loss = soft_cross_entropy(logits, targets)
+        assert torch.equal(torch.autograd.grad(loss, logits)[0], expected)
+        torch.testing.assert_close(loss, formula, rtol=3e-7, atol=0)
+
+
 def test_autocast_changes_nothing():
     logits, labels = make_logits()
     targets = F.one_hot(labels, 7).float()

@@ -64,7 +64,7 @@ def test_other_groups_are_torchs_sgd_to_the_last_digit(momentum, nesterov):
     models[1].load_state_dict(models[0].state_dict())
     arguments = {"lr": 0.3, "momentum": momentum, "nesterov": nesterov, "weight_decay": 0.01}
     optimizers = [
-        Muon(models[0].parameters(), **arguments),
+        Muon(models[0].parameters(), orthogonal=False, **arguments),
         torch.optim.SGD(models[1].parameters(), **arguments),
     ]
     for step in range(5):
@@ -91,7 +91,7 @@ def test_filters_are_moved_by_their_rate_from_a_fixed_norm():
 
 def test_parameters_without_a_gradient_stay():
     layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
-    optimizer = Muon(layers.parameters(), lr=0.1)
+    optimizer = Muon(layers.parameters(), lr=0.1, orthogonal=False)
     layers[0](torch.ones(1, 3)).sum().backward()
     before = layers[1].weight.clone()
     optimizer.step(lambda: torch.zeros(()))
@@ -133,7 +133,7 @@ def test_groups_hold_each_parameter_once():
     assert [p.shape for p in cut[0]["params"]] == [(8, 3, 3, 3), (8, 8)]
     assert cut[0]["orthogonal"] and cut[0]["weight_decay"] == 0 and cut[0]["lr"] == 0.5
     assert {id(p) for p in cut[1]["params"]} == {id(model[3].weight), id(position)}
-    assert cut[1]["weight_decay"] == 0.1 and "orthogonal" not in cut[1]
+    assert cut[1]["weight_decay"] == 0.1 and not cut[1]["orthogonal"]
     assert sum(len(g["params"]) for g in cut) == len(list(model.parameters())) + 1
 
 
@@ -155,9 +155,31 @@ def test_weights_that_are_all_zero_begin_to_move():
 
 
 def test_a_group_added_later_is_checked():
-    optimizer = Muon(nn.Linear(2, 2).parameters())
+    optimizer = Muon(nn.Linear(2, 2).parameters(), orthogonal=False)
     with pytest.raises(ValueError, match="two dimensions"):
         optimizer.add_param_group({"params": [torch.zeros(3)], "orthogonal": True})
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        lambda model: model.parameters(),
+        lambda model: model.named_parameters(),
+        lambda model: [{"params": model.parameters(), "lr": 0.1}],
+    ],
+    ids=["parameters", "named_parameters", "groups"],
+)
+def test_nothing_to_orthogonalise_is_no_silent_sgd(parameters):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match=r"which parameters to orthogonalise.*muon_groups"):
+        Muon(parameters(model), lr=0.1)
+    assert not any(g["orthogonal"] for g in Muon(parameters(model), orthogonal=False).param_groups)
+
+
+def test_groups_without_a_filter_are_told_to_be_sgds():
+    head = nn.Linear(8, 2)
+    (group,) = muon_groups([{"name": "all", "params": head.parameters()}], head)
+    assert not Muon([group], lr=0.1).param_groups[0]["orthogonal"]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +193,7 @@ def test_a_group_added_later_is_checked():
 )
 def test_refused(arguments, named):
     with pytest.raises(ValueError, match=named):
-        Muon([nn.Parameter(torch.ones(2, 2))], **arguments)
+        Muon([nn.Parameter(torch.ones(2, 2))], **{"orthogonal": False} | arguments)
 
 
 def test_a_vector_cannot_be_orthogonal():

@@ -119,6 +119,29 @@ def test_the_base_survives_the_optimizers_state_dict():
     assert rates(resumed) == [0.25, 0.125]
 
 
+@pytest.mark.parametrize("initial", [None, 0.5])
+def test_rates_that_are_tensors_are_set_in_place(initial):
+    """A compiled step and a captured graph read the tensor that they have seen."""
+    optimizer = torch.optim.Adam([torch.zeros(1)], lr=torch.tensor(0.5))
+    (group,) = optimizer.param_groups
+    if initial:
+        group["initial_lr"] = initial  # a number, as after loading
+    rate = group["lr"]
+    for factor, expected in ((0.5, 0.25), (0.0, 0.0), (0.125, 0.0625), (1.0, 0.5)):
+        set_lr(optimizer, factor)
+        assert group["lr"] is rate and rate.item() == expected
+    assert float(group["initial_lr"]) == 0.5
+
+
+def test_groups_that_share_a_tensor_of_a_rate():
+    """torch's default for all groups is one tensor: each would scale it again."""
+    groups = [{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)]}]
+    optimizer = torch.optim.Adam(groups, lr=torch.tensor(0.5))
+    for factor in (0.5, 0.25):
+        set_lr(optimizer, factor)
+        assert [float(lr) for lr in rates(optimizer)] == [0.5 * factor] * 2
+
+
 @pytest.mark.parametrize("factor", [-0.1, math.nan, math.inf])
 def test_a_factor_that_is_no_factor(factor):
     optimizer = make_optimizer()

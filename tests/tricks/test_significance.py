@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 from fractions import Fraction
 
 import pytest
@@ -11,6 +12,7 @@ from tricks.significance import (
     bootstrap_interval,
     disagreement,
     error_correlation,
+    holm,
     mcnemar_exact,
     oracle_accuracy,
     paired_bootstrap_interval,
@@ -156,6 +158,88 @@ def test_mcnemar_is_exact_where_floats_are_not():
     exact = Fraction(2 * sum(math.comb(n, k) for k in range(1201)), 2**n)
     assert mcnemar_exact(*pair(0, 1200, 1800, 0)).p == float(exact) > 0
     assert mcnemar_exact(*pair(0, 0, 10_000, 0)).p == 0.0  # 2^-9999
+    halfway = Fraction(2 * sum(math.comb(77, k) for k in range(19)), 2**77)  # between two floats
+    assert mcnemar_exact(*pair(0, 59, 18, 0)).p == float(halfway)
+
+
+# CPU seconds on two slow cores, with room: 6 and more before
+@pytest.mark.parametrize(("only_a", "only_b"), [(29_900, 30_100), (100_000, 101_000)])
+def test_mcnemar_of_many_is_exact_and_fast(only_a, only_b):
+    began = time.process_time()
+    found = mcnemar_exact(*pair(5, only_a, only_b, 5))
+    assert time.process_time() - began < 0.8
+    stats = pytest.importorskip("scipy.stats")
+    expected = stats.binomtest(only_a, only_a + only_b, 0.5).pvalue
+    assert found.p == pytest.approx(expected, rel=1e-8)
+
+
+def test_mcnemar_of_a_million():
+    assert mcnemar_exact(*pair(0, 400_000, 400_000, 0)).p == 1.0
+    assert mcnemar_exact(*pair(0, 1_280_000, 0, 0)).p == 0.0
+
+
+def test_the_interval_of_a_million_is_the_normal_ones_and_does_not_take_an_odd_transform():
+    n = 1_281_167
+    values = right(round(0.76 * n), n)
+    shares = torch.full((2 * n + 1,), 1 / (2 * n + 1), dtype=torch.float64)
+    seconds = []
+    for _ in range(2):  # the first warms up
+        start = time.process_time()
+        low, high = bootstrap_interval(values)
+        middle = time.process_time()
+        torch.fft.ifft(torch.fft.fft(shares) ** n)  # most of what it took before
+        seconds = [middle - start, time.process_time() - middle]
+    assert seconds[0] < seconds[1]
+    half = 1.959964 * math.sqrt(0.76 * 0.24 / n)
+    assert (low, high) == pytest.approx((0.76 - half, 0.76 + half), abs=2 / n)
+
+
+def test_resamples_of_many_are_drawn_in_parts_and_the_same():
+    values = torch.randn(20_000, generator=seeded())
+    draws = torch.randint(20_000, (1500, 20_000), generator=seeded(1))
+    means = torch.cat([values.double()[part].mean(1) for part in draws.split(300)])
+    expected = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    found = bootstrap_interval(values, resamples=1500, generator=seeded(1))
+    assert found == pytest.approx(tuple(expected), rel=1e-12)
+
+
+# --- several tests ------------------------------------------------------------------------------
+
+
+def test_holm_table():
+    # sorted: .005 · 4, .01 · 3, .03 · 2, .04 · 1, none below the one before
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.6, 0.5]) == [1.0, 1.0, 1.0]
+    assert holm([0.125]) == [0.125] and holm([]) == [] and holm([0.0, 1.0]) == [0.0, 1.0]
+    assert holm([0.25, 0.25]) == [0.5, 0.5]
+
+
+def test_holm_equals_its_step_down_procedure():
+    """Hypotheses are rejected in order while p ≤ α / (how many are left): Holm's own words."""
+    values = torch.rand(200, 6, generator=seeded(), dtype=torch.float64).square().tolist()
+    for p_values in values:
+        corrected = holm(p_values)
+        for alpha in (0.01, 0.05, 0.2):
+            rejected = set()
+            while len(rejected) < 6:
+                left = [k for k in range(6) if k not in rejected]
+                smallest = min(left, key=p_values.__getitem__)
+                if p_values[smallest] > alpha / len(left):
+                    break
+                rejected.add(smallest)
+            assert {k for k in range(6) if corrected[k] <= alpha} == rejected
+
+
+def test_holm_keeps_the_chance_of_any_false_alarm():
+    draws = torch.rand(4000, 5, generator=seeded(), dtype=torch.float64)
+    alarms = sum(min(holm(row)) <= 0.05 for row in draws.tolist()) / 4000
+    assert alarms == pytest.approx(0.05, abs=0.011)  # 3 standard deviations; 0.23 uncorrected
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, math.nan])
+def test_what_is_no_p_value(value):
+    with pytest.raises(ValueError, match=f"got {value}"):
+        holm([0.5, value])
 
 
 @pytest.mark.parametrize("value", [2, 0.5, -1, math.nan])

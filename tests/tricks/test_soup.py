@@ -175,6 +175,36 @@ def test_modes_and_momentum_come_back_after_an_error():
     assert model[1].momentum == 0.1
 
 
+@pytest.mark.parametrize("failure", ["model", "loader", "interrupt"])
+def test_a_batch_that_fails_leaves_the_statistics_as_they_were(failure):
+    model = make_model()
+    before = copy.deepcopy(model.state_dict())
+    addresses = [buffer.data_ptr() for buffer in model.buffers()]
+
+    def batches():
+        yield torch.randn(4, 3, 6, 7, generator=seeded())
+        if failure == "loader":
+            raise OSError("disk")
+        if failure == "interrupt":
+            raise KeyboardInterrupt
+        yield torch.randn(4, 2, 6, 7)
+
+    with pytest.raises((RuntimeError, OSError, KeyboardInterrupt)):
+        recompute_batch_norm(model, batches())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert [buffer.data_ptr() for buffer in model.buffers()] == addresses
+
+
+@pytest.mark.parametrize("pair", [tuple, list])
+def test_a_data_loaders_pairs(pair):
+    images = torch.randn(3, 4, 3, 6, 7, generator=seeded())
+    model, again = make_model(), make_model()
+    recompute_batch_norm(model, images)
+    recompute_batch_norm(again, [pair((batch, torch.arange(4))) for batch in images])
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
 def test_no_batch_is_an_error_that_touches_nothing():
     model = make_model()
     before = copy.deepcopy(model.state_dict())
