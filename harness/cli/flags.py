@@ -71,6 +71,7 @@ class Switch(argparse.Action):
 
 # Flags of other trainers -> what the flag is called here
 ELSEWHERE = {
+    "no_wandb": "report_to", "use_wandb": "report_to", "images_dir": "dataset",
     "learning_rate": "lr", "base_lr": "lr", "wd": "weight_decay", "bs": "batch_size",
     "per_device_train_batch_size": "batch_size",
     "train_batch_size": "batch_size", "num_epochs": "epochs", "num_train_epochs": "epochs",
@@ -97,6 +98,9 @@ ELSEWHERE = {
 UNNEEDED = {  # flags of other trainers that nothing here needs
     name: "images are decoded once and augmented in batches: there are no loader workers"
     for name in ("workers", "num_workers", "dataloader_num_workers", "preprocessing_num_workers")
+} | {
+    name: "Accelerate chooses the device; accelerate launch --cpu takes the CPU"
+    for name in ("device", "gpu", "gpus", "cuda", "no_cuda", "gpu_ids")
 }
 
 
@@ -187,8 +191,11 @@ class Parser(argparse.ArgumentParser):
         namespace, unknown = parse(argv, namespace)
         if unknown:
             options = [o[2:] for a in self._actions for o in a.option_strings if o.startswith("--")]
-            name = unknown[0].split("=")[0]
-            self.error(f"unknown flag {name}{_hint(name, options)}")
+            names = [word.split("=")[0] for word in unknown if word.startswith("-")]
+            if not names:
+                self.error(f"unexpected word {unknown[0]}: a value goes behind its flag")
+            first, *others = (name + _hint(name, options) for name in dict.fromkeys(names))
+            self.error("unknown flag " + "; ".join([first, *others]))
         # No words at all for a positional argument are said by nobody
         said = {k: v for k, v in vars(namespace).items() if v is not unsaid and v not in ([], None)}
         return argparse.Namespace(**said)

@@ -108,6 +108,10 @@ def text(args, machine, data, model, look, total, rows):
         "device": f"{machine['device']}, {machine['threads']} CPU threads a process",
     }
     read = [("left out", line) for line in data.left_out] + [("note", n) for n in data.notes]
+    rest = len(data.train) % args.batch_size
+    if rest > len(data.train) / 5:
+        words = f"warning: every epoch leaves out {rest:,} of {len(data.train):,} train images"
+        read.append(("note", f"{words}, as --batch_size {args.batch_size} does not divide them"))
     rows = [*rows.items(), *_given(args)]
     place = 2  # behind the data and its classes
     return facts([*rows[:place], *read, *rows[place:]])

@@ -155,7 +155,7 @@ def test_dashes_and_underscores_are_one(parser):
         (["--batchsize=32"], ["unknown flag --batchsize", 'did you mean "--batch_size"?']),
         (["--batch", "32"], ["unknown flag --batch,"]),  # no abbreviations
         (["--no_lr"], ["unknown flag --no_lr"]),
-        (["resnet50"], ["unknown flag resnet50"]),
+        (["resnet50"], ["unexpected word resnet50"]),
         (["--model"], ["--model: expected one argument"]),
         (["--augment", "autoagument"], ['"autoagument"', 'did you mean "autoaugment"?']),
         (["--stem", ""], ["--stem", '""']),
