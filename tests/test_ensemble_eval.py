@@ -14,7 +14,7 @@ import smallruns
 from harness.ensembles import predictions
 from harness.ensembles import report as words
 from harness.errors import UserError
-from harness.training.folder import WRITTEN
+from harness.training.folder import WRITTEN_BY_RUN
 from smallruns import edit_json
 
 
@@ -69,7 +69,7 @@ def test_a_report_has_all_its_parts(report):
     for picture in ("accuracy", "reliability", "confusion", "mistakes"):
         with Image.open(report / f"{picture}.png") as image:
             assert min(image.size) > 100 and len(np.unique(np.asarray(image))) > 3
-    assert "predictions" in WRITTEN  # so that --overwrite of a run takes them along
+    assert "predictions" in WRITTEN_BY_RUN  # so that --overwrite of a run takes them along
 
 
 def test_members_have_the_accuracy_that_training_saw(runs, tmp_path):
@@ -316,7 +316,7 @@ def test_members_that_do_not_belong_together_are_refused(runs, copies, tmp_path)
     said = refused([runs.a, copies.b], tmp_path)
     assert "another order: class 0 is '9' there, '0' here" in said
     edit_json(copies.c / "config.json", lambda c: c["label_names"].pop())
-    assert "9 classes there, 10 here" in refused([runs.a, copies.c], tmp_path)
+    assert "label_names has 9" in refused([runs.a, copies.c], tmp_path)
     edit_json(copies.d / "config.json", lambda c: c.update(label_names=list("012345678x")))
     assert "only there: 'x'; only here: '9'" in refused([runs.a, copies.d], tmp_path)
     assert "x" in refused([copies.d], tmp_path)  # nor does the data set have it
@@ -360,7 +360,7 @@ def test_flags_that_do_not_fit_are_refused(runs, tmp_path):
     assert "crops are 1 to 5" in refused([runs.a], tmp_path, tta="none,crops:7")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.tex").write_text("")
-    assert "not a report's" in refused([runs.a], tmp_path, run_name="taken")
+    assert "not of ensemble_eval.py" in refused([runs.a], tmp_path, run_name="taken")
 
 
 @pytest.mark.parametrize("words", ["1,-1", "0,0", "a", "1,nan"])

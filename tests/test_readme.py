@@ -102,7 +102,7 @@ def test_a_report_is_made_by_every_command(script, argv, place, monkeypatch):
     published = torchvision.models.ResNet50_Weights
     monkeypatch.setattr(published, "get_state_dict", lambda self, **_: model, raising=False)
     words = [{"cat": "3"}.get(word, word) for word in shlex.split(argv)]  # digits have no cat
-    words += ["--report_to", "none", "--run_name", "report"]
+    words += ["--report_to", "none", "--run_name", f"report-{script}"]
     folder, status = smallruns.run(script.removesuffix(".py"), words)
     assert status == 0 and (folder / "report.md").stat().st_size > 200
 
@@ -153,8 +153,8 @@ def test_every_trick_has_a_row():
 
 
 def test_the_tree_of_files_is_what_a_run_writes():
-    from harness.training.folder import WRITTEN
+    from harness.training.folder import WRITTEN_BY_RUN
 
     tree = README.split("runs/<name>/\n")[1].split("```")[0]
     named = set(re.findall(r"^  ([\w.]+)", tree, re.M))
-    assert named == set(WRITTEN) - {"tensorboard"}
+    assert named == set(WRITTEN_BY_RUN) - {"tensorboard"}

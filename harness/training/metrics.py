@@ -46,7 +46,7 @@ class MetricsFile:
 
     def sync(self):
         """Force what was written to the disk."""
-        with open(self.path, "ab") as file:
+        with open(self.path, "rb") as file:
             os.fsync(file.fileno())
 
     def cut_back(self, step, saved=None):

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
 
+from harness.cli.flags import OPERATIONAL
 from harness.errors import UserError
 from harness.models.weights import clean_state_dict, plain_state_dict
 from harness.processes import on_main
@@ -139,8 +140,8 @@ def check_identity(path, saved, ours, given):
     the others.
     """
     for name in [*ours, *(saved.keys() - ours.keys())]:
-        if name not in saved and name not in given:
-            continue
+        if name in OPERATIONAL or (name not in saved and name not in given):
+            continue  # gradient_accumulation_steps was none of these once
         if name == "dataset" and "content" in ours and saved.get("content") == ours["content"]:
             continue  # the same images, in another place
         if name == "content" and saved[name] != ours.get(name):

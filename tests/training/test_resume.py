@@ -185,7 +185,7 @@ def test_stopped_where_it_would_stop(tmp_path, capsys):
 def test_all_processes_are_told_of_a_checkpoint_that_is_none(tmp_path):
     run = faulty.start(tmp_path, processes=2, resume_from_checkpoint=tmp_path / "nothing")
     assert run.wait() == [2, 2]
-    assert "Traceback" not in run.output() and run.output().count("manifest.json: No such") == 1
+    assert "Traceback" not in run.output() and run.output().count("nothing: No such") == 1
 
 
 def test_a_flag_that_an_older_version_did_not_know_counts_as_its_default():
