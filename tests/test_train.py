@@ -245,7 +245,10 @@ def test_bad_input_is_one_line_that_names_it(tmp_path):
         ({"val_split": "tset"}, 'did you mean "test"'),
         ({"image_size": 4, "model": "vit_b_16"}, "does not run at 4 px"),
         ({"mixed_precision": "fp16"}, r"fp16 \(--mixed_precision\) needs a GPU"),
-        ({"max_train_samples": 5, "batch_size": 2}, "--max_train_samples 5 keeps images of only 5 of 10"),
+        (
+            {"max_train_samples": 5, "batch_size": 2},
+            "--max_train_samples 5 keeps images of only 5 of 10",
+        ),
     ]
     for flags, message in cases:
         with pytest.raises(UserError, match=message):
