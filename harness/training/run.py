@@ -249,9 +249,7 @@ class Run:
         torch.distributed.all_reduce(flat)
         stop = flat[len(vector) - 1].clone()
         flat /= self.accelerator.num_processes
-        pieces = flat[len(vector) :].split([b.numel() for b in buffers])
-        for buffer, piece in zip(buffers, pieces, strict=True):
-            buffer.copy_(piece.view_as(buffer))
+        state.write_back(buffers, flat[len(vector) :])
         return torch.cat([flat[: len(vector) - 1], stop.reshape(1)])
 
     def _read_checks(self, lag):
