@@ -19,7 +19,7 @@ from harness.data.pixels import decode_image
 from harness.data.sources import load_data
 
 FOLDER = smallruns.ROOT / "benchmarks"
-sys.path.insert(0, str(FOLDER))
+sys.path.append(str(FOLDER))  # behind the scripts: there is a gradcam.py in it, too
 gpu, packed = map(importlib.import_module, ("gpu", "packed"))
 ALLOWED = ("torch", "torchvision", "accelerate", "safetensors", "numpy")
 
