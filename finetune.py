@@ -219,11 +219,19 @@ def train_stage(run, stage, optimizer, splits, look, classes, known):
         optimizer.zero_grad()
         if run.ema and not accelerator.optimizer_step_was_skipped:
             run.ema.update(model, step, changing)
-        if (step + 1) % run.steps_per_epoch == 0 or step + 1 == stage.end:
-            moved = torch.tensor(float(frozen_digest(model) != frozen), device=accelerator.device)
-            if accelerator.reduce(moved, "sum").item():
-                run.fail(f"stage {stage.name}: weights or buffers that are frozen have changed")
+        if step + 1 == stage.end:
+            check_frozen(run, stage, frozen)
     accelerator._models.clear()  # the wrapper's buckets of gradients can go
+
+
+def check_frozen(run, stage, before):
+    """At the end of a stage, before its last checkpoint: stop where what is frozen has moved.
+
+    before: the digest of it at the beginning, which takes as long as some steps on a GPU.
+    """
+    moved = torch.tensor(float(frozen_digest(run.module) != before), device=run.accelerator.device)
+    if run.accelerator.reduce(moved, "sum").item():
+        run.fail(f"stage {stage.name}: weights or buffers that are frozen have changed")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ PARTS = {
     "train_speed": (["--rounds", "3", "--steps", "10"], True),
     "listing": ([], False),
     "ema": ([], False),
+    "bookkeeping": ([], False),
     "mix": ([], False),
     "gradcam": (["--rounds", "5"], False),
     "ensemble": (["--rounds", "3", "--max_eval_samples", "1000"], True),

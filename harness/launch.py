@@ -69,10 +69,7 @@ def make_accelerator(
         or not torch.accelerator.is_available()
     )
     precision, origin = _precision(mixed_precision, said, cpu)
-    if precision == "fp16" and cpu:
-        raise UserError(f"fp16 ({origin}) needs a GPU; on a CPU use bf16 or no")
-    if precision == "bf16" and not cpu and not torch.cuda.is_bf16_supported():
-        raise UserError(f"bf16 ({origin}) is not supported by this device; use fp16 or no")
+    _check_device("cpu" if cpu else torch.accelerator.current_accelerator().type, precision, origin)
     threads = _set_threads(threads)
     if cpu:
         keep_freed_memory()
@@ -107,6 +104,21 @@ def make_accelerator(
         "processes": accelerator.num_processes,
     }
     return accelerator, words
+
+
+def _check_device(kind, precision, origin):
+    """Raise UserError where this kind of device does not train, or not in this precision."""
+    if kind not in ("cpu", "cuda", "mps"):
+        raise UserError(
+            f"{kind.upper()} devices are not supported (CUDA, MPS and CPUs are): with "
+            "ACCELERATE_USE_CPU=true this trains on the CPU"
+        )
+    if precision == "fp16" and kind == "cpu":
+        raise UserError(f"fp16 ({origin}) needs a GPU; on a CPU use bf16 or no")
+    if precision != "no" and kind == "mps":
+        raise UserError(f"{precision} ({origin}) is not supported on MPS; use --mixed_precision no")
+    if precision == "bf16" and kind == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError(f"bf16 ({origin}) is not supported by this device; use fp16 or no")
 
 
 def _follow_launcher():

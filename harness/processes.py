@@ -122,6 +122,9 @@ def _raise_on_all(accelerator, error):
 @contextlib.contextmanager
 def _patience(accelerator):
     """Leave the block when all processes have come to its end, however long one takes."""
+    if accelerator.num_processes == 1:  # no thread: MPS crashes where two issue work
+        yield
+        return
     done = threading.Event()
     asking = threading.Thread(target=_ask_until_all, args=(done, accelerator), daemon=True)
     asking.start()

@@ -453,3 +453,13 @@ def test_validation_on_what_the_weights_were_trained_on_is_said(tmp_path, capsys
         smallruns.finetune(tmp_path, weights=start, seed=seed, **flags)
         out = capsys.readouterr().out
         assert (f"of 100 val images were trained on by {start}" in out) == said, out
+
+
+# --- what is frozen ---
+
+
+def test_the_digest_of_what_is_frozen_is_taken_at_the_two_ends_of_a_stage(tmp_path, monkeypatch):
+    digests = []
+    monkeypatch.setattr("finetune.frozen_digest", lambda model: digests.append(model))
+    _, status = smallruns.finetune(tmp_path, stages="[{epochs: 3, train: {head: 0.01}}]")
+    assert status == 0 and len(digests) == 2

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
-import torch.nn.functional as F
 
+import finetune
 import smallruns
+from harness.training import scoring
 from harness.training.metrics import read_metrics
+from harness.training.run import Run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -96,34 +98,71 @@ def test_a_fused_update_is_withheld_on_the_device():
     assert torch.equal(weight.detach().cpu(), torch.ones(4))
 
 
-def test_a_step_never_waits_for_the_device():
-    from harness.counters import generator
-    from harness.data.batches import Views, draw_mixing
-    from tricks.ema import ModelEma
-    from tricks.label_smoothing import smooth_labels, soft_cross_entropy
+def refusing_waits(steps):
+    """Run.steps, in whose steps a wait for the device is an error, from the second on.
 
-    model = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.AdaptiveAvgPool2d(1),
-        torch.nn.Flatten(), torch.nn.Linear(8, 10),
-    ).cuda().to(memory_format=torch.channels_last)  # fmt: skip
-    ema, optimizer = ModelEma(model, 0.9), torch.optim.SGD(model.parameters(), 0.1, fused=True)
-    views = Views(32, (0.5,) * 3, (0.25,) * 3, augment="randaugment", padding=4, flip_prob=0.5,
-                  erasing=0.25, ops=2, magnitude=9)  # fmt: skip
-    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, device="cuda")
-    labels = torch.randint(0, 10, (64,), device="cuda")
-    for step in range(4):
-        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first may allocate
+    Not between them, where Run reads what it logs. The first may allocate.
+    """
+
+    def refusing(run, *args, **options):
+        first = run.step
+        for step, batch in steps(run, *args, **options):
+            try:
+                torch.cuda.set_sync_debug_mode("error" if step > first else "default")
+                yield step, batch
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    return refusing
+
+
+def refusing_until_read(evaluate):
+    """scoring.evaluate, in whose batches a wait is an error: its sums are read once, at the end."""
+
+    def refusing(*args, **options):
+        torch.cuda.set_sync_debug_mode("error")
         try:
-            x = views.train(images, views.draw(64, generator(0, "views", step)))
-            mix = draw_mixing(0.2, 1.0, 1.0, 32, generator(0, "mixing", step))
-            x, targets = mix(x, F.one_hot(labels, 10).float())
-            soft_cross_entropy(model(x), smooth_labels(targets, 0.1)).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            ema.update(model, step)
+            return evaluate(*args, **options)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+    return refusing
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])  # fp16's scaler reads a number in every step
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("train", {"model": "resnet18", "tta": "random:2"}),
+        ("train", {"model": "fastnet", "optimizer": "muon", "start_size": 12, "tta": "shift"}),
+        ("train", {"model": "resnet18", "optimizer": "adamw", "nonfinite": "skip"}),
+        ("finetune", {**smallruns.FINETUNE, "model": "resnet18"}),
+    ],
+    ids=["sgd", "muon", "adamw, skips", "finetune"],
+)
+def test_neither_a_step_nor_an_evaluation_waits(tmp_path, monkeypatch, script, flags, precision):
+    def may_wait(function):
+        def called(*args):
+            torch.cuda.set_sync_debug_mode("default")
+            return function(*args)
+
+        return called
+
+    monkeypatch.setattr(scoring, "_read_sums", may_wait(scoring._read_sums))
+    monkeypatch.setattr("finetune.check_frozen", may_wait(finetune.check_frozen))
+    monkeypatch.setattr(f"{script}.evaluate", refusing_until_read(scoring.evaluate))
+    monkeypatch.setattr(Run, "steps", refusing_waits(Run.steps))
+    flags = flags | {"mixed_precision": precision, "dropout": None, "logging_steps": 100}
+    _, status = smallruns.train(tmp_path, script=script, **flags)
+    assert status == 0
+
+
+def test_a_wait_in_a_step_is_an_error_there(tmp_path, monkeypatch):
+    """The test above can fail: `new_tensor`, which Run.agree had."""
+    monkeypatch.setattr(torch.Tensor, "new_full", lambda x, _, value: x.new_tensor([value]))
+    monkeypatch.setattr(Run, "steps", refusing_waits(Run.steps))
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        smallruns.train(tmp_path, model="resnet18", mixed_precision="no", epochs=1)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])

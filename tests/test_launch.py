@@ -380,3 +380,33 @@ def test_two_processes_say_it_once(capsys, monkeypatch):
         with pytest.raises(SystemExit, match="2"), script("train.py"):
             raise UserError("once")
     assert capsys.readouterr().err == "train.py: once\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "line"),
+    [
+        ("xpu", "no", "XPU devices are not supported .*ACCELERATE_USE_CPU=true"),
+        ("mps", "fp16", r"fp16 \(the launcher\) is not supported on MPS; use --mixed_precision no"),
+        ("mps", "bf16", "bf16 .* is not supported on MPS"),
+    ],
+)
+def test_a_device_that_does_not_train_so_is_refused_in_one_line(
+    shell, monkeypatch, kind, precision, line
+):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    device = torch.device(kind)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: device)
+    with pytest.raises(UserError, match=line):
+        shell(ACCELERATE_MIXED_PRECISION=precision)
+
+
+def test_windows_is_refused_in_one_line_before_anything_is_read(monkeypatch, capsys):
+    import train
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit) as stop:
+        train.read_flags(["--config", "not there.yaml"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(
+        "Windows is not supported; WSL, which is a Linux, runs it\n"
+    )

@@ -37,7 +37,7 @@ TRIES = 10  # boxes drawn before giving up, as in torchvision
 
 
 def _take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    return tensor.index_select(0, index.to(tensor.device, non_blocking=True))
+    return tensor.index_select(0, index.to(tensor.device, non_blocking=tensor.is_cuda))
 
 
 def draw_crops(n: int, padding: int, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -237,7 +237,8 @@ def _resize_each(images: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.
 def _resize_at_once(images: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:
     height, width = images.shape[-2:]
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
-    top, left, h, w = boxes.to(images.device, dtype, non_blocking=True).unbind(1)
+    boxes = boxes.to(images.device, dtype, non_blocking=images.is_cuda)
+    top, left, h, w = boxes.unbind(1)
     down = _resize_weights(top, h, height, size)
     across = _resize_weights(left, w, width, size)
     with torch.autocast(images.device.type, enabled=False):  # else products in 16 bits
@@ -304,7 +305,7 @@ def _erase_at_once(images: torch.Tensor, boxes: torch.Tensor, value: float) -> t
     rows = (y >= top) & (y < top + height)
     columns = (x >= left) & (x < left + width)
     chosen, rows, columns = (
-        t.to(images.device, non_blocking=True) for t in (chosen, rows, columns)
+        t.to(images.device, non_blocking=images.is_cuda) for t in (chosen, rows, columns)
     )
     inside = rows[:, None, :, None] & columns[:, None, None, :]
     images[chosen] = images[chosen].masked_fill_(inside, value)
@@ -333,7 +334,9 @@ def normalize_batch(
     # One multiply and one subtract: x / (255 std) - mean / std.
     factor = torch.tensor([[1 / (255 * s)] for s in std], dtype=torch.float32).unsqueeze(2)
     shift = torch.tensor([[m / s] for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
-    factor, shift = (t.to(images.device, non_blocking=True) for t in (factor, shift.unsqueeze(2)))
+    factor, shift = (
+        t.to(images.device, non_blocking=images.is_cuda) for t in (factor, shift.unsqueeze(2))
+    )
     normalized = torch.empty_like(images, dtype=dtype, memory_format=torch.channels_last)
     cpu = images.device.type == "cpu"
     most = max(1, CACHED // images.shape[1:].numel() if cpu else len(images))

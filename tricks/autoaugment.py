@@ -257,7 +257,7 @@ def apply_ops(images: torch.Tensor, ops: Ops, fill: int = 0) -> torch.Tensor:
 
 
 def _take(images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    return images.index_select(0, index.to(images.device, non_blocking=True))
+    return images.index_select(0, index.to(images.device, non_blocking=images.is_cuda))
 
 
 def _apply_sorted(
@@ -274,7 +274,7 @@ def _apply_sorted(
         for part in _slices(bounds[start], bounds[stop], most):
             names = [OPERATIONS[i] for i in op[part].tolist()]
             images[part] = move(images[part], names, magnitude[part].tolist(), fill)
-    m = magnitude.view(-1, 1, 1, 1).to(images.device, non_blocking=True)
+    m = magnitude.view(-1, 1, 1, 1).to(images.device, non_blocking=images.is_cuda)
     for kind in range(MOVES.stop, len(OPERATIONS)):
         for part in _slices(bounds[kind], bounds[kind + 1], most):
             images[part] = _RECOLOUR[OPERATIONS[kind]](images[part], m[part])
@@ -315,7 +315,7 @@ def _move(
     # Coordinates run from -1 to 1 over the image and become pixels as in grid_sample, rounding too.
     maps = torch.tensor(maps, dtype=torch.float32).view(-1, 2, 3)
     maps /= torch.tensor([width / 2, height / 2]).view(2, 1)
-    a, b, c = maps.to(images.device, non_blocking=True)[..., None, None].unbind(2)
+    a, b, c = maps.to(images.device, non_blocking=images.is_cuda)[..., None, None].unbind(2)
     x = torch.linspace((1 - width) / 2, (width - 1) / 2, width, device=images.device)
     y = torch.linspace((1 - height) / 2, (height - 1) / 2, height, device=images.device)
     across, down = (a * x + b * y.view(-1, 1)).add_(c).unbind(1)

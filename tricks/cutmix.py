@@ -97,7 +97,7 @@ def cutmix_batch(
             f"{n} images need targets ({n}, classes) and a permutation ({n},), "
             f"got {tuple(targets.shape)} and {tuple(permutation.shape)}"
         )
-    partner = permutation.to(images.device, non_blocking=True)
+    partner = permutation.to(images.device, non_blocking=images.is_cuda)
     pasted = images.clone()
     # index_select is fast along memory: seen with the channels last where they lie so
     inside = (..., slice(top, top + box_height), slice(left, left + box_width))

@@ -114,8 +114,8 @@ def frozen_digest(model: nn.Module) -> str:
 
     Of names, dtypes, shapes and bits of the parameters that require no gradient and of the buffers
     of the modules held in eval mode, BatchNorm's running statistics above all. Equal values have
-    equal digests on any device and in any memory format. Tensors on a GPU are waited for: once an
-    epoch, not once a step.
+    equal digests on any device and in any memory format. Tensors on a GPU are waited for: twice a
+    stage, not once a step.
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     >>> freeze_except(model, ["2"])

@@ -87,7 +87,7 @@ def mixup_batch(
             f"{n} images need targets ({n}, classes) and a permutation ({n},), "
             f"got {tuple(targets.shape)} and {tuple(permutation.shape)}"
         )
-    partner = permutation.to(images.device, non_blocking=True)
+    partner = permutation.to(images.device, non_blocking=images.is_cuda)
     # lerp(a, b, λ) = a + λ·(b - a), in one pass, exact where a = b, and into the partner's copy.
     return _take(images, partner).lerp_(images, lam), targets[partner].lerp_(targets, lam)
 

@@ -54,6 +54,10 @@ class Muon(Optimizer):
     do nothing: it has to be 0 there. `muon_groups` makes the groups. torch.optim.Muon is for
     matrices alone, and leaves all other parameters to a second optimizer.
 
+    Where its attribute `found_inf` is set, as on torch's fused optimizers, to a float tensor of no
+    dimensions on the parameters' device, a step for which it is 1 changes nothing, NaN or not; and
+    the host does not wait to know.
+
     params: parameters or groups. lr: of groups that have none; μ = momentum in [0, 1).
     orthogonal: of groups that don't say it. `Muon(model.parameters())` can't be told apart: which
     matrix is the head's is not to be seen, and all of it as SGD is not what Muon stands for.
@@ -70,6 +74,8 @@ class Muon(Optimizer):
     >>> [group["orthogonal"] for group in optimizer.param_groups]
     [True, False]
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -115,6 +121,7 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        before = [] if self.found_inf is None else self._copies()
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
@@ -129,7 +136,25 @@ class Muon(Optimizer):
                     parameter.sub_(update, alpha=group["lr"])
             else:
                 torch._foreach_add_(parameters, updates, alpha=-group["lr"])
+        for tensor, old in before:
+            tensor.copy_(torch.where(self.found_inf > 0, old, tensor))
         return loss
+
+    def _copies(self) -> list[tuple[Tensor, Tensor]]:
+        """(tensor, its values now) of all that a step changes."""
+        tensors = []
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            tensors += parameters
+            tensors += [self._buffer(p) for p in parameters] if group["momentum"] else []
+        return [(tensor, tensor.clone()) for tensor in tensors]
+
+    def _buffer(self, parameter: Tensor) -> Tensor:
+        """The momentum of a parameter: zeros before its first step."""
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
 
     def _updates(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> Sequence[Tensor]:
         """The momentum's updates, in new tensors; buffers are kept in the state."""
@@ -138,12 +163,7 @@ class Muon(Optimizer):
             gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
         if not group["momentum"]:
             return gradients
-        buffers = []
-        for parameter in parameters:
-            state = self.state[parameter]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            buffers.append(state["momentum_buffer"])
+        buffers = [self._buffer(parameter) for parameter in parameters]
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, gradients)
         if not group["nesterov"]:

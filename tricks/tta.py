@@ -101,15 +101,18 @@ def tta_views(kind: str, size: int, seed: int = 0) -> list[View]:
     raise ValueError(f"no views are named {kind!r}; {hint}")
 
 
-def average_views(logits: Tensor, weights: Sequence[float] | None = None) -> Tensor:
-    """The logarithm of the views' mean probabilities: float64 (samples, classes).
+def average_views(
+    logits: Tensor, weights: Sequence[float] | None = None, check: bool = True
+) -> Tensor:
+    """The logarithm of the views' mean probabilities: float64 (samples, classes); float32 on MPS.
 
         log Σ wᵥ · softmax(logitsᵥ)
 
     logits: (views, samples, classes), float of any precision; weights: one a view, ≥ 0, with the
     sum 1, as in `View.weight`; None for equal ones. What comes back is logits again, for an
     ensemble or a temperature. Raises ValueError for logits that are not finite, with the view's
-    number, and for weights that are none.
+    number, and for weights that are none. check=False leaves out the look at the logits, for which
+    the host waits where they lie on a GPU: where some are NaN, so is the mean.
 
     >>> logits = torch.tensor([[[0.9, 0.1]], [[0.3, 0.7]]]).log()
     >>> average_views(logits).exp()
@@ -125,12 +128,13 @@ def average_views(logits: Tensor, weights: Sequence[float] | None = None) -> Ten
         raise ValueError(f"{len(logits)} views need as many weights, got {shares}")
     if not all(share >= 0 for share in shares) or not abs(sum(shares) - 1) <= 1e-5:
         raise ValueError(f"weights must be ≥ 0 with the sum 1, got {shares}")
+    precision = torch.float32 if logits.device.type == "mps" else torch.float64  # it has no other
     total = None
     for number, (share, view) in enumerate(zip(shares, logits, strict=True)):
-        if not view.isfinite().all():
+        if check and not view.isfinite().all():
             raise ValueError(f"the logits of view {number} are not finite")
         if share:
-            one = view.double().log_softmax(1) + math.log(share / sum(shares))
+            one = view.to(precision).log_softmax(1) + math.log(share / sum(shares))
             total = one if total is None else torch.logaddexp(total, one)
     return total
 
@@ -200,7 +204,7 @@ def _random_crop(size: int, seed: int, view: int, images: Tensor, index: Tensor)
         )
     boxes, flips = _draw_boxes(seed, view, index, height, width)
     top, left, h, w, flips = (
-        t.to(images.device, non_blocking=True) for t in (*boxes.unbind(1), flips)
+        t.to(images.device, non_blocking=images.is_cuda) for t in (*boxes.unbind(1), flips)
     )
     vertical = _resize_weights(top, h, height, size)
     horizontal = _resize_weights(left, w, width, size)

@@ -20,8 +20,9 @@ def patch_whitening(images: Tensor, kernel_size: int, eps: float = 5e-4) -> Tens
     brightness. The sign, which eigh leaves open, makes the largest weight positive.
 
     images: float (n, C, H, W), normalised to about mean 0; a few thousand are enough. Computed in
-    float64, on the images' device. Raises ValueError for no images, images smaller than a patch,
-    values that are not finite, and an eps that is not above 0.
+    float64, on the images' device; on the CPU for MPS, which has no float64. Raises ValueError for
+    no images, images smaller than a patch, values that are not finite, and an eps that is not above
+    0.
 
     >>> images = torch.randn(50, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     >>> seen = nn.functional.conv2d(images, patch_whitening(images, 2)).transpose(0, 1).flatten(1)
@@ -33,6 +34,8 @@ def patch_whitening(images: Tensor, kernel_size: int, eps: float = 5e-4) -> Tens
         raise ValueError(f"whitening needs images and an eps above 0, got {len(images)} and {eps}")
     if not 1 <= kernel_size <= min(height, width):
         raise ValueError(f"patches of {kernel_size} pixels don't fit images of {height}×{width}")
+    device = images.device
+    images = images.cpu() if device.type == "mps" else images
     size = channels * kernel_size**2
     moments = torch.zeros(size, size, dtype=torch.float64, device=images.device)
     count = 0
@@ -46,7 +49,7 @@ def patch_whitening(images: Tensor, kernel_size: int, eps: float = 5e-4) -> Tens
     values, vectors = torch.linalg.eigh(moments / count)  # columns, the smallest value first
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     kernels = (vectors * largest.sign() / (values.clamp(min=0) + eps).sqrt()).T
-    return kernels.reshape(size, channels, kernel_size, kernel_size).float()
+    return kernels.reshape(size, channels, kernel_size, kernel_size).float().to(device)
 
 
 @torch.no_grad()

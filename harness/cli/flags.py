@@ -156,6 +156,8 @@ class Parser(argparse.ArgumentParser):
         Returns the namespace; its attribute `given` maps each flag that is not at its default
         to where it was said (a recipe's path, or "command line").
         """
+        if sys.platform == "win32":  # no fork, flock or process signals as the run relies on
+            self.error("Windows is not supported; WSL, which is a Linux, runs it")
         argv = [_underscored(a) for a in (sys.argv[1:] if argv is None else argv)]
         argv = [self._switched(word) for word in argv]
         command_line = self._said(argv)

@@ -29,8 +29,9 @@ class Samples(NamedTuple):
     def take(self, index, device):
         """The samples at `index` (int64, CPU) on `device`: images (k, 3, H, W), labels (k,)."""
         images, labels = gather(self.pixels, self.rows[index]), self.labels[index]
-        if device.type == "cuda":
-            images, labels = images.pin_memory(), labels.pin_memory()
+        if device.type != "cuda":  # MPS would read the host's memory after it has been freed
+            return images.to(device), labels.to(device)
+        images, labels = images.pin_memory(), labels.pin_memory()
         return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
@@ -209,7 +210,7 @@ def train_batches(split, views, accelerator, *, batch_size, accumulation, seed, 
 
     The order of an epoch is permutation(seed, epoch) and the draws are made for the whole batch
     from (seed, step); then the batch is cut into accumulation × processes equal parts, so neither
-    depends on how many share the work. With a GPU, a thread keeps two batches ahead of it.
+    depends on how many share the work. With CUDA, a thread keeps two batches ahead of it.
     """
     device, rank = accelerator.device, accelerator.process_index
     processes = accelerator.num_processes
@@ -237,7 +238,9 @@ def train_batches(split, views, accelerator, *, batch_size, accumulation, seed, 
         return parts
 
     def from_step(first):
-        if device.type == "cpu":  # gathering is 0.1 % of a step; a thread would take a core
+        # On a CPU gathering is 0.1 % of a step, and a thread would take a core; MPS crashes where
+        # two threads issue work
+        if device.type != "cuda":
             yield from map(parts_of, range(first, total_steps))
             return
         with ThreadPoolExecutor(max_workers=1) as pool:

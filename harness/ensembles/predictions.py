@@ -137,32 +137,30 @@ class Predictions:
         are others.
         """
         accelerator, total = self.accelerator, len(samples.labels)
-        times = []  # of each batch: seconds an image, one a view
+        times = []  # of each batch: how many images, and when each view began and ended
         starts, look = batch_starts(samples), network.look
         shape = (len(views), total, len(network.classes))
         logits = torch.zeros(shape, device=accelerator.device)
         for k in range(accelerator.process_index, len(starts), accelerator.num_processes):
             index = torch.arange(starts[k], min(starts[k] + starts.step, total))
             images, _ = samples.take(index, accelerator.device)
-            times.append([])
+            times.append((len(index), []))
             for number, view in enumerate(views):
-                began = time.perf_counter()
+                began = _now(accelerator.device)
                 seen = normalize_batch(view.apply(images, index), look.mean, look.std)
                 with accelerator.autocast():
                     found = model(seen)
                 logits[number, starts[k] : starts[k] + len(index)] = found.float()
-                if accelerator.device.type == "cuda":
-                    torch.cuda.synchronize()
-                times[-1].append((time.perf_counter() - began) / len(index))
+                times[-1][1].append((began, _now(accelerator.device)))
             done = len(index) * len(views) * accelerator.num_processes
             bar.update(min(done, bar.total - bar.n))
-        # Each sample was computed by one process and is zero on the others: their sum is exact
-        timed = times[1:] or times or [[0.0] * len(views)]  # a process may have had no batch
+        seconds = _read_times(times, accelerator.device)
+        timed = seconds[1:] or seconds or [[0.0] * len(views)]  # a process may have had no batch
         means = [
             sum(column) / len(timed) / accelerator.num_processes
             for column in zip(*timed, strict=True)
         ]
-        return accelerator.reduce(logits, "sum").cpu(), means
+        return _read_logits(accelerator, logits), means
 
     def _keep(self, network, role, view, logits, seconds, device):
         self._logits[network.sha256, role, view.name] = logits
@@ -213,6 +211,31 @@ class Predictions:
             if network.folder not in self._unkept:
                 self.say(f"predictions of {network.name} are not kept: {error.strerror or error}")
             self._unkept.add(network.folder)
+
+
+def _read_logits(accelerator, logits):
+    """The logits of all processes on the CPU, once for all batches: each sample is some one's.
+
+    It is zero on the others, so the sum is exact.
+    """
+    return accelerator.reduce(logits, "sum").cpu()
+
+
+def _now(device):
+    """This moment: an event on the device, for which the host does not wait, or the host's."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _read_times(times, device):
+    """Seconds an image of each batch, one a view; waits for the device, once for all."""
+    if device.type != "cuda":
+        return [[(end - start) / n for start, end in views] for n, views in times]
+    torch.cuda.synchronize()
+    return [[start.elapsed_time(end) / 1000 / n for start, end in views] for n, views in times]
 
 
 def progress(accelerator, images):

@@ -53,7 +53,7 @@ class CachedViews:
 
     def train(self, features, draw):
         """The drawn view of each sample (n, ...)."""
-        view = draw["view"].to(features.device, non_blocking=True)
+        view = draw["view"].to(features.device, non_blocking=features.is_cuda)
         return features[torch.arange(len(features), device=features.device), view]
 
     def evaluation(self, features):

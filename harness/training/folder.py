@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import yaml
@@ -255,10 +255,12 @@ def _remove(path):
 
 
 def versions():
-    """Versions of what computes the result."""
-
-    names = ("torch", "torchvision", "accelerate", "datasets", "safetensors")
-    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
+    """Versions of what computes the result, as far as it is installed."""
+    versions = {"python": sys.version.split()[0]}
+    for name in ("torch", "torchvision", "accelerate", "datasets", "safetensors"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def git_commit():

@@ -42,3 +42,12 @@ def make_optimizer(args, parameters, accelerator, lr):
     if args.optimizer == "muon":
         return Muon(parameters, lr, args.momentum, nesterov)
     return torch.optim.SGD(parameters, lr, args.momentum, nesterov=nesterov, fused=fused)
+
+
+def withholds_on_device(optimizer, device):
+    """Whether it leaves out an update for which its `found_inf` is 1, without the host's knowledge.
+
+    Fused optimizers do. Muon can; on a CPU, where nothing is gained by it, it need not.
+    """
+    fused = bool(optimizer.defaults.get("fused"))
+    return fused or (isinstance(optimizer, Muon) and device.type == "cuda")

@@ -39,6 +39,7 @@ from harness.training.folder import (
     versions,
 )
 from harness.training.metrics import read_metrics
+from harness.training.optimizers import withholds_on_device
 
 # On a GPU the check of step t is read while step t + 2 is queued, so that the host never waits for
 # the device; the update itself was already withheld there (see `agree`).
@@ -198,7 +199,8 @@ class Run:
         signal to one is a signal to all. A non-finite loss or gradient anywhere stops the run on
         every process before this step's update; with --nonfinite skip, only the step is lost.
         """
-        stop = self._now.new_tensor([STOP.get(self._signal, 0.0)])
+        # Filled there: new_tensor would copy from the host's memory, and wait for the device
+        stop = self._now.new_full((1,), STOP.get(self._signal, 0.0))
         vector = torch.cat([self._now, grad_norm.detach().float().reshape(1), stop])
         self._now = torch.zeros_like(self._now)
         if self.accelerator.num_processes > 1:
@@ -214,12 +216,11 @@ class Run:
         for sums in (self._interval, self._epoch):
             sums[:-1] += counted
             sums[-1] += finite
-        fused = bool(self.optimizer.defaults.get("fused")) and not scaler
-        if fused:
-            # Fused optimizers skip the update on the device where this is 1: no host sync needed.
+        on_device = withholds_on_device(self.optimizer, vector.device) and not scaler
+        if on_device:  # the optimizer leaves the update out where this is 1: no host sync needed
             self.optimizer.found_inf = (~finite).float()
         if self._skips:
-            self._withhold(~finite, fused)
+            self._withhold(~finite, on_device)
         host = torch.cat([vector, finite.float().reshape(1)])
         event = None
         if host.device.type == "cuda":
@@ -227,9 +228,9 @@ class Run:
             event = torch.cuda.Event()
             event.record()
         self._unread.append((self.step, host, event))
-        self._read_checks(GPU_LAG if event and (fused or scaler) else 0)
+        self._read_checks(GPU_LAG if event and (on_device or scaler) else 0)
 
-    def _withhold(self, bad, fused):
+    def _withhold(self, bad, on_device):
         """Let a bad step leave no trace. bad: a boolean on the device.
 
         BatchNorm's running statistics, and whatever else the forward pass keeps, are put back at
@@ -238,7 +239,7 @@ class Run:
         # A fused SGD whose first update is withheld would leave its momentum uninitialised
         parameters = (p for group in self.optimizer.param_groups for p in group["params"])
         begun = all(self.optimizer.state.get(p) for p in parameters if p.grad is not None)
-        on_host = not (fused and begun)
+        on_host = not (on_device and begun)
         self._bad = None if on_host and not bad else bad
         if self._bad is None:
             return
@@ -268,9 +269,7 @@ class Run:
         torch.distributed.all_reduce(flat)
         stop = flat[len(vector) - 1].clone()
         flat /= self.accelerator.num_processes
-        pieces = flat[len(vector) :].split([b.numel() for b in buffers])
-        for buffer, piece in zip(buffers, pieces, strict=True):
-            buffer.copy_(piece.view_as(buffer))
+        state.write_back(buffers, flat[len(vector) :])
         return torch.cat([flat[: len(vector) - 1], stop.reshape(1)])
 
     def _read_checks(self, lag):

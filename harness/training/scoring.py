@@ -43,15 +43,22 @@ def evaluate(accelerator, model, split, prepare, seen=None):
                 logits = model(prepare(images)).float()
             else:
                 views = [model(prepare(view.apply(images, index))).float() for view in seen]
-                logits = average_views(torch.stack(views), [view.weight for view in seen])
+                weights = [view.weight for view in seen]
+                logits = average_views(torch.stack(views), weights, check=False)
         correct = (logits.argmax(1) == labels).sum()
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums[k] = torch.stack([loss, correct.float(), loss.new_tensor(len(labels))])
+        # Filled there: new_tensor would copy from the host's memory, and wait for the device
+        sums[k] = torch.stack([loss, correct.float(), loss.new_full((), len(labels))])
     for module, training in modes:
         module.training = training
-    loss, correct, count = accelerator.reduce(sums, "sum").cpu().double().sum(0).tolist()
+    loss, correct, count = _read_sums(accelerator, sums)
     assert count == total, f"{count} samples were scored instead of {total}"
     return {"acc": correct / total, "loss": loss / total}
+
+
+def _read_sums(accelerator, sums):
+    """The sums over all batches and processes as numbers: where an evaluation waits, once."""
+    return accelerator.reduce(sums, "sum").cpu().double().sum(0).tolist()
 
 
 def score(model, ema, evaluate):

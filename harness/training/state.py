@@ -62,6 +62,14 @@ def copy_by_kind(tensors):
 
 
 @torch.no_grad()
+def write_back(tensors, vector):
+    """Give the tensors the values that follow each other in `vector`, in one call for all."""
+    pieces = vector.split([t.numel() for t in tensors])
+    if tensors:
+        torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(pieces, tensors, strict=True)])
+
+
+@torch.no_grad()
 def put_back(tensors, before, where):
     """Give the tensors the values that `copy_by_kind` took, if `where`, a boolean on the device.
 

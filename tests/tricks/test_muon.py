@@ -199,3 +199,38 @@ def test_refused(arguments, named):
 def test_a_vector_cannot_be_orthogonal():
     with pytest.raises(ValueError, match="two dimensions"):
         Muon([nn.Parameter(torch.ones(2))], orthogonal=True)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.7])
+def test_a_withheld_step_changes_nothing_and_others_are_as_ever(momentum):
+    """found_inf as fused optimizers have it: the third of four steps is NaN and left out."""
+    results = []
+    for withholds in (False, True):
+        layer = nn.Linear(4, 3)
+        with torch.no_grad():
+            layer.weight.copy_(matrix(3, 4))
+            layer.bias.zero_()
+        groups = [{"params": [layer.weight], "orthogonal": True}, {"params": [layer.bias]}]
+        optimizer = Muon(groups, lr=0.1, momentum=momentum)
+        for step in range(4):
+            if step == 2 and not withholds:
+                continue
+            scale = float("nan") if step == 2 else 1.0
+            layer.weight.grad = matrix(3, 4, step + 1) * scale
+            layer.bias.grad = matrix(1, 3, step + 1)[0] * scale
+            if withholds:
+                optimizer.found_inf = torch.tensor(float(step == 2))
+            optimizer.step()
+        moments = [state["momentum_buffer"] for state in optimizer.state.values() if state]
+        results.append([layer.weight.detach(), layer.bias.detach(), *moments])
+    assert len(results[0]) == (4 if momentum else 2)
+    assert all(map(torch.equal, *results))
+
+
+def test_a_first_step_that_is_withheld_leaves_no_momentum():
+    weight = nn.Parameter(torch.ones(2, 2))
+    optimizer = Muon([weight], momentum=0.5)
+    weight.grad, optimizer.found_inf = torch.full((2, 2), float("nan")), torch.tensor(1.0)
+    optimizer.step()
+    assert torch.equal(weight, torch.ones(2, 2))
+    assert torch.equal(optimizer.state[weight]["momentum_buffer"], torch.zeros(2, 2))
