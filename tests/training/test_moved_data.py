@@ -104,3 +104,34 @@ def test_names_with_markup_and_controls_are_shown_letter_by_letter(tmp_path, cap
     folder, _ = smallruns.run("gradcam", [*map(str, words), "--run_name", "g"])
     text = (folder / "report.md").read_text()
     assert encoded in text and "\x1b" not in text and "\n# c" not in text
+
+
+TABLE = ["file_name,label", *(f"{k}.png,{'ab'[k % 2]}" for k in range(32))]
+EVERY_LAYOUT = {
+    "splits": (["train/ant/*16.png", "train/bee/*16.png", "test/ant/*3.png"], {}),
+    "CLASS/SPLIT": (["ant/train/*16.png", "bee/train/*16.png", "ant/test/*2.png"], {}),
+    "wrapped": (["archive/ant/*16.png", "archive/bee/x/*16.png"], {}),
+    "every folder": (["dev/*16.png", "val/*16.png"], {"layout": "classes"}),
+    "a table": (["images/*32.png", "metadata.csv"], {}),
+    "Kaggle": (["train/*32.png", "test/*3.png", "train.csv"], {}),
+    "a pattern": (
+        ["train/ant*16.png", "train/bee*16.png", "test1/*3.png"], {"label_pattern": "/(ant|bee)"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", EVERY_LAYOUT)
+def test_every_script_on_every_layout(tmp_path, name, capsys):
+    paths, flags = EVERY_LAYOUT[name]
+    images = make(tmp_path / "images", *paths)
+    for table in images.glob("*.csv"):
+        table.write_text("\n".join(TABLE))
+    flags = {**FLAGS, "dataset": images, "epochs": 1, **flags}
+    a, _ = smallruns.train(tmp_path, run_name="a", **flags)
+    assert "train images a class: least 12, median 12, most 12" in capsys.readouterr().out
+    b, _ = smallruns.finetune(tmp_path, weights=a, run_name="b", **flags)
+    assert (smallruns.ensemble(tmp_path / "e", a, b) / "report.md").exists()
+    words = [a, "--output_dir", tmp_path / "g", "--report_to", "none", "--max_images", "2"]
+    folder, status = smallruns.run("gradcam", [*map(str, words), "--run_name", "g"])
+    assert status == 0 and (folder / "sheet.png").exists()
