@@ -55,8 +55,8 @@ def test_on_mps_nothing_is_copied_behind_the_hosts_back_and_no_thread_issues_wor
 ):
     with pretended(monkeypatch, "mps"):
         monkeypatch.setattr("harness.processes.threading", None)
-        for script, flags in RUNS.values():
-            _, status = smallruns.train(tmp_path, script=script, overwrite=True, **FLAGS, **flags)
+        for name, (script, flags) in RUNS.items():
+            _, status = smallruns.train(tmp_path / name, script=script, **FLAGS, **flags)
             assert status == 0
 
 

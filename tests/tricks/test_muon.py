@@ -229,7 +229,7 @@ def test_a_withheld_step_changes_nothing_and_others_are_as_ever(momentum):
 
 def test_a_first_step_that_is_withheld_leaves_no_momentum():
     weight = nn.Parameter(torch.ones(2, 2))
-    optimizer = Muon([weight], momentum=0.5)
+    optimizer = Muon([weight], momentum=0.5, orthogonal=False)
     weight.grad, optimizer.found_inf = torch.full((2, 2), float("nan")), torch.tensor(1.0)
     optimizer.step()
     assert torch.equal(weight, torch.ones(2, 2))
