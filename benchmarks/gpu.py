@@ -115,7 +115,7 @@ def counted_waits(counts):
             yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    counts.append(sum("synchronizing" in str(one.message) for one in seen))
+    counts.append(sum("called a synchronizing" in str(one.message) for one in seen))
 
 
 def train_flags(images, flags, output):
@@ -398,6 +398,7 @@ def main():
             args.images = f"{temporary}/images.npz"
             noise(args.images)
         args.images = str(Path(args.images).resolve())
+        args.airbench = args.airbench and str(Path(args.airbench).resolve())
         for name in args.only:
             left = args.seconds - (time.time() - began)
             if name == "airbench" and not args.airbench:

@@ -158,7 +158,8 @@ def launch(output_dir, *, launcher=(), script="train.py", wait=True, env=(), arg
     small = {} if argv else SMALL | (FINETUNE if script == "finetune.py" else {})
     command += words({**small, "output_dir": output_dir, **flags})
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "OMP_"))}
-    variables |= {"PYTHONPATH": str(ROOT), **dict(env)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables |= {"PYTHONPATH": os.pathsep.join(paths), **dict(env)}
     process = subprocess.Popen(
         command, cwd=output_dir, env=variables, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -174,7 +174,8 @@ def test_reports_are_made_on_the_gpu(tmp_path, precision):
     runs = [tmp_path / "r1", tmp_path / "r2"]
     folder = smallruns.ensemble(tmp_path, *runs, tta="flip", mixed_precision=precision)
     found = json.loads((folder / "report.json").read_text())
-    assert len(found["results"]) == 8
+    names = {row["name"] for row in found["results"]}
+    assert {"r1", "r2", "average", "vote", "weighted", "greedy"} < names
     assert not found["cost"]["device"].startswith("CPU")
 
     from harness.models.trained import load_model, read_trained
