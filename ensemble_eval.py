@@ -59,7 +59,13 @@ def main(args):
     splits = {"scored": images.scored} | ({"fitted": images.fitted} if images.fitted else {})
     labels = {role: torch.from_numpy(split.labels) for role, split in splits.items()}
     predictions = Predictions(
-        accelerator, splits, images.image_column, args.seed, machine["device"], accelerator.print
+        accelerator,
+        splits,
+        images.image_column,
+        args.seed,
+        machine["device"],
+        accelerator.print,
+        args.verify_cache,
     )
     missing = []
     for member in members:

@@ -88,10 +88,10 @@ def main(args):
 
     # strategy: a list of stages, each a function of the optimizer step
     def decode():
-        return in_turn(accelerator, lambda: decode_splits(
-            data, look.stored_size, interpolation=look.interpolation,
-            progress=accelerator.is_local_main_process,
-        ))  # fmt: skip
+        return decode_splits(
+            data, look.stored_size, accelerator, interpolation=look.interpolation,
+            verify=args.verify_cache,
+        )  # fmt: skip
 
     strategy, reason, splits, known = args.strategy, "as asked", None, {}
     if strategy == "auto":

@@ -99,10 +99,10 @@ def main(args):
     accelerator.print(plan.text(args, machine, data, model, look, total, rows))
     if args.dry_run:
         return
-    splits = in_turn(accelerator, lambda: decode_splits(
-        data, look.stored_size, interpolation=look.interpolation,
-        progress=accelerator.is_local_main_process,
-    ))  # fmt: skip
+    splits = decode_splits(
+        data, look.stored_size, accelerator, interpolation=look.interpolation,
+        verify=args.verify_cache,
+    )  # fmt: skip
 
     # tricks
     views = make_views(args, look)

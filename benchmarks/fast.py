@@ -28,7 +28,7 @@ import yaml
 from measure import ROOT, Row, data_flag, over, parser, read, report
 from processes import by_accelerate, launch
 
-from harness.data.pixels import decode_split
+from harness.data.cache import decode_split
 from harness.data.sources import load_data
 
 ON_GPU = torch.cuda.is_available()

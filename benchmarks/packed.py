@@ -87,7 +87,7 @@ def load_packed(
     )  # fmt: skip
 
 
-def decode_packed(data: Data, size: int, progress: bool, interpolation: str = "bilinear") -> dict:
+def decode_packed(data: Data, size: int, *others, interpolation="bilinear", **options) -> dict:
     """In the place of harness.data.batches.decode_splits."""
 
     def decode(image):

@@ -39,7 +39,7 @@ from processes import (
     write_folder,
 )
 
-from harness.data.pixels import decode_split
+from harness.data.cache import decode_split
 from harness.data.sources import load_data
 
 SIZES = {"train": 50_000, "test": 10_000}

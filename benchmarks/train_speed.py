@@ -119,7 +119,7 @@ def write_arrays(data: str, cache: str, folder: str) -> list[str]:
     code = """
 import sys, numpy as np
 from harness.data.sources import load_data
-from harness.data.pixels import decode_split
+from harness.data.cache import decode_split
 data = load_data(sys.argv[1])
 pixels = decode_split(data.train.dataset, data.image_column, 32, name="train", progress=False)
 np.save(sys.argv[2] + "/pixels.npy", np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy()))

@@ -11,12 +11,17 @@ import os
 import pickle
 import tempfile
 import threading
+from types import SimpleNamespace
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
 from harness.errors import RunStopped, UserError
 
+ALONE = SimpleNamespace(  # an accelerator's place, for work that no other process shares
+    num_processes=1, process_index=0, local_process_index=0, is_main_process=True,
+    is_local_main_process=True,
+)  # fmt: skip
 ASK_SECONDS = 5  # how often those who wait for another process's work ask for it
 
 
@@ -35,8 +40,13 @@ def from_main(accelerator, action):
 
 
 def from_each(accelerator, action) -> list:
-    """What `action()` gives on each process, in their order, on all."""
-    return gather_object([_do(accelerator, True, action)])
+    """What `action()` gives on each process, in their order, on all. It may take hours."""
+    if accelerator.num_processes == 1:
+        return [action()]
+    with _patience(accelerator):
+        result, error = _attempt(action)
+    _raise_on_all(accelerator, error)
+    return gather_object([result])
 
 
 def in_turn(accelerator, action):

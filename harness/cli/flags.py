@@ -43,7 +43,7 @@ STAGE_FLAGS = {
 OPERATIONAL = {
     "config", "output_dir", "run_name", "overwrite", "dry_run", "report_to", "project", "group",
     "log_model", "threads", "checkpointing_steps", "max_checkpoints", "resume_from_checkpoint",
-    "stop_after", "nonfinite", "verify_resume", "gradient_accumulation_steps",
+    "stop_after", "nonfinite", "verify_resume", "verify_cache", "gradient_accumulation_steps",
 }  # fmt: skip
 
 
@@ -341,6 +341,12 @@ def bounded(group, name, **words):
 
 
 # fmt: off
+def verify_cache(group):
+    group.add_argument("--verify_cache", action=Switch, default=False,
+                       help="compare all decoded images in the cache with their hashes, about a "
+                       "second a GB; else a sample of them")
+
+
 def data_flags(parser, dataset):
     g = parser.add_argument_group("data")
     g.add_argument(
@@ -376,6 +382,7 @@ def data_flags(parser, dataset):
             "it; 0: train on all, the last weights are the result")
     bounded(g, "max_train_samples", help="images; cut for a quick look")
     bounded(g, "max_eval_samples", help="images; cut for a quick look")
+    verify_cache(g)
     g.add_argument("--bad_images", choices=("stop", "skip"), default="stop",
                    help="that can't be read: stop and name the first one, or leave them out, "
                    "count and name them (one more pass of decoding, once)")
@@ -502,6 +509,7 @@ def ensemble_flags(parser):
     g.add_argument("--split", choices=("test", "val"),
                    help="scored images; unset: test where there is one, else val")
     g.add_argument("--max_eval_samples", type=whole(2, MANY), help="images; cut for a quick look")
+    verify_cache(g)
 
 
 def cam_flags(parser):

@@ -8,8 +8,10 @@ from typing import NamedTuple
 import torch
 
 from harness.counters import generator
-from harness.data.pixels import decode_split, epoch_order, gather
+from harness.data.cache import decode_split
+from harness.data.pixels import epoch_order, gather
 from harness.errors import UserError
+from harness.processes import ALONE
 from tricks import augment, autoaugment
 from tricks.cutmix import cutmix_batch, draw_cutmix
 from tricks.mixup import draw_mixup, mixup_batch, neighbour_pairs
@@ -35,23 +37,24 @@ class Samples(NamedTuple):
         return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-def decode_splits(data, size, progress, interpolation="bilinear"):
+def decode_splits(data, size, accelerator=ALONE, **options):
     """{"train": Samples, "val": ..., "test": ...} of the splits that `data` has.
 
-    size: side of the stored pixels in px. interpolation: see `harness.data.pixels.decode_image`.
+    size: side of the stored pixels in px. accelerator, whose processes share the work, and
+    options: see `harness.data.cache.decode_split`.
     """
     return {
-        role: decode(split, data.image_column, size, progress, interpolation)
+        role: decode(split, data.image_column, size, accelerator, **options)
         for role in ("train", "val", "test")
         if (split := getattr(data, role)) is not None
     }
 
 
-def decode(split, image_column, size, progress, interpolation="bilinear"):
+def decode(split, image_column, size, accelerator=ALONE, **options):
     """Samples of one harness.data.sources.Split; see `decode_splits`."""
     pixels = decode_split(
-        split.dataset, image_column, size, name=split.name, interpolation=interpolation,
-        progress=progress, rows=split.rows, bit_depth=split.bit_depth,
+        split.dataset, image_column, size, name=split.name, rows=split.rows,
+        bit_depth=split.bit_depth, accelerator=accelerator, **options,
     )  # fmt: skip
     return Samples(pixels, torch.from_numpy(split.rows), torch.from_numpy(split.labels))
 

@@ -1,149 +1,18 @@
-"""Decode once: a split's images become one memory-mapped uint8 tensor, made on the first start.
+"""What an image file becomes: RGB pixels of one size."""
 
-Decoding costs 20 to 100 times what a whole training batch's augmentation costs, so it is done
-once per data set and image size. The result lies in the cache folder of `datasets`, under
-`pixels/`, and may be deleted at any time: the next start makes it again.
-"""
-
-import contextlib
-import errno
-import hashlib
 import io
-import json
-import os
-import shutil
-import warnings
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
-from PIL import Image, ImageOps, UnidentifiedImageError
-from tqdm.auto import tqdm
+from PIL import Image, ImageOps
 
 from harness.counters import generator
 from harness.data.formats import open_image
-from harness.errors import UserError, nearest
-from harness.files import replace_file
 
-WAIT_SILENTLY_S = 10
-DECODE_VERSION = 2  # part of the cache key: raise it whenever decode_image's output changes
 MAX_PIXELS = 89_478_485  # what Pillow calls a decompression bomb: a quarter GiB as RGB
-BLOCK = 256  # images a thread decodes at a time
 SMALL_SQUARE = 64  # native sizes up to this many px are trained at as they are
 
 FILTERS = {word.name.lower(): word for word in Image.Resampling}  # "bilinear", "bicubic", ...
-
-
-def decode_split(
-    dataset, image_column, size, *, name, interpolation="bilinear", progress=True, rows=None,
-    bit_depth=None,
-):  # fmt: skip
-    """Decode every image of `dataset` to RGB pixels of one size, or find them in the cache.
-
-    The cache key is the data set's fingerprint, the column, the size, the interpolation and
-    `DECODE_VERSION`, so a second start, another process or another run finds the file. Any number
-    of processes may call this at once: one of them decodes while the others wait for its lock.
-
-    Args:
-        dataset: a `datasets.Dataset`; its rows are decoded in order.
-        image_column: the name of its `Image` column.
-        size: side of the square result in px, see `decode_image`.
-        name: what the split is called in messages.
-        interpolation: Pillow's filter, see `decode_image`.
-        progress: show a bar when decoding takes more than a second.
-        rows: the rows that will be used, None for all; what can't be read among the others is
-            left black.
-        bit_depth: of 16-bit gray images, see `decode_image`.
-
-    Returns:
-        uint8 (len(dataset), 3, size, size), memory-mapped and never to be written to: the
-        mapping is read-only, and writing to it kills the process. `gather` copies.
-
-    Raises:
-        UserError: an image that can't be read (split, index and file named), no room, or an
-            unknown interpolation.
-    """
-    import datasets  # a second of import that `--help` does not need
-
-    if interpolation not in FILTERS:
-        raise UserError(
-            f'unknown interpolation "{interpolation}"{nearest(interpolation, FILTERS)}; there are '
-            + ", ".join(FILTERS)
-        )
-    # The fingerprint names the content, after select() too; `datasets` shows it nowhere else.
-    recipe = (dataset._fingerprint, image_column, size, interpolation, DECODE_VERSION)
-    recipe += (bit_depth,) if bit_depth else ()
-    key = hashlib.blake2b(repr(recipe).encode(), digest_size=12).hexdigest()
-    file = Path(datasets.config.HF_DATASETS_CACHE) / "pixels" / f"{key}.npy"
-    shape = (len(dataset), 3, size, size)
-    used = np.ones(len(dataset), bool) if rows is None else np.isin(np.arange(len(dataset)), rows)
-
-    def refuse(bad):
-        for row, reason in bad.items():
-            if used[row]:
-                raise UserError(_unreadable(dataset, image_column, name, row, reason))
-
-    if not _is_whole(file, shape):
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with _alone(file):
-                if not _is_whole(file, shape):  # nobody else made it while we waited
-                    decode = partial(
-                        decode_image, size=size, interpolation=interpolation, bit_depth=bit_depth
-                    )
-                    images = _encoded(dataset, image_column)
-                    _write_pixels(file, shape, images, decode, refuse, name, progress)
-        except OSError as error:
-            raise UserError(
-                f"cannot write the decoded images of split '{name}' ({np.prod(shape):,} bytes) to "
-                f"{file}: {error.strerror or error}; make room, or set HF_DATASETS_CACHE to a "
-                "folder that has it"
-            ) from error
-    refuse(_read_bad(file))  # a file that another run made, which used other rows
-    # Mode "r": Linux refuses a copy-on-write mapping that is larger than the memory.
-    pixels = np.load(file, mmap_mode="r")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(pixels)
-
-
-def find_bad(dataset, image_column, *, name, bit_depth=None, progress=True):
-    """{row: why} of the images of `dataset` that can't be decoded, with their files' names.
-
-    What was found is kept beside the pixels.
-
-    The first start decodes every image once for it, the next ones read a file. Any number of
-    processes may call this at once.
-    """
-    import datasets
-
-    recipe = (dataset._fingerprint, image_column, "bad", DECODE_VERSION)
-    recipe += (bit_depth,) if bit_depth else ()
-    key = hashlib.blake2b(repr(recipe).encode(), digest_size=12).hexdigest()
-    file = Path(datasets.config.HF_DATASETS_CACHE) / "pixels" / key
-    found = _bad_file(file)
-    if not found.exists():
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with _alone(file):
-                if not found.exists():
-                    images, bad = _encoded(dataset, image_column), {}
-                    decode = partial(
-                        decode_image, size=8, bit_depth=bit_depth
-                    )  # JPEGs at an eighth: fast
-                    _decode_all(images, decode, lambda row, pixels: None, bad, name, progress)
-                    _write_bad(file, bad)
-        except OSError as error:
-            raise UserError(
-                f"cannot write {found}: {error.strerror or error}; make room, or set "
-                "HF_DATASETS_CACHE to a folder that has it"
-            ) from error
-    bad = _read_bad(file)
-    paths = {row: _path(_encoded(dataset, image_column), image_column, row) for row in bad}
-    return {row: f"{paths[row]}: {why}" if paths[row] else why for row, why in bad.items()}
 
 
 def decode_image(file, size, interpolation="bilinear", bit_depth=None):
@@ -189,13 +58,13 @@ def decode_image(file, size, interpolation="bilinear", bit_depth=None):
 def native_size(dataset, image_column):
     """The side in px if the first 32 images are squares of one size up to 64 px, else None.
 
-    Reads headers only. An image that can't be opened is left for `decode_split` to report.
+    Reads headers only. An image that can't be opened is left for harness.data.cache to report.
     """
     head = dataset.select(range(min(32, len(dataset))))
     sizes = set()
-    for image in _encoded(head, image_column)[:][image_column].to_pylist():
+    for image in encoded(head, image_column)[:][image_column].to_pylist():
         try:
-            with open_image(_source(image)) as opened:
+            with open_image(source(image)) as opened:
                 sizes.add(opened.size)
         except Exception:  # Pillow's readers raise a dozen types, a bomb's among them
             continue
@@ -211,9 +80,9 @@ def gray_depth_note(dataset, image_column):
     Judged by the first 32 images.
     """
     head, deepest = dataset.select(range(min(32, len(dataset)))), None
-    for image in _encoded(head, image_column)[:][image_column].to_pylist():
+    for image in encoded(head, image_column)[:][image_column].to_pylist():
         try:
-            with open_image(_source(image)) as opened:
+            with open_image(source(image)) as opened:
                 if not opened.mode.startswith("I"):
                     continue
                 if _file_depth(opened):
@@ -258,154 +127,16 @@ def gather(pixels, rows):
     return torch.index_select(pixels, 0, rows)
 
 
-def _is_whole(file, shape):
-    """Whether `file` holds uint8 pixels of `shape`, judged by its header and its length."""
-    try:
-        pixels = np.load(file, mmap_mode="r")
-    except (OSError, ValueError, EOFError):  # missing, cut short, or not .npy at all
-        return False
-    # Of an .npz, which np.load reads as well, it gives no array
-    return isinstance(pixels, np.ndarray) and pixels.shape == shape and pixels.dtype == np.uint8
-
-
-@contextlib.contextmanager
-def _alone(file):
-    """Hold the lock of a file; after 10 s of waiting for another process it is said."""
-    lock = FileLock(f"{file}.lock")
-    try:
-        lock.acquire(timeout=WAIT_SILENTLY_S)
-    except Timeout:
-        print(f"waiting for another process to decode these images ({lock.lock_file})", flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _bad_file(file):
-    """Where it is said which images of the pixels in `file` could not be decoded."""
-    return file.with_name(f"{file.stem}.bad.json")
-
-
-def _read_bad(file):
-    """{row: why} of the images that are black in `file`."""
-    try:
-        said = json.loads(_bad_file(file).read_bytes())
-        return {int(row): str(why) for row, why in said.items()}
-    except FileNotFoundError:
-        return {}
-    except (ValueError, AttributeError, OSError) as error:
-        files = _bad_file(file).name.replace("bad.json", "*")
-        raise UserError(f"{_bad_file(file)} is damaged ({error}): delete {files}") from None
-
-
-def _write_bad(file, bad):
-    replace_file(_bad_file(file), json.dumps(dict(sorted(bad.items()))).encode())
-
-
-def _write_pixels(file, shape, images, decode, refuse, name, progress):
-    """Decode into a file beside `file` and rename it when it is complete and on the disk.
-
-    refuse: called with {row: why} for an image that can't be read; raises where it is needed.
-    """
-    part = file.with_suffix(".part")
-    num_bytes = int(np.prod(shape))
-    if shutil.disk_usage(file.parent).free < num_bytes:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    try:
-        pixels = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
-        with open(part, "r+b") as handle:
-            # Take the blocks now: a full disk or quota is an error here, but under a memory
-            # map it would be a SIGBUS later.
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(handle.fileno(), 0, os.fstat(handle.fileno()).st_size)
-            bad = {}
-            _decode_all(images, decode, pixels.__setitem__, bad, name, progress, refuse)
-            pixels.flush()
-            os.fsync(handle.fileno())
-        _bad_file(file).unlink(missing_ok=True)
-        if bad:  # first: black pixels are never there without it
-            _write_bad(file, bad)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _decode_all(images, decode, keep, bad, name, progress, refuse=lambda bad: None):
-    """keep(row, pixels) for all images, in blocks over as many threads as this process has cores.
-
-    images: from `_encoded`. bad: takes {row: why} for those that can't be read, after `refuse`.
-    """
-    (column,) = images.column_names
-
-    def decode_block(start):
-        block = images[start : start + BLOCK][column].to_pylist()
-        for row, image in enumerate(block, start):
-            try:
-                pixels = decode(_source(image))
-            except Exception as error:  # Pillow's readers raise a dozen types for a bad file
-                refuse({row: _reason(error)})
-                bad[row] = _reason(error)
-            else:
-                keep(row, pixels)
-        return len(block)
-
-    has_affinity = hasattr(os, "sched_getaffinity")
-    threads = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-    bar = tqdm(
-        total=len(images),
-        desc=f"decoding {name}",
-        unit=" images",
-        delay=1,
-        leave=False,
-        disable=not progress,
-    )
-    with bar, warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
-        # decode_image refuses what this only warns of.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            for done in pool.map(decode_block, range(0, len(images), BLOCK)):
-                bar.update(done)
-        except BaseException:  # Ctrl-C too: don't decode the rest before leaving
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-
-
-def _encoded(dataset, image_column):
+def encoded(dataset, image_column):
     """`dataset` with only its image column, given as Arrow structs of `bytes` and `path`."""
     return dataset.select_columns(image_column).with_format("arrow")
 
 
-def _source(image):
+def source(image):
     """What Pillow can open: the struct's bytes, or the path where there are none."""
     if image is None:
         raise ValueError("the cell is empty")
     return io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
-
-
-def _reason(error):
-    unknown = isinstance(error, UnidentifiedImageError)  # Pillow's text shows a memory address
-    text = str(error).partition("\n")[0] or type(error).__name__
-    return "not an image format Pillow knows" if unknown else text
-
-
-def _unreadable(dataset, image_column, name, row, reason):
-    """One line that lets the user find the bad image: the index is the one before any cut."""
-    path = _path(_encoded(dataset, image_column), image_column, row)
-    path = f" ({path})" if path else ""
-    if dataset._indices is not None:
-        row = dataset._indices.column(0)[row].as_py()
-    return (
-        f"cannot read image {row} of split '{name}'{path}: {reason}; mend it, or leave such "
-        "images out of training with --bad_images skip"
-    )
-
-
-def _path(images, image_column, row):
-    """The file of an image, as far as the data set knows it, or None."""
-    (image,) = images[row : row + 1][image_column].to_pylist()
-    return image["path"] if image else None
 
 
 def _to_rgb(image, bit_depth=None):

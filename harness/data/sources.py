@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from harness.counters import generator
+from harness.data.cache import find_bad
 from harness.data.columns import (
     check_split,
     find_classes,
@@ -17,7 +18,7 @@ from harness.data.columns import (
     read_labels,
 )
 from harness.data.options import DataOptions, check_options
-from harness.data.pixels import find_bad, gray_depth_note, native_size
+from harness.data.pixels import gray_depth_note, native_size
 from harness.data.stored import (
     BUILT_IN,
     IMAGENET_STATISTICS,
@@ -52,7 +53,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set ready to be decoded (`harness.data.pixels.decode_split`)."""
+    """A data set ready to be decoded (`harness.data.cache.decode_split`)."""
 
     name: str  # what the user asked for
     source: str  # where it really came from: id@revision, or a folder

@@ -31,11 +31,13 @@ class Predictions:
     """The logits of networks for some splits, as files have them or computed.
 
     splits: {role: harness.data.sources.Split}. seed: of random views. device: its name, in words.
-    say: a function of a line.
+    say: a function of a line. verify_cache: see harness.data.cache.decode_split.
     """
 
-    def __init__(self, accelerator, splits, image_column, seed, device, say):
-        self.accelerator, self.splits = accelerator, splits
+    def __init__(
+        self, accelerator, splits, image_column, seed, device, say, verify_cache=False
+    ):  # fmt: skip
+        self.accelerator, self.splits, self.verify_cache = accelerator, splits, verify_cache
         self.image_column, self.seed, self.device, self.say = image_column, seed, device, say
         self._orders = {role: _order(split, image_column) for role, split in splits.items()}
         self._samples = {}  # (role, size, interpolation) -> harness.data.batches.Samples
@@ -125,7 +127,7 @@ class Predictions:
         if key not in self._samples:
             self._samples[key] = decode(
                 self.splits[role], self.image_column, look.stored_size,
-                self.accelerator.is_local_main_process, look.interpolation,
+                self.accelerator, interpolation=look.interpolation, verify=self.verify_cache,
             )  # fmt: skip
         return self._samples[key]
 

@@ -116,7 +116,7 @@ class Soups:
         if look not in self._train:
             self._train[look] = decode(
                 self.images.train, self.images.image_column, look.stored_size,
-                self.accelerator.is_local_main_process, look.interpolation,
+                self.accelerator, interpolation=look.interpolation,
             )  # fmt: skip
         samples = self._train[look]
         total = len(samples.labels)

@@ -17,7 +17,7 @@ from PIL import Image
 
 import smallruns
 from harness.data import stored
-from harness.data.pixels import decode_split
+from harness.data.cache import decode_split
 from harness.data.sources import load_data, stratified_order
 from harness.data.stored import BUILT_IN, BuiltIn
 from harness.errors import UserError
@@ -472,7 +472,7 @@ def test_bad_splits_are_named(tmp_path, case):
 START = """
 import json, sys
 from harness.data.sources import load_data
-from harness.data.pixels import decode_split
+from harness.data.cache import decode_split
 found = {}
 for folder in sys.argv[1:]:
     loaded = load_data(folder, val_fraction=0.25, max_train_samples=6)

@@ -7,13 +7,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from torchvision.transforms import v2
 
-from harness.data import pixels
+from harness.data import cache as cache_module
+from harness.data.cache import decode_split
 from harness.data.pixels import (
     decode_image,
-    decode_split,
     epoch_order,
     gather,
     gray_depth_note,
@@ -196,7 +197,8 @@ def test_native_size():
 
 
 def test_decodes_in_order_over_several_blocks(monkeypatch):
-    monkeypatch.setattr(pixels, "BLOCK", 3)
+    monkeypatch.setattr(cache_module, "BLOCK", 3)
+    monkeypatch.setattr(cache_module, "HASHED", 3)
     decoded = decode_split(noisy_split(10), "picture", 4, name="train")
     expected = np.stack([noise(4, 4, 3, seed=i).transpose(2, 0, 1) for i in range(10)])
     assert decoded.dtype == torch.uint8 and decoded.is_contiguous()
@@ -206,8 +208,8 @@ def test_decodes_in_order_over_several_blocks(monkeypatch):
 def test_the_second_start_does_not_decode(cache, monkeypatch):
     split = noisy_split(5)
     first = decode_split(split, "picture", 4, name="train").clone()
-    assert [file.suffix for file in cache.iterdir() if file.suffix != ".lock"] == [".npy"]
-    monkeypatch.setattr(pixels, "decode_image", None)
+    assert {file.suffix for file in cache.iterdir()} == {".npy", ".json", ".lock"}
+    monkeypatch.setattr(cache_module, "_decode", None)
     assert torch.equal(decode_split(split, "picture", 4, name="train"), first)
 
 
@@ -220,25 +222,85 @@ def test_another_size_selection_filter_or_version_is_another_file(cache, monkeyp
     bilinear = decode_split(split, "picture", 3, name="train", interpolation="bilinear")
     bicubic = decode_split(split, "picture", 3, name="train", interpolation="bicubic")
     assert not torch.equal(bilinear, bicubic)
-    monkeypatch.setattr(pixels, "DECODE_VERSION", pixels.DECODE_VERSION + 1)
+    monkeypatch.setattr(cache_module, "DECODE_VERSION", cache_module.DECODE_VERSION + 1)
     decode_split(split, "picture", 4, name="train")
     assert len(list(cache.glob("*.npy"))) == 5
 
 
-@pytest.mark.parametrize("damage", ["cut short", "empty", "junk", "other shape"])
-def test_a_damaged_file_is_made_again(cache, damage):
+def with_byte_flipped(data, at):
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+DAMAGES = {
+    "cut short": lambda npy, index: npy.write_bytes(npy.read_bytes()[:-1]),
+    "empty": lambda npy, index: npy.write_bytes(b""),
+    "junk": lambda npy, index: npy.write_bytes(b"junk" * 99),
+    "an .npz": lambda npy, index: npy.write_bytes(an_npz()),
+    "other shape": lambda npy, index: np.save(npy, np.zeros((5, 3, 3, 3), dtype=np.uint8)),
+    "zeros": lambda npy, index: npy.write_bytes(npy.read_bytes()[:-240] + bytes(240)),
+    "a bit": lambda npy, index: npy.write_bytes(with_byte_flipped(npy.read_bytes(), -20)),
+    "no hashes": lambda npy, index: index.unlink(),
+    "hashes cut short": lambda npy, index: index.write_bytes(index.read_bytes()[:-9]),
+    "a hash": lambda npy, index: index.write_bytes(with_byte_flipped(index.read_bytes(), 30)),
+    "nested": lambda npy, index: index.write_text("[" * 200_000),
+    "another's hashes": lambda npy, index: index.write_text(index.read_text().replace("a", "b")),
+}
+
+
+def an_npz():
+    file = io.BytesIO()
+    np.savez(file, np.zeros((5, 3, 4, 4), dtype=np.uint8))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_are_made_again_and_it_is_said(cache, damage, capsys):
     split = noisy_split(5)
     first = decode_split(split, "picture", 4, name="train").clone()
-    (file,) = cache.glob("*.npy")
-    file.with_suffix(".part").write_bytes(b"left by a killed run")
-    whole = file.read_bytes()
-    if damage == "other shape":
-        np.save(file, np.zeros((5, 3, 3, 3), dtype=np.uint8))
-    else:
-        file.write_bytes({"cut short": whole[:-1], "empty": b"", "junk": b"junk" * 99}[damage])
+    (file,), (index,) = cache.glob("*.npy"), cache.glob("*.json")
+    whole = file.read_bytes(), index.read_bytes()
+    assert not capsys.readouterr().out
+    DAMAGES[damage](file, index)
     assert torch.equal(decode_split(split, "picture", 4, name="train"), first)
-    assert file.read_bytes() == whole
-    assert not list(cache.glob("*.part"))
+    assert (file.read_bytes(), index.read_bytes()) == whole
+    said = capsys.readouterr().out
+    assert f"{file} is damaged (" in said and said.count("\n") == 1
+
+
+def test_black_images_are_not_forgotten(cache):
+    """Of images that this run does not use; a list of them that is lost is made again."""
+    split = make_split([COLOURS["RGB"][0]] * 3 + [b"junk"])
+    decode_split(split, "picture", 2, name="train", rows=[0, 1])
+    for damage in (lambda file: None, lambda file: file.unlink()):
+        damage(*cache.glob("*.json"))
+        with pytest.raises(UserError, match="image 3 of split 'train'"):
+            decode_split(split, "picture", 2, name="train")
+        decode_split(split, "picture", 2, name="train", rows=[0, 1])
+
+
+def test_a_sample_is_compared_or_everything(cache, monkeypatch, capsys):
+    monkeypatch.setattr(cache_module, "HASHED", 1)
+    monkeypatch.setattr(cache_module, "SAMPLED", 2)
+    split = noisy_split(300)
+    first = decode_split(split, "picture", 4, name="train").clone()
+    (file,) = cache.glob("*.npy")
+    whole = file.read_bytes()
+    file.write_bytes(with_byte_flipped(whole, -20))
+    assert torch.equal(decode_split(split, "picture", 4, name="train", verify=True), first)
+    assert "other bytes in images 299 to 299" in capsys.readouterr().out
+    file.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    for _ in range(50):  # each sees the zeros with a probability of 3/4
+        decode_split(split, "picture", 4, name="train")
+    assert "is damaged" in capsys.readouterr().out and file.read_bytes() == whole
+
+
+def test_what_killed_processes_left_is_removed_by_a_decoding_of_anything(cache):
+    cache.mkdir()
+    for name in ("killed", "running"):
+        (cache / f"{name}.part").write_bytes(b"half")
+    with FileLock(cache / "running.npy.lock"):
+        decode_split(noisy_split(2), "picture", 4, name="train")
+    assert [file.name for file in cache.glob("*.part")] == ["running.part"]
 
 
 def test_the_pixels_are_mapped_without_a_warning(recwarn):
@@ -287,7 +349,7 @@ def test_an_unknown_filter_is_named(cache):
 
 def test_no_room_names_the_file_and_the_bytes(cache, monkeypatch):
     usage = collections.namedtuple("Usage", "free")
-    monkeypatch.setattr(pixels.shutil, "disk_usage", lambda folder: usage(free=5 * 48 - 1))
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda folder: usage(free=5 * 48 - 1))
     with pytest.raises(UserError, match=rf"\(240 bytes\) to {cache}/\w+\.npy: No space left"):
         decode_split(noisy_split(5), "picture", 4, name="train")
     assert not list(cache.glob("*.npy"))

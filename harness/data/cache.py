@@ -1,0 +1,417 @@
+"""Decode once: a split's images become one memory-mapped uint8 tensor, made on the first start.
+
+Decoding costs 20 to 100 times what a whole training batch's augmentation costs, so it is done
+once per data set and image size, by all processes of a machine together. The result lies in the
+cache folder of `datasets`, under `pixels/`, and may be deleted at any time: the next start makes
+it again. Two files: KEY.npy, the pixels; and KEY.json, the hashes of every HASHED images, and which
+images could not be read.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from PIL import Image, UnidentifiedImageError
+from tqdm.auto import tqdm
+
+from harness.data.pixels import FILTERS, decode_image, encoded, source
+from harness.errors import UserError, nearest
+from harness.files import replace_file
+from harness.processes import ALONE, from_each, from_local_main
+
+WAIT_SILENTLY_S = 10
+DECODE_VERSION = 2  # part of the cache key: raise it whenever decode_image's output changes
+BLOCK = 256  # images a thread decodes at a time
+HASHED = 16  # images a hash is of; BLOCK is a multiple
+HASH_BYTES = 8
+SAMPLED = 64  # hashes that are compared at each start
+
+
+def decode_split(
+    dataset, image_column, size, *, name, interpolation="bilinear", progress=True, rows=None,
+    bit_depth=None, accelerator=ALONE, verify=False,
+):  # fmt: skip
+    """Decode every image of `dataset` to RGB pixels of one size, or find them in the cache.
+
+    The cache key is the data set's fingerprint, the column, the size, the interpolation and
+    `DECODE_VERSION`, so a second start, another process or another run finds the files. Any number
+    of runs may call this at once: one of them decodes while the others wait for its lock. What is
+    found there damaged is made again, and said.
+
+    Args:
+        dataset: a `datasets.Dataset`; its rows are decoded in order.
+        image_column: the name of its `Image` column.
+        size: side of the square result in px, see `decode_image`.
+        name: what the split is called in messages.
+        interpolation: Pillow's filter, see `decode_image`.
+        progress: show a bar, on one process of each machine, when it takes more than a second.
+        rows: the rows that will be used, None for all; what can't be read among the others is
+            left black.
+        bit_depth: of 16-bit gray images, see `decode_image`.
+        accelerator: whose processes all call this, and share the work on each machine. Without it
+            this process does all.
+        verify: compare the hashes of all that is found in the cache; else of SAMPLED places.
+
+    Returns:
+        uint8 (len(dataset), 3, size, size), memory-mapped and never to be written to: the
+        mapping is read-only, and writing to it kills the process. `gather` copies.
+
+    Raises:
+        UserError: an image that can't be read (split, index and file named), no room, or an
+            unknown interpolation.
+    """
+    if interpolation not in FILTERS:
+        raise UserError(
+            f'unknown interpolation "{interpolation}"{nearest(interpolation, FILTERS)}; there are '
+            + ", ".join(FILTERS)
+        )
+    key = (image_column, size, interpolation, DECODE_VERSION, *([bit_depth] if bit_depth else ()))
+    file = _file(dataset, *key).with_suffix(".npy")
+    shape = (len(dataset), 3, size, size)
+    used = np.ones(len(dataset), bool) if rows is None else np.isin(np.arange(len(dataset)), rows)
+
+    def refuse(bad):
+        for row, reason in bad.items():
+            if used[row]:
+                raise UserError(_unreadable(dataset, image_column, name, row, reason))
+
+    decode = partial(decode_image, size=size, interpolation=interpolation, bit_depth=bit_depth)
+    progress = progress and accelerator.is_local_main_process
+    job = _Job(encoded(dataset, image_column), decode, refuse, name, progress)
+    _make(file, shape, job, accelerator, verify)
+    refuse(_read_index(file)["bad"])  # of files that another run made, which used other rows
+    # Mode "r": Linux refuses a copy-on-write mapping that is larger than the memory.
+    pixels = np.load(file, mmap_mode="r")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(pixels)
+
+
+def find_bad(dataset, image_column, *, name, bit_depth=None, progress=True):
+    """{row: why} of the images of `dataset` that can't be decoded, with their files' names.
+
+    The first start decodes every image once for it, the next ones read a file. Any number of
+    processes may call this at once.
+    """
+    key = (image_column, "bad", DECODE_VERSION, *([bit_depth] if bit_depth else ()))
+    file, images = _file(dataset, *key), encoded(dataset, image_column)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(file):
+            index = _read_index(file)
+            if index is None:
+                decode = partial(decode_image, size=8, bit_depth=bit_depth)  # JPEGs at an eighth
+                job = _Job(images, decode, lambda bad: None, name, progress)
+                _write_index(file, _decode(job, lambda row, pixels: None))
+                index = _read_index(file)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {file}.json: {error.strerror or error}; make room, or set "
+            "HF_DATASETS_CACHE to a folder that has it"
+        ) from error
+    paths = {row: _path(images, image_column, row) for row in index["bad"]}
+    return {row: f"{paths[row]}: {why}" if paths[row] else why for row, why in index["bad"].items()}
+
+
+# ---------------------------------------------------------------- the files
+
+
+def _file(dataset, *key):
+    """The cache's file, without a suffix, of what `key` makes of a data set."""
+    import datasets  # a second of import that `--help` does not need
+
+    # The fingerprint names the content, after select() too; `datasets` shows it nowhere else.
+    key = repr((dataset._fingerprint, *key)).encode()
+    name = hashlib.blake2b(key, digest_size=12).hexdigest()
+    return Path(datasets.config.HF_DATASETS_CACHE) / "pixels" / name
+
+
+def _read_index(file):
+    """{"bad": {row: why}, "hashes": [bytes]} of a file of pixels; None where none fits its hash."""
+    try:
+        written = json.loads(file.with_suffix(".json").read_bytes())
+        content = written["content"]
+        if written["hash"] != _hash(content.encode()).hex():
+            return None
+        content = json.loads(content)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    joined, bad = bytes.fromhex(content["hashes"]), content["bad"]
+    hashes = [joined[i : i + HASH_BYTES] for i in range(0, len(joined), HASH_BYTES)]
+    return {"hashes": hashes, "bad": {int(row): why for row, why in bad.items()}}
+
+
+def _write_index(file, found):
+    """found: a _Share of all images."""
+    hashes = b"".join(digest for _, digest in sorted(found.hashes.items()))
+    content = json.dumps({"hashes": hashes.hex(), "bad": dict(sorted(found.bad.items()))})
+    written = {"content": content, "hash": _hash(content.encode()).hex()}
+    replace_file(file.with_suffix(".json"), json.dumps(written).encode())
+
+
+def _hash(data):
+    return hashlib.blake2b(data, digest_size=HASH_BYTES).digest()
+
+
+def _fault(file, shape, verify):
+    """Why the pixels in `file` can't be used: "" if they can, "none" where there is no file."""
+    try:
+        pixels = np.load(file, mmap_mode="r")
+    except FileNotFoundError:
+        return "none"
+    except (OSError, ValueError, EOFError):
+        return "cut short, or no .npy"
+    # Of an .npz, which np.load reads as well, it gives no array
+    if not isinstance(pixels, np.ndarray) or pixels.shape != shape or pixels.dtype != np.uint8:
+        return "other pixels"
+    index = _read_index(file)
+    starts = range(0, len(pixels), HASHED)
+    if index is None or len(index["hashes"]) != len(starts):
+        return "without the file of their hashes"
+    places = range(len(starts))
+    if not verify:
+        places = sorted(random.SystemRandom().sample(places, min(SAMPLED, len(places))))
+    with ThreadPoolExecutor(_threads()) as pool:
+        hashes = pool.map(lambda k: _hash(pixels[starts[k] : starts[k] + HASHED]), places)
+        for k, found in zip(places, hashes, strict=True):
+            if found != index["hashes"][k]:
+                return f"other bytes in images {starts[k]:,} to {starts[k] + HASHED - 1:,}"
+    return ""
+
+
+def _lock(file, wait=True):
+    """The lock of a file, held; None, without wait, where another process has it.
+
+    After 10 s of waiting it is said.
+    """
+    lock = FileLock(f"{file}.lock")
+    try:
+        lock.acquire(timeout=WAIT_SILENTLY_S if wait else 0)
+    except Timeout:
+        if not wait:
+            return None
+        print(f"waiting for another process to decode these images ({lock.lock_file})", flush=True)
+        lock.acquire()
+    return lock
+
+
+def _remove_left_overs(folder):
+    """Delete what killed processes had begun: nobody holds its lock."""
+    for part in folder.glob("*.part"):
+        if lock := _lock(part.with_suffix(".npy"), wait=False):
+            part.unlink(missing_ok=True)
+            lock.release()
+
+
+# ---------------------------------------------------------------- decoding, by several processes
+
+
+class _Job(NamedTuple):
+    """What there is to decode."""
+
+    images: object  # see harness.data.pixels.encoded
+    decode: object  # a file -> uint8 (3, size, size)
+    refuse: object  # takes {row: why} of an image that can't be read; raises where it is needed
+    name: str
+    progress: bool
+
+
+class _Share(NamedTuple):
+    """What came of a part of the images."""
+
+    hashes: dict  # the first row of each HASHED: the hash of their pixels
+    bad: dict  # {row: why}
+
+
+def _make(file, shape, job, accelerator, verify):
+    """See that `file` holds the pixels: on each machine its processes decode them, or wait."""
+    part, lock, made, task, shares = file.with_suffix(".part"), None, False, None, None
+
+    def on_disk(action):  # what fails there is heard by all processes, in the user's words
+        try:
+            return action()
+        except OSError as error:
+            raise UserError(
+                f"cannot write the decoded images of split '{job.name}' ({np.prod(shape):,} "
+                f"bytes) to {file}: {error.strerror or error}; make room, or set "
+                "HF_DATASETS_CACHE to a folder that has it"
+            ) from error
+
+    def begin():  # on one process of each machine
+        nonlocal lock
+        fault = "" if made else _fault(file, shape, verify)
+        if not fault:
+            return "done"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(file, wait=False)
+        if lock is None:
+            return "wait"
+        fault = _fault(file, shape, verify)
+        if not fault:  # made in the meantime
+            release()
+            return "done"
+        if fault != "none":
+            print(f"{file} is damaged ({fault}): its images are decoded again", flush=True)
+        _remove_left_overs(file.parent)
+        _allocate(part, shape)
+        return "decode"
+
+    def decode():
+        return _decode_part(part, job, place, len(peers)) if task == "decode" else None
+
+    def end():  # on one process of each machine
+        nonlocal made
+        if task == "wait":
+            _lock(file).release()
+        if task == "decode":
+            found = _Share({}, {})
+            for k in peers:
+                found.hashes.update(shares[k].hashes)
+                found.bad.update(shares[k].bad)
+            with open(part, "r+b") as handle:
+                os.fsync(handle.fileno())
+            _write_index(file, found)
+            os.replace(part, file)
+            made = True
+            release()
+
+    def release():
+        nonlocal lock
+        if lock:
+            part.unlink(missing_ok=True)
+            lock.release()
+            lock = None
+
+    # In three steps that all processes take together, as machines that share the folder wait for
+    # one of them
+    try:
+        peers, place = _peers(accelerator)
+        while True:
+            task = from_local_main(accelerator, lambda: on_disk(begin))
+            if set(from_each(accelerator, lambda task=task: task)) == {"done"}:
+                return
+            shares = from_each(accelerator, lambda: on_disk(decode))
+            from_local_main(accelerator, lambda: on_disk(end))
+    finally:
+        release()
+
+
+def _peers(accelerator):
+    """The indices of the processes of this machine, and this one's place among them."""
+    own = accelerator.process_index - accelerator.local_process_index
+    firsts = from_each(accelerator, lambda: own)
+    peers = [k for k, first in enumerate(firsts) if first == own]
+    return peers, peers.index(accelerator.process_index)
+
+
+def _allocate(part, shape):
+    """Make the file: a full disk is an error now, but under a memory map it would be SIGBUS."""
+    if shutil.disk_usage(part.parent).free < int(np.prod(shape)):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(part, "r+b") as handle:
+            os.posix_fallocate(handle.fileno(), 0, os.fstat(handle.fileno()).st_size)
+
+
+def _decode_part(part, job, place, processes):
+    """Decode one process's share of the images into the file."""
+    pixels = np.lib.format.open_memmap(part, mode="r+")
+    try:
+        share = _decode(job, pixels.__setitem__, place, processes, part.exists, pixels)
+    except BaseException:
+        part.unlink(missing_ok=True)  # so that the other processes leave off, too
+        raise
+    pixels.flush()
+    return share
+
+
+def _decode(job, keep, place=0, processes=1, wanted=lambda: True, pixels=None):
+    """keep(row, pixels) for the images of every `processes`-th block from `place`; -> _Share.
+
+    Over as many threads as there are cores for this process. wanted: whether to go on. pixels:
+    what `keep` filled, to be hashed.
+    """
+    (column,), total = job.images.column_names, len(job.images)
+    share = _Share({}, {})
+
+    def decode_block(start):
+        if not wanted():
+            return 0
+        block = job.images[start : start + BLOCK][column].to_pylist()
+        for row, image in enumerate(block, start):
+            try:
+                decoded = job.decode(source(image))
+            except Exception as error:  # Pillow's readers raise a dozen types for a bad file
+                job.refuse({row: _reason(error)})
+                share.bad[row] = _reason(error)
+            else:
+                keep(row, decoded)
+        if pixels is not None:
+            for row in range(start, start + len(block), HASHED):
+                share.hashes[row] = _hash(pixels[row : row + HASHED])
+        return len(block)
+
+    bar = tqdm(
+        total=total, desc=f"decoding {job.name}", unit=" images", delay=1, leave=False,
+        disable=not job.progress,
+    )  # fmt: skip
+    with bar, warnings.catch_warnings(), ThreadPoolExecutor(_threads(processes)) as pool:
+        # decode_image refuses what this only warns of.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            for done in pool.map(decode_block, range(place * BLOCK, total, processes * BLOCK)):
+                bar.update(min(done * processes, total - bar.n))
+        except BaseException:  # Ctrl-C too: don't decode the rest before leaving
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return share
+
+
+def _threads(processes=1):
+    """As many as this process has cores, where that many processes share a machine's."""
+    everywhere = os.cpu_count() or 1
+    if not hasattr(os, "sched_getaffinity"):
+        return -(-everywhere // processes)
+    own = len(os.sched_getaffinity(0))
+    return own if own < everywhere else -(-own // processes)  # else they are dealt out already
+
+
+# ---------------------------------------------------------------- words
+
+
+def _reason(error):
+    unknown = isinstance(error, UnidentifiedImageError)  # Pillow's text shows a memory address
+    text = str(error).partition("\n")[0] or type(error).__name__
+    return "not an image format Pillow knows" if unknown else text
+
+
+def _unreadable(dataset, image_column, name, row, reason):
+    """One line that lets the user find the bad image: the index is the one before any cut."""
+    path = _path(encoded(dataset, image_column), image_column, row)
+    path = f" ({path})" if path else ""
+    if dataset._indices is not None:
+        row = dataset._indices.column(0)[row].as_py()
+    return (
+        f"cannot read image {row} of split '{name}'{path}: {reason}; mend it, or leave such "
+        "images out of training with --bad_images skip"
+    )
+
+
+def _path(images, image_column, row):
+    """The file of an image, as far as the data set knows it, or None."""
+    (image,) = images[row : row + 1][image_column].to_pylist()
+    return image["path"] if image else None
