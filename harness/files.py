@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import re
 from pathlib import Path
 
 import safetensors.torch
+
+from harness.errors import UserError
+
+DIGEST = "tensors_sha256"  # in the metadata of a result, and in its config.json
 
 
 def write_synced(path, data):
@@ -49,6 +55,42 @@ def to_bytes(tensors, metadata=None):
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     return safetensors.torch.save(tensors, metadata=metadata or {"format": "pt"})
+
+
+def result_bytes(tensors):
+    """(the bytes of a safetensors file whose metadata has the hash of its tensors, that hash)."""
+    data = to_bytes(tensors)
+    digest = _tensors_digest(data)
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header = {"__metadata__": {"format": "pt", DIGEST: digest}} | {
+        name: entry for name, entry in header.items() if name != "__metadata__"
+    }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size :], digest
+
+
+def written_digest(path, data):
+    """The hash in the metadata of a safetensors file's bytes, or None; see `result_bytes`.
+
+    Raises UserError where the tensors are others than those that were hashed.
+    """
+    size = int.from_bytes(data[:8], "little")
+    written = json.loads(data[8 : 8 + size]).get("__metadata__", {}).get(DIGEST)
+    if written is not None and written != _tensors_digest(data):
+        raise UserError(f"{path} is damaged: its tensors are not those that were written")
+    return written
+
+
+def _tensors_digest(data):
+    """sha256 of the names, types and shapes of a safetensors file, and of the numbers in it."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header.pop("__metadata__", None)
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    digest.update(memoryview(data)[8 + size :])
+    return digest.hexdigest()
 
 
 def is_lfs_pointer(file) -> bool:

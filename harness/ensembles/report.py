@@ -50,7 +50,8 @@ def plan(members, images, kinds, groups, machine) -> str:
 
 def _about(member):
     size = f"{member.look.size} px"
-    return f"{member.name}: {member.config['architecture']}, {size}, {len(member.classes)} classes"
+    text = f"{member.name}: {member.config['architecture']}, {size}, {len(member.classes)} classes"
+    return text + (f"; {member.note}" if member.note else "")
 
 
 def _on_one_line(numbers):

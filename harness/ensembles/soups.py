@@ -11,7 +11,7 @@ import torch
 from harness.counters import generator
 from harness.data.batches import decode
 from harness.ensembles.predictions import progress
-from harness.files import file_name, replace_file, to_bytes
+from harness.files import file_name, replace_file, result_bytes
 from harness.models.trained import load_model
 from harness.models.weights import clean_state_dict, load_weights
 from tricks.augment import normalize_batch
@@ -84,7 +84,7 @@ class Soups:
         whole = weights_file.exists() and config_file.exists()
         if not whole or config_file.read_bytes() != text:
             folder.mkdir(parents=True, exist_ok=True)
-            weights = to_bytes(clean_state_dict(self._model(numbers)))
+            weights, _ = result_bytes(clean_state_dict(self._model(numbers)))
             replace_file(weights_file, weights)
             replace_file(config_file, text)
         return folder

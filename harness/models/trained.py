@@ -15,7 +15,7 @@ from harness.data.stored import BUILT_IN
 from harness.errors import UserError
 from harness.models.build import rebuild_model
 from harness.models.config import DATA_FLAGS, read_config
-from harness.models.weights import load_state, load_weights, recipes_of
+from harness.models.weights import load_state, load_weights, recipes_of, result_note
 
 
 class Trained(NamedTuple):
@@ -27,6 +27,7 @@ class Trained(NamedTuple):
     look: Preprocessing
     classes: list[str]  # in the order of the ids
     sha256: str  # of model.safetensors
+    note: str = ""  # what is odd about its files
 
     @property
     def kind(self) -> tuple:
@@ -67,7 +68,8 @@ def read_trained(path) -> Trained:
         raise UserError(f"{file} does not say how images are prepared (pretrained_cfg)")
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     classes = [str(name) for name in classes]
-    return Trained(folder.resolve().name, folder, config, look, classes, digest)
+    note = result_note(folder, config)
+    return Trained(folder.resolve().name, folder, config, look, classes, digest, note)
 
 
 def load_model(trained, state=None) -> nn.Module:

@@ -15,7 +15,7 @@ import torch
 
 from harness.data.preprocessing import Preprocessing, preprocessing_of
 from harness.errors import UserError, nearest
-from harness.files import is_lfs_pointer
+from harness.files import DIGEST, is_lfs_pointer, written_digest
 from harness.models.build import Family, family_of, head, library_of, one_line
 from harness.models.config import DATA_FLAGS, read_config
 
@@ -38,6 +38,7 @@ class Pretrained(NamedTuple):
     classes: list[str] | None = None  # in the order of the ids
     preprocessing: Preprocessing | None = None
     recipes: tuple = ()  # what they were trained on, see `recipes_of`
+    note: str = ""  # what is odd about their files
 
 
 def recipes_of(config) -> list[dict]:
@@ -110,13 +111,15 @@ def load_weights(path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path}: weights are read from .safetensors or .pth files")
     try:
         if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
+            data = path.read_bytes()
+            written_digest(path, data)
+            state = safetensors.torch.load(data)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # a foreign file: torch alone raises six kinds for damaged ones
-        raise UserError(
-            f"{path} can't be read as plain tensors, and nothing in it was run ({one_line(error)})"
-        ) from None
+        raise UserError(_unreadable(path, error)) from None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -125,6 +128,24 @@ def load_weights(path) -> dict[str, torch.Tensor]:
     ):
         raise UserError(f"{path} is not a state dict (names of tensors)")
     return state
+
+
+def result_note(folder, config) -> str:
+    """What is odd about the files of a run's result, or "". Raises UserError for damaged ones."""
+    file = Path(folder) / "model.safetensors"
+    try:
+        written = written_digest(file, file.read_bytes())
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(_unreadable(file, error)) from None
+    if written is None:
+        return "not checked: written without a hash, by an earlier version or another program"
+    if config.get(DIGEST) not in (None, written):
+        return "its config.json is of an older result of the run, which was killed while writing"
+    return ""
+
+
+def _unreadable(path, error):
+    return f"{path} can't be read as plain tensors, and nothing in it was run ({one_line(error)})"
 
 
 def load_pretrained(model, pretrained, classes=None) -> str:
@@ -149,7 +170,7 @@ def load_pretrained(model, pretrained, classes=None) -> str:
         message += f"; head {name} is new: {why}"
     state, resized = _resize_positions(model, state)
     load_state(model, state, pretrained.label)
-    return message + resized
+    return message + resized + (f"; {pretrained.note}" if pretrained.note else "")
 
 
 def _head_is_new(theirs, ours, their_classes, our_classes):
@@ -247,6 +268,7 @@ def _stored(spec, name):
         [str(label) for label in classes] if isinstance(classes, list) else None,
         preprocessing_of(config["pretrained_cfg"], file) if "pretrained_cfg" in config else None,
         tuple(recipes_of(config) if config.get("flags") else [{"unknown": str(spec)}]),
+        result_note(file.parent, config) if config.get("flags") else "",
     )
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from harness.cli import flags
 from harness.counters import seed_of
 from harness.errors import RunStopped, UserError
-from harness.files import replace_file, to_bytes
+from harness.files import DIGEST, replace_file, result_bytes
 from harness.models.weights import clean_state_dict
 from harness.pictures import save_curves
 from harness.processes import from_each, from_main, on_main
@@ -502,12 +502,14 @@ class Run:
         self._best_on_disk = best
 
     def _write_result(self, weights):
+        data, digest = result_bytes(weights)
         config = self.config | {
+            DIGEST: digest,
             "weights": "ema" if self.ema else "raw",
             "flags": flags.to_recipe(self.args),
             "versions": versions(),
         }
-        replace_file(self.folder / "model.safetensors", to_bytes(weights))
+        replace_file(self.folder / "model.safetensors", data)
         replace_file(self.folder / "config.json", _json(config))
 
     def finish(self, test=None, facts=None, tta=None):

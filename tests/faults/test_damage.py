@@ -225,6 +225,37 @@ def test_weights_that_do_not_fit_are_refused(straight, tmp_path, change):
     assert not (tmp_path / "run").exists()
 
 
+def read_by(script, folder, tmp_path):
+    if script in ("train", "finetune"):
+        flags = FLAGS | (smallruns.FINETUNE if script == "finetune" else {})
+        flags |= {"weights": folder / "model.safetensors" if script == "train" else folder}
+        return smallruns.train(tmp_path / "new", script=script, **flags, dry_run=True)
+    words = [str(folder), "--report_to=none", f"--output_dir={tmp_path}", "--run_name=report"]
+    return smallruns.run(script, words)
+
+
+READERS = ["train", "finetune", "ensemble_eval", "gradcam"]
+
+
+@pytest.mark.everyday
+@pytest.mark.parametrize("script", READERS)
+def test_a_result_in_which_a_bit_has_changed_is_refused_by_all_who_read_it(copy, tmp_path, script):
+    flip(copy / "model.safetensors", None)
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged: its tensors"):
+        read_by(script, copy, tmp_path)
+
+
+@pytest.mark.parametrize("script", READERS)
+def test_a_result_that_is_odd_is_used_with_a_note(copy, tmp_path, capsys, script):
+    config = copy / "config.json"
+    smallruns.edit_json(config, lambda content: content.update(tensors_sha256="0" * 64))
+    read_by(script, copy, tmp_path / "a")
+    assert "config.json is of an older result of the run" in capsys.readouterr().out
+    save_file(load_file(copy / "model.safetensors"), copy / "model.safetensors")
+    read_by(script, copy, tmp_path / "b")
+    assert "not checked: written without a hash" in capsys.readouterr().out
+
+
 # --- names that lead elsewhere ---
 
 
