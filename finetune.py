@@ -138,13 +138,15 @@ def main(args):
     )  # fmt: skip
 
     for stage in stages:
-        if run.step < stage.end:
+        if run.step < stage.end or (run.step == stage.end and run.unscored):
             kept = known if stage.name in cached else None
             train_stage(run, stage, optimizer, splits, look, data.classes, kept)
 
     def test_result():
         views = make_views(args, look)
-        return evaluate(accelerator, run.module, splits["test"], views.evaluation)
+        return evaluate(
+            accelerator, run.module, splits["test"], views.evaluation, stop=run.asked_to_stop
+        )
 
     facts = {
         "strategy": strategy,
@@ -174,7 +176,9 @@ def train_stage(run, stage, optimizer, splits, look, classes, known):
             targets = F.one_hot(labels, len(classes))
             save_train_batch(run.picture, views.to_pixels(images), targets, classes)
         network = features.cut_at_head(model).tail
-        splits = features.extract_splits(accelerator, model, splits, views, args, known)
+        splits = run.interruptible(lambda: features.extract_splits(
+            accelerator, model, splits, views, args, known, run.asked_to_stop
+        ))  # fmt: skip
         views = features.CachedViews(args.views)
         changing = {name for name, p in model.named_parameters() if p.requires_grad}
     # DDP looks at what requires a gradient when it wraps, so every stage wraps anew. In a shell,
@@ -191,7 +195,9 @@ def train_stage(run, stage, optimizer, splits, look, classes, known):
             return {}
 
         def once():
-            return evaluate(accelerator, network, splits[split], views.evaluation)
+            return evaluate(
+                accelerator, network, splits[split], views.evaluation, stop=run.asked_to_stop
+            )
 
         return {f"{split}/{name}": value for name, value in score(model, run.ema, once).items()}
 

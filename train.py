@@ -131,7 +131,9 @@ def main(args):
             return {}
 
         def once():
-            return evaluate(accelerator, run.module, splits[split], views.evaluation)
+            return evaluate(
+                accelerator, run.module, splits[split], views.evaluation, stop=run.asked_to_stop
+            )
 
         return {f"{split}/{name}": value for name, value in score(run.module, ema, once).items()}
 
@@ -162,7 +164,9 @@ def main(args):
             ema.update(run.module, step)
 
     def result(split="test", seen=None):
-        return evaluate(accelerator, run.module, splits[split], views.evaluation, seen)
+        return evaluate(
+            accelerator, run.module, splits[split], views.evaluation, seen, run.asked_to_stop
+        )
 
     def over_views(split):
         return result(split, seen)

@@ -18,6 +18,14 @@ class RunStopped(UserError):
     status = 1
 
 
+class StopAsked(Exception):
+    """A signal came in the middle of long work, which all processes have left off."""
+
+    def __init__(self, sum_of_signals):
+        super().__init__("a signal")
+        self.sum_of_signals = sum_of_signals  # see harness.training.run.STOP
+
+
 def nearest(word, known):
     """`, did you mean "x"?` for the closest of `known`, or an empty string."""
     match = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)

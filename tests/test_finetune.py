@@ -249,7 +249,7 @@ def test_the_accuracy_that_is_told_is_that_of_the_weights_that_are_kept(tmp_path
     size = cfg["input_size"][-1]
     stored = round(size / cfg["crop_pct"])
     data = load_data("digits", max_eval_samples=100)
-    images, labels = decode_splits(data, stored, False)["test"].take(
+    images, labels = decode_splits(data, stored)["test"].take(
         torch.arange(100), torch.device("cpu")
     )
     edge = (stored - size) // 2
@@ -268,10 +268,10 @@ def test_a_frozen_part_that_moves_stops_the_run(tmp_path, monkeypatch):
 
     evaluate = finetune.evaluate
 
-    def disturb(accelerator, model, *rest):
+    def disturb(accelerator, model, *rest, **options):
         for module in finetune_model:
             module.running_mean[0] += 1e-6
-        return evaluate(accelerator, model, *rest)
+        return evaluate(accelerator, model, *rest, **options)
 
     finetune_model = []
     unfreeze = finetune.unfreeze

@@ -70,6 +70,18 @@ class CheckpointWriter:
         )
         atexit.register(self.wait)
 
+    def add(self, function):
+        """Call `function` after the write under way, unless that fails; `wait` waits for it."""
+        before = self._write
+
+        def call():
+            path = before.result() if before else None
+            function()
+            return path
+
+        self._write = self._threads.submit(call)
+        atexit.register(self.wait)
+
     def done(self):
         """Whether a write has ended that nobody has waited for yet."""
         return self._write is not None and self._write.done()

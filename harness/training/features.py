@@ -22,9 +22,9 @@ from tqdm.auto import tqdm
 from harness.counters import generator
 from harness.data.batches import Samples, mixes
 from harness.data.sources import stratified_order
-from harness.errors import UserError
+from harness.errors import StopAsked, UserError
 from harness.models.build import DropoutLinear, head
-from harness.processes import from_main
+from harness.processes import from_each, from_main
 from harness.training.scoring import batch_starts
 from harness.training.stages import choose_strategy, enter
 
@@ -125,12 +125,12 @@ def kept_in(stages, model, size) -> list[str]:
     return names
 
 
-def extract_splits(accelerator, model, splits, views, args, known):
+def extract_splits(accelerator, model, splits, views, args, known, stop=None):
     """{role: Samples of features} of train (args.views views) and what the epochs evaluate."""
     evaluated = "val" if "val" in splits else "test"
     wanted = {"train": args.views, evaluated: 1}
     return {
-        role: extract(accelerator, model, splits[role], views, number, args.seed, known, role)
+        role: extract(accelerator, model, splits[role], views, number, args.seed, known, role, stop)
         for role, number in wanted.items()
         if role in splits
     }
@@ -148,14 +148,15 @@ def view_batch(samples, views, start, view, seed, device="cpu"):
 
 
 @torch.no_grad()
-def extract(accelerator, model, samples, views, number, seed, known, name):
+def extract(accelerator, model, samples, views, number, seed, known, name, stop=None):
     """Samples whose "pixels" are features (n, number, ...): view 0 as in evaluation, others drawn.
 
     model: the unwrapped module, its frozen part in eval mode. samples, views: harness.data.batches.
     known: a dict of features that is read and added to, so that nothing is computed twice. The
     batches are dealt to the processes, and all get all of them.
 
-    Raises UserError where the features would take more than the memory left.
+    Raises UserError where the features would take more than the memory left; after a signal
+    StopAsked, on all processes. stop: as for harness.training.scoring.evaluate.
     """
     starts, total = batch_starts(samples), len(samples.labels)
     drawn = repr(sorted(vars(views).items()))
@@ -169,6 +170,8 @@ def extract(accelerator, model, samples, views, number, seed, known, name):
     for key in todo:
         features, view = None, key[1]
         for k in range(accelerator.process_index, len(starts), accelerator.num_processes):
+            if stop and stop():
+                break
             images, _ = view_batch(samples, views, starts[k], view, seed, accelerator.device)
             with accelerator.autocast():
                 _, found = _run(model, images, cut)
@@ -177,6 +180,9 @@ def extract(accelerator, model, samples, views, number, seed, known, name):
                 features = found.new_zeros(total, *found.shape[1:], device="cpu")
             features[starts[k] : starts[k] + len(found)] = found.cpu()
             bar.update(min(len(found) * accelerator.num_processes, bar.total - bar.n))
+        stopped = sum(from_each(accelerator, stop)) if stop else 0
+        if stopped:
+            raise StopAsked(stopped)
         known[key] = _from_all(accelerator, features)
     bar.close()
     stacked = torch.stack([known[key] for key in keys], dim=1)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from harness.cli import flags
 from harness.counters import seed_of
-from harness.errors import RunStopped, UserError
+from harness.errors import RunStopped, StopAsked, UserError
 from harness.files import DIGEST, replace_file, result_bytes
 from harness.models.weights import clean_state_dict
 from harness.pictures import save_curves
@@ -122,6 +122,8 @@ class Run:
         self._unread = deque()
         self._signal = None  # what this process was sent
         self._stop = 0  # what all processes agreed on
+        self.unscored = None  # of an epoch that has ended and is not evaluated
+        self._checkpoint_of = None  # the step of the last checkpoint
         self._shown = False
         self.picture = folder / "train_batch.png"
         self._norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm)]
@@ -171,6 +173,8 @@ class Run:
         """
         self._first_step, self._spacing = self.step, spacing
         self._epoch_began, self._epoch_images = time.perf_counter(), 0
+        if self.unscored:  # the checkpoint was written before its epoch was evaluated
+            self._score_epoch(evaluate)
         for batch in batches(self.step):
             # Dropout and whatever else the step draws on the device
             torch.manual_seed(
@@ -200,7 +204,7 @@ class Run:
         every process before this step's update; with --nonfinite skip, only the step is lost.
         """
         # Filled there: new_tensor would copy from the host's memory, and wait for the device
-        stop = self._now.new_full((1,), STOP.get(self._signal, 0.0))
+        stop = self._now.new_full((1,), self.asked_to_stop())
         vector = torch.cat([self._now, grad_norm.detach().float().reshape(1), stop])
         self._now = torch.zeros_like(self._now)
         if self.accelerator.num_processes > 1:
@@ -281,13 +285,35 @@ class Run:
             self._in_a_row = 0 if finite else self._in_a_row + 1
             if not finite:
                 self._nonfinite(step + 1, loss, norm)
-            if stop >= STOP[GONE]:
-                self.fail(
-                    f"{self.folder} was removed while this run was writing to it, or another run "
-                    f"has it: stopped before step {step + 1}"
-                )
-            if stop:
-                self._stop = signal.SIGTERM if stop >= STOP[signal.SIGTERM] else signal.SIGINT
+            self._heed(stop, step + 1)
+
+    def _heed(self, stop, next_step):
+        """stop: the sum of what the processes were asked."""
+        if stop >= STOP[GONE]:
+            self.fail(
+                f"{self.folder} was removed while this run was writing to it, or another run "
+                f"has it: stopped before step {next_step}"
+            )
+        if stop:
+            self._stop = signal.SIGTERM if stop >= STOP[signal.SIGTERM] else signal.SIGINT
+
+    def asked_to_stop(self):
+        """A number over 0 once this process was sent a signal: for `interruptible` work."""
+        return STOP.get(self._signal, 0.0)
+
+    def interruptible(self, work):
+        """`work()`; after a signal, which it may raise as StopAsked, the run is left in good order.
+
+        Its checkpoint is the one of the last step, so that a resumed run does the work again.
+        """
+        try:
+            return work()
+        except StopAsked as stop:
+            self._heed(stop.sum_of_signals, self.step + 1)
+        if self.step and self._checkpoint_of != self.step:
+            self._checkpoint(must=True)
+        self._wait_for_checkpoint()
+        self._leave()
 
     def _nonfinite(self, step, loss, norm):
         if not self._skips or self._in_a_row == MOST_SKIPPED:
@@ -325,7 +351,7 @@ class Run:
             self._log_interval()
         end_of_epoch = self.step % self.steps_per_epoch == 0 or self.step == self.total
         if end_of_epoch:
-            self._end_epoch(evaluate)
+            self._end_epoch()
         every = args.checkpointing_steps
         due = every != "epoch" and self.step % every == 0
         if every == "epoch" and end_of_epoch:
@@ -333,8 +359,13 @@ class Run:
         stopping = self._stop or self.step == args.stop_after
         if due or stopping or self.step == self.total:
             self._read_checks(0)
-            self._checkpoint(must=bool(stopping))
+            self._checkpoint(must=bool(self._stop))
+        if self._stop and self.step < self.total:
+            self._leave()
+        if self.unscored:  # after its checkpoint, which may take as long
+            self._score_epoch(evaluate)
         if stopping and self.step < self.total:
+            self._wait_for_checkpoint()
             self._leave()
 
     def _long_enough(self):
@@ -371,18 +402,24 @@ class Run:
             return {"train/lr": rates.pop()}
         return {f"train/lr/{g.get('label', g['name'])}": g["lr"] for g in groups}
 
-    def _end_epoch(self, evaluate):
+    def _end_epoch(self):
         loss, mixed_acc, _, steps = self._epoch.tolist()  # waits for the device
         self._epoch.zero_()
         speed = self._epoch_images / (time.perf_counter() - self._epoch_began)
         epoch = math.ceil(self.step / self.steps_per_epoch)
         loss, mixed_acc = (loss / steps, mixed_acc / steps) if steps else (math.nan, math.nan)
+        values = epoch, loss, mixed_acc, steps, speed
+        self.unscored = dict(zip(state.UNSCORED, values, strict=True))
+
+    def _score_epoch(self, evaluate):
+        epoch, loss, mixed_acc, steps, speed = self.unscored.values()
         record = {"epoch/loss": loss, "epoch/mixed_acc": mixed_acc} if steps else {}
         scores = {}
         if epoch % self.args.eval_epochs == 0 or self.step == self.total:
             self._read_checks(0)
-            self.scores = scores = evaluate()
+            self.scores = scores = self.interruptible(evaluate)
             self._keep_best(epoch)
+        self.unscored = None
         self._record(record | scores)
         self.seconds += time.perf_counter() - self._since
         self.images_per_second = speed
@@ -403,6 +440,9 @@ class Run:
         if self.best is None or accuracy > self.best["scores"][key]:
             self.best = {"epoch": epoch, "step": self.step, "scores": self.scores}
             self._best_weights = self._result_weights()
+            if self.main and self._checkpoint_of == self.step:
+                best = self.best, self._best_weights
+                self._writer.add(lambda: self._write_best(*best))
 
     # ---------------------------------------------------------------- what it writes
 
@@ -443,9 +483,12 @@ class Run:
             self._settle()
             self._start_checkpoint()
         if must:
-            failure = f"the checkpoint of step {self.step} could not be written"
-            on_main(self.accelerator, self._writer.wait, failure)
-        self._checkpointed = time.perf_counter()
+            self._wait_for_checkpoint()
+        self._checkpointed, self._checkpoint_of = time.perf_counter(), self.step
+
+    def _wait_for_checkpoint(self):
+        failure = f"the checkpoint of step {self.step} could not be written"
+        on_main(self.accelerator, self._writer.wait, failure)
 
     def _start_checkpoint(self):
         counters = {
@@ -456,6 +499,7 @@ class Run:
             "nonfinite": [self.nonfinite, self._in_a_row],
             "threads": self._threads,
             "scores": self.scores,
+            "unscored": self.unscored,
             "best": self.best,
             "seconds": self.seconds + time.perf_counter() - self._since,
             "run_id": self.tracking.run_id,
@@ -473,7 +517,8 @@ class Run:
 
         def then():
             note_checkpoint(self.folder, step)
-            # The result follows the checkpoint that has it: a resumed run may not fall behind
+            # The result follows the checkpoint that has it, or that a resumed run finds it from:
+            # it may not fall behind
             self._write_best(best, weights)
 
         step = self.step
@@ -535,12 +580,14 @@ class Run:
         suffix = "_ema" if self.ema else ""
         if self.best is not None:
             self.module.load_state_dict(self._best_weights)
-            final |= {f"test/{k}{suffix}": v for k, v in test().items()} if test else {}
+            scores = self.interruptible(test) if test else {}
+            final |= {f"test/{k}{suffix}": v for k, v in scores.items()}
         split = next((s for s in ("test", "val") if f"{s}/acc" + suffix in final), None)
         if split and tta:
             averaged = self.ema and self.best is None
             with self.ema.applied_to(self.module) if averaged else contextlib.nullcontext():
-                final |= {f"{split}/{k}_tta": v for k, v in tta(split).items()}
+                scores = self.interruptible(lambda: tta(split))
+                final |= {f"{split}/{k}_tta": v for k, v in scores.items()}
             self.seconds += time.perf_counter() - self._since
         summary = {
             "split": split,
@@ -632,7 +679,8 @@ class Run:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.best, self._best_weights = saved["best"], tensors.get("best")
-        self.scores = saved["scores"]
+        self.scores, self.unscored = saved["scores"], saved["unscored"]
+        self._checkpoint_of = self.step
         self.nonfinite, self._in_a_row = saved["nonfinite"]
         self._interval += torch.tensor(saved["interval"], device=self._interval.device)
         self._epoch += torch.tensor(saved["epoch"], device=self._epoch.device)

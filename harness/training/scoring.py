@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from harness.errors import StopAsked
 from tricks.tta import average_views
 
 BATCH = (64, 256)  # fewest and most samples of an evaluation batch
@@ -19,23 +20,27 @@ def batch_starts(split) -> range:
 
 
 @torch.inference_mode()
-def evaluate(accelerator, model, split, prepare, seen=None):
+def evaluate(accelerator, model, split, prepare, seen=None, stop=None):
     """Top-1 accuracy and mean cross-entropy (no smoothing) of `model` on one split.
 
     model: the unwrapped module. split: harness.data.batches.Samples. prepare: uint8 batch on the
     device -> what the network takes. seen: tricks.tta's views, whose probabilities are averaged;
-    None for the image as it is.
+    None for the image as it is. stop: a function without arguments -> a number over 0 where this
+    process was asked to leave off (`Run.asked_to_stop`).
 
     The samples are cut into fixed batches by index and dealt to the processes in turn; sums are
     kept per batch and added in the order of the batches. So neither padding nor duplicates exist,
-    and the result does not depend on how many processes shared the work.
+    and the result does not depend on how many processes shared the work. Raises StopAsked on all
+    processes where one was asked to.
     """
     total = len(split.labels)
     starts = batch_starts(split)
-    sums = torch.zeros(len(starts), 3, device=accelerator.device)  # loss, correct, samples
+    sums = torch.zeros(len(starts), 4, device=accelerator.device)  # loss, correct, samples, stop
     modes = [(module, module.training) for module in model.modules()]  # frozen parts stay in eval
     model.eval()
     for k in range(accelerator.process_index, len(starts), accelerator.num_processes):
+        if stop and stop():
+            break
         index = torch.arange(starts[k], min(starts[k] + starts.step, total))
         images, labels = split.take(index, accelerator.device)
         with accelerator.autocast():
@@ -48,10 +53,14 @@ def evaluate(accelerator, model, split, prepare, seen=None):
         correct = (logits.argmax(1) == labels).sum()
         loss = F.cross_entropy(logits, labels, reduction="sum")
         # Filled there: new_tensor would copy from the host's memory, and wait for the device
-        sums[k] = torch.stack([loss, correct.float(), loss.new_full((), len(labels))])
+        sums[k, :3] = torch.stack([loss, correct.float(), loss.new_full((), len(labels))])
     for module, training in modes:
         module.training = training
-    loss, correct, count = _read_sums(accelerator, sums)
+    if stop:
+        sums[0, 3].fill_(stop())
+    loss, correct, count, stopped = _read_sums(accelerator, sums)
+    if stopped:
+        raise StopAsked(stopped)
     assert count == total, f"{count} samples were scored instead of {total}"
     return {"acc": correct / total, "loss": loss / total}
 

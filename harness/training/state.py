@@ -14,6 +14,7 @@ from harness.processes import on_main
 from harness.training.checkpoint import Damaged, load_checkpoint, newest_valid
 from harness.training.folder import check_nothing_lost, is_cleared
 
+UNSCORED = ["epoch", "loss", "mixed_acc", "steps", "images_per_second"]  # of an epoch's end
 SUMS = ("loss", "mixed_acc", "grad_norm")  # what is summed over the steps of an interval
 
 
@@ -118,7 +119,7 @@ def check_state(path, saved):
     Raises UserError unless it says where a run is.
     """
     if isinstance(saved, dict):
-        saved = {"nonfinite": [0, 0], "threads": []} | saved
+        saved = {"nonfinite": [0, 0], "threads": [], "unscored": None} | saved
     sums = len(SUMS) + 1
     checks = {
         "step": lambda v: type(v) is int and v >= 0,
@@ -128,6 +129,7 @@ def check_state(path, saved):
         "nonfinite": lambda v: len(v) == 2 and all(type(n) is int and n >= 0 for n in v),
         "threads": lambda v: all(type(n) is int and 0 < n <= 2**16 for n in v),
         "scores": lambda v: isinstance(v, dict),
+        "unscored": lambda v: v is None or list(v) == UNSCORED,
         "best": lambda v: v is None or isinstance(v["scores"], dict),
         "seconds": lambda v: isinstance(v, float) and v >= 0,
     }

@@ -302,6 +302,56 @@ def test_a_signal_to_both_processes_twice(whole, tmp_path):
     stopped_and_resumed(tmp_path, fault, 130, 2, whole[2])
 
 
+def at_call(module, name, n, number):
+    owner = importlib.import_module(module)
+    setattr(owner, name, faulty.Nth(getattr(owner, name), n, lambda: signal_self(number)))
+
+
+def killed_when_written(root, step):
+    import train
+
+    def wait():
+        while not (root / f"step-{step:08d}").exists():
+            time.sleep(0.01)
+        signal_self(signal.SIGKILL)
+
+    train.evaluate = faulty.Nth(train.evaluate, 2, wait)
+
+
+@pytest.mark.everyday
+def test_an_epochs_checkpoint_is_there_before_its_evaluation(whole, tmp_path):
+    """Killed in the second part of the evaluation; what it told is told again."""
+    fault = functools.partial(killed_when_written, tmp_path / "run" / "checkpoints", 12)
+    flags = {**SHORT, "epochs": 2}
+    faulty.start(tmp_path, fault=fault, **flags).wait(60)
+    assert newest(tmp_path / "run") == 12
+    assert not any("test/acc" in r for r in read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    folder = faulty.start(tmp_path, resume_from_checkpoint="auto", **flags).done()
+    assert smallruns.digest(folder) == smallruns.digest(whole[1])
+
+
+LONG_WORK = {  # script, flags, what is called there: module, name, at which call; the step
+    "the test at the end": ("train", {"val_fraction": 0.25, "batch_size": 24}, "train",
+                            "evaluate", 5, 16),
+    "features": ("finetune", smallruns.FINETUNE, "harness.training.features", "_run", 3, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("work", LONG_WORK)
+def test_long_work_is_left_off_after_a_signal_and_done_again(tmp_path, work):
+    script, special, *place, step = LONG_WORK[work]
+    flags = {"logging_steps": 1, "epochs": 2, "script": script, **special}
+    whole = faulty.start(tmp_path / "whole", **flags).done()
+    fault = functools.partial(at_call, *place, signal.SIGTERM)
+    stopped = faulty.start(tmp_path, fault=fault, **flags)
+    assert stopped.wait(60) == [143], stopped.output()
+    assert f"stopped at step {step} of" in stopped.output()
+    assert newest(stopped.folder) == step
+    assert not (stopped.folder / "summary.json").exists()
+    folder = faulty.start(tmp_path, resume_from_checkpoint="auto", **flags).done()
+    assert smallruns.digest(folder) == smallruns.digest(whole)
+
+
 def test_a_signal_before_there_is_a_run_leaves_nothing(whole, tmp_path):
     stopped = faulty.start(tmp_path, fault=terminate_at_plan, **SHORT, epochs=2)
     assert stopped.wait(30)[0] in (-signal.SIGTERM, 143)
