@@ -14,6 +14,10 @@
 set -eu
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# torchrun, which accelerate calls on several processes, passes on what it is told to, and kills 30 s
+# later unless told otherwise; --signal above leaves two minutes.
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGXCPU
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
 export first GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 # One launcher a node; SLURM_NODEID is only known inside srun, hence the single quotes.
 srun --kill-on-bad-exit=1 bash -c '
