@@ -28,6 +28,7 @@ from processes import PIXELS, first_images
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
+from harness.counters import SampleStreams
 from harness.data.batches import Views
 from harness.launch import keep_freed_memory
 
@@ -74,15 +75,16 @@ def kornia_pipeline(policy, resized):
 def compare(policy, batch, pictures, tensors, many, rounds, resized=False):
     """Rows of one pipeline at one batch size."""
     of_torchvision, of_kornia, wanted = POLICIES[policy]
-    views, rng = views_of(policy, resized), torch.Generator().manual_seed(0)
+    views = views_of(policy, resized)
     pil, own_v2, whole = (
         torchvision_pipeline(v, of_torchvision, resized) for v in (v1, v2, v2)
     )  # fmt: skip
     kornia = kornia_pipeline(of_kornia, resized)
 
     def own(views):
-        for part in many.split(batch):
-            views.train(part, views.draw(len(part), rng))
+        for step, part in enumerate(many.split(batch)):
+            streams = SampleStreams(0, "views", step, places=torch.arange(len(part)))
+            views.train(part, views.draw(len(part), streams))
 
     def each(images, transform):
         for start in range(0, len(images), batch):

@@ -28,6 +28,7 @@ PARTS = {
     "listing": ([], False),
     "ema": ([], False),
     "bookkeeping": ([], False),
+    "draws": ([], False),
     "mix": ([], False),
     "gradcam": (["--rounds", "5"], False),
     "ensemble": (["--rounds", "3", "--max_eval_samples", "1000"], True),

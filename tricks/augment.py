@@ -4,6 +4,9 @@ What is random is drawn on the CPU for the whole batch (`draw_*`), can be sliced
 then applied on the device of the images (`*_batch`) without waiting for it. No function changes its
 input. Images are (n, channels, height, width), uint8 until `normalize_batch`.
 
+A draw's `generator` is a torch.Generator, or a function (n, k) -> float64 (n, k) in [0, 1), the
+next k numbers of each of n samples: for samples whose draws must not depend on their neighbours'.
+
 >>> images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
 >>> generator = torch.Generator().manual_seed(0)
 >>> images = crop_batch(images, draw_crops(8, 4, generator), 4)
@@ -14,7 +17,7 @@ torch.Size([8, 3, 32, 32])
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -35,18 +38,27 @@ __all__ = [
 CACHED = 2**19  # pixel values that a CPU works on at once, so that they stay in its cache
 TRIES = 10  # boxes drawn before giving up, as in torchvision
 
+Generator = torch.Generator | Callable[[int, int], torch.Tensor]
+
+
+def _uniform(n: int, k: int, generator: Generator | None) -> torch.Tensor:
+    """k numbers in [0, 1) for each of n samples: float64 (n, k)."""
+    if callable(generator):
+        return generator(n, k)
+    return torch.rand(n, k, generator=generator, dtype=torch.float64)
+
 
 def _take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return tensor.index_select(0, index.to(tensor.device, non_blocking=tensor.is_cuda))
 
 
-def draw_crops(n: int, padding: int, generator: torch.Generator | None = None) -> torch.Tensor:
+def draw_crops(n: int, padding: int, generator: Generator | None = None) -> torch.Tensor:
     """Top and left of n crops in images padded by `padding`: int64 (n, 2), 0 to 2 · padding.
 
     >>> draw_crops(100, 4, torch.Generator().manual_seed(0)).unique().tolist()
     [0, 1, 2, 3, 4, 5, 6, 7, 8]
     """
-    return torch.randint(2 * padding + 1, (n, 2), generator=generator)
+    return (_uniform(n, 2, generator) * (2 * padding + 1)).long()
 
 
 def crop_batch(
@@ -79,13 +91,13 @@ def crop_batch(
     return _take(rows, row.flatten()).view_as(images)
 
 
-def draw_flips(n: int, p: float = 0.5, generator: torch.Generator | None = None) -> torch.Tensor:
+def draw_flips(n: int, p: float = 0.5, generator: Generator | None = None) -> torch.Tensor:
     """Whether to mirror each of n images, with probability p: bool (n,).
 
     >>> draw_flips(1000, 0.5, torch.Generator().manual_seed(0)).float().mean().round(decimals=1)
     tensor(0.5000)
     """
-    return torch.rand(n, generator=generator) < p
+    return _uniform(n, 1, generator).squeeze(1) < p
 
 
 def alternate_flips(first: torch.Tensor, epoch: int) -> torch.Tensor:
@@ -120,30 +132,29 @@ def flip_batch(images: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
 
 
 def _draw_sides(
-    n: int,
-    area: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    generator: torch.Generator | None,
+    uniform: torch.Tensor, area: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whole sides √(a·r), √(a/r) of (n, TRIES) boxes: a uniform in scale·area, r log-uniform."""
+    """Whole sides √(a·r), √(a/r) of (n, TRIES) boxes: a uniform in scale·area, r log-uniform.
+
+    uniform: (n, 2 · TRIES) numbers in [0, 1).
+    """
     if not 0 <= scale[0] <= scale[1] <= 1:
         raise ValueError(f"scale must be 0 <= low <= high <= 1, got {scale}")
     if not 0 < ratio[0] <= ratio[1]:
         raise ValueError(f"ratio must be 0 < low <= high, got {ratio}")
-    u, v = torch.rand((2, n, TRIES), generator=generator, dtype=torch.float64)
+    u, v = uniform.split(TRIES, dim=1)
     boxes = area * (scale[0] + u * (scale[1] - scale[0]))
     low, high = math.log(ratio[0]), math.log(ratio[1])
     ratios = (low + v * (high - low)).exp()
     return (boxes * ratios).sqrt().round().long(), (boxes / ratios).sqrt().round().long()
 
 
-def _place(
-    sides: torch.Tensor, room: torch.Tensor, generator: torch.Generator | None
-) -> torch.Tensor:
-    """Boxes (top, left, height, width) of the given sides, anywhere in the room: (n, 4)."""
-    u = torch.rand(sides.shape, generator=generator, dtype=torch.float64)
-    return torch.cat(((u * (room - sides + 1)).long(), sides), dim=1)
+def _place(sides: torch.Tensor, room: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Boxes (top, left, height, width) of the given sides (n, 2), anywhere in the room: (n, 4).
+
+    uniform: (n, 2) numbers in [0, 1).
+    """
+    return torch.cat(((uniform * (room - sides + 1)).long(), sides), dim=1)
 
 
 def draw_resized_crops(
@@ -152,7 +163,7 @@ def draw_resized_crops(
     width: int,
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
 ) -> torch.Tensor:
     """Boxes to crop from images of height × width: int64 (n, 4), top, left, height, width.
 
@@ -166,11 +177,12 @@ def draw_resized_crops(
     >>> draw_resized_crops(1, 10, 40, scale=(1, 1))  # no box of the whole area fits
     tensor([[ 0, 13, 10, 13]])
     """
-    across, down = _draw_sides(n, height * width, scale, ratio, generator)
+    uniform = _uniform(n, 2 * TRIES + 2, generator)
+    across, down = _draw_sides(uniform[:, :-2], height * width, scale, ratio)
     fits = (across > 0) & (across <= width) & (down > 0) & (down <= height)
     first = fits.long().argmax(1, keepdim=True)
     sides = torch.cat((down.gather(1, first), across.gather(1, first)), dim=1)
-    boxes = _place(sides, torch.tensor([height, width]), generator)
+    boxes = _place(sides, torch.tensor([height, width]), uniform[:, -2:])
     h = min(height, round(width / ratio[0]))
     w = min(width, round(height * ratio[1]))
     central = torch.tensor([(height - h) // 2, (width - w) // 2, h, w])
@@ -253,7 +265,7 @@ def draw_erasing(
     p: float = 0.25,
     scale: tuple[float, float] = (0.02, 0.33),
     ratio: tuple[float, float] = (0.3, 3.3),
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
 ) -> torch.Tensor:
     """Boxes to erase from images of height × width: int64 (n, 4), top, left, height, width.
 
@@ -266,12 +278,13 @@ def draw_erasing(
     >>> boxes.shape, 0.2 < (boxes[:, 2] > 0).float().mean() < 0.3
     (torch.Size([1000, 4]), tensor(True))
     """
-    erased = torch.rand((n, 1), generator=generator) < p
-    down, across = _draw_sides(n, height * width, scale, ratio, generator)
+    uniform = _uniform(n, 1 + 2 * TRIES + 2, generator)
+    erased = uniform[:, :1] < p
+    down, across = _draw_sides(uniform[:, 1:-2], height * width, scale, ratio)
     fits = (down < height) & (across < width)
     first = fits.long().argmax(1, keepdim=True)
     sides = torch.cat((down.gather(1, first), across.gather(1, first)), dim=1)
-    boxes = _place(sides, torch.tensor([height, width]), generator)
+    boxes = _place(sides, torch.tensor([height, width]), uniform[:, -2:])
     return torch.where(erased & fits.any(1, keepdim=True), boxes, 0)
 
 

@@ -1,8 +1,9 @@
 """RandAugment, TrivialAugmentWide and AutoAugment on a whole uint8 batch, each sample its own draw.
 
 The operations, magnitudes, probabilities and signs are torchvision's (`transforms.v2`, nearest
-interpolation). A draw is made on the CPU for the whole batch; `apply_ops` sorts the samples by
-operation and runs every operation once, on all samples that drew it:
+interpolation). A draw is made on the CPU for the whole batch, from a torch.Generator or a function
+(n, k) -> float64 (n, k) in [0, 1), the next k numbers of each of n samples. `apply_ops` sorts the
+samples by operation and runs every operation once, on all samples that drew it:
 
 >>> images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
 >>> ops = draw_randaugment(8, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -11,6 +12,7 @@ torch.Size([8, 3, 32, 32])
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -51,6 +53,8 @@ CACHED = 2**19  # pixel values that a CPU works on at once, so that they stay in
 FIRST_UNSIGNED = OPERATIONS.index("Posterize")
 NUM_RANDAUGMENT = OPERATIONS.index("Invert")
 
+Generator = torch.Generator | Callable[[int, int], torch.Tensor]
+
 
 class Ops(NamedTuple):
     """What each of n samples goes through, in k successive slots; CPU tensors of shape (n, k).
@@ -80,9 +84,16 @@ def _magnitudes(height: int, width: int, bins: int, wide: bool = False) -> torch
     return torch.stack(rows)
 
 
-def _with_sign(op: torch.Tensor, magnitude: torch.Tensor, generator: torch.Generator | None) -> Ops:
-    """Half of the magnitudes that have a sign become negative."""
-    negative = (torch.rand(op.shape, generator=generator) <= 0.5) & (op < FIRST_UNSIGNED)
+def _uniform(n: int, k: int, generator: Generator | None) -> torch.Tensor:
+    """k numbers in [0, 1) for each of n samples: float64 (n, k)."""
+    if callable(generator):
+        return generator(n, k)
+    return torch.rand(n, k, generator=generator, dtype=torch.float64)
+
+
+def _with_sign(op: torch.Tensor, magnitude: torch.Tensor, uniform: torch.Tensor) -> Ops:
+    """Half of the magnitudes that have a sign become negative; all of shape (n, slots)."""
+    negative = (uniform < 0.5) & (op < FIRST_UNSIGNED)
     return Ops(op, torch.where(negative, -magnitude, magnitude))
 
 
@@ -93,7 +104,7 @@ def draw_randaugment(
     num_ops: int = 2,
     magnitude: int = 9,
     num_magnitude_bins: int = 31,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
 ) -> Ops:
     """RandAugment: `num_ops` of 14 operations, uniformly with replacement, at one fixed level.
 
@@ -108,9 +119,10 @@ def draw_randaugment(
     """
     if not 0 <= magnitude < num_magnitude_bins:
         raise ValueError(f"magnitude must be in [0, {num_magnitude_bins}), got {magnitude}")
-    op = torch.randint(NUM_RANDAUGMENT, (n, num_ops), generator=generator)
+    uniform = _uniform(n, 2 * num_ops, generator)
+    op = (uniform[:, :num_ops] * NUM_RANDAUGMENT).long()
     table = _magnitudes(height, width, num_magnitude_bins)
-    return _with_sign(op, table[op, magnitude], generator)
+    return _with_sign(op, table[op, magnitude], uniform[:, num_ops:])
 
 
 def draw_trivialaugment(
@@ -118,7 +130,7 @@ def draw_trivialaugment(
     height: int,
     width: int,
     num_magnitude_bins: int = 31,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
 ) -> Ops:
     """TrivialAugmentWide: one of 14 operations at one of `num_magnitude_bins` levels, uniformly.
 
@@ -129,10 +141,10 @@ def draw_trivialaugment(
     >>> ops.op.shape, bool(ops.magnitude.abs().max() <= 135)
     (torch.Size([4, 1]), True)
     """
-    op = torch.randint(NUM_RANDAUGMENT, (n, 1), generator=generator)
-    level = torch.randint(num_magnitude_bins, (n, 1), generator=generator)
+    op, level, sign = _uniform(n, 3, generator).split(1, dim=1)
+    op, level = (op * NUM_RANDAUGMENT).long(), (level * num_magnitude_bins).long()
     table = _magnitudes(height, width, num_magnitude_bins, wide=True)
-    return _with_sign(op, table[op, level], generator)
+    return _with_sign(op, table[op, level], sign)
 
 
 # One sub-policy is two operations with their probability and level out of 10.
@@ -197,7 +209,7 @@ def draw_autoaugment(
     height: int,
     width: int,
     policy: str = "cifar10",
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
 ) -> Ops:
     """AutoAugment: one of the policy's 25 pairs of operations, each done with its probability.
 
@@ -211,10 +223,11 @@ def draw_autoaugment(
     if policy not in _POLICIES:
         raise ValueError(f"policy must be one of {', '.join(_POLICIES)}, got {policy!r}")
     op, probability, level = _policy(policy)
-    drawn = torch.randint(len(op), (n,), generator=generator)
-    done = torch.rand((n, 2), generator=generator) <= probability[drawn]
+    uniform = _uniform(n, 5, generator)
+    drawn = (uniform[:, 0] * len(op)).long()
+    done = uniform[:, 1:3] < probability[drawn]
     op, level = torch.where(done, op[drawn], 0), level[drawn]
-    return _with_sign(op, _magnitudes(height, width, 10)[op, level], generator)
+    return _with_sign(op, _magnitudes(height, width, 10)[op, level], uniform[:, 3:])
 
 
 def apply_ops(images: torch.Tensor, ops: Ops, fill: int = 0) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from harness.counters import generator
+from harness.counters import SampleStreams, generator
 from harness.data.cache import decode_split
 from harness.data.pixels import epoch_order, gather
 from harness.errors import UserError
@@ -16,6 +16,10 @@ from tricks import augment, autoaugment
 from tricks.cutmix import cutmix_batch, draw_cutmix
 from tricks.mixup import draw_mixup, mixup_batch, neighbour_pairs
 from tricks.tta import tta_views
+
+# The rule by which a batch is drawn, as checkpoints name it: a checkpoint of another rule would go
+# on with other draws. Whoever changes the rule renames it, see harness.training.state.CONTINUED_BY
+DRAWS = "by sample"
 
 
 class Samples(NamedTuple):
@@ -105,9 +109,10 @@ class Views:
             raise ValueError(f"stored must be at least the size, {size}, got {stored}")
 
     def draw(self, n, rng, flips=None):
-        """Draw for a whole batch of n, on the CPU: tensors (or tuples of them) of length n.
+        """Draw for n samples, on the CPU: tensors (or tuples of them) of length n.
 
-        flips: bool (n,), what is mirrored, instead of a draw.
+        rng: harness.counters.SampleStreams of them, or a torch.Generator. flips: bool (n,), what
+        is mirrored, instead of a draw.
         """
         size, draw = self.size, {}
         if self.augment != "none" and self.crop_scale:
@@ -211,33 +216,38 @@ def draw_mixing(mixup_alpha, cutmix_alpha, prob, size, rng):
 def train_batches(split, views, accelerator, *, batch_size, accumulation, seed, total_steps):
     """A function of the first step -> iterator over the steps' batches, each a list of Parts.
 
-    The order of an epoch is permutation(seed, epoch) and the draws are made for the whole batch
-    from (seed, step); then the batch is cut into accumulation × processes equal parts, so neither
-    depends on how many share the work. With CUDA, a thread keeps two batches ahead of it.
+    The order of an epoch is permutation(seed, epoch), and a sample's draws are a function of (seed,
+    step, its place in the whole batch). The batch is cut into accumulation × processes equal parts,
+    and each process draws for its own, so neither depends on how many share the work. With CUDA, a
+    thread keeps two batches ahead of it.
     """
     device, rank = accelerator.device, accelerator.process_index
     processes = accelerator.num_processes
     n = batch_size // (accumulation * processes)
     per_epoch = len(split.labels) // batch_size
+    # The places of this process's samples in the whole batch, a row a part
+    places = torch.arange(batch_size).view(accumulation, processes, n)[:, rank]
     order = {}  # of one epoch, the last one used
     first = None
     if views.alternating:
         first = augment.draw_flips(len(split.labels), views.flip_prob, generator(seed, "flips"))
 
     def parts_of(step):
-        epoch, place = divmod(step, per_epoch)
+        epoch, batch = divmod(step, per_epoch)
         if epoch not in order:
             order.clear()
             order[epoch] = epoch_order(len(split.labels), seed, epoch)
-        rows = order[epoch][place * batch_size : (place + 1) * batch_size]
-        flips = None if first is None else augment.alternate_flips(first[rows], epoch)
-        draw = views.draw(batch_size, generator(seed, "views", step), flips)
+        rows = order[epoch][batch * batch_size + places]
+        flips = None
+        if first is not None:
+            flips = augment.alternate_flips(first[rows.flatten()], epoch)
+        streams = SampleStreams(seed, "views", step, places=places.flatten())
+        draw = views.draw(places.numel(), streams, flips)
         parts = []
-        for turn in range(accumulation):
-            start = (turn * processes + rank) * n
-            mine = slice(start, start + n)
-            images, labels = split.take(rows[mine], device)
-            parts.append(Part(images, labels, {k: _cut(v, mine) for k, v in draw.items()}))
+        for number, index in enumerate(rows):
+            images, labels = split.take(index, device)
+            part = slice(number * n, (number + 1) * n)
+            parts.append(Part(images, labels, {k: _cut(v, part) for k, v in draw.items()}))
         return parts
 
     def from_step(first):

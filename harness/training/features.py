@@ -19,7 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import StochasticDepth
 from tqdm.auto import tqdm
 
-from harness.counters import generator
+from harness.counters import SampleStreams
 from harness.data.batches import Samples, mixes
 from harness.data.sources import stratified_order
 from harness.errors import StopAsked, UserError
@@ -48,8 +48,8 @@ class CachedViews:
         self.views = views
 
     def draw(self, n, rng, flips=None):
-        """Draw which view each of n samples shows; flips are for images."""
-        return {"view": torch.randint(self.views, (n,), generator=rng)}
+        """Draw which view each of n samples shows, from SampleStreams; flips are for images."""
+        return {"view": (rng(n, 1).squeeze(1) * self.views).long()}
 
     def train(self, features, draw):
         """The drawn view of each sample (n, ...)."""
@@ -143,7 +143,7 @@ def view_batch(samples, views, start, view, seed, device="cpu"):
     images, labels = samples.take(index, torch.device(device))
     if view == 0:
         return views.evaluation(images), labels
-    draw = views.draw(len(index), generator(seed, "features", view, start))
+    draw = views.draw(len(index), SampleStreams(seed, "features", view, places=index))
     return views.train(images, draw), labels
 
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from harness.cli import flags
 from harness.counters import seed_of
+from harness.data.batches import DRAWS
 from harness.errors import RunStopped, StopAsked, UserError
 from harness.files import DIGEST, replace_file, result_bytes
 from harness.models.weights import clean_state_dict
@@ -494,6 +495,7 @@ class Run:
         counters = {
             "step": self.step,
             "identity": self.identity,
+            "draws": DRAWS,
             "interval": self._interval.tolist(),
             "epoch": self._epoch.tolist(),
             "nonfinite": [self.nonfinite, self._in_a_row],

@@ -8,12 +8,16 @@ import torch
 from accelerate.utils import broadcast, broadcast_object_list
 
 from harness.cli.flags import OPERATIONAL
+from harness.data.batches import DRAWS
 from harness.errors import UserError
 from harness.models.weights import clean_state_dict, plain_state_dict
 from harness.processes import on_main
 from harness.training.checkpoint import Damaged, load_checkpoint, newest_valid
 from harness.training.folder import check_nothing_lost, is_cleared
 
+# The last commit that continues a checkpoint of an older rule of drawing. "by batch", by which
+# every process drew for the whole batch, is what checkpoints had before they named a rule
+CONTINUED_BY = {"by batch": "b75d8de"}
 UNSCORED = ["epoch", "loss", "mixed_acc", "steps", "images_per_second"]  # of an epoch's end
 SUMS = ("loss", "mixed_acc", "grad_norm")  # what is summed over the steps of an interval
 
@@ -116,14 +120,15 @@ def find_checkpoint(asked, folder, accelerator, say, overwrite=False):
 def check_state(path, saved):
     """A checkpoint's state.json, with what an older version did not write.
 
-    Raises UserError unless it says where a run is.
+    Raises UserError unless it says where a run is, and for another rule of drawing.
     """
     if isinstance(saved, dict):
-        saved = {"nonfinite": [0, 0], "threads": [], "unscored": None} | saved
+        saved = {"nonfinite": [0, 0], "threads": [], "unscored": None, "draws": "by batch"} | saved
     sums = len(SUMS) + 1
     checks = {
         "step": lambda v: type(v) is int and v >= 0,
         "identity": lambda v: isinstance(v, dict),
+        "draws": lambda v: isinstance(v, str),
         "interval": lambda v: len(v) == sums and all(isinstance(x, float) for x in v),
         "epoch": lambda v: len(v) == sums and all(isinstance(x, float) for x in v),
         "nonfinite": lambda v: len(v) == 2 and all(type(n) is int and n >= 0 for n in v),
@@ -140,7 +145,21 @@ def check_state(path, saved):
             known = False
         if not known:
             raise UserError(f"{path}/state.json has no usable {name}")
+    _check_draws(path, saved["draws"])
     return saved
+
+
+def _check_draws(path, rule):
+    """Raise UserError, with what continues it, unless a checkpoint is of this rule of drawing."""
+    if rule == DRAWS:
+        return
+    who = "a newer version may continue"
+    if rule in CONTINUED_BY:
+        who = f"commit {CONTINUED_BY[rule]} is the last that continues"
+    raise UserError(
+        f"{path} was written with augmentation drawn {rule}, this version draws it {DRAWS}: {who} "
+        "it, or give another --run_name to start anew"
+    )
 
 
 def check_identity(path, saved, ours, given):

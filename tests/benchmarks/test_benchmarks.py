@@ -39,11 +39,11 @@ def test_sides_take_turns_after_a_round_that_warms_up():
     assert {name: len(seconds) for name, seconds in taken.items()} == {"a": 2, "b": 2}
 
 
-def test_on_paper_the_whole_batch_is_drawn_by_every_process():
-    parts = {"draw": 1000.0, "gather": 1000.0, "augment": 10.0, "decode": 10.0}
+def test_on_paper_every_process_draws_and_gathers_its_part():
+    parts = {"draw": 1000.0, "gather": 2000.0, "augment": 10.0, "decode": 10.0}
     stages = {stage: speed for stage, speed, _ in growth.on_paper(parts)}
-    assert stages["draw, one thread a process"] == 1000
-    assert stages["gather, one thread a process"] == 8000
+    assert stages["draw, one thread a process"] == 8000
+    assert stages["gather, one thread a process"] == 16000
     assert "The bottleneck is *draw, one thread a process*" in growth.paper_text(parts)
     measured = dict(parts, **{"augment on a GPU": 100.0})
     stages = {stage: speed for stage, speed, _ in growth.on_paper(measured)}

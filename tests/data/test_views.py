@@ -11,10 +11,11 @@ from PIL import Image
 from torchvision.transforms.functional import center_crop, normalize, resized_crop
 
 from harness.cli.flags import AUGMENTS
-from harness.counters import generator
+from harness.counters import SampleStreams, generator
 from harness.data.batches import Part, Samples, Views, _cut, draw_mixing, train_batches
 from harness.data.pixels import decode_image
 from harness.models.weights import find_weights
+from harness.training.features import CachedViews
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -39,19 +40,33 @@ def same(one, other):
     return len(one) == len(other) and all(map(same, *values))
 
 
+def streams(step=0, seed=42, places=range(BATCH)):
+    return SampleStreams(seed, "views", step, places=torch.tensor(list(places)))
+
+
 # --- views ---
 
 
 @pytest.mark.parametrize("augment", AUGMENTS)
 def test_draws_are_a_function_of_seed_and_step(augment):
     views = make_views(augment)
-    first = views.draw(BATCH, generator(42, "views", 7))
+    first = views.draw(BATCH, streams(7))
     torch.manual_seed(1)  # the global state has no say
     state = torch.get_rng_state()
-    assert same(first, views.draw(BATCH, generator(42, "views", 7)))
+    assert same(first, views.draw(BATCH, streams(7)))
     assert torch.equal(state, torch.get_rng_state())
-    for other in (generator(42, "views", 8), generator(43, "views", 7)):
+    for other in (streams(8), streams(7, seed=43)):
         assert not same(first, views.draw(BATCH, other))
+
+
+@pytest.mark.parametrize("augment", AUGMENTS)
+@pytest.mark.parametrize("changes", [{}, {"stored": 17, "crop_scale": 0.35}], ids=["", "larger"])
+def test_unequal_parts_are_drawn_as_the_whole(augment, changes):
+    views = make_views(augment, **changes)
+    whole = views.draw(BATCH, streams(7))
+    for start, stop in ((0, 1), (1, 8), (8, 19), (19, BATCH)):
+        part = views.draw(stop - start, streams(7, places=range(start, stop)))
+        assert same(part, {k: _cut(v, slice(start, stop)) for k, v in whole.items()})
 
 
 @pytest.mark.parametrize(
@@ -276,14 +291,15 @@ def make_split():
 
 
 def run_batches(
-    processes=1, accumulation=1, first=0, total=TOTAL, device=CPU, seed=SEED, **changes
-):
+    processes=1, accumulation=1, first=0, total=TOTAL, device=CPU, seed=SEED, batch_size=BATCH,
+    views=None, **changes,
+):  # fmt: skip
     """[step][process] -> Parts, as every process of a run would get them."""
-    split, views = make_split(), make_views(**changes)
+    split, views = make_split(), views or make_views(**changes)
     runs = []
     for rank in range(processes):
         accelerator = SimpleNamespace(device=device, process_index=rank, num_processes=processes)
-        batches = train_batches(split, views, accelerator, batch_size=BATCH, seed=seed,
+        batches = train_batches(split, views, accelerator, batch_size=batch_size, seed=seed,
                                 accumulation=accumulation, total_steps=total)  # fmt: skip
         runs.append(list(batches(first)))
     return list(zip(*runs, strict=True))
@@ -319,15 +335,58 @@ def test_a_batch_is_a_slice_of_the_epochs_order():
     assert not torch.equal(steps[0].labels, join(run_batches(seed=6, total=1)[0]).labels)
 
 
-@pytest.mark.parametrize(("processes", "accumulation"), [(2, 1), (1, 2), (2, 2), (4, 3)])
-def test_the_whole_batch_does_not_depend_on_who_shares_it(processes, accumulation):
-    alone, shared = run_batches(), run_batches(processes, accumulation)
-    assert len(alone) == len(shared)
+SHARED = [(p, a, BATCH) for p in (1, 2, 4) for a in (1, 2, 3)]
+SHARED += [(5, 1, 30), (3, 5, 105), (1, 7, 35), (7, 1, 7)]  # odd batches and parts
+
+
+@pytest.mark.parametrize(("processes", "accumulation", "batch_size"), SHARED)
+@pytest.mark.parametrize("alternating", [False, True])
+def test_the_whole_batch_does_not_depend_on_who_shares_it(
+    processes, accumulation, batch_size, alternating
+):
+    how = {"batch_size": batch_size, "alternating": alternating}
+    alone, shared = run_batches(**how), run_batches(processes, accumulation, **how)
+    assert len(alone) == len(shared) == TOTAL
+    views = make_views(alternating=alternating)
     for one, several in zip(alone, shared, strict=True):
         assert [len(parts) for parts in several] == [accumulation] * processes
-        n = BATCH // (processes * accumulation)
+        n = batch_size // (processes * accumulation)
         assert {len(p.labels) for parts in several for p in parts} == {n}
         assert same(join(one), join(several))
+        seen = [views.train(part.images, part.draw) for parts in one for part in parts]
+        cut = [views.train(p.images, p.draw) for turn in zip(*several, strict=True) for p in turn]
+        assert torch.equal(torch.cat(seen), torch.cat(cut))
+
+
+@pytest.mark.parametrize(("processes", "accumulation", "batch_size"), SHARED)
+def test_a_process_draws_for_its_own_images_only(processes, accumulation, batch_size):
+    views, drawn = make_views(), []
+    real = views.draw
+    views.draw = lambda n, rng, flips: drawn.append(n) or real(n, rng, flips)
+    run_batches(processes, accumulation, total=3, batch_size=batch_size, views=views)
+    assert drawn == [batch_size // processes] * 3 * processes  # one call a step and process
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(2, 1), (4, 1), (1, 3), (2, 3), (3, 2)])
+def test_pairs_are_mixed_as_in_the_whole_batch(processes, accumulation):
+    alone, shared = run_batches(total=4), run_batches(processes, accumulation, total=4)
+    kinds = set()
+    for step, (one, several) in enumerate(zip(alone, shared, strict=True)):
+        mix = draw_mixing(100, 100, 1.0, SIZE, generator(SEED, "mixing", step))
+        kinds.add(kind_of(mix))
+        whole = mix(one[0][0].images.float(), one[0][0].labels.view(-1, 1).float())
+        mixed = [
+            mix(part.images.float(), part.labels.view(-1, 1).float())
+            for turn in zip(*several, strict=True) for part in turn
+        ]  # fmt: skip
+        assert same(whole, [torch.cat(t) for t in zip(*mixed, strict=True)])
+    assert kinds == {"mixup", "cutmix"}
+
+
+def test_features_of_a_batch_show_the_same_views_whoever_shares_it():
+    one, several = (run_batches(*how, views=CachedViews(3)) for how in ((), (2, 3)))
+    assert all(same(join(a), join(b)) for a, b in zip(one, several, strict=True))
+    assert {int(v) for step in one for v in step[0][0].draw["view"]} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("first", [1, 4, 6, TOTAL])

@@ -1,4 +1,7 @@
-"""What each released version wrote is read by this one (made by make_golden.py)."""
+"""What each released version wrote is read by this one (made by make_golden.py).
+
+Checkpoints that were drawn by another rule are refused; results are read always.
+"""
 
 import contextlib
 import json
@@ -12,11 +15,14 @@ import torch
 import smallruns
 from harness.data.batches import decode_splits
 from harness.data.sources import load_data
+from harness.errors import UserError
 from harness.models.trained import load_model, read_trained
 from harness.training.scoring import evaluate
+from harness.training.state import check_state
 from tricks.augment import normalize_batch
 
 VERSIONS = sorted(path for path in make_golden.GOLDEN.iterdir() if path.is_dir())
+BY_BATCH = ["0.1"]  # whose checkpoints are of an older rule of drawing
 
 
 def test_there_are_some_and_they_are_small():
@@ -26,7 +32,9 @@ def test_there_are_some_and_they_are_small():
 
 
 @pytest.mark.everyday
-@pytest.mark.parametrize("version", VERSIONS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "version", [v for v in VERSIONS if v.name not in BY_BATCH], ids=lambda path: path.name
+)
 def test_a_checkpoint_goes_on(version, tmp_path):
     shutil.copytree(version / "run", tmp_path / "run")
     (tmp_path / "run" / "model.safetensors").unlink()
@@ -42,6 +50,39 @@ def test_a_checkpoint_goes_on(version, tmp_path):
         assert found[step] == pytest.approx(expected[step], abs=1e-6), step
 
 
+@pytest.mark.everyday
+@pytest.mark.parametrize("asked", ["auto", "path"])
+@pytest.mark.parametrize("version", BY_BATCH)
+def test_a_checkpoint_of_an_older_rule_is_refused(version, asked, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(make_golden.GOLDEN / version / "run", folder)
+    before = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    checkpoint = folder / "checkpoints" / "step-00000004"
+    with make_golden.tiny(), pytest.raises(UserError) as refused:
+        smallruns.train(
+            tmp_path, **make_golden.FLAGS,
+            resume_from_checkpoint="auto" if asked == "auto" else checkpoint,
+        )  # fmt: skip
+    assert str(refused.value) == (
+        f"{checkpoint} was written with augmentation drawn by batch, this version draws it by "
+        "sample: commit b75d8de is the last that continues it, or give another --run_name to start "
+        "anew"
+    )
+    after = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file() and f.name != ".lock"}
+    assert after == before
+
+
+def test_a_checkpoint_of_a_rule_that_is_not_known_yet_is_refused():
+    state = make_golden.GOLDEN / "0.2/run/checkpoints/step-00000004/state.json"
+    saved = json.loads(state.read_text())
+    assert check_state("there", saved) == saved
+    with pytest.raises(UserError, match=r"by moonlight, .* draws it by sample: a newer version"):
+        check_state("there", {**saved, "draws": "by moonlight"})
+    with pytest.raises(UserError, match="no usable draws"):
+        check_state("there", {**saved, "draws": 7})
+
+
+@pytest.mark.everyday
 @pytest.mark.parametrize("version", VERSIONS, ids=lambda path: path.name)
 def test_a_result_scores_the_same(version):
     with make_golden.tiny():

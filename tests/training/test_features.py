@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from harness.counters import generator
+from harness.counters import SampleStreams, generator
 from harness.data.batches import Samples, Views
 from harness.errors import UserError
 from harness.models import build
@@ -132,10 +132,11 @@ def test_kept_features_give_the_logits_of_the_network():
 def test_every_epoch_draws_a_view_of_every_image():
     kept = torch.arange(4 * 3).view(4, 3, 1).float()
     cached = features.CachedViews(3)
-    draw = cached.draw(4, generator(0, "views", 1))
+    draw = cached.draw(4, SampleStreams(0, "views", 1, places=torch.arange(4)))
     assert torch.equal(cached.train(kept, draw).squeeze(1), kept[range(4), draw["view"], 0])
     assert torch.equal(cached.evaluation(kept), kept[:, 0])
-    counts = torch.bincount(cached.draw(3000, generator(0, "views", 2))["view"], minlength=3)
+    streams = SampleStreams(0, "views", 2, places=torch.arange(3000))
+    counts = torch.bincount(cached.draw(3000, streams)["view"], minlength=3)
     assert counts.min() > 900
 
 

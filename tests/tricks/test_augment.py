@@ -322,6 +322,35 @@ def test_draws_come_from_the_generator_alone(draw):
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+def of_samples(chosen, width=40):
+    """A generator that is a function: it gives sample i the numbers of row i of one table."""
+    rows, columns = torch.rand(20, width, generator=seeded(), dtype=torch.float64), [0]
+
+    def numbers(n, k):
+        assert n == len(chosen)
+        columns.append(columns[-1] + k)
+        return rows[chosen, columns[-2] : columns[-1]]
+
+    return numbers
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda n, g: draw_crops(n, 4, g),
+        lambda n, g: draw_flips(n, generator=g),
+        lambda n, g: draw_resized_crops(n, 32, 32, generator=g),
+        lambda n, g: draw_erasing(n, 32, 32, p=0.5, generator=g),
+    ],
+    ids=["crops", "flips", "resized_crops", "erasing"],
+)
+def test_samples_with_numbers_of_their_own_are_drawn_alike_in_any_company(draw):
+    whole = draw(20, of_samples(list(range(20))))
+    assert len(whole.unique(dim=0)) > 1
+    for chosen in ([4], [19, 0, 7], list(range(3, 14))):
+        assert torch.equal(draw(len(chosen), of_samples(chosen)), whole[chosen])
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"scale .*\(0.5, 0.1\)"):
         draw_resized_crops(2, 8, 8, scale=(0.5, 0.1))

@@ -169,6 +169,16 @@ def test_draws_come_from_the_generator_alone(draw):
     assert first.op.dtype == torch.int64 and first.magnitude.dtype == torch.float32
 
 
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_samples_with_numbers_of_their_own_are_drawn_alike_in_any_company(draw):
+    rows = torch.rand(50, 9, generator=seeded(), dtype=torch.float64)
+    whole = draw(50, 32, 32, generator=lambda n, k: rows[:, :k])
+    assert len(whole.op.unique(dim=0)) > 10
+    for chosen in ([4], [49, 0, 7], list(range(3, 14))):
+        ours = draw(len(chosen), 32, 32, generator=lambda n, k, rows=rows[chosen]: rows[:, :k])
+        assert all(torch.equal(a, b[chosen]) for a, b in zip(ours, whole, strict=True))
+
+
 def assert_frequencies(counts: Counter, expected: dict, n: int) -> None:
     """Counts within four standard deviations of n · probability; nothing else was counted."""
     assert set(counts) <= {key for key, p in expected.items() if p > 0}
