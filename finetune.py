@@ -209,9 +209,8 @@ def train_stage(run, stage, optimizer, splits, look, classes, known):
         )  # fmt: skip
         for part in batch:  # one, unless gradients are accumulated
             with accelerator.accumulate(wrapped):
-                images = views.train(part.images, part.draw)
                 targets = F.one_hot(part.labels, len(classes)).float()
-                images, targets = mix(images, targets)
+                images, targets = mix(part.images, targets)
                 logits = wrapped(images)
                 loss = soft_cross_entropy(logits, smooth_labels(targets, args.label_smoothing))
                 accelerator.backward(loss)

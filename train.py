@@ -146,9 +146,8 @@ def main(args):
         )  # fmt: skip
         for part in batch:  # one, unless gradients are accumulated
             with accelerator.accumulate(model):
-                images = views.train(part.images, part.draw)
                 targets = F.one_hot(part.labels, len(data.classes)).float()
-                images, targets = mix(images, targets)
+                images, targets = mix(part.images, targets)
                 logits = model(resize_batch(images, size))
                 loss = soft_cross_entropy(logits, smooth_labels(targets, args.label_smoothing))
                 accelerator.backward(loss)

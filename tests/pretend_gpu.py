@@ -20,6 +20,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
@@ -250,6 +251,7 @@ def pretended(monkeypatch, device="cuda"):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a pretended GPU")
     monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
     monkeypatch.setattr(torch.cuda, "Event", gpu.event)
+    pretend_streams(monkeypatch)
     monkeypatch.setattr(torch._C, "_group_tensors_by_device_and_dtype", grouped)
     monkeypatch.setattr("harness.data.batches.ThreadPoolExecutor", gpu.pool)
     for script in ("train", "finetune"):
@@ -262,6 +264,15 @@ def pretended(monkeypatch, device="cuda"):
     finally:
         torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.benchmark = benchmark
+
+
+def pretend_streams(monkeypatch):
+    """CUDA's streams where there are none: one after the other."""
+    stream = SimpleNamespace(record_event=lambda: None, wait_event=lambda event: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
 
 
 def _armed(gpu, evaluate):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice, starmap
 from typing import NamedTuple
 
 import torch
@@ -66,9 +68,10 @@ def decode(split, image_column, size, accelerator=ALONE, **options):
 class Part(NamedTuple):
     """The slice of a step's batch that one forward pass of one process sees, on its device."""
 
-    images: torch.Tensor  # uint8 (n, 3, H, W), or kept features (n, views, ...)
+    images: (
+        torch.Tensor
+    )  # augmented and normalised (n, 3, H, W), float32; or kept features (n, ...)
     labels: torch.Tensor  # int64 (n,)
-    draw: dict  # what the training views drew for these images
 
 
 class Views:
@@ -214,12 +217,12 @@ def draw_mixing(mixup_alpha, cutmix_alpha, prob, size, rng):
 
 
 def train_batches(split, views, accelerator, *, batch_size, accumulation, seed, total_steps):
-    """A function of the first step -> iterator over the steps' batches, each a list of Parts.
+    """A function of the first step -> iterator over the steps' batches, each an iterator of Parts.
 
     The order of an epoch is permutation(seed, epoch), and a sample's draws are a function of (seed,
     step, its place in the whole batch). The batch is cut into accumulation × processes equal parts,
-    and each process draws for its own, so neither depends on how many share the work. With CUDA, a
-    thread keeps two batches ahead of it.
+    and each process draws for its own, so neither depends on how many share the work. Parts are
+    made when they are asked for; with CUDA two ahead, in a thread and on a stream of their own.
     """
     device, rank = accelerator.device, accelerator.process_index
     processes = accelerator.num_processes
@@ -228,46 +231,54 @@ def train_batches(split, views, accelerator, *, batch_size, accumulation, seed, 
     # The places of this process's samples in the whole batch, a row a part
     places = torch.arange(batch_size).view(accumulation, processes, n)[:, rank]
     order = {}  # of one epoch, the last one used
-    first = None
+    first_flips = None
     if views.alternating:
-        first = augment.draw_flips(len(split.labels), views.flip_prob, generator(seed, "flips"))
+        rng = generator(seed, "flips")
+        first_flips = augment.draw_flips(len(split.labels), views.flip_prob, rng)
 
-    def parts_of(step):
+    def part_of(step, turn):
         epoch, batch = divmod(step, per_epoch)
         if epoch not in order:
             order.clear()
             order[epoch] = epoch_order(len(split.labels), seed, epoch)
-        rows = order[epoch][batch * batch_size + places]
+        rows = order[epoch][batch * batch_size + places[turn]]
         flips = None
-        if first is not None:
-            flips = augment.alternate_flips(first[rows.flatten()], epoch)
-        streams = SampleStreams(seed, "views", step, places=places.flatten())
-        draw = views.draw(places.numel(), streams, flips)
-        parts = []
-        for number, index in enumerate(rows):
-            images, labels = split.take(index, device)
-            part = slice(number * n, (number + 1) * n)
-            parts.append(Part(images, labels, {k: _cut(v, part) for k, v in draw.items()}))
-        return parts
+        if first_flips is not None:
+            flips = augment.alternate_flips(first_flips[rows], epoch)
+        draw = views.draw(n, SampleStreams(seed, "views", step, places=places[turn]), flips)
+        images, labels = split.take(rows, device)
+        return Part(views.train(images, draw), labels)
 
     def from_step(first):
-        # On a CPU gathering is 0.1 % of a step, and a thread would take a core; MPS crashes where
-        # two threads issue work
-        if device.type != "cuda":
-            yield from map(parts_of, range(first, total_steps))
-            return
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            ahead = [pool.submit(parts_of, s) for s in range(first, min(first + 2, total_steps))]
-            for step in range(first, total_steps):
-                parts = ahead.pop(0).result()
-                if step + 2 < total_steps:
-                    ahead.append(pool.submit(parts_of, step + 2))
-                yield parts
+        steps = range(first, total_steps)
+        places = ((step, turn) for step in steps for turn in range(accumulation))
+        # On a CPU a thread would take a core; MPS crashes where two threads issue work
+        make = _two_ahead if device.type == "cuda" else starmap
+        parts = make(part_of, places)
+        for _ in steps:
+            yield islice(parts, accumulation)
 
     return from_step
 
 
-def _cut(draw, part):
-    if isinstance(draw, torch.Tensor):
-        return draw[part]
-    return type(draw)(*(tensor[part] for tensor in draw))
+def _two_ahead(function, arguments):
+    """As itertools.starmap, for a function that makes tensors on a CUDA device.
+
+    A small network's step is short: while it is under way, the host prepares the next parts.
+    """
+    stream = torch.cuda.Stream()
+
+    def make(each):
+        with torch.cuda.stream(stream):
+            return function(*each), stream.record_event()
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        ahead = deque(pool.submit(make, each) for each in islice(arguments, 2))
+        while ahead:
+            made, event = ahead.popleft().result()
+            ahead.extend(pool.submit(make, each) for each in islice(arguments, 1))
+            here = torch.cuda.current_stream()
+            here.wait_event(event)
+            for tensor in made:
+                tensor.record_stream(here)  # else its memory could be another's too early
+            yield made

@@ -2,7 +2,9 @@
 
 import io
 import math
+import time
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ import torchvision
 from PIL import Image
 from torchvision.transforms.functional import center_crop, normalize, resized_crop
 
+import pretend_gpu
 from harness.cli.flags import AUGMENTS
 from harness.counters import SampleStreams, generator
-from harness.data.batches import Part, Samples, Views, _cut, draw_mixing, train_batches
+from harness.data import batches
+from harness.data.batches import Samples, Views, draw_mixing, train_batches
 from harness.data.pixels import decode_image
 from harness.models.weights import find_weights
 from harness.training.features import CachedViews
@@ -290,31 +294,56 @@ def make_split():
     return Samples(pixels, rows, torch.arange(SAMPLES))
 
 
+class Untouched:
+    """Views that draw as others do, and give back what they should do in the place of doing it."""
+
+    def __init__(self, views):
+        self.draw, self.alternating = views.draw, views.alternating
+        self.flip_prob = getattr(views, "flip_prob", 0)
+
+    def train(self, images, draw):
+        return images, draw
+
+
+class Whole(NamedTuple):
+    """A batch as it would be on one process, in one part."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    draw: dict
+
+
 def run_batches(
     processes=1, accumulation=1, first=0, total=TOTAL, device=CPU, seed=SEED, batch_size=BATCH,
     views=None, **changes,
 ):  # fmt: skip
     """[step][process] -> Parts, as every process of a run would get them."""
-    split, views = make_split(), views or make_views(**changes)
+    split, views = make_split(), views or Untouched(make_views(**changes))
     runs = []
     for rank in range(processes):
         accelerator = SimpleNamespace(device=device, process_index=rank, num_processes=processes)
         batches = train_batches(split, views, accelerator, batch_size=batch_size, seed=seed,
                                 accumulation=accumulation, total_steps=total)  # fmt: skip
-        runs.append(list(batches(first)))
+        runs.append([list(parts) for parts in batches(first)])
     return list(zip(*runs, strict=True))
 
 
 def join(step):
     """The parts of one step as the whole batch: by turn of accumulation, then by process."""
     parts = [part for turn in zip(*step, strict=True) for part in turn]
-    names = parts[0].draw
-    return Part(
-        torch.cat([part.images for part in parts]),
+    images, draws = zip(*(part.images for part in parts), strict=True)
+    return Whole(
+        torch.cat(images),
         torch.cat([part.labels for part in parts]),
-        {name: [torch.cat(t) for t in zip(*(tensors(p.draw[name]) for p in parts), strict=True)]
-         for name in names},
+        {name: [torch.cat(t) for t in zip(*(tensors(draw[name]) for draw in draws), strict=True)]
+         for name in draws[0]},
     )  # fmt: skip
+
+
+def _cut(draw, part):
+    if isinstance(draw, torch.Tensor):
+        return draw[part]
+    return type(draw)(*(tensor[part] for tensor in draw))
 
 
 def tensors(draw):
@@ -353,8 +382,8 @@ def test_the_whole_batch_does_not_depend_on_who_shares_it(
         n = batch_size // (processes * accumulation)
         assert {len(p.labels) for parts in several for p in parts} == {n}
         assert same(join(one), join(several))
-        seen = [views.train(part.images, part.draw) for parts in one for part in parts]
-        cut = [views.train(p.images, p.draw) for turn in zip(*several, strict=True) for p in turn]
+        seen = [views.train(*part.images) for parts in one for part in parts]
+        cut = [views.train(*p.images) for turn in zip(*several, strict=True) for p in turn]
         assert torch.equal(torch.cat(seen), torch.cat(cut))
 
 
@@ -364,7 +393,7 @@ def test_a_process_draws_for_its_own_images_only(processes, accumulation, batch_
     real = views.draw
     views.draw = lambda n, rng, flips: drawn.append(n) or real(n, rng, flips)
     run_batches(processes, accumulation, total=3, batch_size=batch_size, views=views)
-    assert drawn == [batch_size // processes] * 3 * processes  # one call a step and process
+    assert drawn == [batch_size // processes // accumulation] * 3 * processes * accumulation
 
 
 @pytest.mark.parametrize(("processes", "accumulation"), [(2, 1), (4, 1), (1, 3), (2, 3), (3, 2)])
@@ -374,9 +403,9 @@ def test_pairs_are_mixed_as_in_the_whole_batch(processes, accumulation):
     for step, (one, several) in enumerate(zip(alone, shared, strict=True)):
         mix = draw_mixing(100, 100, 1.0, SIZE, generator(SEED, "mixing", step))
         kinds.add(kind_of(mix))
-        whole = mix(one[0][0].images.float(), one[0][0].labels.view(-1, 1).float())
+        whole = mix(one[0][0].images[0].float(), one[0][0].labels.view(-1, 1).float())
         mixed = [
-            mix(part.images.float(), part.labels.view(-1, 1).float())
+            mix(part.images[0].float(), part.labels.view(-1, 1).float())
             for turn in zip(*several, strict=True) for part in turn
         ]  # fmt: skip
         assert same(whole, [torch.cat(t) for t in zip(*mixed, strict=True)])
@@ -384,9 +413,10 @@ def test_pairs_are_mixed_as_in_the_whole_batch(processes, accumulation):
 
 
 def test_features_of_a_batch_show_the_same_views_whoever_shares_it():
-    one, several = (run_batches(*how, views=CachedViews(3)) for how in ((), (2, 3)))
+    views = Untouched(CachedViews(3))
+    one, several = (run_batches(*how, views=views) for how in ((), (2, 3)))
     assert all(same(join(a), join(b)) for a, b in zip(one, several, strict=True))
-    assert {int(v) for step in one for v in step[0][0].draw["view"]} == {0, 1, 2}
+    assert {int(v) for step in one for v in join(step).draw["view"][0]} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("first", [1, 4, 6, TOTAL])
@@ -397,17 +427,44 @@ def test_a_resumed_run_gets_the_batches_it_would_have_got(first):
         assert same(join(one), join(other))
 
 
-def test_the_thread_that_works_ahead_keeps_the_order():
-    """On another device than the CPU; "meta" has no values, but draws and sizes are there."""
-    for first in (0, 3, TOTAL - 1, TOTAL):
-        plain, ahead = (
-            run_batches(first=first),
-            run_batches(first=first, device=torch.device("meta")),
-        )
-        assert len(plain) == len(ahead) == TOTAL - first
-        for one, other in zip(plain, ahead, strict=True):
-            assert same(join(one).draw, join(other).draw)
-            assert other[0][0].images.device.type == "meta"
+class Number(int):
+    def record_stream(self, stream):
+        pass
+
+
+@pytest.fixture
+def two_ahead(monkeypatch):
+    """What prepares parts for a GPU, without one."""
+    pretend_gpu.pretend_streams(monkeypatch)
+    return lambda make, numbers: batches._two_ahead(make, ((Number(k),) for k in numbers))
+
+
+def test_the_thread_keeps_the_order_and_is_two_ahead(two_ahead):
+    begun, ended = [], []
+
+    def make(number):
+        begun.append(number)
+        return [number]
+
+    for (number,) in two_ahead(make, range(20)):
+        ended.append(number)
+        time.sleep(0.01)
+        assert len(begun) == min(len(ended) + 2, 20)
+    assert begun == ended == list(range(20))
+    assert list(two_ahead(make, [])) == []
+
+
+def test_what_the_thread_raises_comes_at_its_place(two_ahead):
+    def make(number):
+        if number == 3:
+            raise ZeroDivisionError
+        return [number]
+
+    seen = []
+    with pytest.raises(ZeroDivisionError):
+        for (number,) in two_ahead(make, range(9)):
+            seen.append(number)
+    assert seen == [0, 1, 2]
 
 
 def test_alternating_flips_show_every_image_both_ways_in_two_epochs():
@@ -428,6 +485,6 @@ def test_alternating_flips_show_every_image_both_ways_in_two_epochs():
 
 def test_alternating_flips_leave_every_other_draw_as_it_is():
     for one, other in zip(run_batches(), run_batches(alternating=True), strict=True):
-        (one,), (other,) = one[0], other[0]
-        assert not torch.equal(one.draw.pop("flip"), other.draw.pop("flip"))
-        assert same(one.draw, other.draw)
+        one, other = join(one).draw, join(other).draw
+        assert not torch.equal(one.pop("flip")[0], other.pop("flip")[0])
+        assert same(one, other)
