@@ -40,6 +40,7 @@ from harness.counters import generator
 from harness.data.batches import decode_splits, draw_mixing, make_views, mixes, train_batches
 from harness.launch import make_accelerator, script
 from harness.models import build
+from harness.models.heads import start_heads
 from harness.models.trained import seen_before
 from harness.models.weights import find_weights, load_pretrained
 from harness.pictures import save_train_batch
@@ -48,6 +49,7 @@ from harness.training import features, plan
 from harness.training import stages as staging
 from harness.training.folder import check_folder
 from harness.training.optimizers import make_optimizer
+from harness.training.probe import can_start_from_probe, fit_probe, start_from_probe
 from harness.training.run import Run, check_batch
 from harness.training.scoring import evaluate, score
 from harness.training.verify import verify_resume
@@ -84,6 +86,8 @@ def main(args):
     how = "own" if args.init == "auto" and pretrained.state else args.init
     initialised = build.initialise(model, how, generator(args.seed, "init"))
     loaded = load_pretrained(model, pretrained, data.classes)
+    if loaded.head_is_new and pretrained.state:
+        initialised = start_heads(model, look.size, generator(args.seed, "head"))
     model.to(device, memory_format=torch.channels_last)
 
     # strategy: a list of stages, each a function of the optimizer step
@@ -93,13 +97,20 @@ def main(args):
             progress=accelerator.is_local_main_process,
         ))  # fmt: skip
 
-    strategy, reason, splits, known = args.strategy, "as asked", None, {}
+    def fit(whole):
+        views = make_views(args, look)
+        return fit_probe(
+            accelerator, model, splits, views, len(data.classes), args.seed, known, whole
+        )
+
+    strategy, reason, splits, known, probe = args.strategy, "as asked", None, {}, None
+    from_probe = args.strategy in ("auto", "feature_extraction") and loaded.head_is_new
+    from_probe = from_probe and can_start_from_probe(model, look.size)
     if strategy == "auto":
         splits = decode()
-        views = make_views(args, look)
-        strategy, reason = features.choose(
-            accelerator, model, splits, views, len(data.classes), args.seed, known
-        )
+        probe = fit(whole=False)
+        per_class = len(data.train) / len(data.classes)
+        strategy, reason = staging.choose_strategy(per_class, probe.accuracy, len(data.classes))
     blocks = build.blocks(model, args.model)
     stages = staging.make_stages(args, strategy, model, blocks, per_epoch)
     total = stages[-1].end
@@ -110,7 +121,8 @@ def main(args):
     idle = staging.idle_flags(args, strategy)
     reason += f"; {', '.join(idle)} not used" if idle else ""
 
-    machine |= {"weights": f"{loaded}; what is new: init {initialised}"}
+    initialised = "a linear probe of the features" if from_probe else f"init {initialised}"
+    machine |= {"weights": f"{loaded.text}; what is new: {initialised}"}
     rows = {"strategy": f"{strategy}: {reason}", "lr": f"{args.optimizer}: see the stages"}
     if seen := from_local_main(accelerator, lambda: seen_before(pretrained.recipes, data)):
         rows["note"] = (
@@ -122,6 +134,10 @@ def main(args):
     if args.dry_run:
         return
     splits = splits or decode()
+    if from_probe:
+        probe = probe or fit(whole=bool(cached))
+        start_from_probe(model, probe)
+        accelerator.print(f"probe        {probe.words}: the head starts from it")
     ema = ModelEma(model, args.ema_decay) if args.ema_decay else None
 
     # one optimizer for all stages: each gives it other groups
@@ -138,6 +154,8 @@ def main(args):
     )  # fmt: skip
 
     for stage in stages:
+        if stage.name not in cached:
+            known.clear()  # no later stage wants the features
         if run.step < stage.end:
             kept = known if stage.name in cached else None
             train_stage(run, stage, optimizer, splits, look, data.classes, kept)
@@ -150,6 +168,7 @@ def main(args):
         "strategy": strategy,
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": staging.trained_parameters(model, stages),
+        **({"probe": {"accuracy": probe.accuracy, "of": probe.source}} if probe else {}),
     }
     summary = run.finish(test_result if "test" in splits else None, facts)
     accelerator.print(plan.closing(summary, folder, run.tracking.line))

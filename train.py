@@ -38,6 +38,7 @@ from harness.data.batches import (
 )
 from harness.launch import make_accelerator, script
 from harness.models import build
+from harness.models.heads import start_heads
 from harness.models.weights import find_weights, load_pretrained
 from harness.pictures import save_train_batch
 from harness.processes import in_turn
@@ -80,6 +81,8 @@ def main(args):
     )
     initialised = build.initialise(model, args.init, generator(args.seed, "init"))
     loaded = load_pretrained(model, pretrained, data.classes)
+    if loaded.head_is_new and pretrained.state:
+        initialised = start_heads(model, look.size, generator(args.seed, "head"))
     start_size = build.check_start_size(model, args.model, args.start_size, look.size)
     build.check_part(model, part, start_size)
     model.to(device, memory_format=torch.channels_last)
@@ -94,7 +97,7 @@ def main(args):
     schedule = plan.SCHEDULES[args.schedule]
     warmup = min(round(args.warmup_epochs * len(data.train) / args.batch_size), total // 2)
 
-    machine |= {"weights": f"init {initialised}; {loaded}"}
+    machine |= {"weights": f"init {initialised}; {loaded.text}"}
     rows = {"lr": plan.rates(args, len(data.train), total, warmup)}
     accelerator.print(plan.text(args, machine, data, model, look, total, rows))
     if args.dry_run:

@@ -18,6 +18,7 @@ from torch import nn
 
 from harness.errors import UserError, nearest
 from harness.models import fastnet
+from harness.models.heads import HEADS, DropoutLinear, MlpHead, head, heads
 from tricks.whitening import whiten_conv_
 
 WHITENED = 5000  # images that the whitening layer is computed from
@@ -87,34 +88,6 @@ FAMILIES = {
 
 # Where timm's networks keep their blocks; those with none of these keep them at the top.
 TIMM_TRUNKS = ("blocks", "stages", "layers", "features")
-
-HEADS = ("linear", "mlp")
-
-
-class DropoutLinear(nn.Linear):
-    """A linear layer with dropout on its input; its state has the keys of a plain nn.Linear."""
-
-    p = 0.0
-
-    def forward(self, features):
-        return super().forward(nn.functional.dropout(features, self.p, self.training))
-
-    def extra_repr(self):
-        return f"{super().extra_repr()}, dropout={self.p}"
-
-
-class MlpHead(nn.Sequential):
-    """A head of two linear layers, with dropout before each and 256 features between them."""
-
-    def __init__(self, in_features, num_classes):
-        super().__init__(
-            nn.Dropout(0.5),
-            nn.Linear(in_features, 256),
-            nn.ReLU(inplace=True),
-            nn.Dropout(0.3),
-            nn.Linear(256, num_classes),
-        )
-
 
 # -- build ---------------------------------------------------------------------------------------
 
@@ -225,29 +198,13 @@ def resolve_stem(name, stem, image_size, library=None) -> str:
     return stem
 
 
-def head(model) -> tuple[str, nn.Module]:
-    """(name, module) of what gives the logits: Linear, squeezenet's Conv2d, or an MlpHead."""
-    modules = dict(model.named_modules())
-    for name, module in modules.items():
-        if isinstance(module, MlpHead):
-            return name, module
-    name = getattr(model, "pretrained_cfg", {}).get("classifier")  # timm says it itself
-    if isinstance(name, str) and name in modules:
-        return name, modules[name]
-    for kind in (nn.Linear, nn.Conv2d):
-        found = [(name, module) for name, module in modules.items() if isinstance(module, kind)]
-        if found:
-            return found[-1]
-    raise ValueError(f"{type(model).__name__} has neither a linear nor a convolutional layer")
-
-
 def blocks(model, name, library=None) -> list[tuple[str, ...]]:
     """The blocks of the network from the input to the head, each as names of what is in it.
 
     The names are those of modules and parameters, and together they hold every parameter once.
     What comes before the family's trunk is the first block, each child of the trunk is one, and so
     is each layer between trunk and head; but what has only norms and biases (parameters of one
-    dimension) goes with the block before it. The last block is the head alone.
+    dimension) goes with the block before it. The last block is the head alone, or all heads.
 
     model: from `build_model`; name, library: what it was built by.
     """
@@ -257,10 +214,11 @@ def blocks(model, name, library=None) -> list[tuple[str, ...]]:
     else:
         children = dict(model.named_children())
         trunk = next((child for child in TIMM_TRUNKS if child in children), "")
-    head_name, _ = head(model)
+    names = tuple(name for name, _ in heads(model))
+    opened = {trunk, *_parents(trunk), *(parent for name in names for parent in _parents(name))}
     found, stem = [], True
-    for part, parameters in _parts(model, {trunk, *_parents(trunk), *_parents(head_name)}):
-        if part == head_name or not parameters:
+    for part, parameters in _parts(model, opened):
+        if part in names or not parameters:
             continue
         in_trunk = not trunk or part.startswith(f"{trunk}.")
         if found and (all(p.ndim <= 1 for p in parameters) or (stem and not in_trunk)):
@@ -268,7 +226,7 @@ def blocks(model, name, library=None) -> list[tuple[str, ...]]:
         else:
             found.append((part,))
         stem = stem and not in_trunk
-    return [*found, (head_name,)]
+    return [*found, names]
 
 
 def _parts(module, opened, prefix=""):
@@ -367,13 +325,13 @@ def check_part(model, images, size):
 
 def describe(model) -> dict:
     """What the plan prints: counts of parameters, and the head as "fc: 512 → 256 → 10"."""
-    name, last = head(model)
-    layers = [m.weight for m in last.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    names = " and ".join(name for name, _ in heads(model))
+    layers = [m.weight for m in head(model)[1].modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     widths = [layers[0].shape[1], *(weight.shape[0] for weight in layers)]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "head": f"{name}: {' → '.join(map(str, widths))}",
+        "head": f"{names}: {' → '.join(map(str, widths))}",
     }
 
 
@@ -437,7 +395,30 @@ def _build_timm(name, num_classes, dropout, image_size):
     arguments = {} if dropout is None else {"drop_rate": dropout}
     if timm.get_pretrained_cfg(name).fixed_input_size:
         arguments["img_size"] = image_size
-    return timm.create_model(name, pretrained=False, num_classes=num_classes, **arguments)
+    model = timm.create_model(name, pretrained=False, num_classes=num_classes, **arguments)
+    model.head_names = _timm_heads(name)
+    return model
+
+
+def _timm_heads(name):
+    """The names of the layers that give a timm network's logits: those it would replace for others.
+
+    Its "classifier" may lack one (levit's `head_dist`).
+    """
+    import timm
+
+    with torch.device("meta"):  # shapes only
+        model = timm.create_model(name, pretrained=False, num_classes=7)
+        old = list(model.parameters())  # kept, so that no new one has the id of an old one
+        model.reset_classifier(7)
+    old = {id(parameter) for parameter in old}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and len(module.weight) == 7
+        and id(module.weight) not in old
+    ]
 
 
 def _set_dropout(model, p):
@@ -449,8 +430,7 @@ def _set_dropout(model, p):
     ]
     for module in own:
         module.p = p
-    if p and not own:
-        name, linear = head(model)
+    for name, linear in heads(model) if p and not own else ():
         with torch.device("meta"):  # draws nothing: the parameters are the old layer's
             new = DropoutLinear(linear.in_features, linear.out_features)
         new.weight, new.bias, new.p = linear.weight, linear.bias, p
@@ -458,17 +438,19 @@ def _set_dropout(model, p):
 
 
 def _set_mlp(model, architecture, num_classes):
-    name, last = head(model)
-    if not isinstance(last, nn.Linear):
-        kind = type(last).__name__
-        raise UserError(f"--head mlp: {architecture}'s last layer is a {kind}, not a linear one")
-    if isinstance(last, DropoutLinear):
-        raise UserError(
-            f"--dropout with --head mlp: {architecture} has no dropout of its own, and the mlp's "
-            "is 0.5 and 0.3"
-        )
-    with last.weight.device:
-        model.set_submodule(name, MlpHead(last.in_features, num_classes))
+    for name, last in heads(model):
+        if not isinstance(last, nn.Linear):
+            kind = type(last).__name__
+            raise UserError(
+                f"--head mlp: {architecture}'s last layer is a {kind}, not a linear one"
+            )
+        if isinstance(last, DropoutLinear):
+            raise UserError(
+                f"--dropout with --head mlp: {architecture} has no dropout of its own, and the "
+                "mlp's is 0.5 and 0.3"
+            )
+        with last.weight.device:
+            model.set_submodule(name, MlpHead(last.in_features, num_classes))
 
 
 # -- config.json ---------------------------------------------------------------------------------

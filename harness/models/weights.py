@@ -16,8 +16,9 @@ import torch
 from harness.data.preprocessing import Preprocessing, preprocessing_of
 from harness.errors import UserError, nearest
 from harness.files import is_lfs_pointer
-from harness.models.build import Family, family_of, head, library_of, one_line
+from harness.models.build import Family, family_of, library_of, one_line
 from harness.models.config import DATA_FLAGS, read_config
+from harness.models.heads import heads
 
 # Names in torchvision's older weight files -> names in its models now.
 OLD_KEYS = (
@@ -127,29 +128,37 @@ def load_weights(path) -> dict[str, torch.Tensor]:
     return state
 
 
-def load_pretrained(model, pretrained, classes=None) -> str:
-    """Load what `find_weights` found into the model, and return the line that says what was.
+class Loaded(NamedTuple):
+    """What `load_pretrained` did: in words, and whether the model kept its own heads."""
+
+    text: str
+    head_is_new: bool
+
+
+def load_pretrained(model, pretrained, classes=None) -> Loaded:
+    """Load what `find_weights` found into the model.
 
     classes: names of the model's classes in the order of the ids. The model keeps its own head
     where the loaded one is of another shape or kind, or where both know their classes and those
-    are others; the line says so. Position embeddings of torchvision's vit are resized to the
+    are others; the text says so. Position embeddings of torchvision's vit are resized to the
     model's. Any other mismatch is a UserError that lists the keys.
     """
     if pretrained.state is None:
-        return "no pretrained weights"
+        return Loaded("no pretrained weights", True)
     state = {_plain(key): value for key, value in pretrained.state.items()}
     message = f"weights {pretrained.label}"
-    name, _ = head(model)
+    names = [name for name, _ in heads(model)]
+    prefixes = tuple(f"{name}." for name in names)
     theirs, ours = (
-        {key: value for key, value in keys.items() if key.startswith(f"{name}.")}
+        {key: value for key, value in keys.items() if key.startswith(prefixes)}
         for keys in (state, clean_state_dict(model))
     )
     if why := _head_is_new(theirs, ours, pretrained.classes, classes):
         state = {key: value for key, value in state.items() if key not in theirs} | ours
-        message += f"; head {name} is new: {why}"
+        message += f"; head {' and '.join(names)} is new: {why}"
     state, resized = _resize_positions(model, state)
     load_state(model, state, pretrained.label)
-    return message + resized
+    return Loaded(message + resized, bool(why))
 
 
 def _head_is_new(theirs, ours, their_classes, our_classes):

@@ -205,6 +205,22 @@ def identity(data, look):
     }
 
 
+WORSE_THAN_PROBE = 0.03  # a result so far under the probe of its features is worth a word
+
+
+def under_probe(summary):
+    """The line for a result well under the linear probe of the features it began with, or ""."""
+    accuracy, probe = summary["accuracy"], summary.get("probe")
+    if accuracy is None or not probe or accuracy >= probe["accuracy"] - WORSE_THAN_PROBE:
+        return ""
+    less = (probe["accuracy"] - accuracy) * 100
+    return (
+        f"note         {less:.1f} points under a linear probe of the features it began with "
+        f"({probe['accuracy']:.1%} of {probe['of']} images): training lost what they knew; try "
+        "--strategy feature_extraction, --bn_mode eval or lower rates\n"
+    )
+
+
 def closing(summary, folder, tracked):
     """The last lines: what came out, and where it is."""
     split, accuracy = summary["split"], summary["accuracy"]
@@ -223,6 +239,7 @@ def closing(summary, folder, tracked):
     return (
         f"\n{score} ({summary['weights']} weights) after {summary['steps']:,} steps, "
         f"{summary['seconds']:.0f} s\n"
+        f"{under_probe(summary)}"
         f"result       {folder}/model.safetensors, config.json, summary.json\n"
         f"curves       {folder}/curves.png, train_batch.png, metrics.jsonl\n"
         f"tracked run  {tracked}"
