@@ -41,6 +41,7 @@ from harness.data.batches import decode_splits, draw_mixing, make_views, mixes, 
 from harness.launch import make_accelerator, script
 from harness.models import build
 from harness.models.heads import start_heads
+from harness.models.names import find_model
 from harness.models.trained import seen_before
 from harness.models.weights import find_weights, load_pretrained
 from harness.pictures import save_train_batch
@@ -68,7 +69,8 @@ def main(args):
     device = accelerator.device
     folder = check_folder(args, "finetune.py")
 
-    build.library_of(args.model)  # a mistyped name answers before a data set is looked for
+    # a mistyped name answers before a data set is looked for
+    in_turn(accelerator, lambda: find_model(args.model))
 
     # data, and how the weights want to see it
     data = plan.load(args, accelerator)
@@ -85,7 +87,7 @@ def main(args):
     )  # fmt: skip
     how = "own" if args.init == "auto" and pretrained.state else args.init
     initialised = build.initialise(model, how, generator(args.seed, "init"))
-    loaded = load_pretrained(model, pretrained, data.classes)
+    loaded = load_pretrained(model, pretrained, data.classes, args.weights_by_order)
     if loaded.head_is_new and pretrained.state:
         initialised = start_heads(model, look.size, generator(args.seed, "head"))
     model.to(device, memory_format=torch.channels_last)
@@ -123,7 +125,8 @@ def main(args):
 
     initialised = "a linear probe of the features" if from_probe else f"init {initialised}"
     machine |= {"weights": f"{loaded.text}; what is new: {initialised}"}
-    rows = {"strategy": f"{strategy}: {reason}", "lr": f"{args.optimizer}: see the stages"}
+    rows = {"prepared": plan.preprocessing_from(args, pretrained)}
+    rows |= {"strategy": f"{strategy}: {reason}", "lr": f"{args.optimizer}: see the stages"}
     if seen := from_local_main(accelerator, lambda: seen_before(pretrained.recipes, data)):
         rows["note"] = (
             f"{seen:,} of {len(data.val):,} val images were trained on by {args.weights}: the same "

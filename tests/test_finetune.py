@@ -13,7 +13,8 @@ import torch
 import faulty
 import smallruns
 from harness.models import build
-from harness.models.weights import load_state, load_weights
+from harness.models.reading import load_weights
+from harness.models.weights import load_state
 from harness.training.metrics import read_metrics
 from harness.training.run import Run
 

@@ -24,7 +24,8 @@ def plan(args, network, pictures, methods, machine) -> str:
     """What is about to happen, a fact a line."""
     look = network.look
     rows = {
-        "network": f"{network.name}, {look.size} px, {len(network.classes)} classes",
+        "network": f"{network.name}, {look.size} px, {len(network.classes)} classes"
+        + (f"; {network.words}" if network.words else ""),
         "images": f"{len(pictures)}, {pictures[0].source} to {pictures[-1].source}",
         "methods": ", ".join(methods),
         "device": f"{machine['device']}, {machine['threads']} CPU threads a process; maps in fp32",

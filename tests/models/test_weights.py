@@ -16,13 +16,13 @@ from harness.data.pixels import FILTERS
 from harness.data.preprocessing import Preprocessing
 from harness.errors import UserError
 from harness.models import build
+from harness.models.reading import load_weights
 from harness.models.weights import (
     Pretrained,
     clean_state_dict,
     find_weights,
     load_pretrained,
     load_state,
-    load_weights,
 )
 
 
