@@ -506,8 +506,12 @@ def model_config(
 
     classes: names in the order of the ids. mean, std: per channel, of pixels in [0, 1].
     stem: as resolved. crop_pct: what the network sees of the side of the resized image.
-    A torchvision ResNet with its standard stem and a linear head can be loaded by timm itself.
+    With a linear head, timm's networks can be loaded by timm itself, and so can a torchvision
+    ResNet with its standard stem.
     """
+    about_timm = _timm_facts(architecture) if library == "timm" else {}
+    if about_timm.get("fixed_input_size"):  # timm does not read it off input_size everywhere
+        arguments = {**(arguments or {}), "img_size": image_size}
     return {
         "architecture": architecture,
         "num_classes": len(classes),
@@ -519,6 +523,7 @@ def model_config(
             "mean": [float(m) for m in mean],
             "std": [float(s) for s in std],
             "num_classes": len(classes),
+            **about_timm,
         },
         **({"model_args": arguments} if arguments else {}),
         "library": library,
@@ -526,6 +531,15 @@ def model_config(
         "dropout": dropout,
         "head": head,
     }
+
+
+def _timm_facts(name):
+    """What timm's own loader has to know of a network beside the images it wants."""
+    import timm
+
+    cfg = timm.get_pretrained_cfg(name)
+    names = ("fixed_input_size", "first_conv", "classifier")
+    return {key: value for key in names if (value := getattr(cfg, key)) is not None}
 
 
 def rebuild_model(config) -> nn.Module:
