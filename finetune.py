@@ -44,7 +44,7 @@ from harness.models.heads import start_heads
 from harness.models.names import find_model
 from harness.models.trained import seen_before
 from harness.models.weights import find_weights, load_pretrained
-from harness.pictures import save_train_batch
+from harness.pictures import SHOWN, save_train_batch
 from harness.processes import from_local_main, in_turn
 from harness.training import features, plan
 from harness.training import stages as staging
@@ -192,7 +192,8 @@ def train_stage(run, stage, optimizer, splits, look, classes, known):
     if cached:
         if run.wants_picture():
             view = min(1, args.views - 1)
-            images, labels = features.view_batch(splits["train"], views, 0, view, args.seed)
+            number = min(args.batch_size, SHOWN)
+            images, labels = features.shown_batch(splits["train"], views, number, view, args.seed)
             targets = F.one_hot(labels, len(classes))
             save_train_batch(run.picture, views.to_pixels(images), targets, classes)
         network = features.cut_at_head(model).tail

@@ -447,7 +447,7 @@ class Hostile:
         ({"stages": "[{epochs: 1, train: {maxpool: 1}}]"}, "stage 1 maxpool: .*maxpool"),
         ({"stages": "[{epochs: 1, train: {conv1: 1, conv1.0: 1}}]"}, "conv1.0.*conv1"),
         ({"weights": "torn.safetensors"}, r"torn\.safetensors can't be read"),
-        ({"weights": "hostile.pth"}, r"hostile\.pth can't be read .*nothing in it was run"),
+        ({"weights": "hostile.pth"}, r"hostile\.pth .*nothing in it was run"),
         ({"weights": "absent.pth"}, r"no weights at .*absent\.pth"),
         ({"weights": "other.pth"}, r"other\.pth does not fit .*another shape: conv5"),
         ({"weights": "run"}, "holds a resnet18: add --model resnet18"),

@@ -619,7 +619,8 @@ def output_flags(parser, project):
     g = report_flags(parser, project)
     g.add_argument("--overwrite", action=Switch, help="replace the run of that name")
     g.add_argument("--log_model", action=Switch, help="upload the result as a W&B artifact")
-    bounded(g, "logging_steps", default=50, help="steps between metrics")
+    bounded(g, "logging_steps", default=50,
+            help="steps between metrics, which are written once an epoch at least")
     bounded(g, "eval_epochs", default=1,
             help="epochs between evaluations; the last epoch is always evaluated")
     bounded(g, "checkpointing_steps", default="epoch",

@@ -321,24 +321,25 @@ def _stored(spec, network):
     path, file = Path(spec), None
     if path.is_dir() or path.name == "model.safetensors":
         file = (path if path.is_dir() else path.parent) / "config.json"
-    return _described(spec, read_weights(spec), file, network)
+    return _described(spec, spec, file, network)
 
 
 def _on_hub(spec, network):
     """The weights of a model on the Hub."""
     file = model_file(spec, "config.json")
     path = model_file(spec, "model.safetensors", "pytorch_model.bin")
-    return _described(spec, read_weights(path), file, network)
+    return _described(spec, path, file, network)
 
 
-def _described(spec, weights, file, network):
-    """Pretrained, of weights and of the config.json `file` that is about them, if there is one."""
+def _described(spec, path, file, network):
+    """Pretrained, of the weights at `path` and of the config.json `file` about them, if any."""
     config = read_config(file) if file else {}
     name, library = config.get("architecture"), config.get("library")
     if name not in (None, network.name):
         raise UserError(f"{spec} holds a {name}: add --model {name}")
     if name and library not in (None, network.library):
         raise UserError(f"{spec} holds {library}'s {name}: add --model {library}/{name}")
+    weights = read_weights(path)
     classes, stem = config.get("label_names"), config.get("stem")
     cfg, origin = config.get("pretrained_cfg"), str(file)
     if cfg is None and network.library == "timm":

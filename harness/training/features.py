@@ -19,7 +19,8 @@ from torchvision.ops import StochasticDepth
 from tqdm.auto import tqdm
 
 from harness.counters import generator
-from harness.data.batches import Samples, mixes
+from harness.data.batches import Samples, cut, mixes
+from harness.data.pixels import epoch_order
 from harness.errors import UserError
 from harness.models.heads import (
     DropoutLinear,
@@ -140,6 +141,26 @@ def view_batch(samples, views, start, view, seed, device="cpu"):
         return views.evaluation(images), labels
     draw = views.draw(len(index), generator(seed, "features", view, start))
     return views.train(images, draw), labels
+
+
+def shown_batch(samples, views, number, view, seed):
+    """Up to `number` images as view `view` shows them, and their labels: those that come first.
+
+    Of the first epoch's order; what is drawn is what was drawn when their features were computed.
+    """
+    step, total = batch_starts(samples).step, len(samples.labels)
+    rows = epoch_order(total, seed, 0)[:number]
+    images, labels = samples.take(rows, torch.device("cpu"))
+    if view == 0:
+        return views.evaluation(images), labels
+    shown = []
+    for row, image in zip(rows.tolist(), images, strict=True):
+        start = row // step * step
+        size = min(step, total - start)
+        draw = views.draw(size, generator(seed, "features", view, start))
+        own = slice(row - start, row - start + 1)
+        shown.append(views.train(image.unsqueeze(0), {k: cut(v, own) for k, v in draw.items()}))
+    return torch.cat(shown), labels
 
 
 @torch.no_grad()

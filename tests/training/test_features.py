@@ -9,10 +9,12 @@ from torch import nn
 
 from harness.counters import generator
 from harness.data.batches import Samples, Views
+from harness.data.pixels import epoch_order
 from harness.errors import UserError
 from harness.models import build
 from harness.models.heads import heads, start_heads
 from harness.training import features, stages
+from harness.training.scoring import batch_starts
 from smallruns import build_parser
 from tricks.freeze import freeze_except
 
@@ -210,3 +212,17 @@ def test_a_zero_head_does_not_pass_for_features_that_can_be_kept():
     freeze_except(model, ["head"])
     assert not features.can_cache(model, SIZE, features.cut_at_head(model))
     assert not any(p.any() for _, head in heads(model) for p in head.parameters())
+
+
+def test_the_picture_shows_what_the_first_batch_was_computed_from():
+    """Shuffled, as training goes, and with the very crops and flips of the kept features."""
+    split = samples(600)
+    many = views()
+    every = [features.view_batch(split, many, start, 1, 7)[0] for start in batch_starts(split)]
+    every = torch.cat(every)
+    images, labels = features.shown_batch(split, many, 32, 1, 7)
+    order = epoch_order(600, 7, 0)[:32]
+    assert torch.equal(images, every[order]) and torch.equal(labels, split.labels[order])
+    assert order.tolist() != sorted(order.tolist())
+    first, _ = features.shown_batch(split, many, 32, 0, 7)
+    assert torch.equal(first, many.evaluation(split.take(order, torch.device("cpu"))[0]))
