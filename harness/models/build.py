@@ -440,6 +440,8 @@ def _timm_heads(name, arguments):
 
     with torch.device("meta"):  # shapes only
         model = timm.create_model(name, pretrained=False, num_classes=7, **arguments)
+        if not hasattr(model, "reset_classifier"):
+            return []  # an encoder alone, which is refused for what it returns
         old = list(model.parameters())  # kept, so that no new one has the id of an old one
         model.reset_classifier(7)
     old = {id(parameter) for parameter in old}

@@ -268,7 +268,8 @@ def find_weights(spec, name, stem="auto") -> Pretrained:
     network = find_model(name)
     if spec == "default" and network.hub:
         spec = network.hub
-    is_file = Path(spec).exists() or Path(spec).suffix or "/" in spec
+    is_file = Path(spec).exists() or Path(spec.rpartition(":")[0]).is_file()
+    is_file = is_file or Path(spec).suffix or "/" in spec
     if spec.startswith(PREFIX):
         found = _on_hub(spec, network)
     elif spec != "default" and is_file:

@@ -87,7 +87,7 @@ def fit_probe(accelerator, model, splits, views, classes, seed, known, whole=Fal
             layer = linear_probe(inputs(every), every.labels, classes, layer)
         return layer.requires_grad_(False), hits.double().mean().item()
 
-    layer, accuracy = from_main(accelerator, fit)
+    layer, accuracy = from_main(accelerator, fit, patient=True)
     source = "val" if val is not None else "held-out train"
     return Probe(layer, accuracy, len(scored.labels), source)
 
