@@ -39,6 +39,12 @@ def given(args) -> dict:
     return {name: value for name, value in flags.items() if value is not None}
 
 
+def as_given(args) -> str:
+    """The same in words."""
+    flags = ", ".join(f"--{name}" for name in given(args))
+    return f"; {flags} as given" if flags else ""
+
+
 def preprocessing_of(cfg, file) -> Preprocessing | None:
     """The preprocessing in timm's words, or None where one of them is missing."""
     three = "three numbers, each"

@@ -17,7 +17,7 @@ from torch import nn
 from harness.counters import generator
 from harness.data.listing import Images, scan
 from harness.data.pixels import decode_image
-from harness.data.preprocessing import Preprocessing, given
+from harness.data.preprocessing import Preprocessing, as_given, given
 from harness.data.sources import load_data
 from harness.data.stored import IMAGENET_STATISTICS
 from harness.errors import UserError, nearest
@@ -97,7 +97,9 @@ def find_network(args) -> Network:
     if loaded.head_is_new:
         raise UserError(f"{found.label} has no head to explain: {loaded.text}")
     name = args.model.removeprefix(PREFIX).replace("/", "-")
-    return Network(name, model.eval(), look, classes, None, f"{loaded.text}; images: {words}")
+    return Network(
+        name, model.eval(), look, classes, None, f"{loaded.text}; images: {words}{as_given(args)}"
+    )
 
 
 def classes_of(found, args):

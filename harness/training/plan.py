@@ -9,7 +9,7 @@ import numpy as np
 
 from harness.cli.tables import facts
 from harness.data.options import DataOptions
-from harness.data.preprocessing import Preprocessing, given
+from harness.data.preprocessing import Preprocessing, as_given, given
 from harness.data.sources import load_data
 from harness.models import build
 from harness.models.names import find_model
@@ -75,8 +75,7 @@ def preprocessing_from(args, pretrained):
     words = pretrained.origin or "the data set's own mean and std"
     if pretrained.state and not pretrained.origin:
         words = f"assumed ({words}): nothing beside the weights says how they want images"
-    flags = ", ".join(f"--{name}" for name in given(args))
-    return words + (f"; {flags} as given" if flags else "")
+    return words + as_given(args)
 
 
 def text(args, machine, data, model, look, total, rows):
@@ -226,8 +225,8 @@ def under_probe(summary):
     less = (probe["accuracy"] - accuracy) * 100
     return (
         f"note         {less:.1f} points under a linear probe of the features it began with "
-        f"({probe['accuracy']:.1%} of {probe['of']} images): training lost what they knew; try "
-        "--strategy feature_extraction, --bn_mode eval or lower rates\n"
+        f"({probe['accuracy']:.1%} of {probe['of']} images): training lost what they knew; lower "
+        "rates, fewer --epochs or --bn_mode eval may keep it\n"
     )
 
 
