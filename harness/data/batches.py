@@ -234,7 +234,7 @@ def train_batches(split, views, accelerator, *, batch_size, accumulation, seed, 
             start = (turn * processes + rank) * n
             mine = slice(start, start + n)
             images, labels = split.take(rows[mine], device)
-            parts.append(Part(images, labels, {k: cut(v, mine) for k, v in draw.items()}))
+            parts.append(Part(images, labels, {k: cut_draw(v, mine) for k, v in draw.items()}))
         return parts
 
     def from_step(first):
@@ -254,7 +254,7 @@ def train_batches(split, views, accelerator, *, batch_size, accumulation, seed, 
     return from_step
 
 
-def cut(draw, part):
+def cut_draw(draw, part):
     """The draws of a slice of a batch."""
     if isinstance(draw, torch.Tensor):
         return draw[part]

@@ -19,7 +19,7 @@ from torchvision.ops import StochasticDepth
 from tqdm.auto import tqdm
 
 from harness.counters import generator
-from harness.data.batches import Samples, cut, mixes
+from harness.data.batches import Samples, cut_draw, mixes
 from harness.data.pixels import epoch_order
 from harness.errors import UserError
 from harness.models.heads import (
@@ -159,7 +159,9 @@ def shown_batch(samples, views, number, view, seed):
         size = min(step, total - start)
         draw = views.draw(size, generator(seed, "features", view, start))
         own = slice(row - start, row - start + 1)
-        shown.append(views.train(image.unsqueeze(0), {k: cut(v, own) for k, v in draw.items()}))
+        shown.append(
+            views.train(image.unsqueeze(0), {k: cut_draw(v, own) for k, v in draw.items()})
+        )
     return torch.cat(shown), labels
 
 

@@ -12,7 +12,7 @@ from torchvision.transforms.functional import center_crop, normalize, resized_cr
 
 from harness.cli.flags import AUGMENTS
 from harness.counters import generator
-from harness.data.batches import Part, Samples, Views, _cut, draw_mixing, train_batches
+from harness.data.batches import Part, Samples, Views, cut_draw, draw_mixing, train_batches
 from harness.data.pixels import decode_image
 from harness.models.weights import find_weights
 
@@ -93,7 +93,7 @@ def test_views_of_parts_are_parts_of_the_views(augment, changes):
     for n in (1, 4, 12):
         for start in range(0, BATCH, n):
             part = slice(start, start + n)
-            cut = {name: _cut(value, part) for name, value in draw.items()}
+            cut = {name: cut_draw(value, part) for name, value in draw.items()}
             assert torch.equal(views.train(images[part], cut), whole[part])
 
 
