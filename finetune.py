@@ -38,16 +38,20 @@ import torch.nn.functional as F
 
 from harness.counters import generator
 from harness.data.batches import decode_splits, draw_mixing, make_views, mixes, train_batches
+from harness.data.pixels import epoch_order
 from harness.launch import make_accelerator, script
 from harness.models import build
+from harness.models.heads import start_heads
+from harness.models.names import find_model
 from harness.models.trained import seen_before
 from harness.models.weights import find_weights, load_pretrained
-from harness.pictures import save_train_batch
+from harness.pictures import SHOWN, save_train_batch
 from harness.processes import from_local_main, in_turn
 from harness.training import features, plan
 from harness.training import stages as staging
 from harness.training.folder import check_folder
 from harness.training.optimizers import make_optimizer
+from harness.training.probe import can_start_from_probe, fit_probe, start_from_probe
 from harness.training.run import Run, check_batch
 from harness.training.scoring import evaluate, score
 from harness.training.verify import verify_resume
@@ -66,7 +70,8 @@ def main(args):
     device = accelerator.device
     folder = check_folder(args, "finetune.py")
 
-    build.library_of(args.model)  # a mistyped name answers before a data set is looked for
+    # a mistyped name answers before a data set is looked for
+    in_turn(accelerator, lambda: find_model(args.model))
 
     # data, and how the weights want to see it
     data = plan.load(args, accelerator)
@@ -83,7 +88,9 @@ def main(args):
     )  # fmt: skip
     how = "own" if args.init == "auto" and pretrained.state else args.init
     initialised = build.initialise(model, how, generator(args.seed, "init"))
-    loaded = load_pretrained(model, pretrained, data.classes)
+    loaded = load_pretrained(model, pretrained, data.classes, args.weights_by_order)
+    if loaded.head_is_new and pretrained.state:
+        initialised = start_heads(model, look.size, generator(args.seed, "head"))
     model.to(device, memory_format=torch.channels_last)
 
     # strategy: a list of stages, each a function of the optimizer step
@@ -93,13 +100,20 @@ def main(args):
             verify=args.verify_cache,
         )  # fmt: skip
 
-    strategy, reason, splits, known = args.strategy, "as asked", None, {}
+    def fit(whole):
+        views = make_views(args, look)
+        return fit_probe(
+            accelerator, model, splits, views, len(data.classes), args.seed, known, whole
+        )
+
+    strategy, reason, splits, known, probe = args.strategy, "as asked", None, {}, None
+    from_probe = args.strategy in ("auto", "feature_extraction") and loaded.head_is_new
+    from_probe = from_probe and can_start_from_probe(model, look.size)
     if strategy == "auto":
         splits = decode()
-        views = make_views(args, look)
-        strategy, reason = features.choose(
-            accelerator, model, splits, views, len(data.classes), args.seed, known
-        )
+        probe = fit(whole=False)
+        per_class = len(data.train) / len(data.classes)
+        strategy, reason = staging.choose_strategy(per_class, probe.accuracy, len(data.classes))
     blocks = build.blocks(model, args.model)
     stages = staging.make_stages(args, strategy, model, blocks, per_epoch)
     total = stages[-1].end
@@ -110,8 +124,10 @@ def main(args):
     idle = staging.idle_flags(args, strategy)
     reason += f"; {', '.join(idle)} not used" if idle else ""
 
-    machine |= {"weights": f"{loaded}; what is new: init {initialised}"}
-    rows = {"strategy": f"{strategy}: {reason}", "lr": f"{args.optimizer}: see the stages"}
+    initialised = "a linear probe of the features" if from_probe else f"init {initialised}"
+    machine |= {"weights": f"{loaded.text}; what is new: {initialised}"}
+    rows = {"prepared": plan.preprocessing_from(args, pretrained)}
+    rows |= {"strategy": f"{strategy}: {reason}", "lr": f"{args.optimizer}: see the stages"}
     if seen := from_local_main(accelerator, lambda: seen_before(pretrained.recipes, data)):
         rows["note"] = (
             f"{seen:,} of {len(data.val):,} val images were trained on by {args.weights}: the same "
@@ -122,6 +138,10 @@ def main(args):
     if args.dry_run:
         return
     splits = splits or decode()
+    if from_probe:
+        probe = probe or fit(whole=bool(cached))
+        start_from_probe(model, probe)
+        accelerator.print(f"probe        {probe.words}: the head starts from it")
     ema = ModelEma(model, args.ema_decay) if args.ema_decay else None
 
     # one optimizer for all stages: each gives it other groups
@@ -138,6 +158,8 @@ def main(args):
     )  # fmt: skip
 
     for stage in stages:
+        if stage.name not in cached:
+            known.clear()  # no later stage wants the features
         if run.step < stage.end or (run.step == stage.end and run.unscored):
             kept = known if stage.name in cached else None
             train_stage(run, stage, optimizer, splits, look, data.classes, kept)
@@ -152,6 +174,7 @@ def main(args):
         "strategy": strategy,
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": staging.trained_parameters(model, stages),
+        **({"probe": {"accuracy": probe.accuracy, "of": probe.source}} if probe else {}),
     }
     summary = run.finish(test_result if "test" in splits else None, facts)
     accelerator.print(plan.closing(summary, folder, run.tracking.line))
@@ -172,7 +195,9 @@ def train_stage(run, stage, optimizer, splits, look, classes, known):
     if cached:
         if run.wants_picture():
             view = min(1, args.views - 1)
-            images, labels = features.view_batch(splits["train"], views, 0, view, args.seed)
+            number = min(args.batch_size, SHOWN)
+            rows = epoch_order(len(splits["train"].labels), args.seed, 0)[:number]
+            images, labels = features.view_batch(splits["train"], views, rows, view, args.seed)
             targets = F.one_hot(labels, len(classes))
             save_train_batch(run.picture, views.to_pixels(images), targets, classes)
         network = features.cut_at_head(model).tail

@@ -38,6 +38,8 @@ from harness.data.batches import (
 )
 from harness.launch import make_accelerator, script
 from harness.models import build
+from harness.models.heads import start_heads
+from harness.models.names import find_model
 from harness.models.weights import find_weights, load_pretrained
 from harness.pictures import save_train_batch
 from harness.processes import in_turn
@@ -62,7 +64,8 @@ def main(args):
     device = accelerator.device
     folder = check_folder(args, "train.py")
 
-    build.library_of(args.model)  # a mistyped name answers before a data set is looked for
+    # a mistyped name answers before a data set is looked for
+    in_turn(accelerator, lambda: find_model(args.model))
 
     # data: what is where, and later its pixels, decoded once; weights say how they want them
     data = plan.load(args, accelerator)
@@ -79,7 +82,9 @@ def main(args):
         args.model, len(data.classes), image_size=look.size, stem=stem, dropout=args.dropout
     )
     initialised = build.initialise(model, args.init, generator(args.seed, "init"))
-    loaded = load_pretrained(model, pretrained, data.classes)
+    loaded = load_pretrained(model, pretrained, data.classes, args.weights_by_order)
+    if loaded.head_is_new and pretrained.state:
+        initialised = start_heads(model, look.size, generator(args.seed, "head"))
     start_size = build.check_start_size(model, args.model, args.start_size, look.size)
     build.check_part(model, part, start_size)
     model.to(device, memory_format=torch.channels_last)
@@ -94,8 +99,9 @@ def main(args):
     schedule = plan.SCHEDULES[args.schedule]
     warmup = min(round(args.warmup_epochs * len(data.train) / args.batch_size), total // 2)
 
-    machine |= {"weights": f"init {initialised}; {loaded}"}
-    rows = {"lr": plan.rates(args, len(data.train), total, warmup)}
+    machine |= {"weights": f"init {initialised}; {loaded.text}"}
+    rows = {"prepared": plan.preprocessing_from(args, pretrained)}
+    rows |= {"lr": plan.rates(args, len(data.train), total, warmup)}
     accelerator.print(plan.text(args, machine, data, model, look, total, rows))
     if args.dry_run:
         return

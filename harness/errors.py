@@ -40,3 +40,8 @@ def shortened(text, most=60):
     """
     text = str(text)
     return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
+
+
+def reason_of(error):
+    """The kind of an error and the start of its first line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"

@@ -15,6 +15,7 @@ from pathlib import Path
 from harness.files import replace_file
 
 GRID = (4, 8)  # rows, columns
+SHOWN = 32  # images in it
 TILE = 128  # px: smaller images are enlarged to at least this, by a whole factor
 LARGEST = 256  # px: larger images are shrunk to this
 GAP = 10  # px between tiles
@@ -23,18 +24,22 @@ LINE = 16  # px from one line of text to the next
 
 
 def save_train_batch(path, images, targets, classes):
-    """A grid of up to 32 training images with their soft labels: the two largest of each.
+    """A grid of up to 32 training images with their labels, of mixed ones the two largest shares.
+
+    A label that stands alone has no number, which would read like a prediction's.
 
     images: (N, 1 or 3, H, W), uint8 or float, in 0..255 (normalisation undone), any device.
     targets: (N, K), rows that sum to 1. classes: K names in any script.
     """
-    captions = [
-        [
-            (drawable(str(classes[index]), index), f" {weight:.2f}")
-            for index, weight in _largest_two(row)
-        ]
-        for row in targets[: math.prod(GRID)].detach().cpu().float().tolist()
-    ]
+    captions = []
+    for row in targets[:SHOWN].detach().cpu().float().tolist():
+        largest = _largest_two(row)
+        captions.append(
+            [
+                (drawable(str(classes[index]), index), f" {weight:.0%}" if len(largest) > 1 else "")
+                for index, weight in largest
+            ]
+        )
     save_tiles(path, images[: len(captions)], captions)
 
 
@@ -163,10 +168,11 @@ def _draw_text(draw, at, text):
 # (label, colour, line style): colours of Okabe and Ito, told apart by colour-blind readers. Raw
 # weights are dashed, averaged ones solid.
 GREY, BLUE, VERMILION, GREEN, PINK = "#777777", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-ORANGE, SKY = "#E69F00", "#56B4E9"
+ORANGE, SKY, BLACK = "#E69F00", "#56B4E9", "#000000"
 SCORES = {
     "loss": {
         "train/loss": (GREY, "-"),
+        "epoch/loss": (BLACK, ":"),
         "val/loss": (BLUE, "--"),
         "val/loss_ema": (BLUE, "-"),
         "test/loss": (VERMILION, "--"),
@@ -174,6 +180,7 @@ SCORES = {
     },
     "accuracy": {
         "train/mixed_acc": (GREY, "-"),
+        "epoch/mixed_acc": (BLACK, ":"),
         "val/acc": (BLUE, "--"),
         "val/acc_ema": (BLUE, "-"),
         "test/acc": (VERMILION, "--"),

@@ -33,9 +33,14 @@ def on_main(accelerator, action, failure=None):
     return _do(accelerator, accelerator.is_main_process, action, failure)
 
 
-def from_main(accelerator, action):
-    """What `action()` gives on the main process, on all: anything that can be pickled."""
-    result = on_main(accelerator, action)
+def from_main(accelerator, action, patient=False):
+    """What `action()` gives on the main process, on all: anything that can be pickled.
+
+    patient: it may take longer than a collective may wait, see `in_turn`.
+    """
+    with _patience(accelerator) if patient else contextlib.nullcontext():
+        result, error = _attempt(action) if accelerator.is_main_process else (None, None)
+    _raise_on_all(accelerator, error)
     return broadcast_object_list([result])[0] if accelerator.num_processes > 1 else result
 
 

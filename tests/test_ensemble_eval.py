@@ -351,6 +351,10 @@ def test_damaged_weights_stop_the_run_before_any_forward_pass(runs, copies, tmp_
     state["fc.weight"][3] = float("nan")
     save_file(state, copies.d / "model.safetensors")
     said = refused([copies.d], tmp_path)
+    assert f"{copies.d}/model.safetensors can't be weights: fc.weight holds values that" in said
+    state["fc.weight"][3] = 3e38  # a number, but not what comes of it
+    save_file(state, copies.d / "model.safetensors")
+    said = refused([copies.d], tmp_path)
     assert "not finite for 360 of 360 scored images" in said and str(copies.d) in said
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import re
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import torch
 import faulty
 import smallruns
 from harness.models import build
-from harness.models.weights import load_state, load_weights
+from harness.models.reading import load_weights
+from harness.models.weights import load_state
 from harness.training.metrics import read_metrics
 from harness.training.run import Run
 
@@ -149,6 +151,73 @@ def test_published_weights_come_from_torchvisions_cache_with_their_preprocessing
     after = safetensors.torch.load_file(folder / "model.safetensors")
     for key, value in published.state_dict().items():
         assert key.startswith("fc.") or torch.equal(after[key], value), key
+
+
+# --- where a head starts ---
+
+HEAD_ALONE = {
+    "stages": None, "strategy": "feature_extraction", "gradient_accumulation_steps": 1,
+    "mixed_precision": "no", "max_train_samples": 300,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """A network that was trained a little, on classes of other names: its head is no use."""
+    folder, _ = smallruns.train(
+        tmp_path_factory.mktemp("others"), epochs=4, dropout=None, max_train_samples=400
+    )
+    letters = list("abcdefghij")
+    smallruns.edit_json(folder / "config.json", lambda config: config.update(label_names=letters))
+    return folder
+
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_feature_extraction_starts_from_the_probe(others, tmp_path, capsys, views):
+    """A rate of nothing leaves it there."""
+    folder, _ = smallruns.finetune(
+        tmp_path, **HEAD_ALONE, max_steps=1, lr=1e-12, weights=others, views=views, ema_decay=0
+    )
+    out = capsys.readouterr().out
+    (words,) = re.findall(r"probe +(.*) of 60 held-out train images: the head starts from it", out)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert f"{summary['probe']['accuracy']:.1%}" == words
+    assert "what is new: a linear probe of the features" in out
+    assert summary["accuracy"] > 0.5  # of another head's, drawn at random, a tenth
+
+
+def test_an_mlp_head_can_t_start_from_the_probe(others, tmp_path, capsys):
+    smallruns.finetune(tmp_path, **HEAD_ALONE, max_steps=1, weights=others, head="mlp")
+    out = capsys.readouterr().out
+    assert "what is new: init zero" in out and "probe  " not in out
+
+
+@pytest.mark.parametrize("script", ["train", "finetune"])
+def test_a_new_head_under_weights_starts_at_the_loss_of_a_guess(others, tmp_path, script):
+    strategy = {"strategy": "full", "lr": 0.001} if script == "finetune" else {}
+    folder, _ = smallruns.train(
+        tmp_path, script=script, weights=others, max_steps=1, logging_steps=1, mix_prob=0,
+        label_smoothing=0, mixed_precision="no", dropout=None, **strategy,
+    )  # fmt: skip
+    (loss,) = losses(folder)
+    assert abs(loss - math.log(10)) < 0.15
+
+
+def test_what_was_kept_is_freed_after_its_stage(tmp_path, monkeypatch):
+    import finetune
+
+    kept, train_stage = [], finetune.train_stage
+
+    def train(run, stage, optimizer, splits, look, classes, known):
+        kept.append(known)
+        if known is None:
+            assert kept[0] == {}
+        train_stage(run, stage, optimizer, splits, look, classes, known)
+        assert known is None or known
+
+    monkeypatch.setattr(finetune, "train_stage", train)
+    smallruns.finetune(tmp_path)
+    assert [known is None for known in kept] == [False, True, True]
 
 
 @pytest.mark.slow
@@ -327,6 +396,17 @@ def test_two_processes_train_every_stage_as_one_does(tmp_path):
     assert smallruns.digest(again) == smallruns.digest(two)
 
 
+@pytest.mark.slow
+def test_two_processes_start_from_one_probe(others, tmp_path):
+    """Each of them computes a part of the features, one of them fits."""
+    flags = {**HEAD_ALONE, "epochs": 1, "logging_steps": 1, "weights": others, "lr": 0.001}
+    one, _ = smallruns.finetune(tmp_path / "one", **flags)
+    (tmp_path / "two").mkdir()
+    done = smallruns.launch(tmp_path / "two", launcher=TWO, script="finetune.py", **flags)
+    assert done.returncode == 0, done.stdout
+    assert losses(tmp_path / "two" / "run") == pytest.approx(losses(one), abs=1e-4)
+
+
 # --- auto, plan, errors ---
 
 
@@ -367,7 +447,7 @@ class Hostile:
         ({"stages": "[{epochs: 1, train: {maxpool: 1}}]"}, "stage 1 maxpool: .*maxpool"),
         ({"stages": "[{epochs: 1, train: {conv1: 1, conv1.0: 1}}]"}, "conv1.0.*conv1"),
         ({"weights": "torn.safetensors"}, r"torn\.safetensors can't be read"),
-        ({"weights": "hostile.pth"}, r"hostile\.pth can't be read .*nothing in it was run"),
+        ({"weights": "hostile.pth"}, r"hostile\.pth .*nothing in it was run"),
         ({"weights": "absent.pth"}, r"no weights at .*absent\.pth"),
         ({"weights": "other.pth"}, r"other\.pth does not fit .*another shape: conv5"),
         ({"weights": "run"}, "holds a resnet18: add --model resnet18"),

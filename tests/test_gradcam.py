@@ -354,6 +354,24 @@ def test_a_hostile_file_is_not_run(run, tmp_path):
     assert str(pth) in said and not (tmp_path / "ran").exists()
 
 
+def test_anybodys_file_of_a_timm_network_is_explained(tmp_path, capsys):
+    """Its classes have no names, its cfg is that of timm's name, flags win."""
+    import timm
+
+    state = timm.create_model("test_vit", num_classes=3).state_dict()
+    wrapped = {"state_dict": {f"model.{key}": value for key, value in state.items()}}
+    torch.save(wrapped, tmp_path / "last.ckpt")
+    flags = {"model": "timm/test_vit", "weights": str(tmp_path / "last.ckpt"), "mean": "0.1"}
+    good = photo(tmp_path / "good.png")
+    said = refused(tmp_path, "--images", good, **{**flags, "weights": "none"})
+    assert "has nothing to show" in said
+    _, report, _ = explain(tmp_path, "--images", good, target="2", **flags)
+    assert report["images"][0]["predicted"] in "012"
+    out = capsys.readouterr().out
+    assert "timm-test_vit, 160 px, 3 classes; weights" in out and "its state_dict; images:" in out
+    assert "timm's cfg of test_vit, whose weights they may be; --mean as given" in out
+
+
 @pytest.mark.slow
 def test_a_recipe_repeats_the_command(run, tmp_path):
     folder, report, _ = explain(tmp_path, run, indices="2,1", split="test", layer="layer3")

@@ -223,6 +223,18 @@ def test_metrics_have_every_interval_and_epoch(finished):
     )
 
 
+def test_a_short_run_has_something_in_every_panel(tmp_path, monkeypatch):
+    """Its epochs are shorter than --logging_steps: metrics are written at their ends."""
+    from matplotlib.axes import Axes
+
+    said, text = [], Axes.text
+    monkeypatch.setattr(Axes, "text", lambda *a, **k: said.append(a[3]) or text(*a, **k))
+    folder, _ = smallruns.train(tmp_path, logging_steps=10, epochs=3)
+    records = read_metrics(folder / "metrics.jsonl")
+    assert [r["step"] for r in records if "train/loss" in r] == [4, 8, 10, 12]
+    assert "nothing recorded" not in said
+
+
 def test_wandb_offline_has_the_numbers_of_metrics_jsonl(finished):
     from test_tracking import history, read_wandb
 

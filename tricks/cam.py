@@ -282,7 +282,7 @@ def spatial_layers(model: nn.Module, images: Tensor) -> list[SpatialLayer]:
     def record(name: str, module: nn.Module, args: tuple, output: object) -> None:
         nonlocal alive, head_input
         calls[name] += 1
-        if isinstance(module, nn.Linear) and args:
+        if isinstance(module, nn.Linear | nn.Conv2d) and args:
             head_input = args[0]
         if not isinstance(output, Tensor) or not output.requires_grad:
             return
@@ -311,9 +311,9 @@ def spatial_layers(model: nn.Module, images: Tensor) -> list[SpatialLayer]:
         outputs = [member.output for member, _ in shown]
         gradients = _gradients(logits.amax(), outputs)
         if head_input is not None and not any(g is not None and g.any() for g in gradients):
-            # The head is zero, as torchvision's vit starts: some direction of what it reads, then
-            direction = torch.linspace(1, 2, head_input.shape[-1]).to(head_input)
-            gradients = _gradients((head_input * direction).sum(), outputs)
+            # The head is zero, as a new one starts: some direction of what it reads, then
+            direction = torch.linspace(1, 2, head_input.numel()).to(head_input)
+            gradients = _gradients((head_input.flatten() * direction).sum(), outputs)
 
     layers, width = [], None
     for (member, is_pool), gradient in reversed(list(zip(shown, gradients, strict=True))):

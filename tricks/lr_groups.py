@@ -29,10 +29,12 @@ def weight_decay_groups(
 
     Returns groups for any torch optimizer, each with "name", "params" and "weight_decay":
     "norm_and_bias" (`norm_weight_decay`) holds what is named bias, what belongs to a
-    normalisation layer and what has at most one dimension; "weight" (`weight_decay`) the rest:
-    the kernels and matrices, and, as in torchvision's `set_weight_decay`, a transformer's class
-    token and position embeddings. Each trainable parameter is in exactly one group, a tied one
-    under its first name; frozen ones are left out, and so is a group that would be empty.
+    normalisation layer, what has at most one dimension, tables of relative positions, and what the
+    model's own `no_weight_decay()` names, as timm's networks do (class token, position
+    embeddings); "weight" (`weight_decay`) the rest: the kernels and matrices, and, as in
+    torchvision's `set_weight_decay`, the tokens and positions of networks that name none. Each
+    trainable parameter is in exactly one group, a tied one under its first name; frozen ones are
+    left out, and so is a group that would be empty.
 
     Raises ValueError for a decay that is negative or not finite, and where nothing is trainable.
 
@@ -192,7 +194,8 @@ def _check_decays(*decays: float) -> None:
 
 
 def _norms_and_biases(model: nn.Module) -> set[int]:
-    """The ids of the parameters that are spared: norms', biases, of at most one dimension."""
+    """The ids of the parameters that are spared: see `weight_decay_groups`."""
+    named = getattr(model, "no_weight_decay", set)()
     in_norms = {
         id(parameter)
         for module in model.modules()
@@ -202,7 +205,9 @@ def _norms_and_biases(model: nn.Module) -> set[int]:
     return in_norms | {
         id(parameter)
         for name, parameter in model.named_parameters()
-        if parameter.ndim <= 1 or name.rpartition(".")[2] == "bias"
+        if parameter.ndim <= 1
+        or name in named
+        or name.rpartition(".")[2] in ("bias", "relative_position_bias_table")
     }
 
 

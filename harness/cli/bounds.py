@@ -75,9 +75,9 @@ BOUNDS = {
     "image_size": whole(4, 4096),
     "dropout": number(0, 0.99),
     "num_classes": whole(1, 1_000_000),  # of a config.json
-    "crop_pct": number(0.25, 1),  # of a config.json
-    "mean": number(-1000, 1000),  # of a config.json, each
-    "std": number(0.001, 1000),  # of a config.json, each
+    "crop_pct": number(0.25, 1),
+    "mean": number(-1000, 1000),  # each
+    "std": number(0.001, 1000),  # each
     # transfer
     "layer_decay": number(above=0, high=1),
     "views": whole(0, 1000),

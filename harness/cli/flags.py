@@ -28,6 +28,14 @@ STRATEGIES = ("feature_extraction", "staged", "full", "auto")
 
 NAME_BYTES = 255  # of a file or a folder, on every file system in use
 
+MODEL = (
+    "a classifier of torchvision or timm (timm/NAME.TAG where both have it), or hf-hub:owner/name"
+)
+
+FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's
+
+WITH_COMMAS = {"indices", "member_weights", "mean", "std"}  # several numbers in one word
+
 AUGMENTS = ("none", "basic", "autoaugment", "randaugment", "trivialaugment")
 
 # Flags that a stage of a fine-tune may have of its own.
@@ -238,7 +246,7 @@ class Parser(argparse.ArgumentParser):
                 argv.append(f"--{action.dest}=no")  # an unquoted no is false in YAML
             elif not action.option_strings and value is not None:  # before all that takes several
                 argv = [*map(str, value if isinstance(value, list) else [value]), *argv]
-            elif isinstance(value, list) and action.type in (shares, numbers):
+            elif isinstance(value, list) and action.dest in WITH_COMMAS:
                 argv.append(f"--{action.dest}={','.join(map(str, value))}")
             elif isinstance(value, list) and action.nargs == "+":
                 argv += [f"--{action.dest}", *map(str, value)]
@@ -390,17 +398,32 @@ def data_flags(parser, dataset):
 
 def model_flags(parser, model):
     g = parser.add_argument_group("model")
-    g.add_argument("--model", default=model, help="any torchvision (or installed timm) classifier")
+    g.add_argument("--model", default=model, help=MODEL)
     bounded(g, "image_size", help="pixels a side; unset: the weights' own, else the data set's")
     g.add_argument("--stem", choices=("auto", "small", "standard"), default="auto",
                    help="small: 3x3 without max-pool; auto: small up to 64 pixels")
     g.add_argument("--weights", default="none",
-                   help="none, default, a torchvision weights name, a run folder, or a "
-                   ".safetensors/.pth file")
+                   help="none, default, a torchvision weights name or timm tag, "
+                   "hf-hub:owner/name, a run folder, or a file (FILE:KEY for one of several "
+                   "states)")
+    loading_flags(g)
     g.add_argument("--init", choices=("auto", "kaiming", "own"), default="auto",
                    help="kaiming: normal, fan_out; own: the model's; auto: kaiming for networks "
                    "with BatchNorm")
     bounded(g, "dropout", help="probability before the head, 0: off; unset: the model's own")
+
+
+def loading_flags(g):
+    g.add_argument("--weights_by_order", action=Switch,
+                   help="give the file's tensors out in order, whatever their names: only shapes "
+                   "are checked")
+    g.add_argument("--mean", type=colours("mean"), metavar="R,G,B",
+                   help="of pixels in [0, 1]; unset: as the weights say, else the data set's")
+    g.add_argument("--std", type=colours("std"), metavar="R,G,B", help="the same")
+    g.add_argument("--interpolation", choices=FILTERS,
+                   help="of resizing; unset: as the weights say, else bilinear")
+    bounded(g, "crop_pct",
+            help="what the network sees of the resized side; unset: as the weights say")
 
 
 def transfer_flags(parser):
@@ -515,9 +538,10 @@ def ensemble_flags(parser):
 def cam_flags(parser):
     g = parser.add_argument_group("network")
     g.add_argument("run", nargs="?", metavar="RUN", help="folder of a trained run")
-    g.add_argument("--model", help="instead of a run: any torchvision classifier")
+    g.add_argument("--model", help=f"instead of a run: {MODEL}")
     g.add_argument("--weights",
-                   help="of --model: a torchvision weights name; unset: its default ones")
+                   help="of --model, as for finetune.py; unset: its default ones")
+    loading_flags(g)
     g = parser.add_argument_group("images (unset: of the run's own data set)")
     g.add_argument("--images", nargs="+", metavar="PATH",
                    help="image files, folders, or patterns in quotes")
@@ -550,6 +574,19 @@ def cam_flags(parser):
     g = parser.add_argument_group("pictures")
     bounded(g, "alpha", default=0.6, help="of the hottest place")
     g.add_argument("--colormap", default="inferno", help="one of matplotlib's")
+
+
+def colours(name):
+    """An argparse type: three numbers with commas, or one for all, in the bounds of `name`."""
+
+    def convert(text):
+        values = [BOUNDS[name](word) for word in text.split(",")]
+        if len(values) not in (1, 3):
+            raise argparse.ArgumentTypeError(f"{shortened(text)} is not one number or three")
+        return values * (3 // len(values))
+
+    convert.__name__ = "numbers"
+    return convert
 
 
 def numbers(text):
@@ -590,7 +627,8 @@ def output_flags(parser, project):
     g = report_flags(parser, project)
     g.add_argument("--overwrite", action=Switch, help="replace the run of that name")
     g.add_argument("--log_model", action=Switch, help="upload the result as a W&B artifact")
-    bounded(g, "logging_steps", default=50, help="steps between metrics")
+    bounded(g, "logging_steps", default=50,
+            help="steps between metrics, which are written once an epoch at least")
     bounded(g, "eval_epochs", default=1,
             help="epochs between evaluations; the last epoch is always evaluated")
     bounded(g, "checkpointing_steps", default="epoch",

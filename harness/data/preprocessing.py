@@ -28,6 +28,23 @@ class Preprocessing(NamedTuple):
         return round(self.size / self.crop_pct)
 
 
+def given(args) -> dict:
+    """What flags say of the preprocessing, by the names of Preprocessing."""
+    flags = {
+        "crop_pct": args.crop_pct,
+        "interpolation": args.interpolation,
+        "mean": args.mean and tuple(args.mean),
+        "std": args.std and tuple(args.std),
+    }
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def as_given(args) -> str:
+    """The same in words."""
+    flags = ", ".join(f"--{name}" for name in given(args))
+    return f"; {flags} as given" if flags else ""
+
+
 def preprocessing_of(cfg, file) -> Preprocessing | None:
     """The preprocessing in timm's words, or None where one of them is missing."""
     three = "three numbers, each"

@@ -5,21 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import socket
-import threading
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from harness.data.images import Stored, load_images
 from harness.data.listing import scan
 from harness.data.options import DEFAULT_OF_FOLDERS, DataOptions, check_no_folder_flags
 from harness.data.parquet import load_parquet, parquet_files
 from harness.errors import UserError, nearest
+from harness.hub import hub_answers
 
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HUB_TIMEOUT_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -215,7 +211,7 @@ def _load_from_hub(name, revision, label_column):
 
     hub_id, _, config = name.partition(":")
     was_offline = datasets.config.HF_HUB_OFFLINE
-    offline = was_offline or not _hub_answers(datasets.config.HF_ENDPOINT)
+    offline = was_offline or not hub_answers(datasets.config.HF_ENDPOINT)
     # Without a network `datasets` would retry for 24 s before it looks into its cache.
     datasets.config.HF_HUB_OFFLINE = offline
     try:
@@ -239,29 +235,6 @@ def _load_from_hub(name, revision, label_column):
         ) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
-
-
-def _hub_answers(endpoint):
-    """Whether something listens at the Hub, or at the proxy before it; at most 3 s."""
-    hub = urlsplit(endpoint)
-    proxy = urllib.request.getproxies().get(hub.scheme)
-    bypassed = not proxy or urllib.request.proxy_bypass(hub.hostname)
-    at = hub if bypassed else urlsplit(proxy if "//" in proxy else f"//{proxy}")
-    port = at.port or (443 if at.scheme == "https" else 80)
-    answers = []
-
-    def connect():
-        try:
-            socket.create_connection((at.hostname, port), timeout=HUB_TIMEOUT_S).close()
-            answers.append(True)
-        except OSError:
-            pass
-
-    # In a thread, because looking up the host's address knows no timeout.
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(HUB_TIMEOUT_S)
-    return bool(answers)
 
 
 def check_sizes(name, stored, sizes):

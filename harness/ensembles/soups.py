@@ -12,8 +12,9 @@ from harness.counters import generator
 from harness.data.batches import decode
 from harness.ensembles.predictions import progress
 from harness.files import file_name, replace_file, result_bytes
+from harness.models.reading import load_weights
 from harness.models.trained import load_model
-from harness.models.weights import clean_state_dict, load_weights
+from harness.models.weights import clean_state_dict
 from tricks.augment import normalize_batch
 from tricks.soup import recompute_batch_norm, uniform_soup
 from tricks.tta import tta_views

@@ -17,10 +17,14 @@ from torch import nn
 from harness.counters import generator
 from harness.data.listing import Images, scan
 from harness.data.pixels import decode_image
-from harness.data.preprocessing import Preprocessing
+from harness.data.preprocessing import Preprocessing, as_given, given
 from harness.data.sources import load_data
+from harness.data.stored import IMAGENET_STATISTICS
 from harness.errors import UserError, nearest
-from harness.models.build import build_model
+from harness.hub import PREFIX
+from harness.models.build import build_model, skeleton
+from harness.models.heads import heads
+from harness.models.names import find_model
 from harness.models.trained import check_classes, data_flags, load_model, read_trained
 from harness.models.weights import find_weights, load_pretrained
 from harness.processes import from_local_main, from_main
@@ -34,10 +38,13 @@ from tricks.cam_checks import (
 )
 from tricks.tta import tta_views
 
+# Of weights about which nothing is known
+ASSUMED = Preprocessing(224, 0.875, "bilinear", *IMAGENET_STATISTICS)
 SHOWN = 16  # images of a split
 BATCH = 16  # images whose maps are made at once
 LOOKED_THROUGH = 128  # images that are classified at once, to find right and wrong ones
 STEPS = 32  # of deletion and insertion
+OF_WEIGHTS = ("weights", "weights_by_order", "mean", "std", "interpolation", "crop_pct")
 OF_SPLITS = (
     "split", "indices", "only", "dataset", "image_column", "label_column", "region_column"
 )  # fmt: skip
@@ -51,6 +58,7 @@ class Network(NamedTuple):
     look: Preprocessing
     classes: list[str]
     run: object  # harness.models.trained.Trained, or None
+    words: str = ""  # of a network that is no run's: its weights, and how it wants images
 
 
 class Picture(NamedTuple):
@@ -67,29 +75,47 @@ class Picture(NamedTuple):
 
 
 def find_network(args) -> Network:
-    """The network of the run, or the published one that --model and --weights name."""
+    """The network of the run, or the one that --model and --weights name."""
     if bool(args.run) == bool(args.model):
         raise UserError("give the folder of a trained run, or --model and --images")
     if args.run:
         trained = read_trained(args.run)
         return Network(trained.name, load_model(trained), trained.look, trained.classes, trained)
     found = find_weights(args.weights or "default", args.model)
-    if found.preprocessing is None or found.classes is None:
-        raise UserError(
-            f"--weights {args.weights} does not say its classes and how it wants images: give the "
-            "folder of a run, or weights that torchvision publishes"
-        )
-    model = build_model(
-        args.model, len(found.classes), image_size=found.preprocessing.size, stem=found.stem
+    if found.state is None:
+        raise UserError("--weights none: a network that has learned nothing has nothing to show")
+    look, words = found.preprocessing, found.origin
+    if look is None:
+        look, words = ASSUMED, "assumed to be ImageNet's: nothing says how the weights want images"
+    look = look._replace(**given(args))
+    number = classes_of(found, args)
+    classes = found.classes or [str(k) for k in range(number)]
+    if len(classes) != number:
+        raise UserError(f"{found.label}: {len(classes)} names of classes, and a head of {number}")
+    model = build_model(args.model, number, image_size=look.size, stem=found.stem)
+    loaded = load_pretrained(model, found, found.classes, args.weights_by_order)
+    if loaded.head_is_new:
+        raise UserError(f"{found.label} has no head to explain: {loaded.text}")
+    name = args.model.removeprefix(PREFIX).replace("/", "-")
+    return Network(
+        name, model.eval(), look, classes, None, f"{loaded.text}; images: {words}{as_given(args)}"
     )
-    load_pretrained(model, found, found.classes)
-    return Network(args.model, model.eval(), found.preprocessing, found.classes, None)
+
+
+def classes_of(found, args):
+    """How many classes the head of some weights has; UserError where they have none."""
+    names = [name for name, _ in heads(skeleton(find_model(args.model)))]
+    states = [value for key, value in found.state.items() if key == f"{names[0]}.weight"]
+    states = [list(found.state.values())[-1]] if args.weights_by_order else states
+    if not states:
+        raise UserError(f"{found.label} has no head ({names[0]}): its classes are not known")
+    return len(states[0])
 
 
 def check_flags(args):
     """Raise UserError for flags that would have no effect."""
     checks = [
-        ("weights", args.run, "a run has its own"),
+        *((n, args.run, "a run has its own") for n in OF_WEIGHTS),
         ("only", args.indices, "--indices names the images"),
         ("max_images", args.indices, "--indices names the images"),
         ("contrast", args.all_classes, "--all_classes shows every class"),

@@ -22,10 +22,10 @@ TRACKED = 64  # images in the trackers' table
 
 def plan(args, network, pictures, methods, machine) -> str:
     """What is about to happen, a fact a line."""
-    look = network.look
+    look, note = network.look, network.run and network.run.note
     rows = {
         "network": f"{network.name}, {look.size} px, {len(network.classes)} classes"
-        + (f"; {network.run.note}" if network.run and network.run.note else ""),
+        + "".join(f"; {words}" for words in (network.words, note) if words),
         "images": f"{len(pictures)}, {pictures[0].source} to {pictures[-1].source}",
         "methods": ", ".join(methods),
         "device": f"{machine['device']}, {machine['threads']} CPU threads a process; maps in fp32",

@@ -1,14 +1,13 @@
 """Classifiers: built by name, fitted to small images, cut into blocks, rebuilt from JSON.
 
-torchvision's classifiers by their names, timm's where timm is installed, and this project's own
-(harness.models.fastnet); on equal names torchvision wins. What torchvision's code does not say of
+torchvision's classifiers and timm's by their names (harness.models.names), and this project's own
+(harness.models.fastnet). What torchvision's code does not say of
 itself stands in one table, FAMILIES.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from harness.errors import UserError, nearest
+from harness.errors import UserError, reason_of
 from harness.models import fastnet
+from harness.models.heads import HEADS, DropoutLinear, MlpHead, head, heads
+from harness.models.names import check_arguments, find_model
 from tricks.whitening import whiten_conv_
 
 WHITENED = 5000  # images that the whitening layer is computed from
@@ -85,49 +86,20 @@ FAMILIES = {
     "wide_resnet": Family("conv1", "maxpool", stem_kernel=7),
 }
 
-# Where timm's networks keep their blocks; those with none of these keep them at the top.
-TIMM_TRUNKS = ("blocks", "stages", "layers", "features")
-
-HEADS = ("linear", "mlp")
-
-
-class DropoutLinear(nn.Linear):
-    """A linear layer with dropout on its input; its state has the keys of a plain nn.Linear."""
-
-    p = 0.0
-
-    def forward(self, features):
-        return super().forward(nn.functional.dropout(features, self.p, self.training))
-
-    def extra_repr(self):
-        return f"{super().extra_repr()}, dropout={self.p}"
-
-
-class MlpHead(nn.Sequential):
-    """A head of two linear layers, with dropout before each and 256 features between them."""
-
-    def __init__(self, in_features, num_classes):
-        super().__init__(
-            nn.Dropout(0.5),
-            nn.Linear(in_features, 256),
-            nn.ReLU(inplace=True),
-            nn.Dropout(0.3),
-            nn.Linear(256, num_classes),
-        )
-
-
 # -- build ---------------------------------------------------------------------------------------
 
 
 def build_model(
-    name, num_classes, *, image_size, stem="auto", dropout=None, head="linear", library=None
-) -> nn.Module:
+    name, num_classes, *, image_size, stem="auto", dropout=None, head="linear", library=None,
+    arguments=None,
+) -> nn.Module:  # fmt: skip
     """A classifier (N, 3, image_size, image_size) -> logits (N, num_classes), weights random.
 
     stem: see `resolve_stem`. dropout: probability before the head; None leaves the model's own,
     a number replaces it, where the family has none too, without changing the state's keys.
     head: "linear", the model's own last layer, or "mlp", an `MlpHead` in its place.
-    library: "torchvision" or "timm", where a name is in both; "own" is this project's.
+    name, library: see harness.models.names.find_model. arguments: what else timm's constructor
+    is told; None for what the Hub says.
 
     Raises UserError for an unknown name, a stem the family lacks, an mlp where the last layer is
     no linear one or where `dropout` would act nowhere, or an image size at which the model does
@@ -135,13 +107,15 @@ def build_model(
     """
     if head not in HEADS:
         raise UserError(f'unknown head "{head}": {" or ".join(HEADS)}')
-    library = library_of(name, library)
+    network = find_model(name, library)
+    if arguments is not None:
+        network = network._replace(arguments=arguments)
     stem = resolve_stem(name, stem, image_size, library)
-    arguments = (name, library, num_classes, stem, dropout, head)
+    arguments = (network, num_classes, stem, dropout, head)
     model, error = _try_build(*arguments, image_size)
     if error is not None and _lacks_memory(error):
         raise UserError(
-            f"{name} at {image_size} px: {one_line(error)}; take a smaller --image_size"
+            f"{name} at {image_size} px: {reason_of(error)}; take a smaller --image_size"
         )
     if error is None:
         _pad_single_pixels(model)
@@ -153,7 +127,7 @@ def build_model(
             hint = f"the nearest size seen to work is --image_size {pixels}"
             break
     else:
-        hint = one_line(error)
+        hint = reason_of(error)
     raise UserError(f"{name} ({stem} stem) does not run at {image_size} px: {hint}")
 
 
@@ -186,36 +160,13 @@ def _padded_pixel(module, inputs):
     return None
 
 
-def library_of(name, library=None) -> str:
-    """Whose model `name` is: "own", "torchvision" or "timm"; `library` chooses between the last.
-
-    Raises UserError that gives the nearest name.
-    """
-    if name in fastnet.WIDTHS:
-        return "own"
-    import torchvision  # late: it takes seconds, which what only reads predictions can do without
-
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name in known and library != "timm":
-        return "torchvision"
-    if importlib.util.find_spec("timm") is None:
-        hint = nearest(name, [*fastnet.WIDTHS, *known])
-        raise UserError(f'unknown model "{name}"{hint} (timm is not installed)')
-    import timm
-
-    if timm.is_model(name) and library != "torchvision":
-        return "timm"
-    hint = nearest(name, [*fastnet.WIDTHS, *known]) or nearest(name, timm.list_models())
-    raise UserError(f'unknown model "{name}" in {library or "torchvision and timm"}{hint}')
-
-
 def resolve_stem(name, stem, image_size, library=None) -> str:
     """ "small" or "standard", from "auto" too: small up to 64 px where the family has one.
 
     The small stem is one 3×3 convolution of stride 1 and no max-pool in place of the family's own
     (of total stride 4 in resnet, densenet and convnext, 2 in mobilenet and efficientnet).
     """
-    library = library_of(name, library)
+    library, name, *_ = find_model(name, library)
     has_small = library == "torchvision" and family_of(name).stem_conv is not None
     if stem == "auto":
         return "small" if has_small and image_size <= SMALL_IMAGE else "standard"
@@ -225,42 +176,26 @@ def resolve_stem(name, stem, image_size, library=None) -> str:
     return stem
 
 
-def head(model) -> tuple[str, nn.Module]:
-    """(name, module) of what gives the logits: Linear, squeezenet's Conv2d, or an MlpHead."""
-    modules = dict(model.named_modules())
-    for name, module in modules.items():
-        if isinstance(module, MlpHead):
-            return name, module
-    name = getattr(model, "pretrained_cfg", {}).get("classifier")  # timm says it itself
-    if isinstance(name, str) and name in modules:
-        return name, modules[name]
-    for kind in (nn.Linear, nn.Conv2d):
-        found = [(name, module) for name, module in modules.items() if isinstance(module, kind)]
-        if found:
-            return found[-1]
-    raise ValueError(f"{type(model).__name__} has neither a linear nor a convolutional layer")
-
-
 def blocks(model, name, library=None) -> list[tuple[str, ...]]:
     """The blocks of the network from the input to the head, each as names of what is in it.
 
     The names are those of modules and parameters, and together they hold every parameter once.
     What comes before the family's trunk is the first block, each child of the trunk is one, and so
     is each layer between trunk and head; but what has only norms and biases (parameters of one
-    dimension) goes with the block before it. The last block is the head alone.
+    dimension) goes with the block before it. The last block is the head alone, or all heads. Of
+    timm's networks, the blocks are those of their own `group_matcher`.
 
     model: from `build_model`; name, library: what it was built by.
     """
-    library = library_of(name, library)
-    if library == "torchvision":
-        trunk = family_of(name).trunk
-    else:
-        children = dict(model.named_children())
-        trunk = next((child for child in TIMM_TRUNKS if child in children), "")
-    head_name, _ = head(model)
+    library, name, *_ = find_model(name, library)
+    names = tuple(name for name, _ in heads(model))
+    if library == "timm" and hasattr(model, "group_matcher"):
+        return [*_matched_blocks(model, names), names]
+    trunk = family_of(name).trunk if library == "torchvision" else ""
+    opened = {trunk, *_parents(trunk), *(parent for name in names for parent in _parents(name))}
     found, stem = [], True
-    for part, parameters in _parts(model, {trunk, *_parents(trunk), *_parents(head_name)}):
-        if part == head_name or not parameters:
+    for part, parameters in _parts(model, opened):
+        if part in names or not parameters:
             continue
         in_trunk = not trunk or part.startswith(f"{trunk}.")
         if found and (all(p.ndim <= 1 for p in parameters) or (stem and not in_trunk)):
@@ -268,7 +203,42 @@ def blocks(model, name, library=None) -> list[tuple[str, ...]]:
         else:
             found.append((part,))
         stem = stem and not in_trunk
-    return [*found, (head_name,)]
+    return [*found, names]
+
+
+def _matched_blocks(model, heads):
+    """The blocks of a timm network before its heads, by its own coarse `group_matcher`."""
+    from timm.models import group_parameters
+
+    numbers = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    parameters = dict(model.named_parameters())
+    found = {}
+    for part, number in _same_number(model, numbers, heads):
+        found.setdefault(number, []).append(part)
+    blocks = []
+    for number in sorted(found):
+        starts = tuple(f"{part}." for part in found[number])
+        inside = [p for n, p in parameters.items() if f"{n}.".startswith(starts)]
+        if blocks and all(p.ndim <= 1 for p in inside):
+            blocks[-1] += tuple(found[number])
+        else:
+            blocks.append(tuple(found[number]))
+    return blocks
+
+
+def _same_number(module, numbers, left_out, prefix=""):
+    """(name, number) of the largest parts of a module whose parameters share one number."""
+    for name, _ in module.named_parameters(prefix, recurse=False):
+        yield name, numbers[name]
+    for name, child in module.named_children():
+        name = f"{prefix}.{name}" if prefix else name
+        inside = {numbers[n] for n, _ in child.named_parameters(name) if n in numbers}
+        if name in left_out or not inside:
+            continue
+        if len(inside) > 1 or any(head.startswith(f"{name}.") for head in left_out):
+            yield from _same_number(child, numbers, left_out, name)
+        else:
+            yield name, inside.pop()
 
 
 def _parts(module, opened, prefix=""):
@@ -337,7 +307,7 @@ def check_start_size(model, name, start, full) -> int:
             model.eval()(torch.zeros(1, 3, start, start, device=device))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise UserError(
-            f"--start_size {start}: {name} does not run at it: {one_line(error)}"
+            f"--start_size {start}: {name} does not run at it: {reason_of(error)}"
         ) from None
     finally:
         model.train(training)
@@ -367,14 +337,25 @@ def check_part(model, images, size):
 
 def describe(model) -> dict:
     """What the plan prints: counts of parameters, and the head as "fc: 512 → 256 → 10"."""
-    name, last = head(model)
-    layers = [m.weight for m in last.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    names = " and ".join(name for name, _ in heads(model))
+    layers = [m.weight for m in head(model)[1].modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     widths = [layers[0].shape[1], *(weight.shape[0] for weight in layers)]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "head": f"{name}: {' → '.join(map(str, widths))}",
+        "head": f"{names}: {' → '.join(map(str, widths))}",
     }
+
+
+def skeleton(network) -> nn.Module:
+    """A network (harness.models.names.Network) as it is built by default, without any values."""
+    with torch.device("meta"):
+        if network.library == "own":
+            return _build_own(network.name, 10, None)
+        if network.library == "timm":
+            size = timm_size(network.name)
+            return _build_timm(network.name, 10, None, size, network.arguments)
+        return _build_torchvision(network.name, 10, "standard", None, 224)
 
 
 def family_of(name) -> Family:
@@ -382,13 +363,14 @@ def family_of(name) -> Family:
     return FAMILIES[max((key for key in FAMILIES if name.startswith(key)), key=len)]
 
 
-def _try_build(name, library, num_classes, stem, dropout, kind, image_size):
+def _try_build(network, num_classes, stem, dropout, kind, image_size):
     """(model, None), or (None, the error) where it can't be built for or run at this size."""
+    name = network.name
     try:
-        if library == "own":
+        if network.library == "own":
             model = _build_own(name, num_classes, dropout)
-        elif library == "timm":
-            model = _build_timm(name, num_classes, dropout, image_size)
+        elif network.library == "timm":
+            model = _build_timm(name, num_classes, dropout, image_size, network.arguments)
         else:
             model = _build_torchvision(name, num_classes, stem, dropout, image_size)
         if kind == "mlp":
@@ -431,13 +413,45 @@ def _build_own(name, num_classes, dropout):
     return model
 
 
-def _build_timm(name, num_classes, dropout, image_size):
+def timm_size(name):
+    """Pixels a side of the images that timm's default weights of a network want."""
     import timm
 
-    arguments = {} if dropout is None else {"drop_rate": dropout}
+    return timm.get_pretrained_cfg(name).input_size[-1]
+
+
+def _build_timm(name, num_classes, dropout, image_size, arguments):
+    import timm
+
+    arguments = arguments | ({} if dropout is None else {"drop_rate": dropout})
     if timm.get_pretrained_cfg(name).fixed_input_size:
         arguments["img_size"] = image_size
-    return timm.create_model(name, pretrained=False, num_classes=num_classes, **arguments)
+    model = timm.create_model(name, pretrained=False, num_classes=num_classes, **arguments)
+    model.head_names = _timm_heads(name, arguments)
+    return model
+
+
+def _timm_heads(name, arguments):
+    """The names of the layers that give a timm network's logits: those it would replace for others.
+
+    Its "classifier" may lack one (levit's `head_dist`).
+    """
+    import timm
+
+    with torch.device("meta"):  # shapes only
+        model = timm.create_model(name, pretrained=False, num_classes=7, **arguments)
+        if not hasattr(model, "reset_classifier"):
+            return []  # an encoder alone, which is refused for what it returns
+        old = list(model.parameters())  # kept, so that no new one has the id of an old one
+        model.reset_classifier(7)
+    old = {id(parameter) for parameter in old}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and len(module.weight) == 7
+        and id(module.weight) not in old
+    ]
 
 
 def _set_dropout(model, p):
@@ -449,8 +463,7 @@ def _set_dropout(model, p):
     ]
     for module in own:
         module.p = p
-    if p and not own:
-        name, linear = head(model)
+    for name, linear in heads(model) if p and not own else ():
         with torch.device("meta"):  # draws nothing: the parameters are the old layer's
             new = DropoutLinear(linear.in_features, linear.out_features)
         new.weight, new.bias, new.p = linear.weight, linear.bias, p
@@ -458,17 +471,19 @@ def _set_dropout(model, p):
 
 
 def _set_mlp(model, architecture, num_classes):
-    name, last = head(model)
-    if not isinstance(last, nn.Linear):
-        kind = type(last).__name__
-        raise UserError(f"--head mlp: {architecture}'s last layer is a {kind}, not a linear one")
-    if isinstance(last, DropoutLinear):
-        raise UserError(
-            f"--dropout with --head mlp: {architecture} has no dropout of its own, and the mlp's "
-            "is 0.5 and 0.3"
-        )
-    with last.weight.device:
-        model.set_submodule(name, MlpHead(last.in_features, num_classes))
+    for name, last in heads(model):
+        if not isinstance(last, nn.Linear):
+            kind = type(last).__name__
+            raise UserError(
+                f"--head mlp: {architecture}'s last layer is a {kind}, not a linear one"
+            )
+        if isinstance(last, DropoutLinear):
+            raise UserError(
+                f"--dropout with --head mlp: {architecture} has no dropout of its own, and the "
+                "mlp's is 0.5 and 0.3"
+            )
+        with last.weight.device:
+            model.set_submodule(name, MlpHead(last.in_features, num_classes))
 
 
 # -- config.json ---------------------------------------------------------------------------------
@@ -485,6 +500,7 @@ def model_config(
     dropout=None,
     head="linear",
     library="torchvision",
+    arguments=None,
     crop_pct=1.0,
     interpolation="bilinear",
 ) -> dict:
@@ -492,8 +508,12 @@ def model_config(
 
     classes: names in the order of the ids. mean, std: per channel, of pixels in [0, 1].
     stem: as resolved. crop_pct: what the network sees of the side of the resized image.
-    A torchvision ResNet with its standard stem and a linear head can be loaded by timm itself.
+    With a linear head, timm's networks can be loaded by timm itself, and so can a torchvision
+    ResNet with its standard stem.
     """
+    about_timm = _timm_facts(architecture) if library == "timm" else {}
+    if about_timm.get("fixed_input_size"):  # timm does not read it off input_size everywhere
+        arguments = {**(arguments or {}), "img_size": image_size}
     return {
         "architecture": architecture,
         "num_classes": len(classes),
@@ -505,12 +525,23 @@ def model_config(
             "mean": [float(m) for m in mean],
             "std": [float(s) for s in std],
             "num_classes": len(classes),
+            **about_timm,
         },
+        **({"model_args": arguments} if arguments else {}),
         "library": library,
         "stem": stem,
         "dropout": dropout,
         "head": head,
     }
+
+
+def _timm_facts(name):
+    """What timm's own loader has to know of a network beside the images it wants."""
+    import timm
+
+    cfg = timm.get_pretrained_cfg(name)
+    names = ("fixed_input_size", "first_conv", "classifier")
+    return {key: value for key in names if (value := getattr(cfg, key)) is not None}
 
 
 def rebuild_model(config) -> nn.Module:
@@ -524,11 +555,7 @@ def rebuild_model(config) -> nn.Module:
             dropout=config["dropout"],
             head=config.get("head", "linear"),  # older folders don't say it
             library=config["library"],
+            arguments=check_arguments(config.get("model_args"), "config.json"),
         )
     except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise UserError(f"config.json is not one of this project's ({error!r})") from None
-
-
-def one_line(error):
-    """The kind of an error and the start of its first line."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"

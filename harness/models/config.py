@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 
 from harness.cli.bounds import fits, range_of
-from harness.errors import UserError, shortened
-from harness.models.build import HEADS, one_line
+from harness.errors import UserError, reason_of, shortened
+from harness.models.heads import HEADS
 
 MOST_BYTES = 16 * 2**20  # 21,000 classes with long names are 1 MB
 MOST_LEVELS = 20  # of objects and lists in each other; a run's have 4
@@ -46,6 +46,7 @@ KEYS = {
     "stem": _one_of("small", "standard"),
     "head": _one_of(*HEADS),
     "dropout": _number("dropout"),
+    "model_args": OBJECT,
     "dataset": TEXT,
     "data": OBJECT,
     "flags": OBJECT,
@@ -71,7 +72,7 @@ def read_config(file) -> dict:
         config = json.loads(content)
         _check_levels(config)
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON ({one_line(error)})") from None
+        raise UserError(f"{file} is not JSON ({reason_of(error)})") from None
     if not isinstance(config, dict):
         raise UserError(f"{file} is not a JSON object")
     _check(config, KEYS, file)

@@ -15,7 +15,8 @@ from harness.data.stored import BUILT_IN
 from harness.errors import UserError
 from harness.models.build import rebuild_model
 from harness.models.config import DATA_FLAGS, read_config
-from harness.models.weights import load_state, load_weights, recipes_of, result_note
+from harness.models.reading import load_weights
+from harness.models.weights import load_state, recipes_of, result_note
 
 
 class Trained(NamedTuple):
@@ -32,8 +33,9 @@ class Trained(NamedTuple):
     @property
     def kind(self) -> tuple:
         """What two networks have to share for their weights to be averaged."""
-        names = ("architecture", "library", "stem", "head")
-        return (*(self.config.get(name) for name in names), self.look)
+        names = ("architecture", "library", "stem", "head", "model_args")
+        # model_args has lists in it: its text can be hashed
+        return (*(str(self.config.get(name)) for name in names), self.look)
 
     @property
     def recipes(self) -> list[dict]:

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors.torch
 import torch
 
 from harness.data.preprocessing import Preprocessing, preprocessing_of
-from harness.errors import UserError, nearest
-from harness.files import DIGEST, is_lfs_pointer, written_digest
-from harness.models.build import Family, family_of, head, library_of, one_line
+from harness.errors import UserError, nearest, reason_of
+from harness.files import DIGEST, written_digest
+from harness.hub import PREFIX, model_file, reachable_or_cached
+from harness.models.build import Family, family_of, skeleton
 from harness.models.config import DATA_FLAGS, read_config
+from harness.models.heads import heads
+from harness.models.names import find_model
+from harness.models.reading import read_weights, unreadable
 
 # Names in torchvision's older weight files -> names in its models now.
 OLD_KEYS = (
@@ -38,7 +42,9 @@ class Pretrained(NamedTuple):
     classes: list[str] | None = None  # in the order of the ids
     preprocessing: Preprocessing | None = None
     recipes: tuple = ()  # what they were trained on, see `recipes_of`
-    note: str = ""  # what is odd about their files
+    origin: str | None = None  # where the preprocessing is from, in words
+    words: str = ""  # what was taken of a file that holds more
+    note: str = ""  # what is odd about a run's files
 
 
 def recipes_of(config) -> list[dict]:
@@ -90,44 +96,12 @@ def load_state(model, state, source="weights"):
     if any(faults.values()):
         lists = "; ".join(f"{what}: {_first(keys)}" for what, keys in faults.items() if keys)
         raise UserError(f"{source} does not fit {type(model).__name__}: {lists}")
+    for key in sorted(names.keys() & state):
+        if why := _not_a_weight(state[key], own[names[key]]):
+            raise UserError(f"{source} can't be weights: {key} {why}")
     for key in names.keys() & state:
         own[names[key]] = state[key]
     model.load_state_dict(own)
-
-
-def load_weights(path) -> dict[str, torch.Tensor]:
-    """The state in a run folder, a .safetensors or a .pth file. Nothing is ever unpickled.
-
-    A .pth may also hold the state under "state_dict" or "model". Raises UserError naming the file.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "model.safetensors"
-    if not path.is_file():
-        raise UserError(f"no weights at {path}")
-    if is_lfs_pointer(path):
-        raise UserError(f"{path} is a Git LFS pointer, not the file: git lfs pull")
-    if path.suffix not in (".safetensors", ".pth", ".pt"):
-        raise UserError(f"{path}: weights are read from .safetensors or .pth files")
-    try:
-        if path.suffix == ".safetensors":
-            data = path.read_bytes()
-            written_digest(path, data)
-            state = safetensors.torch.load(data)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # a foreign file: torch alone raises six kinds for damaged ones
-        raise UserError(_unreadable(path, error)) from None
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and torch.is_tensor(value) for key, value in state.items()
-    ):
-        raise UserError(f"{path} is not a state dict (names of tensors)")
-    return state
 
 
 def result_note(folder, config) -> str:
@@ -136,7 +110,7 @@ def result_note(folder, config) -> str:
     try:
         written = written_digest(file, file.read_bytes())
     except (ValueError, AttributeError, RecursionError) as error:
-        raise UserError(_unreadable(file, error)) from None
+        raise unreadable(file, error) from None
     if written is None:
         return "not checked: written without a hash, by an earlier version or another program"
     if config.get(DIGEST) not in (None, written):
@@ -144,33 +118,64 @@ def result_note(folder, config) -> str:
     return ""
 
 
-def _unreadable(path, error):
-    return f"{path} can't be read as plain tensors, and nothing in it was run ({one_line(error)})"
+def _not_a_weight(value, own):
+    """Why a tensor can't take the place of another one of its shape, or None."""
+    if not own.is_floating_point() or own.is_meta:  # of the latter, shapes are asked for alone
+        return None
+    if not value.is_floating_point():
+        return f"holds {str(value.dtype).removeprefix('torch.')} values"
+    if not value.isfinite().all() and own.isfinite().all():
+        return "holds values that are not finite"
+    return None
 
 
-def load_pretrained(model, pretrained, classes=None) -> str:
-    """Load what `find_weights` found into the model, and return the line that says what was.
+class Loaded(NamedTuple):
+    """What `load_pretrained` did: in words, and whether the model kept its own heads."""
+
+    text: str
+    head_is_new: bool
+
+
+def load_pretrained(model, pretrained, classes=None, by_order=False) -> Loaded:
+    """Load what `find_weights` found into the model.
 
     classes: names of the model's classes in the order of the ids. The model keeps its own head
     where the loaded one is of another shape or kind, or where both know their classes and those
-    are others; the line says so. Position embeddings of torchvision's vit are resized to the
-    model's. Any other mismatch is a UserError that lists the keys.
+    are others; the text says so. Position embeddings of torchvision's vit are resized to the
+    model's, and timm's networks convert what timm would. Any other mismatch is a UserError that
+    lists the keys. by_order: the n-th tensor is the model's n-th, whatever its name, where all
+    shapes are the same.
     """
     if pretrained.state is None:
-        return "no pretrained weights"
+        return Loaded("no pretrained weights", True)
     state = {_plain(key): value for key, value in pretrained.state.items()}
     message = f"weights {pretrained.label}"
-    name, _ = head(model)
+    message += f", {pretrained.words}" if pretrained.words else ""
+    if by_order:
+        state = _in_order(model, state, pretrained.label)
+        message += "; loaded by order: shapes were checked, names were not"
+    state, converted = _as_timm_would(model, state)
+    names = [name for name, _ in heads(model)]
+    prefixes = tuple(f"{name}." for name in names)
     theirs, ours = (
-        {key: value for key, value in keys.items() if key.startswith(f"{name}.")}
+        {key: value for key, value in keys.items() if key.startswith(prefixes)}
         for keys in (state, clean_state_dict(model))
     )
     if why := _head_is_new(theirs, ours, pretrained.classes, classes):
         state = {key: value for key, value in state.items() if key not in theirs} | ours
-        message += f"; head {name} is new: {why}"
+        message += f"; head {' and '.join(names)} is new: {why}"
     state, resized = _resize_positions(model, state)
-    load_state(model, state, pretrained.label)
-    return message + resized + (f"; {pretrained.note}" if pretrained.note else "")
+    try:
+        load_state(model, state, pretrained.label)
+    except UserError as error:
+        if by_order or _in_order(model, pretrained.state) is None:
+            raise
+        raise UserError(
+            f"{error}. All shapes match in order under other names: --weights_by_order loads them "
+            "so, and checks nothing but shapes"
+        ) from None
+    note = f"; {pretrained.note}" if pretrained.note else ""
+    return Loaded(message + converted + resized + note, bool(why))
 
 
 def _head_is_new(theirs, ours, their_classes, our_classes):
@@ -190,6 +195,58 @@ def _head_is_new(theirs, ours, their_classes, our_classes):
     if known and len(their_classes) == len(our_classes) and list(our_classes) != their_classes:
         return "other classes"
     return None
+
+
+def _in_order(model, state, source=None):
+    """The tensors of a state under the model's names, given out in order.
+
+    All shapes have to be the model's, but for the number of classes. Otherwise None, or with a
+    `source` a UserError that names it.
+    """
+    ours = {_plain(name): tensor for name, tensor in model.state_dict().items()}
+    prefixes = tuple(f"{name}." for name, _ in heads(model))
+    no_counters = {k: v for k, v in ours.items() if not k.endswith("num_batches_tracked")}
+    why = f"{len(state)} tensors there, {len(ours)} here"
+    for names in (ours, no_counters):
+        if len(names) != len(state):
+            continue
+        other = [
+            (key, name)
+            for (key, value), (name, own) in zip(state.items(), names.items(), strict=True)
+            if value.shape != own.shape
+            and not (name.startswith(prefixes) and value.shape[1:] == own.shape[1:])
+        ]
+        if not other:
+            return dict(zip(names, state.values(), strict=True))
+        key, name = other[0]
+        why = f"{key} {tuple(state[key].shape)} would be {name} {tuple(names[name].shape)}"
+    if source:
+        raise UserError(f"--weights_by_order: {source} has other shapes: {why}")
+    return None
+
+
+def _as_timm_would(model, state):
+    """The state as timm's own loader converts it for the model, and words where it had to.
+
+    Positions of another image size are resized, names of the original code are translated.
+    """
+    module = sys.modules[type(model).__module__]
+    convert = getattr(module, "checkpoint_filter_fn", None)
+    own = {key: value.shape for key, value in model.state_dict().items()}
+    prefixes = tuple(f"{name}." for name, _ in heads(model))
+    theirs = {key: value.shape for key, value in state.items() if not key.startswith(prefixes)}
+    fits = theirs == {key: shape for key, shape in own.items() if not key.startswith(prefixes)}
+    if fits or convert is None or not module.__name__.startswith("timm."):
+        return state, ""
+    try:
+        new = convert(dict(state), model)
+    except Exception:  # made for states of this network: of another one, the keys are told
+        return state, ""
+    resized = [key for key in new if key in theirs and new[key].shape != theirs[key]]
+    words = f"; resized as timm does: {_first(resized)}" if resized else ""
+    if new.keys() - state.keys() - {key for key in new if key.startswith(prefixes)}:
+        words += "; names translated as timm does"
+    return new, words
 
 
 def _resize_positions(model, state):
@@ -213,28 +270,55 @@ def _resize_positions(model, state):
 def find_weights(spec, name, stem="auto") -> Pretrained:
     """What `--weights` names, for the model `name`.
 
-    spec: "none", "default", the name of weights that torchvision publishes, a run folder, or a
-    file. torchvision's own download and cache are used; a filled cache needs no network. Published
-    weights know all about themselves; of a run folder, timm's too, `config.json` is read; of other
-    files the stem is known, from their shapes. stem: `--stem`, which wins where it can.
+    spec: "none", "default", the name of weights that torchvision publishes or the tag of timm's,
+    hf-hub:owner/name, a run folder, or a file (FILE:KEY for one state of several). torchvision's
+    and timm's own download and caches are used; a filled cache needs no network. Published weights
+    know all about themselves; of a run folder, timm's too, `config.json` is read; of other files
+    the stem is known, from their shapes. stem: `--stem`, which wins where it can. name: see
+    harness.models.names.find_model.
 
     Raises UserError, besides weights that can't be had, for a folder of another architecture and
     for weights that have another stem than asked.
     """
     if spec == "none":
         return Pretrained()
-    library = library_of(name)
-    if spec != "default" and (Path(spec).exists() or Path(spec).suffix or "/" in spec):
-        found = _stored(spec, name)
-    elif library != "torchvision":
-        raise UserError(f"--weights {spec}: {name} takes a run folder or a file")
+    network = find_model(name)
+    if spec == "default" and network.hub:
+        spec = network.hub
+    is_file = Path(spec).exists() or Path(spec.rpartition(":")[0]).is_file()
+    is_file = is_file or Path(spec).suffix or "/" in spec
+    if spec.startswith(PREFIX):
+        found = _on_hub(spec, network)
+    elif spec != "default" and is_file:
+        found = _stored(spec, network)
+    elif network.library == "timm":
+        found = _published_by_timm(spec, network)
+    elif network.library == "torchvision":
+        found = _published(spec, network.name)
     else:
-        found = _published(spec, name)
-    state = {_plain(key): value for key, value in found.state.items()}
+        raise UserError(f"--weights {spec}: {name} takes a run folder or a file")
+    state = _without_prefix({_plain(key): value for key, value in found.state.items()}, network)
     state = {key: value for key, value in state.items() if not key.startswith(AUXILIARY)}
     found = found._replace(state=state)
-    family = family_of(name) if library == "torchvision" else Family()
+    family = family_of(network.name) if network.library == "torchvision" else Family()
     return found._replace(stem=_stem(found, family, stem))
+
+
+def _without_prefix(state, network):
+    """The state without a prefix that all its keys share, such as Lightning's `model.`.
+
+    Unless the network's own names have it.
+    """
+    candidates = [state]
+    while len({key.partition(".")[0] for key in candidates[-1]}) == 1:
+        shorter = {key.partition(".")[2]: value for key, value in candidates[-1].items()}
+        if "" in shorter:
+            break
+        candidates.append(shorter)
+    if len(candidates) == 1:
+        return state
+    known = skeleton(network).state_dict().keys()
+    return max(candidates, key=lambda candidate: len(known & candidate.keys()))
 
 
 def _stem(found, family, asked):
@@ -250,25 +334,97 @@ def _stem(found, family, asked):
     return asked
 
 
-def _stored(spec, name):
+def _stored(spec, network):
     """The weights in a file or a folder, with what a config.json beside them says."""
-    path, config = Path(spec), {}
+    path, file = Path(spec), None
     if path.is_dir() or path.name == "model.safetensors":
         file = (path if path.is_dir() else path.parent) / "config.json"
-        config = read_config(file)
-    architecture = config.get("architecture")
-    if architecture not in (None, name):
-        raise UserError(f"{spec} holds a {architecture}: add --model {architecture}")
+    return _described(spec, spec, file, network)
+
+
+def _on_hub(spec, network):
+    """The weights of a model on the Hub."""
+    file = model_file(spec, "config.json")
+    path = model_file(spec, "model.safetensors", "pytorch_model.bin")
+    return _described(spec, path, file, network)
+
+
+def _described(spec, path, file, network):
+    """Pretrained, of the weights at `path` and of the config.json `file` about them, if any."""
+    config = read_config(file) if file else {}
+    name, library = config.get("architecture"), config.get("library")
+    if name not in (None, network.name):
+        raise UserError(f"{spec} holds a {name}: add --model {name}")
+    if name and library not in (None, network.library):
+        raise UserError(f"{spec} holds {library}'s {name}: add --model {library}/{name}")
+    weights = read_weights(path)
     classes, stem = config.get("label_names"), config.get("stem")
+    cfg, origin = config.get("pretrained_cfg"), str(file)
+    if cfg is None and network.library == "timm":
+        cfg, origin = timm_cfg(network), f"timm's cfg of {network.name}, whose weights they may be"
+    look = None if cfg is None else preprocessing_of(cfg, origin)
     return Pretrained(
-        load_weights(spec),
+        weights.state,
         spec,
-        architecture,
+        name,
         stem,
         [str(label) for label in classes] if isinstance(classes, list) else None,
-        preprocessing_of(config["pretrained_cfg"], file) if "pretrained_cfg" in config else None,
+        look,
         tuple(recipes_of(config) if config.get("flags") else [{"unknown": str(spec)}]),
-        result_note(file.parent, config) if config.get("flags") else "",
+        (origin + _other_cut(cfg)) if look else None,
+        weights.words,
+        result_note(Path(file).parent, config) if config.get("flags") else "",
+    )
+
+
+def timm_cfg(network, tag=None):
+    """timm's pretrained_cfg of a network's weights, as a dict."""
+    import timm
+
+    tag = tag or network.tag
+    return timm.get_pretrained_cfg(f"{network.name}.{tag}" if tag else network.name).to_dict()
+
+
+def _other_cut(cfg):
+    """Words for images that timm would not cut as we do."""
+    mode = cfg.get("crop_mode")
+    return f" (crop_mode {mode} there, center here)" if mode not in (None, "center") else ""
+
+
+def _published_by_timm(spec, network):
+    """The weights that timm publishes: its own download, from the Hub's cache or the network."""
+    import timm
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    tag = None if spec == "default" else spec
+    name = f"{network.name}.{tag or network.tag}" if tag or network.tag else network.name
+    tags = [n.partition(".")[2] for n in timm.list_pretrained(f"{network.name}.*")]
+    if not tags or (tag and tag not in tags):
+        hint = nearest(tag, tags) or (f": it has {', '.join(tags)}" if tags else "")
+        raise UserError(
+            f"timm's {network.name} has no weights {tag or ''}{hint} (and no file is called so)"
+        )
+    cfg = timm_cfg(network, tag)
+    try:
+        with reachable_or_cached():  # safetensors first; others are read with weights_only
+            model = timm.create_model(name, pretrained=True)
+    except Exception as error:  # no network, no space, a damaged or hostile file in the cache
+        raise UserError(
+            f"timm's {name} could not be loaded ({reason_of(error)}); where there is a network, "
+            f"python -c \"import timm; timm.create_model('{name}', pretrained=True)\" fetches it"
+        ) from None
+    labels = cfg.get("label_names")
+    if labels is None and (subset := infer_imagenet_subset(cfg)):
+        words = ImageNetInfo(subset)
+        labels = [words.index_to_description(k) for k in range(words.num_classes())]
+    return Pretrained(
+        model.state_dict(),
+        f"timm/{network.name}.{cfg['tag']}",
+        network.name,
+        "standard",
+        list(labels) if labels else None,
+        preprocessing_of(cfg, f"timm's {name}"),
+        origin=f"timm's cfg of {network.name}.{cfg['tag']}" + _other_cut(cfg),
     )
 
 
@@ -289,7 +445,7 @@ def _published(spec, name):
     except Exception as error:  # no network, no space, a damaged or hostile file in the cache
         cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
         raise UserError(
-            f"{weights} could not be loaded ({one_line(error)}): they belong at {cached}; where "
+            f"{weights} could not be loaded ({reason_of(error)}): they belong at {cached}; where "
             f"there is a network, python -c 'from torchvision.models import *; "
             f"{weights}.get_state_dict(check_hash=True)' puts them there"
         ) from None
@@ -303,6 +459,7 @@ def _published(spec, name):
         "standard",
         list(weights.meta["categories"]),
         Preprocessing(size, size / resized, own.interpolation.value, tuple(mean), tuple(std)),
+        origin=f"torchvision's transforms of {weights}",
     )
 
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import psutil
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -21,15 +20,18 @@ from tqdm.auto import tqdm
 
 from harness.counters import SampleStreams
 from harness.data.batches import Samples, mixes
-from harness.data.sources import stratified_order
 from harness.errors import StopAsked, UserError
-from harness.models.build import DropoutLinear, head
-from harness.processes import from_each, from_main
+from harness.models.heads import (
+    DropoutLinear,
+    head,
+    in_eval,
+    run_with_input,
+    sample_image,
+    trial_heads,
+)
+from harness.processes import from_each
 from harness.training.scoring import batch_starts
-from harness.training.stages import choose_strategy, enter
-
-PROBE_IMAGES = 5000  # train images that the probe is fitted to at most
-PROBE_HELD_OUT = 0.2  # of them, to score it where there is no validation split
+from harness.training.stages import enter
 
 
 class Cut(NamedTuple):
@@ -97,15 +99,9 @@ def can_cache(model, size, cut) -> bool:
     trained = {id(p) for p in cut.tail.parameters()}
     if any(p.requires_grad and id(p) not in trained for p in model.parameters()):
         return False
-    device = next(model.parameters()).device
-    image = torch.linspace(-1, 1, 3 * size * size, device=device).view(1, 3, size, size)
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        module.training = False
-    logits, features = _run(model, image, cut)
-    again = cut.tail(features.clone())
-    for module, training in modes:
-        module.training = training
+    with trial_heads(model), in_eval(model):
+        logits, features = run_with_input(model, cut.entry, sample_image(model, size))
+        again = cut.tail(features.clone())
     return again.shape == logits.shape and torch.equal(again, logits)
 
 
@@ -136,14 +132,16 @@ def extract_splits(accelerator, model, splits, views, args, known, stop=None):
     }
 
 
-def view_batch(samples, views, start, view, seed, device="cpu"):
-    """The evaluation batch that starts at `start` as view `view` shows it, and its labels."""
-    step, total = batch_starts(samples).step, len(samples.labels)
-    index = torch.arange(start, min(start + step, total))
-    images, labels = samples.take(index, torch.device(device))
+def view_batch(samples, views, rows, view, seed, device="cpu"):
+    """Images (float32, normalised) of these rows as view `view` shows them, and their labels.
+
+    rows: int64 (n,). View 0 is that of evaluation; what another draws depends on seed, view and
+    row alone.
+    """
+    images, labels = samples.take(rows, torch.device(device))
     if view == 0:
         return views.evaluation(images), labels
-    draw = views.draw(len(index), SampleStreams(seed, "features", view, places=index))
+    draw = views.draw(len(rows), SampleStreams(seed, "features", view, places=rows))
     return views.train(images, draw), labels
 
 
@@ -172,9 +170,10 @@ def extract(accelerator, model, samples, views, number, seed, known, name, stop=
         for k in range(accelerator.process_index, len(starts), accelerator.num_processes):
             if stop and stop():
                 break
-            images, _ = view_batch(samples, views, starts[k], view, seed, accelerator.device)
+            rows = torch.arange(starts[k], min(starts[k] + starts.step, total))
+            images, _ = view_batch(samples, views, rows, view, seed, accelerator.device)
             with accelerator.autocast():
-                _, found = _run(model, images, cut)
+                _, found = run_with_input(model, cut.entry, images)
             if features is None:
                 _check_memory(total * number, found[0])
                 features = found.new_zeros(total, *found.shape[1:], device="cpu")
@@ -201,17 +200,6 @@ def _check_memory(number, one):
         )
 
 
-def _run(model, images, cut):
-    """(logits, what the entry of the tail received), a copy: an activation may work in place."""
-    seen = []
-    handle = cut.entry.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
-    try:
-        logits = model(images)
-    finally:
-        handle.remove()
-    return logits, seen[-1]
-
-
 def _from_all(accelerator, features):
     """Each sample was computed by one process and is zero on the others: their sum is exact."""
     if accelerator.num_processes == 1:
@@ -223,77 +211,3 @@ def _from_all(accelerator, features):
     shape, dtype = next(shape for shape in shapes if shape)
     features = torch.zeros(shape, dtype=dtype) if features is None else features
     return accelerator.reduce(features.to(accelerator.device), "sum").cpu()
-
-
-def choose(accelerator, model, splits, views, classes, seed, known):
-    """(strategy, reason) for `--strategy auto`: see harness.training.stages.choose_strategy.
-
-    Fits a linear probe to the frozen features of train and scores it on val, or on a part of
-    train that is held out; test is not looked at. known: as for `extract`.
-    """
-    model.eval()
-    roles = [role for role in ("train", "val") if role in splits]
-    found = {
-        role: extract(accelerator, model, splits[role], views, 1, seed, known, role)
-        for role in roles
-    }
-    accuracy = from_main(  # one opinion for all, whatever their last digits are
-        accelerator, lambda: probe_accuracy(found["train"], found.get("val"), classes, seed)
-    )
-    return choose_strategy(len(splits["train"].labels) / classes, accuracy, classes)
-
-
-def probe_accuracy(train, val, classes, seed) -> float:
-    """Accuracy on held-out images of a linear classifier fitted to frozen features.
-
-    train, val: Samples of features (view 0 is used); without val, PROBE_HELD_OUT of train is held
-    out, stratified. At most PROBE_IMAGES are fitted to.
-    """
-    order = torch.from_numpy(stratified_order(train.labels.numpy(), seed))
-    if val is None:
-        held_out = max(1, round(PROBE_HELD_OUT * len(order)))
-        val = _subset(train, order[:held_out])
-        order = order[held_out:]
-    fitted = _subset(train, order[:PROBE_IMAGES])
-    predict = linear_probe(_pooled(fitted), fitted.labels, classes)
-    scores = predict(_pooled(val))
-    return (scores.argmax(1) == val.labels).double().mean().item()
-
-
-def linear_probe(features, labels, classes):
-    """Multinomial logistic regression with an L2 penalty of ½‖W‖² (C = 1), by L-BFGS.
-
-    features: (n, d), standardised here. labels: int64 (n,). Returns a function (m, d) -> scores
-    (m, classes), float64 on the CPU: equal to scikit-learn's LogisticRegression on standardised
-    features.
-    """
-    features = features.double()
-    std, mean = torch.std_mean(features, dim=0, correction=0)
-    std = torch.where(std > 0, std, 1.0)
-    x = (features - mean) / std
-    weight = torch.zeros(x.shape[1], classes, dtype=x.dtype, requires_grad=True)
-    bias = torch.zeros(classes, dtype=x.dtype, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=300, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
-    )
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(x @ weight + bias, labels) + weight.square().sum() / (2 * len(x))
-        loss.backward()
-        return loss
-
-    with torch.enable_grad():
-        optimizer.step(closure)
-    weight, bias = weight.detach(), bias.detach()
-    return lambda new: (new.double() - mean) / std @ weight + bias
-
-
-def _pooled(samples):
-    """View 0 as vectors (n, d): averaged over space where it has more than one position."""
-    features = samples.pixels[:, 0].double()
-    return features.flatten(2).mean(2) if features.ndim > 2 else features
-
-
-def _subset(samples, index):
-    return Samples(samples.pixels[index], torch.arange(len(index)), samples.labels[index])

@@ -120,7 +120,8 @@ def check_folder(args, script):
     """
     _check_trackers(args)
     dataset = re.sub(r"[^\w.-]+", "_", Path(args.dataset).name or args.dataset)
-    name = args.run_name or f"{dataset}-{args.model}-s{args.seed}"
+    model = re.sub(r"[^\w.-]+", "_", args.model)  # timm/NAME, hf-hub:owner/name
+    name = args.run_name or f"{dataset}-{model}-s{args.seed}"
     folder = Path(args.output_dir) / (name + _of_sweep())
     mark = _owner(folder, args, script)
     taken = bool(mark) and not mark.get("clearing") and (folder / "config.yaml").exists()

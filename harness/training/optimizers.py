@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from harness.models.build import head
+from harness.models.heads import heads
 from tricks.lr_groups import weight_decay_groups
 from tricks.muon import Muon, muon_groups
 
@@ -15,7 +15,7 @@ def make_groups(model, lr, head_lr, bias_lr, weight_decay, norm_weight_decay, mu
     head_lr: of the head's kernel, bias_lr: of norms and biases; None for lr. muon: whether what
     it orthogonalises has a group of its own.
     """
-    last = head(model)[1]
+    last = torch.nn.ModuleList(module for _, module in heads(model))
     of_head = {id(p) for p in last.parameters()}
     groups = []
     for group in weight_decay_groups(model, weight_decay, norm_weight_decay):

@@ -9,9 +9,10 @@ import numpy as np
 
 from harness.cli.tables import facts
 from harness.data.options import DataOptions
-from harness.data.preprocessing import Preprocessing
+from harness.data.preprocessing import Preprocessing, as_given, given
 from harness.data.sources import load_data
 from harness.models import build
+from harness.models.names import find_model
 from harness.processes import from_local_main
 from tricks.ema import decay_at, half_life
 from tricks.schedule import warmup_cosine, warmup_linear
@@ -59,17 +60,22 @@ def classes_row(data):
 def preprocessing(args, data, pretrained):
     """How images are prepared: as the weights say of themselves, else by the data set's facts.
 
-    pretrained: from harness.models.weights.find_weights. --image_size wins over the weights' own.
+    pretrained: from harness.models.weights.find_weights. What flags name wins.
     """
-    if pretrained.preprocessing:
-        own = pretrained.preprocessing
-        return own._replace(size=args.image_size or own.size)
     # A random resized crop enlarges what it cuts out, so it cuts from more pixels
-    return Preprocessing(
-        size=args.image_size or data.image_size,
-        crop_pct=CROP_PCT if args.crop_scale else 1.0,
+    look = pretrained.preprocessing or Preprocessing(
+        size=data.image_size, crop_pct=CROP_PCT if args.crop_scale else 1.0,
         interpolation="bilinear", mean=data.mean, std=data.std,
     )  # fmt: skip
+    return look._replace(size=args.image_size or look.size, **given(args))
+
+
+def preprocessing_from(args, pretrained):
+    """Where the preprocessing comes from, in words."""
+    words = pretrained.origin or "the data set's own mean and std"
+    if pretrained.state and not pretrained.origin:
+        words = f"assumed ({words}): nothing beside the weights says how they want images"
+    return words + as_given(args)
 
 
 def text(args, machine, data, model, look, total, rows):
@@ -80,6 +86,7 @@ def text(args, machine, data, model, look, total, rows):
     """
     per_epoch = len(data.train) // args.batch_size
     about = build.describe(model)
+    network = find_model(args.model)
     accumulation = args.gradient_accumulation_steps
     processes = machine["processes"]
     part = args.batch_size // (processes * accumulation)
@@ -96,7 +103,8 @@ def text(args, machine, data, model, look, total, rows):
         **({"left out": left_out(data)} if data.bad else {}),
         "images": f"{look.size}×{look.size}{stored} {look.interpolation}, {colours}; "
         + augmentation(args),
-        "model": f"{args.model}, {about['parameters']:,} parameters, head {about['head']}; "
+        "model": f"{network.name} ({network.library}), {about['parameters']:,} parameters, "
+        + f"head {about['head']}; "
         + machine["weights"],
         "steps": f"{total:,} = {total / per_epoch:.4g} epochs of {per_epoch}"
         + f" ({len(data.train) % args.batch_size} images an epoch don't fill a batch)",
@@ -174,11 +182,12 @@ def result_config(args, data, look, stem, job_type, pretrained, head="linear"):
     look: Preprocessing. stem: as resolved. pretrained: what it started from. head: "linear" or
     "mlp".
     """
+    network = find_model(args.model)
     return {
         **build.model_config(
-            args.model, data.classes, look.size, look.mean, look.std, stem=stem,
-            dropout=args.dropout, library=build.library_of(args.model),
-            head=head, crop_pct=look.crop_pct, interpolation=look.interpolation,
+            network.name, data.classes, look.size, look.mean, look.std, stem=stem,
+            dropout=args.dropout, library=network.library, arguments=network.arguments, head=head,
+            crop_pct=look.crop_pct, interpolation=look.interpolation,
         ),
         "job_type": job_type,
         "dataset": data.name,
@@ -205,6 +214,22 @@ def identity(data, look):
     }
 
 
+WORSE_THAN_PROBE = 0.03  # a result so far under the probe of its features is worth a word
+
+
+def under_probe(summary):
+    """The line for a result well under the linear probe of the features it began with, or ""."""
+    accuracy, probe = summary["accuracy"], summary.get("probe")
+    if accuracy is None or not probe or accuracy >= probe["accuracy"] - WORSE_THAN_PROBE:
+        return ""
+    less = (probe["accuracy"] - accuracy) * 100
+    return (
+        f"note         {less:.1f} points under a linear probe of the features it began with "
+        f"({probe['accuracy']:.1%} of {probe['of']} images): training lost what they knew; lower "
+        "rates, fewer --epochs or --bn_mode eval may keep it\n"
+    )
+
+
 def closing(summary, folder, tracked):
     """The last lines: what came out, and where it is."""
     split, accuracy = summary["split"], summary["accuracy"]
@@ -223,6 +248,7 @@ def closing(summary, folder, tracked):
     return (
         f"\n{score} ({summary['weights']} weights) after {summary['steps']:,} steps, "
         f"{summary['seconds']:.0f} s\n"
+        f"{under_probe(summary)}"
         f"result       {folder}/model.safetensors, config.json, summary.json\n"
         f"curves       {folder}/curves.png, train_batch.png, metrics.jsonl\n"
         f"tracked run  {tracked}"

@@ -348,9 +348,13 @@ class Run:
         args = self.args
         if self._writer.done():
             self._settle()
-        if self.step % args.logging_steps == 0 or self.step == self.total:
-            self._log_interval()
         end_of_epoch = self.step % self.steps_per_epoch == 0 or self.step == self.total
+        # Once an epoch at least: the last multiple of the interval may lie before this epoch
+        epoch_began = (self.step - 1) // self.steps_per_epoch * self.steps_per_epoch
+        logged = self.step // args.logging_steps * args.logging_steps
+        none_yet = end_of_epoch and logged <= epoch_began
+        if logged == self.step or none_yet or self.step == self.total:
+            self._log_interval()
         if end_of_epoch:
             self._end_epoch()
         every = args.checkpointing_steps

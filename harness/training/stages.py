@@ -219,8 +219,12 @@ def _rates(train, decay, blocks):
     factors = layer_decay_rates([block[0] for block in blocks], 1.0, decay)
     inner = {prefix: factors[block[0]] for block in blocks for prefix in block}
     rates = {}
-    for asked, rate in train.items():
-        prefix = blocks[-1][0] if asked == "head" else asked
+    named = [
+        (asked, prefix, rate)
+        for asked, rate in train.items()
+        for prefix in (blocks[-1] if asked == "head" else [asked])
+    ]
+    for asked, prefix, rate in named:
         inside = list(inner) if prefix == "all" else [p for p in inner if _under(p, prefix)]
         parts = inside if prefix == "all" or (inside and decay != 1) else [prefix]
         for part in parts:

@@ -11,12 +11,14 @@ import yaml
 
 from harness.cli import flags
 from harness.data.options import DataOptions
+from harness.data.pixels import FILTERS
 from smallruns import ROOT, build_parser
 
 RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.yaml") if p.stem != "sweep")  # W&B's
 
 
 SCRIPTS = sorted(p.name for p in ROOT.glob("*.py"))
+PREPROCESSING = ROOT / "harness/data/preprocessing.py"
 TRAINING = {"train.py", "finetune.py"}
 # What the others read flags in; other files of the harness have functions for training, too.
 OF_REPORTS = {
@@ -281,7 +283,8 @@ def args_attributes(script, context):
     """
     names = set()
     for path in standing_on(script):
-        if context is ast.Load and script not in TRAINING and path not in OF_REPORTS:
+        own = OF_REPORTS | ({PREPROCESSING} if script == "gradcam.py" else set())
+        if context is ast.Load and script not in TRAINING and path not in own:
             continue
         body = ast.parse(path.read_text(encoding="utf-8")).body
         if path.name == "plan.py":
@@ -312,6 +315,18 @@ def test_every_flag_is_read_and_none_is_written(script):
 
 def test_what_a_resumed_run_may_change_is_flags(parser):
     assert flags.OPERATIONAL - {"config"} <= declared(parser).keys()
+
+
+def test_the_filters_are_pillows():
+    assert set(flags.FILTERS) <= set(FILTERS)
+
+
+def test_colours_are_three_numbers_or_one_for_all(parser, refused, read_recipe):
+    assert parser.read(["--mean", "0.5", "--std=0.1,0.2,0.3"]).mean == [0.5, 0.5, 0.5]
+    args = read_recipe("std: [0.1, 0.2, 0.3]")
+    assert args.std == [0.1, 0.2, 0.3]
+    assert "one number or three" in refused(parser.read, ["--mean=0.1,0.2"])
+    assert "--std" in refused(parser.read, ["--std=0"])
 
 
 def test_every_flag_has_help_that_shows_its_default(parser):

@@ -16,6 +16,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from PIL import Image
 
 import smallruns
+from harness import hub
 from harness.data import stored
 from harness.data.cache import decode_split
 from harness.data.sources import load_data, stratified_order
@@ -226,7 +227,7 @@ def test_without_network_the_cache_is_used(tmp_path, cache):
 
 def test_without_network_or_cache_the_message_says_how_to_fetch_it(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(stored, "_hub_answers", lambda endpoint: False)
+    monkeypatch.setattr(stored, "hub_answers", lambda endpoint: False)
     began = time.perf_counter()
     with pytest.raises(UserError) as caught:
         load_data("cifar100")
@@ -249,17 +250,17 @@ def test_whether_the_hub_answers(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        assert stored._hub_answers(f"http://127.0.0.1:{port}")
+        assert hub.hub_answers(f"http://127.0.0.1:{port}")
         # Behind a proxy the Hub's own name need not be known here.
         monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
-        assert stored._hub_answers("https://hub.invalid")
-    assert not stored._hub_answers("https://hub.invalid")
+        assert hub.hub_answers("https://hub.invalid")
+    assert not hub.hub_answers("https://hub.invalid")
     monkeypatch.delenv("https_proxy")
     # A name server that never answers.
-    monkeypatch.setattr(stored, "HUB_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(hub, "TIMEOUT_S", 0.1)
     monkeypatch.setattr(socket, "create_connection", never_answers)
     began = time.perf_counter()
-    assert not stored._hub_answers("https://huggingface.co")
+    assert not hub.hub_answers("https://huggingface.co")
     assert time.perf_counter() - began < 0.4
 
 

@@ -11,6 +11,7 @@ from torchvision.transforms.functional import normalize
 
 from harness.errors import UserError
 from harness.models import build
+from harness.models.names import find_model
 from harness.models.weights import clean_state_dict, find_weights, load_state
 
 # name: (image size, the side of the last feature map before the pool at that size).
@@ -162,7 +163,7 @@ def test_every_torchvision_classifier_has_a_family():
     assert len(names) >= 80
     for name in names:
         assert build.resolve_stem(name, "standard", 224) == "standard"
-        assert build.library_of(name) == "torchvision"
+        assert find_model(name).library == "torchvision"
 
 
 @pytest.mark.filterwarnings("ignore:The default weight initialization")
@@ -227,7 +228,7 @@ def test_an_unknown_model_names_the_nearest(name, said):
 @pytest.mark.parametrize("name", ["fcn_resnet50", "quantized_resnet18", "raft_small"])
 def test_what_is_no_classifier_is_unknown(name):
     with pytest.raises(UserError, match="unknown model"):
-        build.library_of(name)
+        find_model(name)
 
 
 @pytest.mark.parametrize("name", ["vgg11_bn", "vit_b_16", "swin_t", "squeezenet1_1", "alexnet"])
@@ -484,14 +485,14 @@ def test_published_weights_that_expect_other_colours_than_their_metadata_says(na
 
 def test_timm_models_by_name_at_their_size():
     pytest.importorskip("timm")
-    assert build.library_of("resnet10t") == "timm"
-    assert build.library_of("resnet18") == "torchvision"
+    assert find_model("resnet10t").library == "timm"
+    assert find_model("resnet18").library == "torchvision"
     model = build.build_model("resnet18", 7, image_size=48, library="timm", dropout=0.5)
     assert type(model).__module__.startswith("timm.") and model.drop_rate == 0.5
     assert build.head(model) == ("fc", model.fc)
     model = build.build_model("vit_tiny_patch16_224", 7, image_size=48)
     assert model(torch.zeros(2, 3, 48, 48)).shape == (2, 7)
-    with pytest.raises(UserError, match="resnet10t takes a run folder or a file"):
+    with pytest.raises(UserError, match="timm's resnet10t could not be loaded"):
         find_weights("default", "resnet10t")
     with pytest.raises(UserError, match="timm's resnet10t has none"):
         build.build_model("resnet10t", 7, image_size=32, stem="small")

@@ -16,13 +16,13 @@ from harness.data.pixels import FILTERS
 from harness.data.preprocessing import Preprocessing
 from harness.errors import UserError
 from harness.models import build
+from harness.models.reading import load_weights
 from harness.models.weights import (
     Pretrained,
     clean_state_dict,
     find_weights,
     load_pretrained,
     load_state,
-    load_weights,
 )
 
 
@@ -203,7 +203,7 @@ OTHERS = list("tuvwxyz")
 )
 def test_a_head_that_does_not_fit_is_replaced_and_said(theirs, said):
     model = small(7)
-    assert load_pretrained(model, found(small(**theirs))) == f"weights w.pth{said}"
+    assert load_pretrained(model, found(small(**theirs))).text == f"weights w.pth{said}"
     assert body_and_head(model) is (not said)
 
 
@@ -222,7 +222,7 @@ def test_a_head_that_does_not_fit_is_replaced_and_said(theirs, said):
 def test_a_head_for_other_classes_is_replaced_and_said(head, theirs, ours, said):
     model = small(7, head=head)
     weights = found(small(7, head=head), classes=theirs)
-    assert load_pretrained(model, weights, ours) == f"weights w.pth{said}"
+    assert load_pretrained(model, weights, ours).text == f"weights w.pth{said}"
     assert body_and_head(model) is (not said)
 
 
@@ -230,14 +230,16 @@ def test_a_body_without_a_head():
     model, weights = small(7), found(small(7))
     for key in ("fc.weight", "fc.bias"):
         del weights.state[key]
-    assert load_pretrained(model, weights) == "weights w.pth; head fc is new: none there"
+    assert load_pretrained(model, weights).text == "weights w.pth; head fc is new: none there"
     assert not body_and_head(model)
 
 
 def test_only_the_head_may_differ():
     with pytest.raises(UserError, match=r"w\.pth does not fit .*another shape: body.bias \(5,\)"):
         load_pretrained(small(7, width=6), found(small(7)))
-    assert load_pretrained(small(7), find_weights("none", "resnet18")) == "no pretrained weights"
+    assert (
+        load_pretrained(small(7), find_weights("none", "resnet18")).text == "no pretrained weights"
+    )
 
 
 def small_vit(pixels, classes=7):
@@ -255,7 +257,7 @@ def test_position_embeddings_are_resized_and_said():
         theirs.encoder.pos_embedding[0, 1:, :2] = grid.flatten(0, 1)
     weights = Pretrained(theirs.state_dict(), "w.pth")
     before = theirs.encoder.pos_embedding.clone()
-    line = load_pretrained(ours, weights)
+    line = load_pretrained(ours, weights).text
     assert line == "weights w.pth; position embedding resized from 14×14 to 8×8"
     positions = ours.encoder.pos_embedding
     torch.testing.assert_close(positions[0, 0], before[0, 0])  # the class token's
@@ -265,7 +267,10 @@ def test_position_embeddings_are_resized_and_said():
     expected = [before[0, 1 + i].tolist() for i in (0, 13, 182, 195)]
     torch.testing.assert_close(torch.tensor(corners), torch.tensor(expected), atol=1e-5, rtol=0)
     assert torch.equal(theirs.encoder.pos_embedding, before)  # theirs stay
-    assert load_pretrained(small_vit(32), Pretrained(ours.state_dict(), "w.pth")) == "weights w.pth"
+    assert (
+        load_pretrained(small_vit(32), Pretrained(ours.state_dict(), "w.pth")).text
+        == "weights w.pth"
+    )
 
 
 def test_position_embeddings_of_no_square_do_not_fit():
@@ -297,7 +302,7 @@ def test_published_weights_come_from_torchvisions_cache(tmp_path, monkeypatch):
     assert weights.preprocessing == (224, 0.875, "bilinear", half, half)
     assert not [key for key in weights.state if key.startswith("aux")]
     model = build.build_model("googlenet", 7, image_size=224)
-    said = load_pretrained(model, weights, LETTERS)
+    said = load_pretrained(model, weights, LETTERS).text
     assert said == (
         "weights GoogLeNet_Weights.IMAGENET1K_V1; head fc is new: 1000 classes there, 7 here"
     )
@@ -420,7 +425,7 @@ def test_timms_own_folder(tmp_path):
     look = (cfg["input_size"][-1], cfg["crop_pct"], cfg["interpolation"], cfg["mean"], cfg["std"])
     assert weights[2:6] == ("resnet10t", "standard", LETTERS, look)
     ours = build.build_model("resnet10t", 7, image_size=64)
-    assert load_pretrained(ours, weights, LETTERS) == f"weights {tmp_path}"
+    assert load_pretrained(ours, weights, LETTERS).text == f"weights {tmp_path}"
     assert torch.equal(ours.fc.weight, model.fc.weight)
 
 

@@ -533,6 +533,11 @@ def test_a_head_of_zeros_hides_no_layer():
     model = small_vit()
     nn.init.zeros_(model.heads.head.weight)
     assert find_layer(model, images_of(1, 32, 32)) == "encoder.layers.encoder_layer_2.ln_1"
+    # Of a convolution, too
+    head = nn.Conv2d(4, 5, 1)
+    nn.init.zeros_(head.weight)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), head)
+    assert find_layer(model.append(nn.Flatten()), images_of(1)) == "1"
 
 
 def test_candidates_with_their_shapes():

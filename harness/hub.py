@@ -1,0 +1,85 @@
+"""The Hugging Face Hub: whether it can be reached, and files of its models through its cache."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from harness.errors import UserError
+
+TIMEOUT_S = 3.0
+PREFIX = "hf-hub:"  # of the name of a model on the Hub, as timm has it
+
+
+def hub_answers(endpoint):
+    """Whether something listens at the Hub, or at the proxy before it; at most 3 s."""
+    hub = urlsplit(endpoint)
+    proxy = urllib.request.getproxies().get(hub.scheme)
+    bypassed = not proxy or urllib.request.proxy_bypass(hub.hostname)
+    at = hub if bypassed else urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    port = at.port or (443 if at.scheme == "https" else 80)
+    answers = []
+
+    def connect():
+        try:
+            socket.create_connection((at.hostname, port), timeout=TIMEOUT_S).close()
+            answers.append(True)
+        except OSError:
+            pass
+
+    # In a thread, because looking up the host's address knows no timeout.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT_S)
+    return bool(answers)
+
+
+@contextmanager
+def reachable_or_cached():
+    """Within, the Hub's libraries look into their cache alone where the Hub does not answer.
+
+    Otherwise they would try again and again for half a minute.
+    """
+    from huggingface_hub import constants
+
+    was_offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = was_offline or not hub_answers(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = was_offline
+
+
+def model_file(spec, *names) -> Path:
+    """The first of the files called `names` that the model `spec` has, in the Hub's cache.
+
+    spec: "hf-hub:owner/name", with "@revision" where it is not the newest one. Raises UserError
+    with the command that fetches it where neither the Hub nor the cache has it.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    repo, _, revision = spec.removeprefix(PREFIX).partition("@")
+    missing = None
+    with reachable_or_cached():
+        for name in names:
+            try:
+                return Path(huggingface_hub.hf_hub_download(repo, name, revision=revision or None))
+            except LocalEntryNotFoundError as error:  # another file may be there
+                missing = error
+            except EntryNotFoundError:
+                continue
+            except Exception as error:  # no such model, no right to read it, no space
+                reason = str(error).strip().partition("\n")[0][:120]
+                raise UserError(f"{spec} could not be read ({reason})") from None
+    if missing is None:
+        raise UserError(f"{spec} has no {' or '.join(names)}")
+    at = f" --revision {revision}" if revision else ""
+    raise UserError(
+        f"{spec}: {names[0]} is not in the cache and the Hub is out of reach; where there is a "
+        f"network, hf download {repo}{at} puts it there ({huggingface_hub.constants.HF_HUB_CACHE})"
+    )

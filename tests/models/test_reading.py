@@ -1,0 +1,163 @@
+"""Anybody's file of weights: found by content, what was taken is said, objects are refused."""
+
+import argparse
+import shlex
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+
+from harness.errors import UserError
+from harness.models import build
+from harness.models.reading import load_weights, read_weights
+from harness.models.weights import Pretrained, find_weights, load_pretrained, load_state
+
+NAME = "shufflenet_v2_x0_5"
+
+
+@pytest.fixture(scope="module")
+def state():
+    torch.manual_seed(1)
+    return torchvision.models.get_model(NAME, num_classes=7).state_dict()
+
+
+def other(state):
+    return {key: torch.zeros_like(value) for key, value in state.items()}
+
+
+def prefixed(state, prefix):
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+def averaged(state):
+    """As torch.optim.swa_utils.AveragedModel keeps it."""
+    return {"n_averaged": torch.tensor(5), **prefixed(state, "module.")}
+
+
+# What trainers write, and what is said of it
+KINDS = {
+    "examples.pth.tar": (
+        lambda s: {"arch": NAME, "state_dict": prefixed(s, "module.")}, "its state_dict"
+    ),
+    "timm.pth.tar": (
+        lambda s: {"state_dict": other(s), "state_dict_ema": s},
+        "its state_dict_ema (averaged weights); also there: state_dict (",
+    ),
+    "references.bin": (lambda s: {"model": s, "epoch": 3, "lr": [0.1]}, "its model"),
+    "references_ema.pt": (
+        lambda s: {"model": other(s), "model_ema": averaged(s)},
+        "its model_ema (averaged weights); also there: model (",
+    ),
+    "swa": (averaged, "averaged over 5 updates"),
+    "lightning.ckpt": (lambda s: {"state_dict": prefixed(s, "model.")}, "its state_dict"),
+    "compiled.pt": (lambda s: prefixed(s, "module._orig_mod."), ""),
+    "wrapped.pt": (lambda s: {"net": prefixed(s, "backbone.model.")}, "its net"),
+    "double.pth": (lambda s: {"model": {"model": s}}, "its model"),
+    "own_word.pth": (lambda s: {"resnet": s, "epoch": 1}, "its resnet"),
+    "plain.weights": (lambda s: s, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", KINDS)
+def test_a_state_is_found_by_content(state, tmp_path, file):
+    make, words = KINDS[file]
+    torch.save(make(state), tmp_path / file)
+    found = find_weights(str(tmp_path / file), NAME)
+    assert found.state.keys() == state.keys()
+    assert all(torch.equal(found.state[key], value) for key, value in state.items())
+    assert found.words.startswith(words)
+    model = build.build_model(NAME, 7, image_size=32, stem="standard")
+    loaded = load_pretrained(model, found)
+    assert words in loaded.text and not loaded.head_is_new
+
+
+def test_safetensors_under_any_name(state, tmp_path):
+    safetensors.torch.save_file(prefixed(state, "model."), tmp_path / "weights.bin")
+    assert find_weights(str(tmp_path / "weights.bin"), NAME).state.keys() == state.keys()
+
+
+def test_a_prefix_of_the_network_itself_stays(tmp_path):
+    """All of vgg's keys without its classifier begin with "features"."""
+    vgg = torchvision.models.vgg11().state_dict()
+    torch.save({k: v for k, v in vgg.items() if k.startswith("features")}, tmp_path / "vgg.pth")
+    assert "features.0.weight" in find_weights(str(tmp_path / "vgg.pth"), "vgg11").state
+
+
+def test_a_key_chooses_the_state(state, tmp_path):
+    file = tmp_path / "last.pth"
+    torch.save({"state_dict": state, "state_dict_ema": other(state), "nets": {"a": state}}, file)
+    found = find_weights(f"{file}:state_dict", NAME)
+    assert found.words == "its state_dict"
+    assert torch.equal(found.state["fc.weight"], state["fc.weight"])
+    assert read_weights(f"{file}:nets.a").state.keys() == state.keys()
+    with pytest.raises(UserError, match="has no state_dic: there are state_dict, state_dict_ema"):
+        read_weights(f"{file}:state_dic")
+    torch.save({"student": state, "teacher": state}, file)
+    with pytest.raises(UserError, match=r"several states: choose one, .*:KEY with student, teach"):
+        read_weights(file)
+    assert read_weights(f"{file}:teacher").words == "its teacher"
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (lambda s: {"model": s, "args": argparse.Namespace(lr=0.1)}, "argparse.Namespace"),
+        (lambda s: torchvision.models.get_model(NAME, num_classes=7), "ShuffleNetV2"),
+    ],
+)
+def test_objects_are_refused_with_the_line_that_converts_them(state, tmp_path, content, what):
+    file = tmp_path / "it's $HOME.pth"
+    torch.save(content(state), file)
+    with pytest.raises(UserError, match="nothing in it was run") as caught:
+        load_weights(file)
+    assert what in str(caught.value) and "\n" not in str(caught.value)
+    command = str(caught.value).partition("If you trust its author, ")[2].rpartition(" writes ")[0]
+    program, *rest = shlex.split(command)
+    subprocess.run([sys.executable, *rest], check=True, cwd=tmp_path)
+    assert program == "python"
+    assert find_weights(str(file.with_suffix(".safetensors")), NAME).state.keys() == state.keys()
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (torch.tensor([float("nan"), 0.0]), "not finite"),
+        (torch.tensor([True, False]), "bool values"),
+        (torch.tensor([1, 2]), "int64 values"),
+        (torch.tensor([1j, 2]), "complex64 values"),
+    ],
+)
+def test_what_can_t_be_weights_is_named(value, what):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    with pytest.raises(UserError, match=f"^w.pth can't be weights: 0.bias holds .*{what}$"):
+        load_state(model, {"0.weight": torch.ones(2, 2), "0.bias": value}, "w.pth")
+    load_state(model, {"0.weight": torch.ones(2, 2).half(), "0.bias": torch.ones(2).double()})
+
+
+# -- by order ------------------------------------------------------------------------------------
+
+
+def test_other_names_are_offered_by_order(state):
+    """As efficientnet_lite0_pytorch names what timm calls otherwise."""
+    theirs = {f"{n}.w": value for n, value in enumerate(state.values())}
+    weights = Pretrained(theirs, "theirs.pth")
+    model = build.build_model(NAME, 7, image_size=32, stem="standard")
+    with pytest.raises(UserError, match=r"All shapes match in order .*: --weights_by_order"):
+        load_pretrained(model, weights)
+    loaded = load_pretrained(model, weights, by_order=True)
+    assert loaded.text.endswith("loaded by order: shapes were checked, names were not")
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    # Another number of classes, and no counters, as in older files
+    old = {k: v for k, v in theirs.items() if v.ndim}
+    model = build.build_model(NAME, 5, image_size=32, stem="standard")
+    assert load_pretrained(model, Pretrained(old, "old.pth"), by_order=True).head_is_new
+    # Other shapes are not offered
+    with pytest.raises(UserError, match=r"--weights_by_order: x.pth has other shapes: 1 tensors"):
+        load_pretrained(model, Pretrained({"a": torch.ones(1)}, "x.pth"), by_order=True)
+    wrong = dict(reversed(theirs.items()))
+    with pytest.raises(UserError) as caught:
+        load_pretrained(model, Pretrained(wrong, "x.pth"))
+    assert "by_order" not in str(caught.value)
