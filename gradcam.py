@@ -22,6 +22,8 @@ def read_flags(argv=None):
 if __name__ == "__main__":  # before torch is imported: --help and a mistyped flag answer at once
     args = read_flags()
 
+import torch
+
 from harness.ensembles.predictions import progress
 from harness.explain import cams, report
 from harness.explain.sheets import colours
@@ -35,6 +37,8 @@ def main(args):
     accelerator, machine = make_accelerator("no", 1, args.threads, args.seed)
     rank, processes = accelerator.process_index, accelerator.num_processes
     device = accelerator.device
+    torch.set_float32_matmul_precision("highest")  # maps are few: fp32 proper on GPUs, too
+    torch.backends.cudnn.allow_tf32 = False
 
     # network and images: all that can be refused is, before any long work
     methods = cams.known_words(args.method, CAM_METHODS, "--method")

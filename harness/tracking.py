@@ -237,11 +237,9 @@ def decide_wandb_mode() -> tuple[str, str]:
         return "offline", f"credentials not usable: {_first_line(error)}"
     if not found:
         return "offline", "no credentials"
-    if os.environ.get("WANDB_MODE"):
-        return settings.mode, ""  # asked for by name: take the user's word for the network
     if not answers(settings.base_url):
         return "offline", f"no answer from {urlsplit(settings.base_url).netloc}"
-    return "online", ""
+    return settings.mode, ""
 
 
 def answers(base_url: str, seconds: float = PROBE_SECONDS) -> bool:

@@ -281,8 +281,11 @@ def test_no_credentials_is_offline(tmp_path, monkeypatch):
         wandb.teardown()
 
 
-def test_closed_port_is_offline_at_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("mode", [None, "online"])
+def test_closed_port_is_offline_at_once(tmp_path, monkeypatch, mode):
     online(monkeypatch)
+    if mode:
+        monkeypatch.setenv("WANDB_MODE", mode)
     seconds, line = timed_line(tmp_path)
     assert line.startswith("W&B offline (no answer from 127.0.0.1:9): `wandb sync wandb/offline-")
     assert seconds < 5

@@ -147,6 +147,8 @@ def load_pretrained(model, pretrained, classes=None, by_order=False) -> Loaded:
     shapes are the same.
     """
     if pretrained.state is None:
+        if by_order:
+            raise UserError("--weights_by_order: there are no --weights to give out")
         return Loaded("no pretrained weights", True)
     state = {_plain(key): value for key, value in pretrained.state.items()}
     message = f"weights {pretrained.label}"

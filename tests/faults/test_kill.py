@@ -333,7 +333,8 @@ def test_an_epochs_checkpoint_is_there_before_its_evaluation(whole, tmp_path):
 LONG_WORK = {  # script, flags, what is called there: module, name, at which call; the step
     "the test at the end": ("train", {"val_fraction": 0.25, "batch_size": 24}, "train",
                             "evaluate", 5, 16),
-    "features": ("finetune", smallruns.FINETUNE, "harness.training.features", "_run", 3, 0),
+    "features": ("finetune", smallruns.FINETUNE, "harness.training.features", "run_with_input",
+                 3, 0),
 }  # fmt: skip
 
 

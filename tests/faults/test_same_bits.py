@@ -41,6 +41,8 @@ def bits(checkpoint):
     """sha256 of a checkpoint's tensors, and its counters but for the seconds."""
     counters = json.loads((checkpoint / "state.json").read_text())
     del counters["seconds"], counters["run_id"]  # W&B's name of the run
+    if counters["unscored"]:
+        del counters["unscored"]["images_per_second"]
     return counters, {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(checkpoint.glob("*.safetensors"))

@@ -161,3 +161,5 @@ def test_other_names_are_offered_by_order(state):
     with pytest.raises(UserError) as caught:
         load_pretrained(model, Pretrained(wrong, "x.pth"))
     assert "by_order" not in str(caught.value)
+    with pytest.raises(UserError, match="--weights_by_order: there are no --weights to give out"):
+        load_pretrained(model, Pretrained(), by_order=True)
