@@ -37,8 +37,9 @@ import torch
 import torch.nn.functional as F
 
 from harness.counters import generator
-from harness.data.batches import decode_splits, draw_mixing, make_views, mixes, train_batches
+from harness.data.batches import draw_mixing, make_views, mixes, train_batches
 from harness.data.pixels import epoch_order
+from harness.data.stores import decode_splits
 from harness.launch import make_accelerator, script
 from harness.models import build
 from harness.models.heads import start_heads
@@ -77,6 +78,7 @@ def main(args):
     data = plan.load(args, accelerator)
     pretrained = in_turn(accelerator, lambda: find_weights(args.weights, args.model, args.stem))
     look = plan.preprocessing(args, data, pretrained)
+    look, pixels = plan.choose_pixels(args, accelerator, data, look)
     stem = build.resolve_stem(args.model, pretrained.stem or args.stem, look.size)
     check_batch(args, accelerator.num_processes, len(data.train), mixing=False)
     per_epoch = len(data.train) // args.batch_size
@@ -95,10 +97,7 @@ def main(args):
 
     # strategy: a list of stages, each a function of the optimizer step
     def decode():
-        return decode_splits(
-            data, look.stored_size, accelerator, interpolation=look.interpolation,
-            verify=args.verify_cache,
-        )  # fmt: skip
+        return decode_splits(data, look, accelerator, verify=args.verify_cache)
 
     def fit(whole):
         views = make_views(args, look)
@@ -126,7 +125,7 @@ def main(args):
 
     initialised = "a linear probe of the features" if from_probe else f"init {initialised}"
     machine |= {"weights": f"{loaded.text}; what is new: {initialised}"}
-    rows = {"prepared": plan.preprocessing_from(args, pretrained)}
+    rows = {"prepared": plan.preprocessing_from(args, pretrained), "pixels": pixels}
     rows |= {"strategy": f"{strategy}: {reason}", "lr": f"{args.optimizer}: see the stages"}
     if seen := from_local_main(accelerator, lambda: seen_before(pretrained.recipes, data)):
         rows["note"] = (
@@ -148,7 +147,7 @@ def main(args):
     unfreeze(model)
     optimizer = make_optimizer(args, model.parameters(), accelerator, lr=1.0)
     optimizer = accelerator.prepare(optimizer)
-    identity = plan.identity(data, look) | {
+    identity = plan.identity(data, look, splits) | {
         "strategy": strategy, "stages": [[s.name, s.rates, s.start, s.end] for s in stages]
     }  # fmt: skip
     run = Run(

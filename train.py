@@ -28,14 +28,8 @@ import torch
 import torch.nn.functional as F
 
 from harness.counters import generator
-from harness.data.batches import (
-    decode_splits,
-    draw_mixing,
-    make_views,
-    mixes,
-    scored_views,
-    train_batches,
-)
+from harness.data.batches import draw_mixing, make_views, mixes, scored_views, train_batches
+from harness.data.stores import decode_splits
 from harness.launch import make_accelerator, script
 from harness.models import build
 from harness.models.heads import start_heads
@@ -71,6 +65,7 @@ def main(args):
     data = plan.load(args, accelerator)
     pretrained = in_turn(accelerator, lambda: find_weights(args.weights, args.model, args.stem))
     look = plan.preprocessing(args, data, pretrained)
+    look, pixels = plan.choose_pixels(args, accelerator, data, look)
     seen = scored_views(args.tta, look.size, args.seed)
     stem = build.resolve_stem(args.model, pretrained.stem or args.stem, look.size)
     part = check_batch(args, accelerator.num_processes, len(data.train), mixes(args))
@@ -100,15 +95,12 @@ def main(args):
     warmup = min(round(args.warmup_epochs * len(data.train) / args.batch_size), total // 2)
 
     machine |= {"weights": f"init {initialised}; {loaded.text}"}
-    rows = {"prepared": plan.preprocessing_from(args, pretrained)}
+    rows = {"prepared": plan.preprocessing_from(args, pretrained), "pixels": pixels}
     rows |= {"lr": plan.rates(args, len(data.train), total, warmup)}
     accelerator.print(plan.text(args, machine, data, model, look, total, rows))
     if args.dry_run:
         return
-    splits = decode_splits(
-        data, look.stored_size, accelerator, interpolation=look.interpolation,
-        verify=args.verify_cache,
-    )  # fmt: skip
+    splits = decode_splits(data, look, accelerator, verify=args.verify_cache)
 
     # tricks
     views = make_views(args, look)
@@ -124,7 +116,7 @@ def main(args):
     run = Run(
         args, accelerator, folder, model, optimizer, ema, total=total, per_epoch=per_epoch,
         config=plan.result_config(args, data, look, stem, "train", pretrained),
-        identity=plan.identity(data, look),
+        identity=plan.identity(data, look, splits),
     )  # fmt: skip
     batches = train_batches(
         splits["train"], views, accelerator, batch_size=args.batch_size, seed=args.seed,

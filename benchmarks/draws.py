@@ -15,7 +15,8 @@ import torch
 from measure import Row, over, parser, read, report, seconds_in_turns
 
 from harness.counters import SampleStreams, generator
-from harness.data.batches import Samples, Views, train_batches
+from harness.data.batches import Views, train_batches
+from harness.data.stores import Samples
 from harness.launch import keep_freed_memory
 
 IMAGES, PART = 1_281_167, 128  # of the data, of a process

@@ -211,8 +211,10 @@ def run_airbench(images, output, file):
     """airbench94_muon.py, the user's own copy, to its end on the same images; see fast.py."""
     from packed import decode_packed, load_packed
 
-    data = load_packed(images)
-    splits, folder = decode_packed(data, 32, progress=False), Path(output) / "cifar10"
+    from harness.data.preprocessing import Preprocessing
+
+    data, look = load_packed(images), Preprocessing(32, 1.0, "bilinear", (), ())
+    splits, folder = decode_packed(data, look, progress=False), Path(output) / "cifar10"
     folder.mkdir()
     for name, split in splits.items():
         pixels = split.pixels[split.rows].permute(0, 2, 3, 1).contiguous()

@@ -18,11 +18,12 @@ import torch
 from accelerate import Accelerator
 from measure import Row, data_flag, over, parser, read, report
 from processes import PIXELS, folder_of
-from resume import MEAN, STD, collate, transform_rows
+from resume import LOOK, MEAN, STD, collate, transform_rows
 from torch.utils.data import DataLoader
 
-from harness.data.batches import Views, decode_splits, train_batches
+from harness.data.batches import Views, train_batches
 from harness.data.sources import load_data
+from harness.data.stores import decode_splits
 from harness.launch import keep_freed_memory
 
 BATCHES = 128, 512
@@ -44,7 +45,7 @@ def main():
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
         folder, words = folder_of(args.data, temporary, args.max_images)
         data = load_data(folder, test_split="none", max_train_samples=args.max_images)
-        split = decode_splits(data, PIXELS, progress=False)["train"]
+        split = decode_splits(data, LOOK, progress=False)["train"]
         for batch in BATCHES:
             images = len(data.train) // batch * batch
             ours, peer = seconds(args.rounds, data, split, batch, cores)

@@ -17,10 +17,11 @@ from PIL import Image
 
 import harness.training.plan
 import harness.training.run
-from harness.data.batches import Samples
 from harness.data.pixels import SMALL_SQUARE, decode_image
+from harness.data.preprocessing import Preprocessing
 from harness.data.sources import Data, Split, cut, load_data
 from harness.data.stored import BUILT_IN
+from harness.data.stores import Samples
 from harness.errors import UserError
 
 MOST_MEGABYTES = 20
@@ -87,11 +88,13 @@ def load_packed(
     )  # fmt: skip
 
 
-def decode_packed(data: Data, size: int, *others, interpolation="bilinear", **options) -> dict:
-    """In the place of harness.data.batches.decode_splits."""
+def decode_packed(data: Data, look: Preprocessing, *others, **options) -> dict:
+    """In the place of harness.data.stores.decode_splits."""
 
     def decode(image):
-        return torch.from_numpy(decode_image(io.BytesIO(image), size, interpolation))
+        return torch.from_numpy(
+            decode_image(io.BytesIO(image), look.stored_size, look.interpolation)
+        )
 
     splits = {}
     with ThreadPoolExecutor() as pool:
@@ -108,6 +111,7 @@ def train_on_packed():
     import train
 
     harness.training.plan.load_data = load_packed
+    harness.training.plan.choose_store = lambda args, data, look: (look, "decoded in memory")
     train.decode_splits = decode_packed
     train.save_train_batch = lambda *args: None  # these want matplotlib
     harness.training.run.save_curves = lambda *args: None

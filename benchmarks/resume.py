@@ -24,14 +24,17 @@ from processes import PIXELS, folder_of
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from harness.data.batches import Views, decode_splits, train_batches
+from harness.data.batches import Views, train_batches
+from harness.data.preprocessing import Preprocessing
 from harness.data.sources import load_data
+from harness.data.stores import decode_splits
 from harness.models.build import build_model
 from harness.training.checkpoint import newest_valid, save_checkpoint
 from harness.training.state import gather_tensors, restore_tensors
 from tricks.ema import ModelEma
 
 BATCH, WORKERS = 128, 2
+LOOK = Preprocessing(PIXELS, 1.0, "bilinear", (), ())
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
@@ -87,7 +90,7 @@ def main():
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
         folder, words = folder_of(args.data, temporary, args.max_images)
         data = load_data(folder, test_split="none", max_train_samples=args.max_images)
-        split = decode_splits(data, PIXELS, progress=False)["train"]
+        split = decode_splits(data, LOOK, progress=False)["train"]
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
         prepared = loaders(data, accelerator)
         per_epoch = len(data.train) // BATCH

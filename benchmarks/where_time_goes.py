@@ -45,7 +45,7 @@ REPEATS = 4
 
 # phase: (where it is called, the name of the call)
 PHASES = {
-    "gather": (harness.data.batches.Samples, "take"),
+    "gather": (harness.data.stores.Samples, "take"),
     "draw": (harness.data.batches.Views, "draw"),
     "augment": (harness.data.batches.Views, "train"),
     "backward": (Accelerator, "backward"),

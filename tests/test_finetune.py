@@ -311,14 +311,15 @@ def test_the_accuracy_that_is_told_is_that_of_the_weights_that_are_kept(tmp_path
     config = json.loads((folder / "config.json").read_text())
     model = build.rebuild_model(config).eval()
     load_state(model, load_weights(folder))
-    from harness.data.batches import decode_splits
     from harness.data.sources import load_data
+    from harness.data.stores import decode_splits
+    from harness.models.trained import read_trained
 
     cfg = config["pretrained_cfg"]
     size = cfg["input_size"][-1]
     stored = round(size / cfg["crop_pct"])
     data = load_data("digits", max_eval_samples=100)
-    images, labels = decode_splits(data, stored)["test"].take(
+    images, labels = decode_splits(data, read_trained(folder).look)["test"].take(
         torch.arange(100), torch.device("cpu")
     )
     edge = (stored - size) // 2

@@ -187,8 +187,9 @@ def test_the_result_is_rebuilt_from_its_config_and_scores_the_same(finished):
     load_state(model, safetensors.torch.load_file(finished / "model.safetensors"))
     assert config["label_names"] == [str(d) for d in range(10)]
     assert config["weights"] == "ema" and config["metric"] == "top-1 accuracy"
-    from harness.data.batches import decode_splits
     from harness.data.sources import load_data
+    from harness.data.stores import decode_splits
+    from harness.models.trained import read_trained
     from harness.training.scoring import evaluate
     from tricks.augment import normalize_batch
 
@@ -202,7 +203,7 @@ def test_the_result_is_rebuilt_from_its_config_and_scores_the_same(finished):
 
     data = load_data("digits", max_eval_samples=100)
     cfg = config["pretrained_cfg"]
-    splits = decode_splits(data, cfg["input_size"][-1], progress=False)
+    splits = decode_splits(data, read_trained(finished).look, progress=False)
     scores = evaluate(
         Alone, model, splits["test"], lambda x: normalize_batch(x, cfg["mean"], cfg["std"])
     )

@@ -132,11 +132,14 @@ def flip_batch(images: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
 
 
 def _draw_sides(
-    uniform: torch.Tensor, area: int, scale: tuple[float, float], ratio: tuple[float, float]
+    uniform: torch.Tensor,
+    area: int | torch.Tensor,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Whole sides √(a·r), √(a/r) of (n, TRIES) boxes: a uniform in scale·area, r log-uniform.
 
-    uniform: (n, 2 · TRIES) numbers in [0, 1).
+    uniform: (n, 2 · TRIES) numbers in [0, 1). area: of all images, or (n, 1), one of each.
     """
     if not 0 <= scale[0] <= scale[1] <= 1:
         raise ValueError(f"scale must be 0 <= low <= high <= 1, got {scale}")
@@ -159,18 +162,19 @@ def _place(sides: torch.Tensor, room: torch.Tensor, uniform: torch.Tensor) -> to
 
 def draw_resized_crops(
     n: int,
-    height: int,
-    width: int,
+    height: int | torch.Tensor,
+    width: int | torch.Tensor,
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     generator: Generator | None = None,
 ) -> torch.Tensor:
     """Boxes to crop from images of height × width: int64 (n, 4), top, left, height, width.
 
-    A box has a share of the image's area uniform in `scale` and a width/height log-uniform in
-    `ratio`, and lies anywhere inside. If ten boxes in a row don't fit it is the largest central one
-    of an allowed ratio. The distribution is that of torchvision's RandomResizedCrop. ValueError
-    for a range that is none. Szegedy et al. 2014, https://arxiv.org/abs/1409.4842
+    height, width: px, of all images alike, or int64 (n,) with those of each. A box has a share of
+    the image's area uniform in `scale` and a width/height log-uniform in `ratio`, and lies anywhere
+    inside. If ten boxes in a row don't fit it is the largest central one of an allowed ratio. The
+    distribution is that of torchvision's RandomResizedCrop. ValueError for a range that is none.
+    Szegedy et al. 2014, https://arxiv.org/abs/1409.4842
 
     >>> draw_resized_crops(2, 32, 48, generator=torch.Generator().manual_seed(0)).shape
     torch.Size([2, 4])
@@ -178,14 +182,17 @@ def draw_resized_crops(
     tensor([[ 0, 13, 10, 13]])
     """
     uniform = _uniform(n, 2 * TRIES + 2, generator)
-    across, down = _draw_sides(uniform[:, :-2], height * width, scale, ratio)
-    fits = (across > 0) & (across <= width) & (down > 0) & (down <= height)
+    sides = [torch.as_tensor(side).expand(n) for side in (height, width)]
+    room = torch.stack(sides, dim=1)
+    tall, wide = room.split(1, dim=1)
+    across, down = _draw_sides(uniform[:, :-2], tall * wide, scale, ratio)
+    fits = (across > 0) & (across <= wide) & (down > 0) & (down <= tall)
     first = fits.long().argmax(1, keepdim=True)
     sides = torch.cat((down.gather(1, first), across.gather(1, first)), dim=1)
-    boxes = _place(sides, torch.tensor([height, width]), uniform[:, -2:])
-    h = min(height, round(width / ratio[0]))
-    w = min(width, round(height * ratio[1]))
-    central = torch.tensor([(height - h) // 2, (width - w) // 2, h, w])
+    boxes = _place(sides, room, uniform[:, -2:])
+    h = torch.minimum(tall, (wide.double() / ratio[0]).round().long())
+    w = torch.minimum(wide, (tall.double() * ratio[1]).round().long())
+    central = torch.cat(((tall - h) // 2, (wide - w) // 2, h, w), dim=1)
     return torch.where(fits.any(1, keepdim=True), boxes, central)
 
 

@@ -351,8 +351,8 @@ def bounded(group, name, **words):
 # fmt: off
 def verify_cache(group):
     group.add_argument("--verify_cache", action=Switch, default=False,
-                       help="compare all decoded images in the cache with their hashes, about a "
-                       "second a GB; else a sample of them")
+                       help="compare all decoded or packed images in the cache with their hashes, "
+                       "about a second a GB; else a sample of them")
 
 
 def data_flags(parser, dataset):
@@ -390,6 +390,10 @@ def data_flags(parser, dataset):
             "it; 0: train on all, the last weights are the result")
     bounded(g, "max_train_samples", help="images; cut for a quick look")
     bounded(g, "max_eval_samples", help="images; cut for a quick look")
+    g.add_argument("--pixels", choices=("auto", "decoded", "packed"), default="auto",
+                   help="what is kept of the images on the disk. decoded: the pixels of one square "
+                   "each; packed: whole images as JPEG, from which crops are cut; auto: as the "
+                   "plan says")
     verify_cache(g)
     g.add_argument("--bad_images", choices=("stop", "skip"), default="stop",
                    help="that can't be read: stop and name the first one, or leave them out, "

@@ -10,10 +10,8 @@ from typing import NamedTuple
 import torch
 
 from harness.counters import SampleStreams, generator
-from harness.data.cache import decode_split
-from harness.data.pixels import epoch_order, gather
+from harness.data.pixels import epoch_order
 from harness.errors import UserError
-from harness.processes import ALONE
 from tricks import augment, autoaugment
 from tricks.cutmix import cutmix_batch, draw_cutmix
 from tricks.mixup import draw_mixup, mixup_batch, neighbour_pairs
@@ -22,47 +20,6 @@ from tricks.tta import tta_views
 # The rule by which a batch is drawn, as checkpoints name it: a checkpoint of another rule would go
 # on with other draws. Whoever changes the rule renames it, see harness.training.state.CONTINUED_BY
 DRAWS = "by sample"
-
-
-class Samples(NamedTuple):
-    """A split, decoded: sample i is pixels[rows[i]] with labels[i].
-
-    harness.training.features keeps features (N, views, ...) in the place of the pixels.
-    """
-
-    pixels: torch.Tensor  # uint8 (N, 3, H, W), memory-mapped, of the whole stored split
-    rows: torch.Tensor  # int64 (n,)
-    labels: torch.Tensor  # int64 (n,)
-
-    def take(self, index, device):
-        """The samples at `index` (int64, CPU) on `device`: images (k, 3, H, W), labels (k,)."""
-        images, labels = gather(self.pixels, self.rows[index]), self.labels[index]
-        if device.type != "cuda":  # MPS would read the host's memory after it has been freed
-            return images.to(device), labels.to(device)
-        images, labels = images.pin_memory(), labels.pin_memory()
-        return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-
-
-def decode_splits(data, size, accelerator=ALONE, **options):
-    """{"train": Samples, "val": ..., "test": ...} of the splits that `data` has.
-
-    size: side of the stored pixels in px. accelerator, whose processes share the work, and
-    options: see `harness.data.cache.decode_split`.
-    """
-    return {
-        role: decode(split, data.image_column, size, accelerator, **options)
-        for role in ("train", "val", "test")
-        if (split := getattr(data, role)) is not None
-    }
-
-
-def decode(split, image_column, size, accelerator=ALONE, **options):
-    """Samples of one harness.data.sources.Split; see `decode_splits`."""
-    pixels = decode_split(
-        split.dataset, image_column, size, name=split.name, rows=split.rows,
-        bit_depth=split.bit_depth, accelerator=accelerator, **options,
-    )  # fmt: skip
-    return Samples(pixels, torch.from_numpy(split.rows), torch.from_numpy(split.labels))
 
 
 class Part(NamedTuple):
@@ -80,9 +37,10 @@ class Views:
     augment: a word of flags.AUGMENTS. padding: pixels of the random crop, 0 for none. flip_prob
     and erasing: probabilities. alternating: `train_batches` hands `draw` the flips, drawn once an
     image. ops and magnitude: RandAugment's. mean and std: a number a channel. size: pixels a side
-    that the network sees; stored: of the images that come in, None for `size`. crop_scale: the
-    least share of the area in a random resized crop, which takes the place of the padded crop; 0:
-    the padded crop. Without a resized crop, larger images are cut to their centre.
+    that the network sees; stored: of the images that come in, None for `size`. packed: images come
+    from the packed store, cut by the boxes of the draw. crop_scale: the least share of the area in
+    a random resized crop, which takes the place of the padded crop; 0: the padded crop. Without a
+    resized crop, larger images are cut to their centre.
 
     Raises ValueError where fewer pixels are stored than seen.
     """
@@ -102,25 +60,28 @@ class Views:
         alternating=False,
         stored=None,
         crop_scale=0.0,
+        packed=False,
     ):
         self.size, self.mean, self.std = size, mean, std
         self.augment, self.padding, self.flip_prob = augment, padding, flip_prob
         self.erasing, self.ops, self.magnitude = erasing, ops, magnitude
         self.alternating = alternating
-        self.stored, self.crop_scale = stored or size, crop_scale
+        self.stored, self.crop_scale, self.packed = stored or size, crop_scale, packed
         if self.stored < size:
             raise ValueError(f"stored must be at least the size, {size}, got {stored}")
 
-    def draw(self, n, rng, flips=None):
+    def draw(self, n, rng, flips=None, sizes=None):
         """Draw for n samples, on the CPU: tensors (or tuples of them) of length n.
 
         rng: harness.counters.SampleStreams of them, or a torch.Generator. flips: bool (n,), what
-        is mirrored, instead of a draw.
+        is mirrored, instead of a draw. sizes: heights and widths of packed images, int64 (n,)
+        each; "boxes" of the draw are for `Samples.take`.
         """
         size, draw = self.size, {}
         if self.augment != "none" and self.crop_scale:
-            draw["resized"] = augment.draw_resized_crops(
-                n, self.stored, self.stored, (self.crop_scale, 1.0), generator=rng
+            height, width = sizes if self.packed else (self.stored, self.stored)
+            draw["boxes" if self.packed else "resized"] = augment.draw_resized_crops(
+                n, height, width, (self.crop_scale, 1.0), generator=rng
             )
         elif self.augment != "none" and self.padding:
             draw["crop"] = augment.draw_crops(n, self.padding, rng)
@@ -181,7 +142,7 @@ def make_views(args, look):
         padding=look.size // 8 if args.crop_padding is None else args.crop_padding,
         erasing=args.random_erasing, ops=args.randaugment_ops,
         magnitude=args.randaugment_magnitude, stored=look.stored_size, crop_scale=args.crop_scale,
-        alternating=args.flip == "alternating",
+        alternating=args.flip == "alternating", packed=bool(look.packed_side),
     )  # fmt: skip
 
 
@@ -245,8 +206,9 @@ def train_batches(split, views, accelerator, *, batch_size, accumulation, seed, 
         flips = None
         if first_flips is not None:
             flips = augment.alternate_flips(first_flips[rows], epoch)
-        draw = views.draw(n, SampleStreams(seed, "views", step, places=places[turn]), flips)
-        images, labels = split.take(rows, device)
+        streams = SampleStreams(seed, "views", step, places=places[turn])
+        draw = views.draw(n, streams, flips, split.sizes(rows))
+        images, labels = split.take(rows, device, draw.get("boxes"))
         return Part(views.train(images, draw), labels)
 
     def from_step(first):

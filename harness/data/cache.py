@@ -23,16 +23,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
+from harness.data.making import lock_of, make_together, threads
 from harness.data.pixels import FILTERS, decode_image, encoded, source
 from harness.errors import UserError, nearest
 from harness.files import replace_file
-from harness.processes import ALONE, from_each, from_local_main
+from harness.processes import ALONE
 
-WAIT_SILENTLY_S = 10
 DECODE_VERSION = 2  # part of the cache key: raise it whenever decode_image's output changes
 BLOCK = 256  # images a thread decodes at a time
 HASHED = 16  # images a hash is of; BLOCK is a multiple
@@ -78,15 +77,14 @@ def decode_split(
             f'unknown interpolation "{interpolation}"{nearest(interpolation, FILTERS)}; there are '
             + ", ".join(FILTERS)
         )
-    key = (image_column, size, interpolation, DECODE_VERSION, *([bit_depth] if bit_depth else ()))
-    file = _file(dataset, *key).with_suffix(".npy")
+    file = cached(dataset, image_column, size, interpolation, bit_depth)
     shape = (len(dataset), 3, size, size)
     used = np.ones(len(dataset), bool) if rows is None else np.isin(np.arange(len(dataset)), rows)
 
     def refuse(bad):
         for row, reason in bad.items():
             if used[row]:
-                raise UserError(_unreadable(dataset, image_column, name, row, reason))
+                raise UserError(unreadable(dataset, image_column, name, row, reason))
 
     decode = partial(decode_image, size=size, interpolation=interpolation, bit_depth=bit_depth)
     progress = progress and accelerator.is_local_main_process
@@ -100,6 +98,12 @@ def decode_split(
         return torch.from_numpy(pixels)
 
 
+def cached(dataset, image_column, size, interpolation="bilinear", bit_depth=None):
+    """The file of what `decode_split` makes, which need not be there."""
+    key = (image_column, size, interpolation, DECODE_VERSION, *([bit_depth] if bit_depth else ()))
+    return cache_file(dataset, *key).with_suffix(".npy")
+
+
 def find_bad(dataset, image_column, *, name, bit_depth=None, progress=True):
     """{row: why} of the images of `dataset` that can't be decoded, with their files' names.
 
@@ -107,10 +111,10 @@ def find_bad(dataset, image_column, *, name, bit_depth=None, progress=True):
     processes may call this at once.
     """
     key = (image_column, "bad", DECODE_VERSION, *([bit_depth] if bit_depth else ()))
-    file, images = _file(dataset, *key), encoded(dataset, image_column)
+    file, images = cache_file(dataset, *key), encoded(dataset, image_column)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(file):
+        with lock_of(file):
             index = _read_index(file)
             if index is None:
                 decode = partial(decode_image, size=8, bit_depth=bit_depth)  # JPEGs at an eighth
@@ -129,7 +133,7 @@ def find_bad(dataset, image_column, *, name, bit_depth=None, progress=True):
 # ---------------------------------------------------------------- the files
 
 
-def _file(dataset, *key):
+def cache_file(dataset, *key):
     """The cache's file, without a suffix, of what `key` makes of a data set."""
     import datasets  # a second of import that `--help` does not need
 
@@ -184,7 +188,7 @@ def _fault(file, shape, verify):
     places = range(len(starts))
     if not verify:
         places = sorted(random.SystemRandom().sample(places, min(SAMPLED, len(places))))
-    with ThreadPoolExecutor(_threads()) as pool:
+    with ThreadPoolExecutor(threads()) as pool:
         hashes = pool.map(lambda k: _hash(pixels[starts[k] : starts[k] + HASHED]), places)
         for k, found in zip(places, hashes, strict=True):
             if found != index["hashes"][k]:
@@ -192,26 +196,10 @@ def _fault(file, shape, verify):
     return ""
 
 
-def _lock(file, wait=True):
-    """The lock of a file, held; None, without wait, where another process has it.
-
-    After 10 s of waiting it is said.
-    """
-    lock = FileLock(f"{file}.lock")
-    try:
-        lock.acquire(timeout=WAIT_SILENTLY_S if wait else 0)
-    except Timeout:
-        if not wait:
-            return None
-        print(f"waiting for another process to decode these images ({lock.lock_file})", flush=True)
-        lock.acquire()
-    return lock
-
-
 def _remove_left_overs(folder):
     """Delete what killed processes had begun: nobody holds its lock."""
     for part in folder.glob("*.part"):
-        if lock := _lock(part.with_suffix(".npy"), wait=False):
+        if lock := lock_of(part.with_suffix(".npy"), wait=False):
             part.unlink(missing_ok=True)
             lock.release()
 
@@ -238,83 +226,30 @@ class _Share(NamedTuple):
 
 def _make(file, shape, job, accelerator, verify):
     """See that `file` holds the pixels: on each machine its processes decode them, or wait."""
-    part, lock, made, task, shares = file.with_suffix(".part"), None, False, None, None
+    part = file.with_suffix(".part")
 
-    def on_disk(action):  # what fails there is heard by all processes, in the user's words
-        try:
-            return action()
-        except OSError as error:
-            raise UserError(
-                f"cannot write the decoded images of split '{job.name}' ({np.prod(shape):,} "
-                f"bytes) to {file}: {error.strerror or error}; make room, or set "
-                "HF_DATASETS_CACHE to a folder that has it"
-            ) from error
-
-    def begin():  # on one process of each machine
-        nonlocal lock
-        fault = "" if made else _fault(file, shape, verify)
-        if not fault:
-            return "done"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock(file, wait=False)
-        if lock is None:
-            return "wait"
-        fault = _fault(file, shape, verify)
-        if not fault:  # made in the meantime
-            release()
-            return "done"
-        if fault != "none":
-            print(f"{file} is damaged ({fault}): its images are decoded again", flush=True)
+    def begin():
         _remove_left_overs(file.parent)
         _allocate(part, shape)
-        return "decode"
 
-    def decode():
-        return _decode_part(part, job, place, len(peers)) if task == "decode" else None
+    def share(place, processes):
+        return _decode_part(part, job, place, processes)
 
-    def end():  # on one process of each machine
-        nonlocal made
-        if task == "wait":
-            _lock(file).release()
-        if task == "decode":
-            found = _Share({}, {})
-            for k in peers:
-                found.hashes.update(shares[k].hashes)
-                found.bad.update(shares[k].bad)
-            with open(part, "r+b") as handle:
-                os.fsync(handle.fileno())
-            _write_index(file, found)
-            os.replace(part, file)
-            made = True
-            release()
+    def end(shares):
+        found = _Share({}, {})
+        for one in shares:
+            found.hashes.update(one.hashes)
+            found.bad.update(one.bad)
+        with open(part, "r+b") as handle:
+            os.fsync(handle.fileno())
+        _write_index(file, found)
+        os.replace(part, file)
 
-    def release():
-        nonlocal lock
-        if lock:
-            part.unlink(missing_ok=True)
-            lock.release()
-            lock = None
-
-    # In three steps that all processes take together, as machines that share the folder wait for
-    # one of them
-    try:
-        peers, place = _peers(accelerator)
-        while True:
-            task = from_local_main(accelerator, lambda: on_disk(begin))
-            if set(from_each(accelerator, lambda task=task: task)) == {"done"}:
-                return
-            shares = from_each(accelerator, lambda: on_disk(decode))
-            from_local_main(accelerator, lambda: on_disk(end))
-    finally:
-        release()
-
-
-def _peers(accelerator):
-    """The indices of the processes of this machine, and this one's place among them."""
-    own = accelerator.process_index - accelerator.local_process_index
-    firsts = from_each(accelerator, lambda: own)
-    peers = [k for k, first in enumerate(firsts) if first == own]
-    return peers, peers.index(accelerator.process_index)
+    make_together(
+        accelerator, file, lambda: _fault(file, shape, verify), begin, share, end,
+        leave=lambda: part.unlink(missing_ok=True),
+        failure=f"cannot write the decoded images of split '{job.name}' ({np.prod(shape):,} bytes)",
+    )  # fmt: skip
 
 
 def _allocate(part, shape):
@@ -356,8 +291,8 @@ def _decode(job, keep, place=0, processes=1, wanted=lambda: True, pixels=None):
             try:
                 decoded = job.decode(source(image))
             except Exception as error:  # Pillow's readers raise a dozen types for a bad file
-                job.refuse({row: _reason(error)})
-                share.bad[row] = _reason(error)
+                job.refuse({row: reason_of_image(error)})
+                share.bad[row] = reason_of_image(error)
             else:
                 keep(row, decoded)
         if pixels is not None:
@@ -369,7 +304,7 @@ def _decode(job, keep, place=0, processes=1, wanted=lambda: True, pixels=None):
         total=total, desc=f"decoding {job.name}", unit=" images", delay=1, leave=False,
         disable=not job.progress,
     )  # fmt: skip
-    with bar, warnings.catch_warnings(), ThreadPoolExecutor(_threads(processes)) as pool:
+    with bar, warnings.catch_warnings(), ThreadPoolExecutor(threads(processes)) as pool:
         # decode_image refuses what this only warns of.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
@@ -381,25 +316,16 @@ def _decode(job, keep, place=0, processes=1, wanted=lambda: True, pixels=None):
     return share
 
 
-def _threads(processes=1):
-    """As many as this process has cores, where that many processes share a machine's."""
-    everywhere = os.cpu_count() or 1
-    if not hasattr(os, "sched_getaffinity"):
-        return -(-everywhere // processes)
-    own = len(os.sched_getaffinity(0))
-    return own if own < everywhere else -(-own // processes)  # else they are dealt out already
-
-
 # ---------------------------------------------------------------- words
 
 
-def _reason(error):
+def reason_of_image(error):
     unknown = isinstance(error, UnidentifiedImageError)  # Pillow's text shows a memory address
     text = str(error).partition("\n")[0] or type(error).__name__
     return "not an image format Pillow knows" if unknown else text
 
 
-def _unreadable(dataset, image_column, name, row, reason):
+def unreadable(dataset, image_column, name, row, reason):
     """One line that lets the user find the bad image: the index is the one before any cut."""
     path = _path(encoded(dataset, image_column), image_column, row)
     path = f" ({path})" if path else ""

@@ -40,19 +40,33 @@ def decode_image(file, size, interpolation="bilinear", bit_depth=None):
         Exception: whatever Pillow raises for a file it can't read.
     """
     with open_image(file) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width}×{image.height} px is over {MAX_PIXELS:,} pixels")
-        if image.mode.startswith("I"):
-            bit_depth = bit_depth or _file_depth(image)  # before loading closes the file
-        image.draft(None, (2 * size, 2 * size))
-        ImageOps.exif_transpose(image, in_place=True)
-        rgb = _to_rgb(image, bit_depth)
+        rgb = upright(image, size, bit_depth)
     if rgb.size != (size, size):
         side = min(rgb.size)
         left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
         box = (left, top, left + side, top + side)
         rgb = rgb.resize((size, size), FILTERS[interpolation], box=box)
     return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
+
+
+def upright(image, least, bit_depth=None):
+    """An opened image as an RGB one of Pillow, turned as its EXIF orientation says.
+
+    least: px of the shorter side that are needed; a large JPEG is reduced by its decoder to no
+    less than twice that. Colours and errors: see `decode_image`.
+    """
+    check_pixels(image)
+    if image.mode.startswith("I"):
+        bit_depth = bit_depth or _file_depth(image)  # before loading closes the file
+    image.draft(None, (2 * least, 2 * least))
+    ImageOps.exif_transpose(image, in_place=True)
+    return _to_rgb(image, bit_depth)
+
+
+def check_pixels(image):
+    """ValueError for an image of more than `MAX_PIXELS`, by its header."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width}×{image.height} px is over {MAX_PIXELS:,} pixels")
 
 
 def native_size(dataset, image_column):

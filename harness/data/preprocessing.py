@@ -13,7 +13,9 @@ class Preprocessing(NamedTuple):
     """How images become what a network sees.
 
     The shorter side is resized to `stored_size`, the centre of `size` is cut out, and its pixels
-    in [0, 1] are normalised.
+    in [0, 1] are normalised. Where they come from: with packed_side from the packed store
+    (harness.data.packed), which keeps images whole up to so many px of the shorter side; without
+    from the decoded store (harness.data.cache), which keeps squares of `stored_size`.
     """
 
     size: int  # px a side that the network sees
@@ -21,6 +23,12 @@ class Preprocessing(NamedTuple):
     interpolation: str  # a key of harness.data.pixels.FILTERS
     mean: tuple[float, ...]  # per channel
     std: tuple[float, ...]
+    packed_side: int = 0  # px, or 0 for the decoded store
+
+    def as_list(self) -> list:
+        """As JSON gives it back; as it was before there was a packed store, where that is not."""
+        values = [list(v) if isinstance(v, tuple) else v for v in self]
+        return values if self.packed_side else values[:-1]
 
     @property
     def stored_size(self) -> int:

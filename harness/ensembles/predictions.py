@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from harness.data.batches import decode
+from harness.data.stores import decode
 from harness.errors import UserError
 from harness.files import replace_file, to_bytes
 from harness.processes import from_main
@@ -40,7 +40,7 @@ class Predictions:
         self.accelerator, self.splits, self.verify_cache = accelerator, splits, verify_cache
         self.image_column, self.seed, self.device, self.say = image_column, seed, device, say
         self._orders = {role: _order(split, image_column) for role, split in splits.items()}
-        self._samples = {}  # (role, size, interpolation) -> harness.data.batches.Samples
+        self._samples = {}  # (role, size, interpolation) -> harness.data.stores.Samples
         self._logits = {}  # (sha256 of the weights, role, name of the view) -> (n, classes)
         self._costs = {}  # the same -> (seconds an image, on which device)
         self._unkept = set()
@@ -123,12 +123,16 @@ class Predictions:
 
     def samples(self, role, look):
         """The decoded images of a split, as a network looks at them before the crop."""
-        key = (role, look.stored_size, look.interpolation)
+        key = (role, look.stored_size, look.interpolation, look.packed_side)
+        key += (look.size,) if look.packed_side else ()  # of which only what is seen is kept
         if key not in self._samples:
             self._samples[key] = decode(
-                self.splits[role], self.image_column, look.stored_size,
-                self.accelerator, interpolation=look.interpolation, verify=self.verify_cache,
-            )  # fmt: skip
+                self.splits[role],
+                self.image_column,
+                look,
+                self.accelerator,
+                verify=self.verify_cache,
+            )
         return self._samples[key]
 
     @torch.inference_mode()
@@ -175,7 +179,7 @@ class Predictions:
             "format": FORMAT,
             "weights": network.sha256,
             "images": self._orders[role],
-            "look": [list(v) if isinstance(v, tuple) else v for v in network.look],
+            "look": network.look.as_list(),
             "view": view.name,
             "seed": self.seed if view.name.startswith("random") else None,
             "precision": self.accelerator.mixed_precision,

@@ -61,7 +61,7 @@ def _on_one_line(numbers):
 def write(folder, report, samples):
     """report.json, report.md and the pictures.
 
-    report: what report.json holds. samples: harness.data.batches.Samples of the scored images.
+    report: what report.json holds. samples: harness.data.stores.Samples of the scored images.
     """
     text = json.dumps(report, indent=1) + "\n"
     text = re.sub(r"\[\s+([-\d.e,\s]+?)\s+\]", _on_one_line, text)

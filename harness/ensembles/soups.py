@@ -9,7 +9,7 @@ import shutil
 import torch
 
 from harness.counters import generator
-from harness.data.batches import decode
+from harness.data.stores import decode
 from harness.ensembles.predictions import progress
 from harness.files import file_name, replace_file, result_bytes
 from harness.models.reading import load_weights
@@ -116,9 +116,8 @@ class Soups:
         """Training images as in evaluation, in batches of one size; every process has all."""
         if look not in self._train:
             self._train[look] = decode(
-                self.images.train, self.images.image_column, look.stored_size,
-                self.accelerator, interpolation=look.interpolation,
-            )  # fmt: skip
+                self.images.train, self.images.image_column, look, self.accelerator
+            )
         samples = self._train[look]
         total = len(samples.labels)
         order = torch.randperm(total, generator=generator(self.seed, "soup"))

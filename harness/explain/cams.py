@@ -16,6 +16,7 @@ from torch import nn
 
 from harness.counters import generator
 from harness.data.listing import Images, scan
+from harness.data.packed import evaluation_pixels
 from harness.data.pixels import decode_image
 from harness.data.preprocessing import Preprocessing, as_given, given
 from harness.data.sources import load_data
@@ -241,6 +242,8 @@ def _bad(source, error, skip_bad, say):
 def _decode(file, look, bit_depth=None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused by its header
+        if look.packed_side:
+            return evaluation_pixels(file, look, bit_depth)
         pixels = decode_image(file, look.stored_size, look.interpolation, bit_depth)
     return torch.from_numpy(pixels)
 

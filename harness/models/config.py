@@ -46,6 +46,7 @@ KEYS = {
     "stem": _one_of("small", "standard"),
     "head": _one_of(*HEADS),
     "dropout": _number("dropout"),
+    "packed_side": _number("image_size"),
     "model_args": OBJECT,
     "dataset": TEXT,
     "data": OBJECT,

@@ -35,7 +35,8 @@ class Trained(NamedTuple):
         """What two networks have to share for their weights to be averaged."""
         names = ("architecture", "library", "stem", "head", "model_args")
         # model_args has lists in it: its text can be hashed
-        return (*(str(self.config.get(name)) for name in names), self.look)
+        look = self.look._replace(packed_side=0)
+        return (*(str(self.config.get(name)) for name in names), look)
 
     @property
     def recipes(self) -> list[dict]:
@@ -68,6 +69,7 @@ def read_trained(path) -> Trained:
     look = preprocessing_of(config.get("pretrained_cfg"), file)
     if look is None:
         raise UserError(f"{file} does not say how images are prepared (pretrained_cfg)")
+    look = look._replace(packed_side=config.get("packed_side") or 0)
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     classes = [str(name) for name in classes]
     note = result_note(folder, config)

@@ -19,7 +19,8 @@ from torchvision.ops import StochasticDepth
 from tqdm.auto import tqdm
 
 from harness.counters import SampleStreams
-from harness.data.batches import Samples, mixes
+from harness.data.batches import mixes
+from harness.data.stores import Samples
 from harness.errors import StopAsked, UserError
 from harness.models.heads import (
     DropoutLinear,
@@ -49,8 +50,8 @@ class CachedViews:
     def __init__(self, views):
         self.views = views
 
-    def draw(self, n, rng, flips=None):
-        """Draw which view each of n samples shows, from SampleStreams; flips are for images."""
+    def draw(self, n, rng, flips=None, sizes=None):
+        """Draw which view each of n samples shows, from SampleStreams; the rest is for images."""
         return {"view": (rng(n, 1).squeeze(1) * self.views).long()}
 
     def train(self, features, draw):
@@ -138,10 +139,13 @@ def view_batch(samples, views, rows, view, seed, device="cpu"):
     rows: int64 (n,). View 0 is that of evaluation; what another draws depends on seed, view and
     row alone.
     """
-    images, labels = samples.take(rows, torch.device(device))
+    device = torch.device(device)
     if view == 0:
+        images, labels = samples.take(rows, device)
         return views.evaluation(images), labels
-    draw = views.draw(len(rows), SampleStreams(seed, "features", view, places=rows))
+    streams = SampleStreams(seed, "features", view, places=rows)
+    draw = views.draw(len(rows), streams, sizes=samples.sizes(rows))
+    images, labels = samples.take(rows, device, draw.get("boxes"))
     return views.train(images, draw), labels
 
 

@@ -11,9 +11,10 @@ from harness.cli.tables import facts
 from harness.data.options import DataOptions
 from harness.data.preprocessing import Preprocessing, as_given, given
 from harness.data.sources import load_data
+from harness.data.stores import choose_store, store_identity
 from harness.models import build
 from harness.models.names import find_model
-from harness.processes import from_local_main
+from harness.processes import from_local_main, from_main
 from tricks.ema import decay_at, half_life
 from tricks.schedule import warmup_cosine, warmup_linear
 
@@ -68,6 +69,11 @@ def preprocessing(args, data, pretrained):
         interpolation="bilinear", mean=data.mean, std=data.std,
     )  # fmt: skip
     return look._replace(size=args.image_size or look.size, **given(args))
+
+
+def choose_pixels(args, accelerator, data, look):
+    """(`look` with its store of pixels, the plan's words of it), as one process has chosen."""
+    return from_main(accelerator, lambda: choose_store(args, data, look))
 
 
 def preprocessing_from(args, pretrained):
@@ -189,6 +195,7 @@ def result_config(args, data, look, stem, job_type, pretrained, head="linear"):
             dropout=args.dropout, library=network.library, arguments=network.arguments, head=head,
             crop_pct=look.crop_pct, interpolation=look.interpolation,
         ),
+        **({"packed_side": look.packed_side} if look.packed_side else {}),
         "job_type": job_type,
         "dataset": data.name,
         "data": {
@@ -200,8 +207,11 @@ def result_config(args, data, look, stem, job_type, pretrained, head="linear"):
     }  # fmt: skip
 
 
-def identity(data, look):
-    """Facts about the data that a resumed run must share with the one it continues."""
+def identity(data, look, splits):
+    """Facts about the data that a resumed run must share with the one it continues.
+
+    look: Preprocessing. splits: {role: Samples}.
+    """
     labels = hashlib.sha256()
     for split in (data.train, data.val, data.test):
         if split is not None:
@@ -209,7 +219,8 @@ def identity(data, look):
     return {
         **({"content": data.content} if data.content else {}),  # first: it says the most
         "data_sha256": labels.hexdigest(),
-        "pixels": [list(v) if isinstance(v, tuple) else v for v in look],
+        "pixels": look._replace(packed_side=0).as_list(),
+        "store": store_identity(splits),
         "split_sizes": sizes(data),
     }
 

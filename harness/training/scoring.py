@@ -14,7 +14,7 @@ BATCH_PIXELS = 2**21  # and between them as many as have so many pixels
 
 def batch_starts(split) -> range:
     """Where the evaluation batches of Samples start; the same however many processes share them."""
-    pixels = split.pixels[0].numel() // 3
+    pixels = split.pixels.shape[1:].numel() // 3
     step = min(max(BATCH_PIXELS // max(pixels, 1), BATCH[0]), BATCH[1])
     return range(0, len(split.labels), step)
 
@@ -23,7 +23,7 @@ def batch_starts(split) -> range:
 def evaluate(accelerator, model, split, prepare, seen=None, stop=None):
     """Top-1 accuracy and mean cross-entropy (no smoothing) of `model` on one split.
 
-    model: the unwrapped module. split: harness.data.batches.Samples. prepare: uint8 batch on the
+    model: the unwrapped module. split: harness.data.stores.Samples. prepare: uint8 batch on the
     device -> what the network takes. seen: tricks.tta's views, whose probabilities are averaged;
     None for the image as it is. stop: a function without arguments -> a number over 0 where this
     process was asked to leave off (`Run.asked_to_stop`).

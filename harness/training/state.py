@@ -168,6 +168,8 @@ def check_identity(path, saved, ours, given):
     given: the flags that are not at their defaults; a checkpoint of an older version may not know
     the others.
     """
+    if "store" in ours:  # there was only this one before
+        saved = {"store": "decoded", **saved}
     for name in [*ours, *(saved.keys() - ours.keys())]:
         if name in OPERATIONAL or (name not in saved and name not in given):
             continue  # gradient_accumulation_steps was none of these once
@@ -177,6 +179,10 @@ def check_identity(path, saved, ours, given):
             raise UserError(f"{path} was written with other images: {_changes(saved, ours)}")
         if saved.get(name) != ours.get(name) and name == "data_sha256":
             raise UserError(f"{path} was written with other images or labels{_sizes(saved, ours)}")
+        if name == "store" and saved[name] != ours[name]:
+            raise UserError(
+                f"{path} was written with other pixels: {_store(saved[name], ours[name])}"
+            )
         if saved.get(name) != ours.get(name):
             raise UserError(
                 f"{path} was written with {name} {saved.get(name)}, this command has "
@@ -195,6 +201,22 @@ def _sizes(saved, ours):
     ]
     why = f": {', '.join(words)}" if words else ", though as many"
     return f"{why}. Bring them back to continue this run, or give another --run_name to start anew"
+
+
+def _store(before, now):
+    """Which store of pixels there was and is."""
+    kinds = ["decoded" if store == "decoded" else "packed" for store in (before, now)]
+    if kinds[0] != kinds[1]:
+        return f"the {kinds[0]} ones, these are {kinds[1]}; --pixels {kinds[0]} continues it"
+    if before.get("decoder") != now.get("decoder"):
+        return (
+            f"{before.get('decoder')} decoded them, here it is {now.get('decoder')}; install that "
+            "version to continue it, or give another --run_name to start anew"
+        )
+    return (
+        "its packed store was made by other versions, or for larger crops; give another --run_name "
+        "to start anew"
+    )
 
 
 def _changes(saved, ours):

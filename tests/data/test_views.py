@@ -16,8 +16,9 @@ import pretend_gpu
 from harness.cli.flags import AUGMENTS
 from harness.counters import SampleStreams, generator
 from harness.data import batches
-from harness.data.batches import Samples, Views, draw_mixing, train_batches
+from harness.data.batches import Views, draw_mixing, train_batches
 from harness.data.pixels import decode_image
+from harness.data.stores import Samples
 from harness.models.weights import find_weights
 from harness.training.features import CachedViews
 
@@ -391,7 +392,7 @@ def test_the_whole_batch_does_not_depend_on_who_shares_it(
 def test_a_process_draws_for_its_own_images_only(processes, accumulation, batch_size):
     views, drawn = make_views(), []
     real = views.draw
-    views.draw = lambda n, rng, flips: drawn.append(n) or real(n, rng, flips)
+    views.draw = lambda n, *others: drawn.append(n) or real(n, *others)
     run_batches(processes, accumulation, total=3, batch_size=batch_size, views=views)
     assert drawn == [batch_size // processes // accumulation] * 3 * processes * accumulation
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import smallruns
-from harness.data.batches import decode_splits
 from harness.data.sources import load_data
+from harness.data.stores import decode_splits
 from harness.errors import UserError
 from harness.models.trained import load_model, read_trained
 from harness.training.scoring import evaluate
@@ -89,7 +89,7 @@ def test_a_result_scores_the_same(version):
         trained = read_trained(version / "run")
         model = load_model(trained)
     data = load_data("digits", max_eval_samples=100)
-    splits = decode_splits(data, trained.look.size, progress=False)
+    splits = decode_splits(data, trained.look, progress=False)
     alone = SimpleNamespace(
         device=torch.device("cpu"), process_index=0, num_processes=1,
         autocast=contextlib.nullcontext, reduce=lambda sums, how: sums,

@@ -8,8 +8,9 @@ import torchvision
 from torch import nn
 
 from harness.counters import SampleStreams, generator
-from harness.data.batches import Samples, Views
+from harness.data.batches import Views
 from harness.data.pixels import epoch_order
+from harness.data.stores import Samples
 from harness.errors import UserError
 from harness.models import build
 from harness.models.heads import heads, start_heads

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from harness.counters import generator
-from harness.data.batches import Samples
+from harness.data.stores import Samples
 from harness.models import build
 from harness.models.heads import start_heads
 from harness.training import plan, probe

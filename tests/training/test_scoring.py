@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from harness.data.batches import Samples
+from harness.data.stores import Samples
 from harness.training.scoring import batch_starts, evaluate, score
 from tricks.ema import ModelEma
 from tricks.tta import tta_views

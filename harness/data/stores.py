@@ -1,0 +1,168 @@
+"""The two stores of pixels, one interface: decoded squares, or packed JPEGs of whole images."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from typing import NamedTuple
+
+import torch
+
+from harness.data.cache import cached, decode_split
+from harness.data.packed import (
+    PackedImages,
+    decoder,
+    find_packed,
+    image_bytes,
+    pack_split,
+    packed_side,
+    packed_size,
+)
+from harness.data.pixels import SMALL_SQUARE, encoded, gather
+from harness.processes import ALONE
+
+MOST_OF_DISK = 1 / 4  # of what is free, that decoded pixels may take unasked
+SAMPLED = 64  # images whose bytes are looked at for an estimate
+
+
+class Samples(NamedTuple):
+    """A split's images and labels: sample i is pixels[rows[i]] with labels[i].
+
+    harness.training.features keeps features (N, views, ...) in the place of the pixels.
+    """
+
+    pixels: torch.Tensor | PackedImages  # uint8 (N, 3, H, W), memory-mapped, or what stands for it
+    rows: torch.Tensor  # int64 (n,)
+    labels: torch.Tensor  # int64 (n,)
+
+    def sizes(self, index):
+        """Heights and widths, int64 (k,) each, of packed samples; None where all are squares."""
+        return self.pixels.sizes(self.rows[index]) if self.packed else None
+
+    @property
+    def packed(self) -> bool:
+        return isinstance(self.pixels, PackedImages)
+
+    def take(self, index, device, boxes=None):
+        """The samples at `index` (int64, CPU) on `device`: images (k, 3, H, W), labels (k,).
+
+        boxes: int64 (k, 4), what to cut out of packed samples; else they are as in evaluation.
+        """
+        rows, labels, pinned = self.rows[index], self.labels[index], device.type == "cuda"
+        if not self.packed:
+            images = gather(self.pixels, rows)
+        elif boxes is None:
+            images = self.pixels.centres(rows, pinned)
+        else:
+            images = self.pixels.crops(rows, boxes, pinned)
+        if device.type != "cuda":  # MPS would read the host's memory after it has been freed
+            return images.to(device), labels.to(device)
+        images, labels = images.pin_memory(), labels.pin_memory()
+        return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def decode_splits(data, look, accelerator=ALONE, **options):
+    """{"train": Samples, "val": ..., "test": ...} of the splits that `data` has.
+
+    look: a Preprocessing. accelerator, whose processes share the work, and options: see
+    `harness.data.cache.decode_split`.
+    """
+    return {
+        role: decode(split, data.image_column, look, accelerator, **options)
+        for role in ("train", "val", "test")
+        if (split := getattr(data, role)) is not None
+    }
+
+
+def decode(split, image_column, look, accelerator=ALONE, **options):
+    """Samples of one harness.data.sources.Split; see `decode_splits`."""
+    options |= {"name": split.name, "rows": split.rows, "bit_depth": split.bit_depth}
+    options["accelerator"] = accelerator
+    if look.packed_side:
+        pixels = pack_split(split.dataset, image_column, look, **options)
+    else:
+        pixels = decode_split(
+            split.dataset, image_column, look.stored_size, interpolation=look.interpolation,
+            **options,
+        )  # fmt: skip
+    return Samples(pixels, torch.from_numpy(split.rows), torch.from_numpy(split.labels))
+
+
+def choose_store(args, data, look):
+    """(`look` with the packed_side of the store that is used, what it is and why in words).
+
+    By `--pixels`; auto: decoded where images are small squares, or where no resized crop is on and
+    the decoded pixels are there already or fit a quarter of the free disk; else packed.
+    """
+    splits = [split for split in (data.train, data.val, data.test) if split]
+    splits = list({id(split.dataset): split for split in splits}.values())
+    scale = _least_crop_scale(args)
+    decoded_files = [
+        cached(split.dataset, data.image_column, look.stored_size, look.interpolation,
+               split.bit_depth)
+        for split in splits
+    ]  # fmt: skip
+    decoded_bytes = sum(len(split.dataset) for split in splits) * 3 * look.stored_size**2
+    kind, why = args.pixels, "as asked"
+    if kind == "auto" and data.image_size <= SMALL_SQUARE:
+        kind, why = "decoded", "the images are small squares"
+    elif kind == "auto" and scale:
+        kind, why = "packed", "random crops are cut from the whole images"
+    elif kind == "auto":
+        there, free = all(file.exists() for file in decoded_files), _free(decoded_files[0].parent)
+        kind, why = "decoded", "no random crop wants more"
+        if not there and decoded_bytes > MOST_OF_DISK * free:
+            kind = "packed"
+            why = f"decoded they would take {_in_words(decoded_bytes)} of {_in_words(free)} free"
+    if kind == "decoded":
+        words = f"decoded, {_in_words(decoded_bytes)} of squares {look.stored_size} px a side"
+        return look._replace(packed_side=0), f"{words}: {why}"
+    side = packed_side(look.size, look.stored_size, scale)
+    words = f"packed, {_packed_words(splits, data.image_column, side)}"
+    return look._replace(packed_side=side), f"{words} of JPEGs, shorter side up to {side} px: {why}"
+
+
+def _least_crop_scale(args):
+    """The least share of the area that a random resized crop takes in any stage; 0 for none."""
+    stages = [
+        vars(args),
+        *({**vars(args), **stage} for stage in getattr(args, "stages", None) or []),
+    ]
+    scales = [stage["crop_scale"] for stage in stages if stage["augment"] != "none"]
+    return min((scale for scale in scales if scale), default=0.0)
+
+
+def _packed_words(splits, image_column, side):
+    """The bytes of the splits' packed stores: of files that are there, else an estimate."""
+    total, there = 0, True
+    for split in splits:
+        size = packed_size(find_packed(split.dataset, image_column, side, split.bit_depth))
+        if size is None:
+            there, images = False, encoded(split.dataset, image_column)
+            step = max(1, len(images) // SAMPLED)
+            sampled = [image_bytes(images, row) for row in range(0, len(images), step)]
+            size = sum(sampled) * len(images) / max(1, len(sampled))
+        total += size
+    return _in_words(total) if there else f"up to about {_in_words(total)}"
+
+
+def _free(folder):
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _in_words(number):
+    unit = min(max(int(math.log(max(number, 1), 1000)), 0), 4)
+    return f"{number / 1000**unit:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[unit]}"
+
+
+def store_identity(splits):
+    """What a run must share with the one it continues: the store, and all that gives its pixels.
+
+    splits: {role: Samples}.
+    """
+    if not any(samples.packed for samples in splits.values()):
+        return "decoded"
+    content = {role: samples.pixels.content for role, samples in splits.items()}
+    return {"packed": content, "decoder": decoder()}
