@@ -1,0 +1,96 @@
+"""The four scripts on photographs, whose random crops are cut from the packed store."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import faulty
+import smallruns
+from harness.data import packed
+from harness.errors import UserError
+
+FLAGS = {
+    "dataset": None, "image_size": 32, "crop_scale": 0.3, "max_train_samples": None,
+    "max_eval_samples": None, "val_fraction": 0.25, "batch_size": 12, "epochs": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Three classes of 20 pictures of several sizes, one of them turned, one a PNG."""
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for name, (width, height) in {"wide": (120, 70), "tall": (66, 140), "small": (40, 40)}.items():
+        (root / name).mkdir()
+        for k in range(20):
+            small = rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+            image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+            suffix = "png" if k == 3 else "jpg"
+            exif = Image.Exif()
+            exif[0x0112] = 6 if k == 5 else 1
+            image.save(root / name / f"{k}.{suffix}", exif=exif)
+    return root
+
+
+@pytest.fixture(scope="module")
+def straight(photos, tmp_path_factory):
+    run, status = smallruns.train(
+        tmp_path_factory.mktemp("straight"), **FLAGS | {"dataset": photos}
+    )
+    assert status == 0
+    return run
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(photos, straight, tmp_path, capsys):
+    flags = FLAGS | {"dataset": photos}
+    smallruns.train(tmp_path, **flags, stop_after=4)
+    assert "pixels       packed, " in capsys.readouterr().out
+    resumed, _ = smallruns.train(tmp_path, **flags, resume_from_checkpoint="auto")
+    assert smallruns.digest(resumed) == smallruns.digest(straight)
+
+
+def test_other_pixels_do_not_continue_a_run(photos, tmp_path, monkeypatch):
+    flags = FLAGS | {"dataset": photos, "stop_after": 2}
+    smallruns.train(tmp_path, **flags)
+    again = flags | {"resume_from_checkpoint": "auto"}
+    with pytest.raises(UserError, match="the packed ones, these are decoded; --pixels packed cont"):
+        smallruns.train(tmp_path, **again, pixels="decoded")
+    monkeypatch.setattr(packed.simplejpeg, "__version__", "0.1")
+    with pytest.raises(UserError, match=r"simplejpeg .* decoded them, here it is simplejpeg 0.1;"):
+        smallruns.train(tmp_path, **again)
+
+
+def test_the_other_scripts_look_through_the_same_store(photos, straight, tmp_path, capsys):
+    config = json.loads((straight / "config.json").read_text())
+    assert config["packed_side"] == 64
+    summary = json.loads((straight / "summary.json").read_text())
+    report = smallruns.ensemble(tmp_path, straight, split="val")
+    found = json.loads((report / "report.json").read_text())
+    (member,) = (r for r in found["results"] if r["name"] == "run")
+    assert member["accuracy"] == pytest.approx(summary["accuracy"], abs=1e-6)
+    capsys.readouterr()
+    words = [str(straight), "--output_dir", str(tmp_path), "--run_name", "cam"]
+    folder, status = smallruns.run("gradcam", [*words, "--split", "val", "--max_images", "15"])
+    assert status in (0, None) and (folder / "report.md").exists()
+
+
+def test_features_are_kept_of_packed_images(photos, tmp_path, capsys):
+    flags = FLAGS | {"dataset": photos, "strategy": "feature_extraction", "weights": "none"}
+    flags |= {"views": 2, "dropout": None, "lr": 0.01}
+    whole, _ = smallruns.train(tmp_path / "a", script="finetune", **flags)
+    assert "pixels       packed, " in capsys.readouterr().out
+    smallruns.train(tmp_path / "b", script="finetune", **flags, stop_after=4)
+    resumed, _ = smallruns.train(
+        tmp_path / "b", script="finetune", **flags, resume_from_checkpoint="auto"
+    )
+    assert smallruns.digest(resumed) == smallruns.digest(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_pack_together_and_go_on_bit_for_bit(photos, tmp_path):
+    flags = FLAGS | {"dataset": photos, "gradient_accumulation_steps": 1, "batch_size": 8}
+    whole = faulty.start(tmp_path / "a", processes=2, **flags).done()
+    faulty.start(tmp_path / "b", processes=2, **flags, stop_after=5).done()
+    resumed = faulty.start(tmp_path / "b", processes=2, **flags, resume_from_checkpoint="auto")
+    assert smallruns.digest(resumed.done()) == smallruns.digest(whole)
