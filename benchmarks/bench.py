@@ -26,6 +26,7 @@ PARTS = {
     "input_epoch": (["--rounds", "3", "--max_images", "10000"], True),
     "train_speed": (["--rounds", "3", "--steps", "10"], True),
     "listing": ([], False),
+    "photos": ([], False),
     "ema": ([], False),
     "bookkeeping": ([], False),
     "draws": ([], False),
