@@ -137,6 +137,8 @@ def main(args):
     if args.dry_run:
         return
     splits = splits or decode()
+    if args.prepare_data:
+        return
     if from_probe:
         probe = probe or fit(whole=bool(cached))
         start_from_probe(model, probe)

@@ -12,7 +12,7 @@ from harness.cli import flags
 
 def read_flags(argv=None):
     parser = flags.Parser(__doc__)
-    flags.data_flags(parser, dataset="cifar10")
+    flags.shard_flag(flags.data_flags(parser, dataset="cifar10"))
     flags.model_flags(parser, model="resnet18")
     flags.speed_flags(flags.optimization_flags(parser, ("sgd", "adamw", "muon")))
     flags.augmentation_flags(parser)
@@ -100,7 +100,11 @@ def main(args):
     accelerator.print(plan.text(args, machine, data, model, look, total, rows))
     if args.dry_run:
         return
-    splits = decode_splits(data, look, accelerator, verify=args.verify_cache)
+    splits = decode_splits(
+        data, look, accelerator, shard=args.shard_store, verify=args.verify_cache
+    )
+    if args.prepare_data:
+        return
 
     # tricks
     views = make_views(args, look)

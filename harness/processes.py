@@ -97,6 +97,13 @@ def from_local_main(accelerator, action):
     return result
 
 
+def machines(accelerator) -> tuple[int, int, int]:
+    """(which machine this is, how many there are, how many processes it has)."""
+    own = accelerator.process_index - accelerator.local_process_index
+    firsts = from_each(accelerator, lambda: own)
+    return sorted(set(firsts)).index(own), len(set(firsts)), firsts.count(own)
+
+
 def _put_away(result):
     handle, path = tempfile.mkstemp(prefix="from-local-main-")
     with open(handle, "wb") as file:

@@ -170,6 +170,22 @@ def launch(output_dir, *, launcher=(), script="train.py", wait=True, env=(), arg
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 
+def two_machines(output_dir, machine, port, **flags):
+    """`launch` as the only process of one of two machines, which have caches of their own."""
+    env = {
+        "RANK": machine, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true",
+        "HF_DATASETS_CACHE": output_dir / f"cache{machine}", "OMP_NUM_THREADS": 1,
+    }  # fmt: skip
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
+    variables |= {name: str(value) for name, value in env.items()}
+    given = words(SMALL | {"output_dir": output_dir} | flags)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *given],
+        cwd=output_dir, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
 def digest(folder):
     """sha256 of all that a resumed run must share with the uninterrupted one, by file."""
     newest = sorted((folder / "checkpoints").iterdir())[-1]

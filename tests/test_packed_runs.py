@@ -94,3 +94,49 @@ def test_two_processes_pack_together_and_go_on_bit_for_bit(photos, tmp_path):
     faulty.start(tmp_path / "b", processes=2, **flags, stop_after=5).done()
     resumed = faulty.start(tmp_path / "b", processes=2, **flags, resume_from_checkpoint="auto")
     assert smallruns.digest(resumed.done()) == smallruns.digest(whole)
+
+
+def test_data_can_be_prepared_ahead(photos, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    flags = FLAGS | {"dataset": photos}
+    folder, status = smallruns.train(tmp_path, **flags, prepare_data=True)
+    assert status == 0 and not folder.exists()
+    assert len(list((tmp_path / "cache" / "pixels").glob("*.index"))) == 1
+    monkeypatch.setattr(packed, "pack_image", None)
+    smallruns.train(tmp_path, **flags, stop_after=1)
+
+
+@pytest.mark.slow
+def test_two_machines_pack_and_see_their_own_shares(photos, tmp_path):
+    """Each with a cache of its own; the stopped run goes on bit for bit."""
+    flags = FLAGS | {"dataset": str(photos), "gradient_accumulation_steps": 1, "batch_size": 8}
+    flags |= {"shard_store": True, "val_fraction": None, "test_split": "none"}
+
+    def run(folder, **more):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        done = [
+            smallruns.two_machines(tmp_path / folder, k, port, **flags, **more) for k in range(2)
+        ]
+        for process in done:
+            output, _ = process.communicate(timeout=200)
+            assert process.returncode == 0, output
+        return tmp_path / folder / "run"
+
+    port = faulty.free_port()
+    whole = run("a")
+    port = faulty.free_port()
+    run("b", stop_after=4)
+    sizes = []
+    for k in range(2):
+        (index,) = (tmp_path / "b" / f"cache{k}" / "pixels").glob("*.index")
+        sizes.append(int((packed.read_index(index)[1]["length"] > 0).sum()))
+    assert sizes == [30, 30]
+    port = faulty.free_port()
+    assert smallruns.digest(run("b", resume_from_checkpoint="auto")) == smallruns.digest(whole)
+
+
+def test_a_share_wants_packed_pixels(photos, tmp_path):
+    with pytest.raises(UserError, match="--shard_store is for packed pixels: add --pixels packed"):
+        smallruns.train(tmp_path, **FLAGS | {"dataset": photos, "crop_scale": 0}, shard_store=True)

@@ -51,7 +51,8 @@ STAGE_FLAGS = {
 OPERATIONAL = {
     "config", "output_dir", "run_name", "overwrite", "dry_run", "report_to", "project", "group",
     "log_model", "threads", "checkpointing_steps", "max_checkpoints", "resume_from_checkpoint",
-    "stop_after", "nonfinite", "verify_resume", "verify_cache", "gradient_accumulation_steps",
+    "prepare_data", "stop_after", "nonfinite", "verify_resume", "verify_cache",
+    "gradient_accumulation_steps",
 }  # fmt: skip
 
 
@@ -394,10 +395,21 @@ def data_flags(parser, dataset):
                    help="what is kept of the images on the disk. decoded: the pixels of one square "
                    "each; packed: whole images as JPEG, from which crops are cut; auto: as the "
                    "plan says")
+    g.add_argument("--prepare_data", action=Switch, default=False,
+                   help="decode or pack the images, and stop: the same command without it finds "
+                   "them")
     verify_cache(g)
     g.add_argument("--bad_images", choices=("stop", "skip"), default="stop",
                    help="that can't be read: stop and name the first one, or leave them out, "
                    "count and name them (one more pass of decoding, once)")
+    return g
+
+
+def shard_flag(g):
+    g.add_argument("--shard_store", action=Switch, default=False,
+                   help="several machines: each packs and draws from its own share of the train "
+                   "images only, dealt by a fixed rule; the order depends on how many machines "
+                   "there are")
 
 
 def model_flags(parser, model):

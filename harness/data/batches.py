@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from harness.counters import SampleStreams, generator
-from harness.data.pixels import epoch_order
+from harness.data.pixels import epoch_order, sharded_order
 from harness.errors import UserError
 from tricks import augment, autoaugment
 from tricks.cutmix import cutmix_batch, draw_cutmix
@@ -180,7 +180,8 @@ def draw_mixing(mixup_alpha, cutmix_alpha, prob, size, rng):
 def train_batches(split, views, accelerator, *, batch_size, accumulation, seed, total_steps):
     """A function of the first step -> iterator over the steps' batches, each an iterator of Parts.
 
-    The order of an epoch is permutation(seed, epoch), and a sample's draws are a function of (seed,
+    The order of an epoch is permutation(seed, epoch) (or, where machines have shares, one of each
+    share), and a sample's draws are a function of (seed,
     step, its place in the whole batch). The batch is cut into accumulation × processes equal parts,
     and each process draws for its own, so neither depends on how many share the work. Parts are
     made when they are asked for; with CUDA two ahead, in a thread and on a stream of their own.
@@ -201,7 +202,11 @@ def train_batches(split, views, accelerator, *, batch_size, accumulation, seed, 
         epoch, batch = divmod(step, per_epoch)
         if epoch not in order:
             order.clear()
-            order[epoch] = epoch_order(len(split.labels), seed, epoch)
+            order[epoch] = (
+                sharded_order(split.shares, seed, epoch, batch_size, accumulation)
+                if split.shares
+                else epoch_order(len(split.labels), seed, epoch)
+            )
         rows = order[epoch][batch * batch_size + places[turn]]
         flips = None
         if first_flips is not None:

@@ -253,9 +253,7 @@ class PackedImages:
 
         def fill(k):
             with torch.inference_mode():
-                entry = self.entries[rows[k]]
-                data = self.read(rows[k], entry)
-                batch[k] = decode(k, data, int(entry["width"]), int(entry["height"]))
+                batch[k] = decode(k, *self.read(rows[k]))
 
         if self._threads == 1:
             for k in range(len(rows)):
@@ -265,13 +263,18 @@ class PackedImages:
                 pass
         return batch
 
-    def read(self, row, entry):
-        """The JPEG bytes of an image; its entry is of self.entries."""
+    def read(self, row):
+        """(JPEG bytes, width, height) of an image."""
+        entry = self.entries[row]
+        if not entry["length"]:  # of another machine's share
+            return pack_image(self._source.bytes(row), self._side, self.bit_depth)
         if entry["offset"] == IN_DATASET:
             data = self._source.bytes(row)
         else:
             data = os.pread(self._file.fileno(), int(entry["length"]), int(entry["offset"]))
-        return data if zlib.crc32(data) == entry["crc"] else self._repaired(row, entry)
+        if zlib.crc32(data) != entry["crc"]:
+            data = self._repaired(row, entry)
+        return data, int(entry["width"]), int(entry["height"])
 
     def _repaired(self, row, entry):
         """The bytes of an image that is damaged in the file, from the data set; mends the file."""
@@ -310,7 +313,7 @@ class PackedImages:
             rows = range(first, min(first + CHUNK, len(self)))
             for row in rows:
                 if self.entries[row]["length"]:
-                    self.read(row, self.entries[row])
+                    self.read(row)
             return len(rows)
 
         with bar:
@@ -405,9 +408,14 @@ def _fault(file):
     return "" if found == header["bytes"] else f"{found:,} bytes instead of {header['bytes']:,}"
 
 
-def find_packed(dataset, image_column, side, bit_depth=None):
-    """The index of a split's store: the smallest there is of at least `side`, else a new name."""
+def find_packed(dataset, image_column, side, bit_depth=None, share=None):
+    """The index of a split's store: the smallest there is of at least `side`, else a new name.
+
+    share: the rows that are stored, None for all.
+    """
     key = (image_column, "packed", PACK_VERSION, *([bit_depth] if bit_depth else ()))
+    if share is not None:
+        key += ("share", hashlib.blake2b(share.tobytes(), digest_size=8).hexdigest())
     base = cache_file(dataset, *key)
     there = []
     for file in base.parent.glob(f"{base.name}-*.index"):
@@ -445,6 +453,7 @@ def image_bytes(images, row):
 
 class _Job(NamedTuple):
     source: _Source
+    stored: object  # the rows to be packed, in their order
     side: int
     bit_depth: int | None
     refuse: object  # takes {row: why} of an image that can't be read; raises where it is needed
@@ -454,7 +463,7 @@ class _Job(NamedTuple):
 
 def pack_split(
     dataset, image_column, look, *, name, rows=None, bit_depth=None, accelerator=ALONE,
-    verify=False, progress=True,
+    share=None, verify=False, progress=True,
 ):  # fmt: skip
     """Pack every image of `dataset`, or find the store in the cache: PackedImages.
 
@@ -468,6 +477,8 @@ def pack_split(
         rows: the rows that will be used, None for all; what can't be read among the others is
             left out.
         bit_depth: of 16-bit gray images, see `harness.data.pixels.decode_image`.
+        share: the rows that this machine stores, None for all; others that are asked for are
+            packed each time anew.
         accelerator: whose processes all call this, and share the work on each machine.
         verify: compare all bytes with their checksums now, and not when they are read.
         progress: show a bar, on one process of each machine, when it takes more than a second.
@@ -484,13 +495,15 @@ def pack_split(
     images = encoded(dataset, image_column)
     # A run that begins while another makes a larger store is content with its own
     file = from_local_main(
-        accelerator, lambda: find_packed(dataset, image_column, look.packed_side, bit_depth)
+        accelerator,
+        lambda: find_packed(dataset, image_column, look.packed_side, bit_depth, share),
     )
     progress = progress and accelerator.is_local_main_process
-    job = _Job(_Source(images), look.packed_side, bit_depth, refuse, name, progress)
+    stored = range(len(images)) if share is None else share
+    job = _Job(_Source(images), stored, look.packed_side, bit_depth, refuse, name, progress)
     making = _Making(file)
     make_together(
-        accelerator, file, lambda: _fault(file), lambda: making.begin(len(images)),
+        accelerator, file, lambda: _fault(file), lambda: making.begin(len(stored)),
         lambda place, processes: making.share(job, place, processes), lambda _: making.end(job),
         leave=making.leave, failure=f"cannot pack the images of split '{name}'",
     )  # fmt: skip
@@ -531,9 +544,9 @@ class _Making:
         """Pack every `processes`-th chunk from `place` that is not there yet."""
         chunks, *_ = self._chunks()
         done = {one["first"] for one in chunks}
-        firsts = [k for k in range(0, len(job.source), CHUNK) if k not in done]
+        firsts = [k for k in range(0, len(job.stored), CHUNK) if k not in done]
         bar = tqdm(
-            total=len(job.source), initial=CHUNK * len(done), desc=f"packing {job.name}",
+            total=len(job.stored), initial=CHUNK * len(done), desc=f"packing {job.name}",
             unit=" images", delay=1, leave=False, disable=not job.progress,
         )  # fmt: skip
         with bar, ThreadPoolExecutor(threads(processes)) as pool:
@@ -550,7 +563,7 @@ class _Making:
     def _pack(self, job, first):
         if self.stopped.exists():
             return 0
-        rows = range(first, min(first + CHUNK, len(job.source)))
+        rows = [int(row) for row in job.stored[first : first + CHUNK]]
         entries, bad, parts, place = np.zeros(len(rows), ENTRY), {}, [], 0
         for k, row in enumerate(rows):
             try:
@@ -606,9 +619,11 @@ class _Making:
     def end(self, job):
         chunks, _, size = self._chunks()
         chunks.sort(key=lambda one: one["first"])
-        entries = np.concatenate([one["entries"] for one in chunks])
-        if len(entries) != len(job.source):
+        packed = np.concatenate([np.zeros(0, ENTRY), *(one["entries"] for one in chunks)])
+        if len(packed) != len(job.stored):
             raise UserError(f"{self.journal} was damaged while images were packed: start again")
+        entries = np.zeros(len(job.source), ENTRY)
+        entries[np.asarray(job.stored, dtype=np.int64)] = packed
         bad = {int(row): why for one in chunks for row, why in one["bad"].items()}
         with open(self.bytes, "r+b") as handle:
             os.fsync(handle.fileno())

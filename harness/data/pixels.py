@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from harness.counters import generator
+from harness.counters import generator, splitmix64
 from harness.data.formats import open_image
 
 MAX_PIXELS = 89_478_485  # what Pillow calls a decompression bomb: a quarter GiB as RGB
@@ -134,6 +134,32 @@ def _file_depth(image):
 def epoch_order(num_samples, seed, epoch):
     """The order in which epoch `epoch` sees the samples: an int64 permutation, same everywhere."""
     return torch.randperm(num_samples, generator=generator(seed, "order", epoch))
+
+
+def deal(rows, machines):
+    """The samples that each of so many machines stores: int64 arrays of places in `rows`.
+
+    rows: int64 (n,), rows of the stored split. They are dealt by a fixed hash of their numbers, so
+    that every share is a random part of the data set, of the same size give or take one.
+    """
+    order = np.argsort(splitmix64(rows.astype(np.uint64)), kind="stable")
+    return [np.sort(order[machine::machines]) for machine in range(machines)]
+
+
+def sharded_order(shares, seed, epoch, batch_size, accumulation):
+    """The order of an epoch in which each machine sees its own share alone: int64 (n,).
+
+    shares: of `deal`, one a machine. Every batch takes as many of each share; they lie in it as
+    the parts of a batch are cut, accumulation × machines × what a machine sees at once.
+    """
+    each = batch_size // len(shares)
+    batches = sum(map(len, shares)) // batch_size
+    orders = []
+    for machine, share in enumerate(shares):
+        own = torch.randperm(len(share), generator=generator(seed, "order", epoch, machine))
+        own = torch.from_numpy(share)[own[: batches * each]]
+        orders.append(own.view(batches, accumulation, 1, each // accumulation))
+    return torch.cat(orders, dim=2).flatten()
 
 
 def gather(pixels, rows):

@@ -18,8 +18,9 @@ from harness.data.packed import (
     packed_side,
     packed_size,
 )
-from harness.data.pixels import SMALL_SQUARE, encoded, gather
-from harness.processes import ALONE
+from harness.data.pixels import SMALL_SQUARE, deal, encoded, gather
+from harness.errors import UserError
+from harness.processes import ALONE, machines
 
 MOST_OF_DISK = 1 / 4  # of what is free, that decoded pixels may take unasked
 SAMPLED = 64  # images whose bytes are looked at for an estimate
@@ -34,6 +35,7 @@ class Samples(NamedTuple):
     pixels: torch.Tensor | PackedImages  # uint8 (N, 3, H, W), memory-mapped, or what stands for it
     rows: torch.Tensor  # int64 (n,)
     labels: torch.Tensor  # int64 (n,)
+    shares: tuple = ()  # what each machine stores, if not all: int64 arrays of sample numbers
 
     def sizes(self, index):
         """Heights and widths, int64 (k,) each, of packed samples; None where all are squares."""
@@ -61,31 +63,49 @@ class Samples(NamedTuple):
         return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-def decode_splits(data, look, accelerator=ALONE, **options):
+def decode_splits(data, look, accelerator=ALONE, shard=False, **options):
     """{"train": Samples, "val": ..., "test": ...} of the splits that `data` has.
 
     look: a Preprocessing. accelerator, whose processes share the work, and options: see
-    `harness.data.cache.decode_split`.
+    `harness.data.cache.decode_split`. shard: every machine stores its share of train alone.
     """
+    shares = _shares(data.train, look, accelerator) if shard else ()
     return {
-        role: decode(split, data.image_column, look, accelerator, **options)
+        role: decode(
+            split, data.image_column, look, accelerator,
+            shares=shares if role == "train" else (), **options,
+        )
         for role in ("train", "val", "test")
         if (split := getattr(data, role)) is not None
-    }
+    }  # fmt: skip
 
 
-def decode(split, image_column, look, accelerator=ALONE, **options):
+def decode(split, image_column, look, accelerator=ALONE, shares=(), **options):
     """Samples of one harness.data.sources.Split; see `decode_splits`."""
     options |= {"name": split.name, "rows": split.rows, "bit_depth": split.bit_depth}
     options["accelerator"] = accelerator
     if look.packed_side:
+        if shares:
+            own = split.rows[shares[machines(accelerator)[0]]]
+            options |= {"rows": own, "share": own}
         pixels = pack_split(split.dataset, image_column, look, **options)
     else:
         pixels = decode_split(
             split.dataset, image_column, look.stored_size, interpolation=look.interpolation,
             **options,
         )  # fmt: skip
-    return Samples(pixels, torch.from_numpy(split.rows), torch.from_numpy(split.labels))
+    labels = torch.from_numpy(split.labels)
+    return Samples(pixels, torch.from_numpy(split.rows), labels, tuple(shares))
+
+
+def _shares(split, look, accelerator):
+    """Of `deal`, for the machines that there are."""
+    _, number, processes = machines(accelerator)
+    if not look.packed_side:
+        raise UserError("--shard_store is for packed pixels: add --pixels packed")
+    if processes * number != accelerator.num_processes:
+        raise UserError("--shard_store wants as many processes on each machine")
+    return deal(split.rows, number)
 
 
 def choose_store(args, data, look):
@@ -164,5 +184,10 @@ def store_identity(splits):
     """
     if not any(samples.packed for samples in splits.values()):
         return "decoded"
-    content = {role: samples.pixels.content for role, samples in splits.items()}
-    return {"packed": content, "decoder": decoder()}
+    shares = splits["train"].shares
+    content = {
+        role: samples.pixels.content
+        for role, samples in splits.items()
+        if not samples.shares  # of which every machine has another
+    }
+    return {"packed": content, "decoder": decoder()} | ({"shares": len(shares)} if shares else {})

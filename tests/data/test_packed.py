@@ -26,7 +26,7 @@ from harness.data.packed import (
     packed_side,
     read_index,
 )
-from harness.data.pixels import decode_image
+from harness.data.pixels import deal, decode_image, sharded_order
 from harness.data.preprocessing import Preprocessing
 from harness.errors import UserError
 
@@ -288,7 +288,7 @@ def test_a_bad_image_is_named_and_the_rest_is_kept(tmp_path, cache):
     assert images.entries["length"][13] == 0
     with pytest.raises(UserError, match="cannot read image 13"):
         pack(dataset)
-    assert pack_image(files[12], 64)[0] == images.read(12, images.entries[12])
+    assert pack_image(files[12], 64)[0] == images.read(12)[0]
 
 
 def test_an_empty_cell_and_a_missing_file_are_named(tmp_path):
@@ -474,3 +474,44 @@ def test_packed_images_stand_for_a_tensor(tmp_path):
     box = torch.tensor([[0, 0, 40, 40]])
     pixels, _ = samples.take(torch.tensor([0]), cpu, box)
     assert torch.equal(pixels, images.crops(torch.tensor([4]), box))
+
+
+# ---------------------------------------------------------------- shares of machines
+
+
+@pytest.mark.parametrize("machines", [1, 2, 3, 8])
+def test_shares_are_fixed_even_parts_of_the_rows(machines):
+    rows = np.sort(np.random.default_rng(0).choice(10_000, 1001, replace=False))
+    shares = deal(rows, machines)
+    assert sorted(np.concatenate(shares).tolist()) == list(range(1001))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    if machines > 1:  # not by place: neighbours are of different machines as often as not
+        assert not np.array_equal(shares[0], np.arange(len(shares[0])) * machines)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("machines", "processes"), [(2, 1), (2, 2), (4, 2)])
+def test_every_process_gets_its_own_machines_images(machines, processes, accumulation):
+    shares, batch = deal(np.arange(101), machines), 16
+    order = sharded_order(shares, 3, 5, batch, accumulation)
+    assert len(order) == 101 // batch * batch == len(order.unique())
+    parts = order.view(-1, accumulation, machines * processes, batch // machines // processes
+                       // accumulation)  # fmt: skip
+    for process in range(machines * processes):
+        own = shares[process // processes]
+        assert np.isin(parts[:, :, process].flatten(), own).all()
+    assert not torch.equal(order, sharded_order(shares, 3, 6, batch, accumulation))
+    assert torch.equal(order, sharded_order(shares, 3, 5, batch, accumulation))
+
+
+def test_a_share_alone_is_packed_and_other_rows_can_be_read(tmp_path, cache):
+    files = photos(12)
+    dataset, share = in_folder(tmp_path, *files), np.array([1, 4, 5, 9, 11])
+    images = pack(dataset, rows=share, share=share)
+    assert (images.entries["length"] > 0).nonzero()[0].tolist() == share.tolist()
+    (blob,) = cache.glob("*.jpegs")
+    assert blob.stat().st_size == sum(len(files[k]) for k in share)
+    every = torch.stack([evaluation_pixels(io.BytesIO(file), LOOK) for file in files])
+    assert torch.equal(images.centres(torch.arange(12)), every)
+    pack(dataset)
+    assert len(list(cache.glob("*.index"))) == 2
