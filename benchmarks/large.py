@@ -27,15 +27,17 @@ import psutil
 import pyarrow
 import torch
 from measure import Row, over, parser, read, report
-from photos import LOOK, MEAN, SIZE, STD, jpegs
+from photos import LOOK, MEAN, SIZE, STD, photographs
 
 from harness.counters import SampleStreams
-from harness.data import packed
+from harness.data import packed, packing
 from harness.data.batches import Views
+from harness.data.jpegs import packed_side
+from harness.data.making import threads
 from harness.data.pixels import epoch_order
 
 FEW, BATCH = 2000, 64
-LOOK = LOOK._replace(packed_side=packed.packed_side(SIZE, LOOK.stored_size, 0.08))
+LOOK = LOOK._replace(packed_side=packed_side(SIZE, LOOK.stored_size, 0.08))
 
 
 def main():
@@ -43,7 +45,7 @@ def main():
     made.add_argument("--images", type=int, default=1_300_000)
     args = read(made)
     number = 20_000 if args.quick else args.images
-    files = jpegs("", 100 if args.quick else 500)
+    files = photographs("", 100 if args.quick else 500)
     with tempfile.TemporaryDirectory(dir=".") as folder:  # on the disk, and not in memory
         datasets.config.HF_DATASETS_CACHE = folder
         few, many = (store(files, n) for n in (FEW, number))
@@ -60,7 +62,7 @@ def main():
         rows += [Row("cold batch / bare reads", cold(many, args.rounds), 1.5, True)]
         rows += [Row("nine tenths dropped / in memory, images/s", scarce(few, args.rounds), 0.8)]
     rows += [Row("draws, one of 64 processes / one alone", draws(number, args.rounds), 1.2, True)]
-    report(args, rows, f"batch {BATCH}, 500×375 px, {packed.threads()} threads")
+    report(args, rows, f"batch {BATCH}, 500×375 px, {threads()} threads")
 
 
 def store(files, number):
@@ -74,7 +76,7 @@ def store(files, number):
         info=datasets.DatasetInfo(features=datasets.Features({"image": datasets.Image()})),
         fingerprint=f"{number:016x}",
     )
-    index = packed.find_packed(dataset, "image", LOOK.packed_side)
+    index = packing.find_packed(dataset, "image", LOOK.packed_side)
     index.parent.mkdir(parents=True, exist_ok=True)
 
     one = np.zeros(len(files), packed.ENTRY)
@@ -90,12 +92,12 @@ def store(files, number):
         for _ in range(copies):
             blob.write(b"".join(files))
         os.fsync(blob.fileno())
-    packed._write_index(index, entries, {}, copies * size)
+    packed.write_index(index, entries, {}, copies * size)
     return dataset
 
 
 def opened(dataset):
-    return packed.pack_split(dataset, "image", LOOK, name="bench", progress=False)
+    return packing.pack_split(dataset, "image", LOOK, name="bench", progress=False)
 
 
 def starts(few, many, rounds):
@@ -157,7 +159,7 @@ def bare(images, rows):
     """Read the same bytes with as many threads, and do nothing with them."""
     entries = [images.entries[row] for row in rows.tolist()]
     handle = images._file.fileno()
-    with ThreadPoolExecutor(packed.threads()) as pool:
+    with ThreadPoolExecutor(threads()) as pool:
         list(pool.map(lambda e: os.pread(handle, int(e["length"]), int(e["offset"])), entries))
 
 

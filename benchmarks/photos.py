@@ -36,8 +36,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from harness.counters import SampleStreams
-from harness.data import packed
+from harness.data import jpegs
 from harness.data.batches import Views
+from harness.data.packing import pack_split
 from harness.data.pixels import decode_image
 from harness.data.preprocessing import Preprocessing
 from harness.launch import keep_freed_memory
@@ -56,7 +57,7 @@ def main():
     args = read(made)
     keep_freed_memory()
     torch.set_num_threads(1)
-    files = jpegs(args.images, args.number if not args.quick else 16)
+    files = photographs(args.images, args.number if not args.quick else 16)
     ours = Ours(files)
     if args.half is not None:  # one of two independent processes
         ours.batches(0, len(files))
@@ -66,12 +67,12 @@ def main():
         print("done", flush=True)
         return
     rows = speeds("photographs", files, args.rounds, {"v1, Pillow": 1.6, "v2, torchvision.io": 1.2})
-    large = jpegs("", 4 if args.quick else 16, 3000, 2000)
+    large = photographs("", 4 if args.quick else 16, 3000, 2000)
     rows += speeds("photographs of 3000×2000 px", large, min(args.rounds, 5), {})
     rows += [Row("photographs, two threads / two processes", two_of_each(args, ours, files), 0.95)]
     rows += decibels(files)
     what = args.images or "500×375 px"
-    report(args, rows, f"{len(files)} JPEGs ({what}), {packed.decoder()}, one core")
+    report(args, rows, f"{len(files)} JPEGs ({what}), {jpegs.decoder()}, one core")
 
 
 def speeds(what, files, rounds, wanted):
@@ -91,7 +92,7 @@ def argument_of_a_process():
     return "the process is one of two (this script starts them itself)"
 
 
-def jpegs(folder, number, width=500, height=375):
+def photographs(folder, number, width=500, height=375):
     """Bytes of so many JPEGs: of a folder, or made with details of several sizes."""
     if folder:
         found = sorted(Path(folder).rglob("*.jpg"))
@@ -116,11 +117,11 @@ class Ours:
     """Batches as harness.data.batches.train_batches makes them."""
 
     def __init__(self, files, scale=SCALE):
-        look = LOOK._replace(packed_side=packed.packed_side(SIZE, LOOK.stored_size, scale))
+        look = LOOK._replace(packed_side=jpegs.packed_side(SIZE, LOOK.stored_size, scale))
         features = datasets.Features({"image": datasets.Image()})
         cells = [{"bytes": file, "path": None} for file in files]
         dataset = datasets.Dataset.from_dict({"image": cells}, features=features)
-        self.images = packed.pack_split(dataset, "image", look, name="bench", progress=False)
+        self.images = pack_split(dataset, "image", look, name="bench", progress=False)
         self.images._threads = 1
         self.views = Views(
             SIZE, MEAN, STD, augment="randaugment", padding=0, flip_prob=0.5, erasing=0.0, ops=2,
@@ -223,18 +224,18 @@ def decibels(files):
     """Of crops from 8 and from 35 %: dB from the same crops of the originals, an image a value."""
     rows = []
     for scale in (0.08, 0.35):
-        side = packed.packed_side(SIZE, LOOK.stored_size, scale)
+        side = jpegs.packed_side(SIZE, LOOK.stored_size, scale)
         copied, shrunk, squares = [], [], []
         for k, file in enumerate(files[:64]):
             whole = torch.from_numpy(np.asarray(Image.open(io.BytesIO(file)).convert("RGB")).copy())
             whole = whole.permute(2, 0, 1)
-            data, width, height = packed.pack_image(file, side)
+            data, width, height = jpegs.pack_image(file, side)
             rng = torch.Generator().manual_seed(k)
             box = draw_resized_crops(1, height, width, (scale, 1.0), generator=rng)[0].tolist()
             share = whole.shape[1] / height  # the same crop of the original
             original = [round(x * share) for x in box]
             expected = functional.resized_crop(whole, *original, [SIZE, SIZE], antialias=True)
-            found = packed.decode_crop(data, width, height, box, SIZE)
+            found = jpegs.decode_crop(data, width, height, box, SIZE)
             (copied if data is file else shrunk).append(_db(found, expected))
             stored = torch.from_numpy(decode_image(io.BytesIO(file), LOOK.stored_size))
             box = draw_resized_crops(1, *stored.shape[1:], (scale, 1.0), generator=rng)[0].tolist()

@@ -8,7 +8,7 @@ from PIL import Image
 
 import faulty
 import smallruns
-from harness.data import packed
+from harness.data import jpegs, packed, packing
 from harness.errors import UserError
 
 FLAGS = {
@@ -56,7 +56,7 @@ def test_other_pixels_do_not_continue_a_run(photos, tmp_path, monkeypatch):
     again = flags | {"resume_from_checkpoint": "auto"}
     with pytest.raises(UserError, match="the packed ones, these are decoded; --pixels packed cont"):
         smallruns.train(tmp_path, **again, pixels="decoded")
-    monkeypatch.setattr(packed.simplejpeg, "__version__", "0.1")
+    monkeypatch.setattr(jpegs.simplejpeg, "__version__", "0.1")
     with pytest.raises(UserError, match=r"simplejpeg .* decoded them, here it is simplejpeg 0.1;"):
         smallruns.train(tmp_path, **again)
 
@@ -104,7 +104,7 @@ def test_data_can_be_prepared_ahead(photos, tmp_path, monkeypatch):
     folder, status = smallruns.train(tmp_path, **flags, prepare_data=True)
     assert status == 0 and not folder.exists()
     assert len(list((tmp_path / "cache" / "pixels").glob("*.index"))) == 1
-    monkeypatch.setattr(packed, "pack_image", None)
+    monkeypatch.setattr(packing, "pack_image", None)
     smallruns.train(tmp_path, **flags, stop_after=1)
 
 

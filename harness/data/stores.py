@@ -9,15 +9,9 @@ from typing import NamedTuple
 import torch
 
 from harness.data.cache import cached, decode_split
-from harness.data.packed import (
-    PackedImages,
-    decoder,
-    find_packed,
-    image_bytes,
-    pack_split,
-    packed_side,
-    packed_size,
-)
+from harness.data.jpegs import decoder, packed_side
+from harness.data.packed import PackedImages
+from harness.data.packing import find_packed, image_bytes, pack_split, packed_size
 from harness.data.pixels import SMALL_SQUARE, deal, encoded, gather
 from harness.errors import UserError
 from harness.processes import ALONE, machines

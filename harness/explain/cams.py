@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import nn
 
 from harness.counters import generator
+from harness.data.jpegs import evaluation_pixels
 from harness.data.listing import Images, scan
-from harness.data.packed import evaluation_pixels
 from harness.data.pixels import decode_image
 from harness.data.preprocessing import Preprocessing, as_given, given
 from harness.data.sources import load_data

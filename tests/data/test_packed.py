@@ -13,19 +13,17 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-import harness.data.packed as packed
-from harness.data import stores
-from harness.data.packed import (
-    PackedImages,
+from harness.data import jpegs, packed, packing, stores
+from harness.data.jpegs import (
     decode_centre,
     decode_crop,
     decode_jpeg,
     evaluation_pixels,
     pack_image,
-    pack_split,
     packed_side,
-    read_index,
 )
+from harness.data.packed import PackedImages, read_index
+from harness.data.packing import pack_split
 from harness.data.pixels import deal, decode_image, sharded_order
 from harness.data.preprocessing import Preprocessing
 from harness.errors import UserError
@@ -36,6 +34,7 @@ LOOK = Preprocessing(32, 0.8, "bilinear", (0.5,) * 3, (0.5,) * 3, packed_side=64
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(packing, "CHUNK", 4)
     monkeypatch.setattr(packed, "CHUNK", 4)
     return tmp_path / "pixels"
 
@@ -149,10 +148,10 @@ def test_pillow_and_simplejpeg_give_the_same_pixels(size, factor, mode, monkeypa
     data = encode(photo(*size, mode=mode), quality=90)
     fast = decode_jpeg(data, *size, factor)
     assert fast.shape == (-(-size[1] // factor), -(-size[0] // factor), 3)
-    monkeypatch.setattr(packed, "simplejpeg", None)
+    monkeypatch.setattr(jpegs, "simplejpeg", None)
     assert np.array_equal(fast, decode_jpeg(data, *size, factor))
     assert pack_image(data, 512)[0] == data
-    assert packed.decoder().startswith("Pillow ")
+    assert jpegs.decoder().startswith("Pillow ")
 
 
 @pytest.mark.parametrize("box", [(0, 0, 60, 90), (7, 11, 40, 50), (59, 0, 1, 90), (10, 10, 5, 5)])
@@ -166,8 +165,8 @@ def test_a_crop_is_torchvisions_resized_crop(box):
 @pytest.mark.parametrize(("side", "factor"), [(255, 4), (256, 8), (127, 2), (64, 2), (63, 1)])
 def test_a_large_crop_is_reduced_while_it_is_decoded(side, factor, monkeypatch):
     data = encode(photo(300, 300), quality=95)
-    seen, real = [], packed.decode_jpeg
-    monkeypatch.setattr(packed, "decode_jpeg", lambda *all: seen.append(all[-1]) or real(*all))
+    seen, real = [], jpegs.decode_jpeg
+    monkeypatch.setattr(jpegs, "decode_jpeg", lambda *all: seen.append(all[-1]) or real(*all))
     found = decode_crop(data, 300, 300, (20, 31, side, side), 16)
     assert seen == [factor]
     whole = torch.from_numpy(np.asarray(rgb(data)).copy()).permute(2, 0, 1)
@@ -252,7 +251,7 @@ def test_what_the_table_has_is_not_copied_and_what_changes_is(cache):
 def test_the_second_start_packs_nothing(tmp_path, monkeypatch):
     dataset = in_folder(tmp_path, *photos(6))
     first = pack(dataset)
-    monkeypatch.setattr(packed, "pack_image", None)
+    monkeypatch.setattr(packing, "pack_image", None)
     again = pack(dataset)
     rows = torch.arange(6)
     assert torch.equal(first.centres(rows), again.centres(rows)) and first.content == again.content
@@ -309,8 +308,8 @@ def test_a_making_that_was_killed_goes_on(tmp_path, cache, monkeypatch, capsys, 
             raise KeyboardInterrupt
         return real(*words)
 
-    monkeypatch.setattr(packed, "threads", lambda *_: 1)
-    monkeypatch.setattr(packed, "pack_image", killed)
+    monkeypatch.setattr(packing, "threads", lambda *_: 1)
+    monkeypatch.setattr(packing, "pack_image", killed)
     with pytest.raises(KeyboardInterrupt):
         pack(dataset)
     assert not list(cache.glob("*.index")) and not list(cache.glob("*.stopped"))
@@ -321,7 +320,7 @@ def test_a_making_that_was_killed_goes_on(tmp_path, cache, monkeypatch, capsys, 
         with open(journal, "ab") as lines:
             lines.write(b'00000000 {"first": 16')
     done.clear()
-    monkeypatch.setattr(packed, "pack_image", lambda *w: done.append(w) or real(*w))
+    monkeypatch.setattr(packing, "pack_image", lambda *w: done.append(w) or real(*w))
     images = pack(dataset)
     assert len(done) == 20 - 4 * after
     said = f"{4 * after} of 20 images were packed before" if after else ""
@@ -332,7 +331,7 @@ def test_a_making_that_was_killed_goes_on(tmp_path, cache, monkeypatch, capsys, 
 
 
 def test_a_full_disk_is_one_line_and_the_next_start_goes_on(tmp_path, monkeypatch):
-    dataset, real, calls = in_folder(tmp_path, *photos(20)), packed._Making._add, []
+    dataset, real, calls = in_folder(tmp_path, *photos(20)), packing._Making._add, []
 
     def full(self, *words):
         calls.append(words)
@@ -340,8 +339,8 @@ def test_a_full_disk_is_one_line_and_the_next_start_goes_on(tmp_path, monkeypatc
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(self, *words)
 
-    monkeypatch.setattr(packed, "threads", lambda *_: 1)
-    monkeypatch.setattr(packed._Making, "_add", full)
+    monkeypatch.setattr(packing, "threads", lambda *_: 1)
+    monkeypatch.setattr(packing._Making, "_add", full)
     with pytest.raises(UserError, match=r"cannot pack the images of split 'train' to .*No space"):
         pack(dataset)
     assert len(pack(dataset)) == 20 and len(calls) < 9

@@ -1,0 +1,158 @@
+"""One image of the packed store: an upright JPEG, and the pixels that are cut out of it."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from harness.data.formats import open_image
+from harness.data.pixels import FILTERS, check_pixels, upright
+
+try:  # half as fast again as Pillow, and the same pixels
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+
+SIDE_STEP = 64  # px; stored sides are multiples, so that close sizes share a store
+QUALITY = 95  # of what is encoded here, without subsampled colours
+ORIENTATION = 0x0112  # EXIF's tag
+
+
+def packed_side(size, stored_size, crop_scale) -> int:
+    """Px of the shorter side that no crop of `size` px has to be enlarged from.
+
+    stored_size: px of the shorter side that evaluation wants. crop_scale: the least share of the
+    area that a random resized crop takes, 0 for none.
+    """
+    least = max(stored_size, size / math.sqrt(crop_scale) if crop_scale else 0)
+    return math.ceil(least / SIDE_STEP) * SIDE_STEP
+
+
+def decoder() -> str:
+    """The name and version of what decodes: another one may give other pixels."""
+    if simplejpeg:
+        return f"simplejpeg {simplejpeg.__version__}"
+    return f"Pillow {PIL.__version__}"
+
+
+def pack_image(data, side, bit_depth=None):
+    """An image file's bytes as an upright JPEG whose shorter side has at most `side` px.
+
+    Returns (bytes, width, height). The same bytes for a JPEG in gray or YCbCr colours that is no
+    larger and not turned by EXIF. What else Pillow reads is prepared as
+    `harness.data.pixels.decode_image` does, shrunk to `side` (Lanczos) and encoded.
+
+    Raises ValueError, or whatever Pillow raises, for what can't be read.
+    """
+    with warnings.catch_warnings():
+        # check_pixels refuses what this only warns of.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with open_image(io.BytesIO(data)) as image:
+            check_pixels(image)
+            if min(image.size) <= side and _is_plain_jpeg(image) and _decodes(data):
+                return data, *image.size
+            rgb = upright(image, side, bit_depth)
+    if min(rgb.size) > side:
+        shrunk = [max(side, round(x * side / min(rgb.size))) for x in rgb.size]
+        rgb = rgb.resize(shrunk, Image.Resampling.LANCZOS)
+    if max(rgb.size) > 65500:
+        raise ValueError(f"{rgb.width}×{rgb.height} px: a JPEG has at most 65,500 px a side")
+    file = io.BytesIO()
+    rgb.save(file, "JPEG", quality=QUALITY, subsampling=0)
+    return file.getvalue(), *rgb.size
+
+
+def _is_plain_jpeg(image):
+    """Whether every decoder gives the same upright RGB pixels: judged by the header."""
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
+        return False
+    if image.mode == "RGB" and image.info.get("adobe_transform") == 0:
+        return False  # RGB in the file itself
+    try:
+        return image.getexif().get(ORIENTATION, 1) in (0, 1)
+    except Exception:  # damaged EXIF raises what it likes; the way through Pillow says what holds
+        return False
+
+
+def _decodes(data):
+    """Whether the whole JPEG can be decoded, without a warning; at an eighth, which is quick."""
+    if simplejpeg:
+        try:
+            simplejpeg.decode_jpeg(data, "RGB", min_height=1, min_width=1)
+        except ValueError:
+            return False
+        return True
+    try:
+        with Image.open(io.BytesIO(data), formats=["JPEG", "MPO"]) as image:
+            image.draft(None, (1, 1))
+            image.load()
+    except Exception:  # Pillow's readers raise a dozen types for a bad file
+        return False
+    return True
+
+
+def decode_jpeg(data, width, height, factor=1):
+    """The pixels of a packed JPEG, reduced by 1, 2, 4 or 8 while decoding: uint8 (h, w, 3).
+
+    width, height: px as stored. h and w are height and width over the factor, rounded up.
+    """
+    if simplejpeg:
+        least = {"min_height": -(-height // factor), "min_width": -(-width // factor)}
+        return simplejpeg.decode_jpeg(data, "RGB", strict=False, **least)
+    with Image.open(io.BytesIO(data), formats=["JPEG", "MPO"]) as image:
+        if factor > 1:
+            image.draft("RGB", (width // factor, height // factor))
+        return np.asarray(image.convert("RGB"))
+
+
+def decode_crop(data, width, height, box, size):
+    """A box of a packed JPEG, resized to size × size: uint8 (3, size, size).
+
+    box: top, left, height and width in px of the stored image. Antialiased bilinear. A box of more
+    than 2 · size px a side is decoded at a half, a quarter or an eighth, to no less than that, and
+    then lies on whole pixels of the reduced image.
+    """
+    top, left, h, w = box
+    factor = next(f for f in (8, 4, 2, 1) if min(h, w) >= 2 * size * f or f == 1)
+    pixels = torch.from_numpy(decode_jpeg(data, width, height, factor))
+    top, left, h, w = top // factor, left // factor, h // factor, w // factor
+    pixels = pixels[top : top + h, left : left + w].permute(2, 0, 1).unsqueeze(0)
+    return F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)[0]
+
+
+def decode_centre(data, width, height, look):
+    """What evaluation shows of a packed JPEG: uint8 (3, size, size).
+
+    The shorter side is resized to look.stored_size and the centre cut out, as by torchvision's
+    Resize and CenterCrop. look: a Preprocessing.
+    """
+    short, size = look.stored_size, look.size
+    factor = next(f for f in (8, 4, 2, 1) if min(height, width) >= 2 * short * f or f == 1)
+    image = Image.fromarray(decode_jpeg(data, width, height, factor))
+    # The sides that torchvision's Resize gives, and where its CenterCrop begins
+    wide, tall = (int(short * side / min(width, height)) for side in (width, height))
+    left, top = round((wide - size) / 2), round((tall - size) / 2)
+    if image.size == (wide, tall):
+        image = image.crop((left, top, left + size, top + size))
+    else:
+        across, down = image.width / wide, image.height / tall
+        box = (left * across, top * down, (left + size) * across, (top + size) * down)
+        image = image.resize((size, size), FILTERS[look.interpolation], box=box)
+    return torch.from_numpy(np.array(image).transpose(2, 0, 1))
+
+
+def evaluation_pixels(file, look, bit_depth=None):
+    """What evaluation shows of an image file under look.packed_side: uint8 (3, size, size).
+
+    file: a path, or a binary file object.
+    """
+    data = file.read() if hasattr(file, "read") else Path(file).read_bytes()
+    return decode_centre(*pack_image(data, look.packed_side, bit_depth), look)
