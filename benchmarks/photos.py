@@ -12,9 +12,10 @@ from 8 %, flip, RandAugment (2 operations, magnitude 9), normalise. On one core;
 - timm: its create_transform (auto_augment rand-m9-n2) on images that Pillow decodes, as its loader
   does; normalised one by one, or (its prefetcher's way) stacked as uint8 and normalised as a batch.
 
-Also: two threads against two processes that each do half of the same images; and how far crops are
-from the same crops of the original, in dB, for the packed store, and for the decoded one, whose
-squares are 224/0.875 px (its crops lie inside the square, so only those are compared).
+Also: how many images one core packs; two threads against two processes that each do half of the
+same images; and how far crops are from the same crops of the original, in dB, for the packed store,
+and for the decoded one, whose squares are 224/0.875 px (its crops lie inside the square, so only
+those are compared).
 """
 
 import io
@@ -69,6 +70,8 @@ def main():
     rows = speeds("photographs", files, args.rounds, {"v1, Pillow": 1.6, "v2, torchvision.io": 1.2})
     large = photographs("", 4 if args.quick else 16, 3000, 2000)
     rows += speeds("photographs of 3000×2000 px", large, min(args.rounds, 5), {})
+    rows += [packing("photographs, copied", files, args.rounds)]
+    rows += [packing("photographs of 3000×2000 px, shrunk", large, min(args.rounds, 5))]
     rows += [Row("photographs, two threads / two processes", two_of_each(args, ours, files), 0.95)]
     rows += decibels(files)
     what = args.images or "500×375 px"
@@ -86,6 +89,17 @@ def speeds(what, files, rounds, wanted):
         if name != "ours"
     ]
     return [*rows, Row(f"{what}, ours, images/s", [len(files) / s for s in seconds["ours"]])]
+
+
+def packing(what, files, rounds):
+    """A row: how many images a second one core packs."""
+    side, found = jpegs.packed_side(SIZE, LOOK.stored_size, SCALE), []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for file in files:
+            jpegs.pack_image(file, side)
+        found.append(len(files) / (time.perf_counter() - start))
+    return Row(f"packing {what}, images/s", found)
 
 
 def argument_of_a_process():
