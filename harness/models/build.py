@@ -7,6 +7,7 @@ itself stands in one table, FAMILIES.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -355,7 +356,10 @@ def skeleton(network) -> nn.Module:
         if network.library == "timm":
             size = timm_size(network.name)
             return _build_timm(network.name, 10, None, size, network.arguments)
-        return _build_torchvision(network.name, 10, "standard", None, 224)
+        with contextlib.suppress(NotImplementedError):
+            return _build_torchvision(network.name, 10, "standard", None, 224)
+    # googlenet's and inception's constructors draw values, which meta tensors can't have
+    return _build_torchvision(network.name, 10, "standard", None, 224).to("meta")
 
 
 def family_of(name) -> Family:
@@ -434,7 +438,8 @@ def _build_timm(name, num_classes, dropout, image_size, arguments):
 def _timm_heads(name, arguments):
     """The names of the layers that give a timm network's logits: those it would replace for others.
 
-    Its "classifier" may lack one (levit's `head_dist`).
+    Its "classifier" may lack one (levit's `head_dist`), and `reset_classifier` may leave one away
+    (repvit's).
     """
     import timm
 
@@ -443,15 +448,22 @@ def _timm_heads(name, arguments):
         if not hasattr(model, "reset_classifier"):
             return []  # an encoder alone, which is refused for what it returns
         old = list(model.parameters())  # kept, so that no new one has the id of an old one
+        named = model.pretrained_cfg.get("classifier") or ()
+        named = [named] if isinstance(named, str) else named
+        layers = dict(model.named_modules())
+        named = [name for name in named if _gives(layers.get(name), 7)]
         model.reset_classifier(7)
     old = {id(parameter) for parameter in old}
-    return [
+    replaced = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-        and len(module.weight) == 7
-        and id(module.weight) not in old
+        if _gives(module, 7) and id(module.weight) not in old
     ]
+    return list(dict.fromkeys([*replaced, *named]))
+
+
+def _gives(module, number):
+    return isinstance(module, nn.Linear | nn.Conv2d) and len(module.weight) == number
 
 
 def _set_dropout(model, p):

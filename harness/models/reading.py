@@ -6,6 +6,7 @@ several states was taken is said, and FILE:KEY takes another.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -22,7 +23,7 @@ from harness.files import is_lfs_pointer, written_digest
 # first, as they are what those trainers evaluate.
 AVERAGED = (
     "state_dict_ema", "model_ema", "ema", "ema_state_dict", "model_ema_state_dict", "ema_model",
-    "model_averaged", "params_ema",
+    "model_averaged", "params_ema", "shadow",
 )  # fmt: skip
 RAW = (
     "state_dict", "model", "model_state_dict", "model_state", "net", "network", "weights", "params",
@@ -52,6 +53,8 @@ def read_weights(spec) -> Weights:
     the line of Python that turns it into safetensors.
     """
     path, key = _parted(str(spec))
+    if key == "":
+        raise UserError(f"{spec} names no state behind the colon")
     if path.is_dir():
         path = path / "model.safetensors"
     if not path.is_file():
@@ -104,13 +107,15 @@ def unreadable(path, error) -> UserError:
 def _to_safetensors(path):
     """The command that turns a file with objects in it into one of plain tensors."""
     new = f"{path.with_suffix('')}.safetensors"
+    # All tensors, under the names of all that they are in: what is taken of them is said later
     code = (
         "import torch, safetensors.torch as s; "
-        f'x = torch.load({json.dumps(str(path))}, "cpu", weights_only=False); '
-        'x = x.get("state_dict", x.get("model", x)) if isinstance(x, dict) else x; '
-        'x = x.state_dict() if hasattr(x, "state_dict") else x; '
-        "s.save_file({k: v.clone().contiguous() for k, v in x.items() if torch.is_tensor(v)}, "
-        f"{json.dumps(new)})"
+        "tensors = lambda x, names=(): {'.'.join(names): x.detach().clone().contiguous()} "
+        "if torch.is_tensor(x) else {k: v for name, y in (x if isinstance(x, dict) "
+        "else x.state_dict() if hasattr(x, 'state_dict') else {}).items() "
+        "for k, v in tensors(y, (*names, str(name))).items()}; "
+        f"found = tensors(torch.load({json.dumps(str(path))}, 'cpu', weights_only=False)); "
+        f"found or exit('no tensors in it'); s.save_file(found, {json.dumps(new)})"
     )
     return f"python -c {shlex.quote(code)} writes {new}"
 
@@ -118,7 +123,7 @@ def _to_safetensors(path):
 def _state_in(content, path):
     """The state to take of all that a file holds."""
     if _is_state(content):
-        return Weights(_without_counters(content), _counted(content))
+        return Weights(_tensors(content), _counted(content))
     found = {key: _inner(value) for key, value in _items(content)}
     found = {key: inner for key, inner in found.items() if inner}
     known = [key for key in (*AVERAGED, *RAW) if key in found]
@@ -144,7 +149,7 @@ def _state_in(content, path):
 def _inner(value, depth=1):
     """The state that a value is, or that it holds under one of the known names; else None."""
     if _is_state(value):
-        return _without_counters(value)
+        return _tensors(value)
     for key in (*AVERAGED, *RAW) if depth < DEEPEST and isinstance(value, dict) else ():
         if state := _inner(value.get(key), depth + 1):
             return state
@@ -152,8 +157,14 @@ def _inner(value, depth=1):
 
 
 def _at(content, key, path):
-    """The state that stands under a key, KEY.KEY for one inside another."""
+    """The state that stands under a key, KEY.KEY for one inside another, or under a prefix."""
     value = content
+    flat = content if _is_state(content) else None
+    with contextlib.suppress(UserError):
+        flat = flat or _state_in(content, path).state
+    for prefix in (key, f"module.{key}") if flat else ():
+        if under := under_prefix(flat, prefix):
+            return under
     for word in [key] if isinstance(content, dict) and key in content else key.split("."):
         if not isinstance(value, dict) or word not in value:
             there = ", ".join(str(k) for k, v in _items(value) if isinstance(v, dict))
@@ -165,16 +176,25 @@ def _at(content, key, path):
     return state
 
 
+def under_prefix(state, prefix) -> dict[str, torch.Tensor]:
+    """What of a state stands under PREFIX., without it."""
+    start = f"{prefix}."
+    return {key[len(start) :]: value for key, value in state.items() if key.startswith(start)}
+
+
 def _is_state(value):
-    return (
-        isinstance(value, dict)
-        and bool(value)
-        and all(isinstance(k, str) and torch.is_tensor(v) for k, v in value.items())
-    )
+    """Whether all names are of tensors, but for a few of plain values (an epoch, an accuracy)."""
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        return False
+    others = [one for one in value.values() if not torch.is_tensor(one)]
+    plain = all(one is None or isinstance(one, int | float | str) for one in others)
+    return plain and len(value) > 2 * len(others)
 
 
-def _without_counters(state):
-    return {key: value for key, value in state.items() if key not in COUNTERS}
+def _tensors(state):
+    return {
+        key: value for key, value in state.items() if torch.is_tensor(value) and key not in COUNTERS
+    }
 
 
 def _counted(state):

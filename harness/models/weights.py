@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from harness.models.build import Family, family_of, skeleton
 from harness.models.config import DATA_FLAGS, read_config
 from harness.models.heads import heads
 from harness.models.names import find_model
-from harness.models.reading import read_weights, unreadable
+from harness.models.reading import AVERAGED, RAW, read_weights, under_prefix, unreadable
 
 # Names in torchvision's older weight files -> names in its models now.
 OLD_KEYS = (
@@ -29,6 +30,10 @@ OLD_KEYS = (
     (re.compile(r"\.mlp\.linear_1\."), ".mlp.0."),
     (re.compile(r"\.mlp\.linear_2\."), ".mlp.3."),
 )
+# What wrappers put into the names of what they wrap
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+MOST_WORDS = 3  # of a prefix that names a network in a state
+WHOLE = 0.9  # of the most names of the network that are under any prefix: it is one as well
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads that we build googlenet, inception without
 
 
@@ -120,12 +125,19 @@ def result_note(folder, config) -> str:
 
 def _not_a_weight(value, own):
     """Why a tensor can't take the place of another one of its shape, or None."""
-    if not own.is_floating_point() or own.is_meta:  # of the latter, shapes are asked for alone
+    if own.is_meta:  # shapes are asked for alone
+        return None
+    if value.layout is not torch.strided:
+        return "is stored sparsely: .to_dense() it before it is saved"
+    if value.is_meta:
+        return "has a shape and no values"
+    if not own.is_floating_point():
         return None
     if not value.is_floating_point():
         return f"holds {str(value.dtype).removeprefix('torch.')} values"
-    if not value.isfinite().all() and own.isfinite().all():
-        return "holds values that are not finite"
+    if not value.to(own.dtype).isfinite().all() and own.isfinite().all():
+        large = f" as {str(own.dtype).removeprefix('torch.')}" if value.isfinite().all() else ""
+        return f"holds values that are not finite{large}"
     return None
 
 
@@ -170,7 +182,8 @@ def load_pretrained(model, pretrained, classes=None, by_order=False) -> Loaded:
     try:
         load_state(model, state, pretrained.label)
     except UserError as error:
-        if by_order or _in_order(model, pretrained.state) is None:
+        other_names = state.keys() != clean_state_dict(model).keys()
+        if by_order or not other_names or _in_order(model, pretrained.state) is None:
             raise
         raise UserError(
             f"{error}. All shapes match in order under other names: --weights_by_order loads them "
@@ -299,28 +312,56 @@ def find_weights(spec, name, stem="auto") -> Pretrained:
         found = _published(spec, network.name)
     else:
         raise UserError(f"--weights {spec}: {name} takes a run folder or a file")
-    state = _without_prefix({_plain(key): value for key, value in found.state.items()}, network)
+    state = {_plain(key): value for key, value in found.state.items()}
+    if is_file or spec.startswith(PREFIX):
+        state, words = _of_network(state, network, found.label)
+        found = found._replace(words=", ".join(filter(None, (found.words, words))))
     state = {key: value for key, value in state.items() if not key.startswith(AUXILIARY)}
     found = found._replace(state=state)
     family = family_of(network.name) if network.library == "torchvision" else Family()
     return found._replace(stem=_stem(found, family, stem))
 
 
-def _without_prefix(state, network):
-    """The state without a prefix that all its keys share, such as Lightning's `model.`.
+def _of_network(state, network, source):
+    """(what of a state is the network's, words of what is not): its names may have a prefix.
 
-    Unless the network's own names have it.
+    Such as Lightning's `model.`, beside which may stand a loss's weights or averaged ones. The
+    prefix is taken under which most of the network's own names are; of several as good ones the
+    averaged, else the one that trainers use, see harness.models.reading.
+
+    Raises UserError where several networks are there and no name says which is meant.
     """
-    candidates = [state]
-    while len({key.partition(".")[0] for key in candidates[-1]}) == 1:
-        shorter = {key.partition(".")[2]: value for key, value in candidates[-1].items()}
-        if "" in shorter:
-            break
-        candidates.append(shorter)
-    if len(candidates) == 1:
-        return state
     known = skeleton(network).state_dict().keys()
-    return max(candidates, key=lambda candidate: len(known & candidate.keys()))
+    counts = Counter(
+        prefix
+        for key in state
+        for prefix in _prefixes(key)
+        if (key[len(prefix) :].lstrip(".") if prefix else key) in known
+    )
+    most = max(counts.values(), default=0)
+    best = [prefix for prefix, count in counts.items() if count >= WHOLE * most]
+    if most and "" not in best:
+        if len(best) > 1:
+            words = {prefix: set(prefix.split(".")) for prefix in best}
+            usual = [p for name in (*AVERAGED, *RAW) for p in best if name in words[p]]
+            if not usual:
+                raise UserError(
+                    f"{source} holds several networks: choose one, {source}:KEY with "
+                    f"{', '.join(sorted(best))}"
+                )
+            best = usual
+        taken = best[0]
+        rest = [key for key in state if not key.startswith(f"{taken}.")]
+        words = f"what is under {taken}" + (f"; not used: {_first(rest)}" if rest else "")
+        return under_prefix(state, taken), words if rest else ""
+    # A count that stands beside the weights is not the network's
+    return {k: v for k, v in state.items() if k in known or "." in k or v.ndim}, ""
+
+
+def _prefixes(key):
+    """The first words of a key, from none to MOST_WORDS."""
+    words = key.split(".")
+    return [".".join(words[:n]) for n in range(min(len(words), MOST_WORDS + 1))]
 
 
 def _stem(found, family, asked):
@@ -466,8 +507,9 @@ def _published(spec, name):
 
 
 def _plain(key):
-    """A state key without the prefixes of torch.compile and DDP."""
-    key = key.replace("_orig_mod.", "")
+    """A state key without the names that torch.compile, FSDP, checkpointing and DDP add."""
+    for name in WRAPPERS:
+        key = key.replace(name, "")
     while key.startswith("module."):
         key = key.removeprefix("module.")
     return key

@@ -61,6 +61,7 @@ def test_an_mlp_keeps_its_inner_layers():
     ("name", "names"),
     [
         ("deit_tiny_distilled_patch16_224", ["head", "head_dist"]),
+        ("repvit_m1", ["head.head.l", "head.head_dist.l"]),  # which reset_classifier leaves away
         ("levit_conv_128s", ["head.linear", "head_dist.linear"]),  # its "classifier" is one alone
         ("caformer_s18", ["head.fc.fc2"]),
         ("resnetv2_18", ["head.fc"]),

@@ -1,6 +1,7 @@
 """Anybody's file of weights: found by content, what was taken is said, objects are refused."""
 
 import argparse
+import re
 import shlex
 import subprocess
 import sys
@@ -58,6 +59,27 @@ KINDS = {
     "double.pth": (lambda s: {"model": {"model": s}}, "its model"),
     "own_word.pth": (lambda s: {"resnet": s, "epoch": 1}, "its resnet"),
     "plain.weights": (lambda s: s, ""),
+    "loss_beside.ckpt": (
+        lambda s: {"state_dict": {**prefixed(s, "model."), "criterion.weight": torch.ones(7)}},
+        "its state_dict, what is under model; not used: criterion.weight",
+    ),
+    "averaged_beside.ckpt": (
+        lambda s: {"state_dict": {**prefixed(other(s), "model."), **prefixed(s, "model_ema.")}},
+        "its state_dict, what is under model_ema; not used: model.conv1.0.weight, ",
+    ),
+    "swa_beside.ckpt": (
+        lambda s: {**prefixed(other(s), "net."), **prefixed(averaged(s), "ema_model.")},
+        "what is under ema_model.module; not used: ",
+    ),
+    "shadow.pt": (
+        lambda s: {"model": other(s), "ema": {"decay": 0.9, "shadow": s}},
+        "its ema (averaged weights)",
+    ),
+    "fsdp.pt": (
+        lambda s: {k.replace("stage2.", "stage2._fsdp_wrapped_module."): v for k, v in s.items()},
+        "",
+    ),
+    "counted.pt": (lambda s: {**s, "epoch": 3, "best": 0.5, "step": torch.tensor(7)}, ""),
 }  # fmt: skip
 
 
@@ -101,10 +123,32 @@ def test_a_key_chooses_the_state(state, tmp_path):
     assert read_weights(f"{file}:teacher").words == "its teacher"
 
 
+def test_a_prefix_chooses_one_of_several_networks(state, tmp_path):
+    file = tmp_path / "two.pth"
+    flat = {**prefixed(state, "module.student."), **prefixed(other(state), "module.teacher.")}
+    torch.save(flat, file)
+    with pytest.raises(
+        UserError, match=r"several networks: choose one, .*:KEY with student, teach"
+    ):
+        find_weights(str(file), NAME)
+    for key, expected in (("student", state), ("teacher", other(state))):
+        found = find_weights(f"{file}:{key}", NAME).state
+        assert found.keys() == state.keys()
+        assert torch.equal(found["fc.weight"], expected["fc.weight"])
+    with pytest.raises(UserError, match="names no state behind the colon"):
+        find_weights(f"{file}:", NAME)
+
+
+ARGS = argparse.Namespace(lr=0.1)
+
+
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (lambda s: {"model": s, "args": argparse.Namespace(lr=0.1)}, "argparse.Namespace"),
+        (lambda s: {"model": s, "args": ARGS}, "argparse.Namespace"),
+        (lambda s: {"state_dict": other(s), "state_dict_ema": s, "args": ARGS}, "Namespace"),
+        (lambda s: {"net": s, "args": ARGS}, "Namespace"),
+        (lambda s: {"model": {"model": s}, "args": ARGS}, "Namespace"),
         (lambda s: torchvision.models.get_model(NAME, num_classes=7), "ShuffleNetV2"),
     ],
 )
@@ -118,7 +162,10 @@ def test_objects_are_refused_with_the_line_that_converts_them(state, tmp_path, c
     program, *rest = shlex.split(command)
     subprocess.run([sys.executable, *rest], check=True, cwd=tmp_path)
     assert program == "python"
-    assert find_weights(str(file.with_suffix(".safetensors")), NAME).state.keys() == state.keys()
+    found = find_weights(str(file.with_suffix(".safetensors")), NAME).state
+    assert found.keys() == state.keys()
+    if isinstance(content(state), dict):
+        assert torch.equal(found["fc.weight"], state["fc.weight"])
 
 
 @pytest.mark.parametrize(
@@ -128,11 +175,18 @@ def test_objects_are_refused_with_the_line_that_converts_them(state, tmp_path, c
         (torch.tensor([True, False]), "bool values"),
         (torch.tensor([1, 2]), "int64 values"),
         (torch.tensor([1j, 2]), "complex64 values"),
+        (torch.tensor([1e300, 2], dtype=torch.float64), "not finite as float32"),
+        (torch.tensor([1.0, 2]).to_sparse(), "stored sparsely: .to_dense() it before it is saved"),
+        (torch.ones(2, device="meta"), "a shape and no values"),
+        (torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "qint8 values"),
     ],
 )
 def test_what_can_t_be_weights_is_named(value, what):
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    with pytest.raises(UserError, match=f"^w.pth can't be weights: 0.bias holds .*{what}$"):
+    what = re.escape(what)
+    with pytest.raises(
+        UserError, match=f"^w.pth can't be weights: 0.bias (holds|is|has) .*{what}$"
+    ):
         load_state(model, {"0.weight": torch.ones(2, 2), "0.bias": value}, "w.pth")
     load_state(model, {"0.weight": torch.ones(2, 2).half(), "0.bias": torch.ones(2).double()})
 

@@ -299,7 +299,7 @@ def test_published_weights_come_from_torchvisions_cache(tmp_path, monkeypatch):
     assert torchvision.models.googlenet(weights=weights).transform_input
     weights = find_weights("default", "googlenet")
     half = (0.5, 0.5, 0.5)
-    assert weights.preprocessing == (224, 0.875, "bilinear", half, half)
+    assert weights.preprocessing == Preprocessing(224, 0.875, "bilinear", half, half)
     assert not [key for key in weights.state if key.startswith("aux")]
     model = build.build_model("googlenet", 7, image_size=224)
     said = load_pretrained(model, weights, LETTERS).text
@@ -317,7 +317,7 @@ def test_published_weights_know_all_about_themselves(tmp_path, monkeypatch):
         assert weights[1:4] == ("ResNet18_Weights.IMAGENET1K_V1", "resnet18", "standard")
         assert weights.classes == published.meta["categories"] and len(weights.classes) == 1000
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-        assert weights.preprocessing == (224, 0.875, "bilinear", mean, std)
+        assert weights.preprocessing == Preprocessing(224, 0.875, "bilinear", mean, std)
     assert find_weights("default", "resnet18", "standard").stem == "standard"
     with pytest.raises(UserError, match=r"--stem small: ResNet18.*has the standard stem"):
         find_weights("default", "resnet18", "small")
@@ -366,7 +366,7 @@ IMAGENET = {
     "mean": [0.485, 0.456, 0.406],
     "std": [0.229, 0.224, 0.225],
 }
-LOOK = (224, 0.95, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+LOOK = Preprocessing(224, 0.95, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def write_run(folder, config, state=None):
@@ -422,7 +422,14 @@ def test_timms_own_folder(tmp_path):
     timm.models.save_for_hf(model, tmp_path, model_config=labels, safe_serialization=True)
     weights = find_weights(str(tmp_path), "resnet10t")
     cfg = model.pretrained_cfg
-    look = (cfg["input_size"][-1], cfg["crop_pct"], cfg["interpolation"], cfg["mean"], cfg["std"])
+    look = (
+        cfg["input_size"][-1],
+        cfg["crop_pct"],
+        cfg["interpolation"],
+        cfg["mean"],
+        cfg["std"],
+        0,
+    )
     assert weights[2:6] == ("resnet10t", "standard", LETTERS, look)
     ours = build.build_model("resnet10t", 7, image_size=64)
     assert load_pretrained(ours, weights, LETTERS).text == f"weights {tmp_path}"
