@@ -22,7 +22,6 @@ import io
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -47,6 +46,7 @@ from tricks.augment import draw_resized_crops, normalize_batch
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZE, SCALE, BATCH = 224, 0.08, 64
+PASSES = 5  # over the images, of two threads and of two processes
 LOOK = Preprocessing(SIZE, 0.875, "bilinear", MEAN, STD)
 
 
@@ -64,7 +64,7 @@ def main():
         ours.batches(0, len(files))
         print("ready", flush=True)
         sys.stdin.readline()
-        ours.batches(0, len(files))
+        ours.crops(PASSES)
         print("done", flush=True)
         return
     rows = speeds("photographs", files, args.rounds, {"v1, Pillow": 1.6, "v2, torchvision.io": 1.2})
@@ -142,6 +142,15 @@ class Ours:
             magnitude=9, stored=LOOK.stored_size, crop_scale=scale, packed=True,
         )  # fmt: skip
 
+    def crops(self, passes):
+        """Read, decode, cut out and resize the images of so many passes; no more."""
+        every = torch.arange(len(self.images))
+        for k in range(passes):
+            for rows in every.split(BATCH):
+                streams = SampleStreams(0, "views", k, places=rows)
+                draw = self.views.draw(len(rows), streams, sizes=self.images.sizes(rows))
+                self.images.crops(rows, draw["boxes"])
+
     def batches(self, first, last):
         for start in range(first, last, BATCH):
             rows = torch.arange(start, min(start + BATCH, last))
@@ -211,26 +220,27 @@ def two_of_each(args, ours, files):
     command += ["--images", args.images] if args.images else []
     command += ["--quick"] if args.quick else []
     found = []
-    with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for _ in range(args.rounds):
-            processes = [
-                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-                for _ in range(2)
-            ]
-            for process in processes:
-                assert process.stdout.readline() == "ready\n"
-            start = time.perf_counter()
-            for process in processes:
-                process.stdin.write("\n")
-                process.stdin.flush()
-            for process in processes:
-                assert process.stdout.readline() == "done\n"
-            apart = time.perf_counter() - start
-            for process in processes:
-                process.communicate()
-            start = time.perf_counter()
-            list(pool.map(lambda _: ours.batches(0, len(files)), range(2)))
-            found.append(apart / (time.perf_counter() - start))
+    for _ in range(args.rounds):
+        processes = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            for _ in range(2)
+        ]
+        for process in processes:
+            assert process.stdout.readline() == "ready\n"
+        start = time.perf_counter()
+        for process in processes:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        for process in processes:
+            assert process.stdout.readline() == "done\n"
+        apart = time.perf_counter() - start
+        for process in processes:
+            process.communicate()
+        ours.images._threads = 2
+        start = time.perf_counter()
+        ours.crops(2 * PASSES)
+        found.append(apart / (time.perf_counter() - start))
+        ours.images._threads = 1
     return found
 
 

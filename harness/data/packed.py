@@ -119,12 +119,12 @@ class PackedImages:
         return self._batch(rows, one, pinned)
 
     def _batch(self, rows, decode, pinned):
-        rows = rows.tolist()
+        entries, rows = self.entries[rows.numpy()].tolist(), rows.tolist()
         batch = torch.empty(len(rows), *self.shape[1:], dtype=torch.uint8, pin_memory=pinned)
 
         def fill(k):
             with torch.inference_mode():
-                batch[k] = decode(k, *self.read(rows[k]))
+                batch[k] = decode(k, *self._read(rows[k], *entries[k]))
 
         if self._threads == 1:
             for k in range(len(rows)):
@@ -136,18 +136,20 @@ class PackedImages:
 
     def read(self, row):
         """(JPEG bytes, width, height) of an image."""
-        entry = self.entries[row]
-        if not entry["length"]:  # of another machine's share
+        return self._read(row, *self.entries[row].item())
+
+    def _read(self, row, offset, length, width, height, crc):
+        if not length:  # of another machine's share
             return pack_image(self._source.bytes(row), self._side, self.bit_depth)
-        if entry["offset"] == IN_DATASET:
+        if offset == IN_DATASET:
             data = self._source.bytes(row)
         else:
-            data = os.pread(self._file.fileno(), int(entry["length"]), int(entry["offset"]))
-        if zlib.crc32(data) != entry["crc"]:
-            data = self._repaired(row, entry)
-        return data, int(entry["width"]), int(entry["height"])
+            data = os.pread(self._file.fileno(), length, offset)
+        if zlib.crc32(data) != crc:
+            data = self._repaired(row, offset, crc)
+        return data, width, height
 
-    def _repaired(self, row, entry):
+    def _repaired(self, row, offset, crc):
         """The bytes of an image that is damaged in the file, from the data set; mends the file."""
         try:
             data, *_ = pack_image(self._source.bytes(row), self._side, self.bit_depth)
@@ -155,7 +157,7 @@ class PackedImages:
             data, why = b"", reason_of_image(error)
         else:
             why = "it is not the image that was packed"
-        if zlib.crc32(data) != entry["crc"]:
+        if zlib.crc32(data) != crc:
             raise UserError(
                 f"{self.blob} is damaged at image {row:,} of split '{self.name}', and the data set "
                 f"does not have it any more ({why}): delete the file, and start again"
@@ -164,7 +166,7 @@ class PackedImages:
         with contextlib.suppress(OSError):  # read-only: the next run meets it again
             handle = os.open(self.blob, os.O_WRONLY)
             try:
-                os.pwrite(handle, data, int(entry["offset"]))
+                os.pwrite(handle, data, offset)
             finally:
                 os.close(handle)
         return data
