@@ -138,6 +138,9 @@ def main(args):
         return
     splits = splits or decode()
     if args.prepare_data:
+        accelerator.print(
+            "prepared     the pixels are in the cache; without --prepare_data it trains"
+        )
         return
     if from_probe:
         probe = probe or fit(whole=bool(cached))

@@ -104,6 +104,9 @@ def main(args):
         data, look, accelerator, shard=args.shard_store, verify=args.verify_cache
     )
     if args.prepare_data:
+        accelerator.print(
+            "prepared     the pixels are in the cache; without --prepare_data it trains"
+        )
         return
 
     # tricks

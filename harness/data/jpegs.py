@@ -22,6 +22,7 @@ except ImportError:
     simplejpeg = None
 
 SIDE_STEP = 64  # px; stored sides are multiples, so that close sizes share a store
+MOST_PX = 65500  # a side of a JPEG
 QUALITY = 95  # of what is encoded here, without subsampled colours
 ORIENTATION = 0x0112  # EXIF's tag
 
@@ -63,8 +64,8 @@ def pack_image(data, side, bit_depth=None):
     if min(rgb.size) > side:
         shrunk = [max(side, round(x * side / min(rgb.size))) for x in rgb.size]
         rgb = rgb.resize(shrunk, Image.Resampling.LANCZOS)
-    if max(rgb.size) > 65500:
-        raise ValueError(f"{rgb.width}×{rgb.height} px: a JPEG has at most 65,500 px a side")
+    if max(rgb.size) > MOST_PX:
+        rgb = rgb.resize([min(x, MOST_PX) for x in rgb.size], Image.Resampling.LANCZOS)
     file = io.BytesIO()
     rgb.save(file, "JPEG", quality=QUALITY, subsampling=0)
     return file.getvalue(), *rgb.size
@@ -123,8 +124,8 @@ def decode_crop(data, width, height, box, size):
     top, left, h, w = box
     factor = next(f for f in (8, 4, 2, 1) if min(h, w) >= 2 * size * f or f == 1)
     pixels = torch.from_numpy(decode_jpeg(data, width, height, factor))
-    top, left, h, w = top // factor, left // factor, h // factor, w // factor
-    pixels = pixels[top : top + h, left : left + w].permute(2, 0, 1).unsqueeze(0)
+    top, bottom, left, right = (round(x / factor) for x in (top, top + h, left, left + w))
+    pixels = pixels[top:bottom, left:right].permute(2, 0, 1).unsqueeze(0)
     return F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)[0]
 
 
@@ -143,7 +144,7 @@ def decode_centre(data, width, height, look):
     if image.size == (wide, tall):
         image = image.crop((left, top, left + size, top + size))
     else:
-        across, down = image.width / wide, image.height / tall
+        across, down = width / factor / wide, height / factor / tall
         box = (left * across, top * down, (left + size) * across, (top + size) * down)
         image = image.resize((size, size), FILTERS[look.interpolation], box=box)
     return torch.from_numpy(np.array(image).transpose(2, 0, 1))

@@ -41,7 +41,10 @@ KEPT_DAYS = 7  # for which a making that was killed may go on
 
 
 def find_packed(dataset, image_column, side, bit_depth=None, share=None):
-    """The index of a split's store: the smallest there is of at least `side`, else a new name.
+    """The index of a split's store of this side, which need not be there.
+
+    One of a larger side serves where none of its images is larger than `side`: it has the same
+    bytes. Otherwise the pixels would depend on what else lies in the cache.
 
     share: the rows that are stored, None for all.
     """
@@ -53,11 +56,16 @@ def find_packed(dataset, image_column, side, bit_depth=None, share=None):
     for file in base.parent.glob(f"{base.name}-*.index"):
         with contextlib.suppress(ValueError):
             there.append((int(file.stem.rpartition("-")[2]), file))
-    fits = [(its, file) for its, file in sorted(there) if its >= side]
-    for _, file in fits:
-        if not _fault(file):
+    for its, file in sorted(there):
+        if its >= side and not _fault(file) and (its == side or _shortest(file) <= side):
             return file
     return base.with_name(f"{base.name}-{side}.index")
+
+
+def _shortest(file):
+    """The largest of the shorter sides of a store's images, px."""
+    _, entries = read_index(file)
+    return int(np.minimum(entries["width"], entries["height"]).max(initial=0))
 
 
 def packed_size(file):
@@ -68,16 +76,12 @@ def packed_size(file):
         return None
 
 
-def image_bytes(images, row):
-    """The bytes of an image as the data set has it: 0 where it has none. images: see `encoded`."""
-    (cell,) = images[row : row + 1][images.column_names[0]].to_pylist()
-    if cell is None:
+def packed_bytes(images, row, side, bit_depth=None):
+    """The bytes that an image takes in the store; 0 where it can't be read. images: `encoded`."""
+    try:
+        return len(pack_image(Source(images).bytes(row), side, bit_depth)[0])
+    except Exception:  # Pillow's readers raise a dozen types; packing names the image
         return 0
-    if cell["bytes"] is not None:
-        return len(cell["bytes"])
-    with contextlib.suppress(OSError, TypeError):
-        return os.stat(cell["path"]).st_size
-    return 0
 
 
 def _fault(file):
@@ -239,7 +243,7 @@ class _Making:
 
     def _chunks(self):
         """(the lines of the journal, their bytes, and those of the images they speak of)."""
-        found, read, end = [], 0, 0
+        found, read, end = {}, 0, 0
         with (
             contextlib.suppress(OSError, ValueError, KeyError),
             open(self.journal, "rb") as journal,
@@ -253,15 +257,17 @@ class _Making:
                 if one["end"] > size:
                     break
                 one["entries"] = np.frombuffer(bytes.fromhex(one["entries"]), ENTRY)
-                found.append(one)
+                # A process whose peer was killed and came back may have packed the same images
+                found.setdefault(one["first"], one)
                 read, end = read + len(text), max(end, one["end"])
-        return found, read, end
+        return list(found.values()), read, end
 
     def end(self, job):
         chunks, _, size = self._chunks()
         chunks.sort(key=lambda one: one["first"])
         packed = np.concatenate([np.zeros(0, ENTRY), *(one["entries"] for one in chunks)])
         if len(packed) != len(job.stored):
+            self.journal.unlink()
             raise UserError(f"{self.journal} was damaged while images were packed: start again")
         entries = np.zeros(len(job.source), ENTRY)
         entries[np.asarray(job.stored, dtype=np.int64)] = packed

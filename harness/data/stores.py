@@ -11,13 +11,13 @@ import torch
 from harness.data.cache import cached, decode_split
 from harness.data.jpegs import decoder, packed_side
 from harness.data.packed import PackedImages
-from harness.data.packing import find_packed, image_bytes, pack_split, packed_size
+from harness.data.packing import find_packed, pack_split, packed_bytes, packed_size
 from harness.data.pixels import SMALL_SQUARE, deal, encoded, gather
 from harness.errors import UserError
-from harness.processes import ALONE, machines
+from harness.processes import ALONE, from_each, machines
 
 MOST_OF_DISK = 1 / 4  # of what is free, that decoded pixels may take unasked
-SAMPLED = 64  # images whose bytes are looked at for an estimate
+SAMPLED = 16  # images that are packed for an estimate
 
 
 class Samples(NamedTuple):
@@ -64,32 +64,40 @@ def decode_splits(data, look, accelerator=ALONE, shard=False, **options):
     `harness.data.cache.decode_split`. shard: every machine stores its share of train alone.
     """
     shares = _shares(data.train, look, accelerator) if shard else ()
-    return {
-        role: decode(
-            split, data.image_column, look, accelerator,
-            shares=shares if role == "train" else (), **options,
+    splits = {}
+    for role in ("train", "val", "test"):
+        if split := getattr(data, role):
+            own = {}
+            if shares and role == "train":
+                own["share"] = split.rows[shares[machines(accelerator)[0]]]
+            elif shares and split.dataset is data.train.dataset:  # held out of it
+                own["share"] = split.rows
+            splits[role] = decode(split, data.image_column, look, accelerator, **own, **options)
+    if shares:  # all machines speak of the same pixels of train: of all shares
+        train = splits["train"]._replace(shares=tuple(shares))
+        train.pixels.content = "+".join(
+            sorted(set(from_each(accelerator, lambda: train.pixels.content)))
         )
-        for role in ("train", "val", "test")
-        if (split := getattr(data, role)) is not None
-    }  # fmt: skip
+        splits["train"] = train
+    return splits
 
 
-def decode(split, image_column, look, accelerator=ALONE, shares=(), **options):
-    """Samples of one harness.data.sources.Split; see `decode_splits`."""
-    options |= {"name": split.name, "rows": split.rows, "bit_depth": split.bit_depth}
+def decode(split, image_column, look, accelerator=ALONE, share=None, **options):
+    """Samples of one harness.data.sources.Split; see `decode_splits`.
+
+    share: the rows that this machine stores, None for all.
+    """
+    options |= {"rows": split.rows, "name": split.name, "bit_depth": split.bit_depth}
     options["accelerator"] = accelerator
     if look.packed_side:
-        if shares:
-            own = split.rows[shares[machines(accelerator)[0]]]
-            options |= {"rows": own, "share": own}
+        options |= {"rows": split.rows if share is None else share, "share": share}
         pixels = pack_split(split.dataset, image_column, look, **options)
     else:
         pixels = decode_split(
             split.dataset, image_column, look.stored_size, interpolation=look.interpolation,
             **options,
         )  # fmt: skip
-    labels = torch.from_numpy(split.labels)
-    return Samples(pixels, torch.from_numpy(split.rows), labels, tuple(shares))
+    return Samples(pixels, torch.from_numpy(split.rows), torch.from_numpy(split.labels))
 
 
 def _shares(split, look, accelerator):
@@ -153,11 +161,11 @@ def _packed_words(splits, image_column, side):
         size = packed_size(find_packed(split.dataset, image_column, side, split.bit_depth))
         if size is None:
             there, images = False, encoded(split.dataset, image_column)
-            step = max(1, len(images) // SAMPLED)
-            sampled = [image_bytes(images, row) for row in range(0, len(images), step)]
+            rows = range(0, len(images), max(1, len(images) // SAMPLED))
+            sampled = [packed_bytes(images, row, side, split.bit_depth) for row in rows]
             size = sum(sampled) * len(images) / max(1, len(sampled))
         total += size
-    return _in_words(total) if there else f"up to about {_in_words(total)}"
+    return _in_words(total) if there else f"about {_in_words(total)}"
 
 
 def _free(folder):
@@ -179,9 +187,5 @@ def store_identity(splits):
     if not any(samples.packed for samples in splits.values()):
         return "decoded"
     shares = splits["train"].shares
-    content = {
-        role: samples.pixels.content
-        for role, samples in splits.items()
-        if not samples.shares  # of which every machine has another
-    }
+    content = {role: samples.pixels.content for role, samples in splits.items()}
     return {"packed": content, "decoder": decoder()} | ({"shares": len(shares)} if shares else {})

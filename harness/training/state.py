@@ -213,6 +213,11 @@ def _store(before, now):
             f"{before.get('decoder')} decoded them, here it is {now.get('decoder')}; install that "
             "version to continue it, or give another --run_name to start anew"
         )
+    if before.get("shares") != now.get("shares"):
+        return (
+            f"{before.get('shares') or 'all'} shares of the train images, here "
+            f"{now.get('shares') or 'all'}; give --shard_store and as many machines to continue it"
+        )
     return (
         "its packed store was made by other versions, or for larger crops; give another --run_name "
         "to start anew"

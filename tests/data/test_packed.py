@@ -121,7 +121,8 @@ def test_every_other_image_becomes_an_upright_jpeg(name):
 @pytest.mark.parametrize(
     ("width", "height", "side", "expected"),
     [(900, 600, 64, (96, 64)), (600, 900, 64, (64, 96)), (1000, 30, 30, (1000, 30)),
-     (640, 64, 64, (640, 64)), (129, 65, 64, (127, 64)), (20, 20, 64, (20, 20))],
+     (640, 64, 64, (640, 64)), (66_000, 12, 64, (65_500, 12)), (129, 65, 64, (127, 64)),
+     (20, 20, 64, (20, 20))],
 )  # fmt: skip
 def test_only_what_is_larger_is_shrunk_and_keeps_its_shape(width, height, side, expected):
     data, *size = pack_image(encode(photo(width, height), "PNG"), side)
@@ -257,11 +258,31 @@ def test_the_second_start_packs_nothing(tmp_path, monkeypatch):
     assert torch.equal(first.centres(rows), again.centres(rows)) and first.content == again.content
 
 
-def test_a_store_for_more_pixels_serves_fewer(tmp_path, cache):
+def test_a_store_for_more_pixels_serves_fewer_where_it_has_the_same(tmp_path, cache):
     dataset = in_folder(tmp_path, *photos(6))
     for side, files in ((128, 1), (64, 1), (192, 2), (128, 2)):
         pack(dataset, LOOK._replace(packed_side=side))
         assert len(list(cache.glob("*.index"))) == files
+    (tmp_path / "large").mkdir()
+    large = in_folder(tmp_path / "large", *(encode(photo(200, 150, k)) for k in range(3)))
+    alone = pack(large).centres(torch.arange(3))
+    for file in cache.iterdir():
+        file.unlink()
+    pack(large, LOOK._replace(packed_side=128))
+    assert torch.equal(pack(large).centres(torch.arange(3)), alone)
+
+
+def test_chunks_that_two_processes_packed_are_counted_once(tmp_path, cache, monkeypatch):
+    dataset, real = in_folder(tmp_path, *photos(8)), packing._Making._add
+
+    def twice(self, first, entries, *others):
+        real(self, first, entries.copy(), *others)
+        real(self, first, entries, *others)
+
+    monkeypatch.setattr(packing._Making, "_add", twice)
+    images = pack(dataset)
+    expected = [evaluation_pixels(io.BytesIO(file), LOOK) for file in photos(8)]
+    assert torch.equal(images.centres(torch.arange(8)), torch.stack(expected))
 
 
 def test_bits_per_pixel_are_part_of_the_store(cache):
@@ -447,7 +468,7 @@ def test_the_store_is_chosen_by_what_the_crops_need(tmp_path, monkeypatch):
     monkeypatch.setattr(stores, "_free", lambda folder: 20_000)
     side, words = choose(dataset)
     assert side == 64 and words == (
-        f"packed, up to about {sum(map(len, photos(6))) / 1000:.3g} kB of JPEGs, shorter side up "
+        f"packed, about {sum(map(len, photos(6))) / 1000:.3g} kB of JPEGs, shorter side up "
         "to 64 px: decoded they would take 28.8 kB of 20 kB free"
     )
     pack(dataset)
