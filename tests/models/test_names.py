@@ -196,7 +196,9 @@ def test_flags_override_and_the_origin_is_said(tmp_path):
     torch.save(build.build_model("resnet18", 5, image_size=32).state_dict(), tmp_path / "a.pth")
     bare = find_weights(str(tmp_path / "a.pth"), "resnet18")
     args = flags()
-    assert plan.preprocessing(args, data, bare) == (32, 1.0, "bilinear", data.mean, data.std)
+    assert plan.preprocessing(args, data, bare) == Preprocessing(
+        32, 1.0, "bilinear", data.mean, data.std
+    )
     assert plan.preprocessing_from(args, bare).startswith(
         "assumed (the data set's own mean and std)"
     )
@@ -205,7 +207,7 @@ def test_flags_override_and_the_origin_is_said(tmp_path):
     args = flags(
         image_size=48, crop_pct=0.5, interpolation="bicubic", mean=[0.1] * 3, std=[0.3] * 3
     )
-    wanted = (48, 0.5, "bicubic", (0.1,) * 3, (0.3,) * 3)
+    wanted = Preprocessing(48, 0.5, "bicubic", (0.1,) * 3, (0.3,) * 3)
     assert plan.preprocessing(args, data, bare) == wanted
     words = plan.preprocessing_from(args, bare)
     assert words.endswith("; --crop_pct, --interpolation, --mean, --std as given")
