@@ -167,7 +167,8 @@ def _at(content, key, path):
             return under
     for word in [key] if isinstance(content, dict) and key in content else key.split("."):
         if not isinstance(value, dict) or word not in value:
-            there = ", ".join(str(k) for k, v in _items(value) if isinstance(v, dict))
+            there = [str(k) for k, v in _items(value) if isinstance(v, dict)]
+            there = ", ".join(there or dict.fromkeys(name.partition(".")[0] for name in flat or {}))
             raise UserError(f"{path} has no {key}: there are {there or 'no others'}")
         value = value[word]
     state = _inner(value)

@@ -133,9 +133,14 @@ def _not_a_weight(value, own):
         return "has a shape and no values"
     if not own.is_floating_point():
         return None
+    kind = str(value.dtype).removeprefix("torch.")
     if not value.is_floating_point():
-        return f"holds {str(value.dtype).removeprefix('torch.')} values"
-    if not value.to(own.dtype).isfinite().all() and own.isfinite().all():
+        return f"holds {kind} values"
+    try:
+        converted = value.to(own.dtype)
+    except NotImplementedError:  # torch stores float4 and computes nothing of it
+        return f"holds {kind} values"
+    if not converted.isfinite().all() and own.isfinite().all():
         large = f" as {str(own.dtype).removeprefix('torch.')}" if value.isfinite().all() else ""
         return f"holds values that are not finite{large}"
     return None
@@ -182,9 +187,11 @@ def load_pretrained(model, pretrained, classes=None, by_order=False) -> Loaded:
     try:
         load_state(model, state, pretrained.label)
     except UserError as error:
+        if pretrained.words:
+            error = UserError(f"{error}. Read from the file: {pretrained.words}")
         other_names = state.keys() != clean_state_dict(model).keys()
         if by_order or not other_names or _in_order(model, pretrained.state) is None:
-            raise
+            raise error from None
         raise UserError(
             f"{error}. All shapes match in order under other names: --weights_by_order loads them "
             "so, and checks nothing but shapes"

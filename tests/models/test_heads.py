@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from harness.counters import generator
 from harness.models import build
 from harness.models.heads import head, heads, last_layers, start_heads, trial_heads
+from harness.models.weights import find_weights, load_pretrained
 
 SIZES = {
     "alexnet": 64, "convnext_tiny": 32, "densenet121": 32, "efficientnet_b0": 32, "googlenet": 32,
@@ -61,8 +62,9 @@ def test_an_mlp_keeps_its_inner_layers():
     ("name", "names"),
     [
         ("deit_tiny_distilled_patch16_224", ["head", "head_dist"]),
-        ("repvit_m1", ["head.head.l", "head.head_dist.l"]),  # which reset_classifier leaves away
         ("levit_conv_128s", ["head.linear", "head_dist.linear"]),  # its "classifier" is one alone
+        ("repvit_m1", ["head.head.l", "head.head_dist.l"]),  # which reset_classifier leaves away
+        ("iformer_m_distilled", ["head.head.l", "head.head_dist.l"]),
         ("caformer_s18", ["head.fc.fc2"]),
         ("resnetv2_18", ["head.fc"]),
     ],
@@ -71,6 +73,18 @@ def test_all_heads_of_a_timm_network_are_found(name, names):
     model = build.build_model(name, 5, image_size=224)
     assert [name for name, _ in heads(model)] == names
     assert build.blocks(model, name, "timm")[-1] == tuple(names)
+
+
+def test_weights_of_other_classes_leave_all_heads_new(tmp_path):
+    """The second head of a distilled network, too."""
+    theirs = build.build_model("timm/repvit_m1", 9, image_size=32)
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    model = build.build_model("timm/repvit_m1", 5, image_size=32)
+    loaded = load_pretrained(model, find_weights(str(tmp_path / "theirs.pth"), "timm/repvit_m1"))
+    assert loaded.head_is_new and "head.head.l and head.head_dist.l is new" in loaded.text
+    start_heads(model, 32)
+    loss = F.cross_entropy(model(images(8, 32)), torch.arange(8) % 5)
+    assert abs(loss.item() - math.log(5)) < 1e-5
 
 
 def test_trial_heads_tell_images_apart_and_leave_no_trace():

@@ -137,6 +137,21 @@ def test_a_prefix_chooses_one_of_several_networks(state, tmp_path):
         assert torch.equal(found["fc.weight"], expected["fc.weight"])
     with pytest.raises(UserError, match="names no state behind the colon"):
         find_weights(f"{file}:", NAME)
+    torch.save({name.removeprefix("module."): value for name, value in flat.items()}, file)
+    with pytest.raises(UserError, match="has no techer: there are student, teacher"):
+        find_weights(f"{file}:techer", NAME)
+
+
+def test_averages_of_the_parameters_alone_are_not_whole(state, tmp_path):
+    """The line says what else the file has."""
+    file = tmp_path / "shadow.pth"
+    shadow = {name: value for name, value in state.items() if "running" not in name}
+    torch.save({"model": state, "ema": {"decay": 0.99, "shadow": shadow}}, file)
+    model = build.build_model(NAME, 7, image_size=32, stem="standard")
+    words = rf"missing: .*running_mean.*also there: model \({file}:model\)$"
+    with pytest.raises(UserError, match=words):
+        load_pretrained(model, find_weights(str(file), NAME))
+    assert not load_pretrained(model, find_weights(f"{file}:model", NAME)).head_is_new
 
 
 ARGS = argparse.Namespace(lr=0.1)
@@ -178,6 +193,7 @@ def test_objects_are_refused_with_the_line_that_converts_them(state, tmp_path, c
         (torch.tensor([1e300, 2], dtype=torch.float64), "not finite as float32"),
         (torch.tensor([1.0, 2]).to_sparse(), "stored sparsely: .to_dense() it before it is saved"),
         (torch.ones(2, device="meta"), "a shape and no values"),
+        (torch.zeros(2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), "float4_e2m1fn_x2 values"),
         (torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "qint8 values"),
     ],
 )
