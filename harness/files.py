@@ -16,6 +16,17 @@ from harness.errors import UserError
 DIGEST = "tensors_sha256"  # in the metadata of a result, and in its config.json
 
 
+def has_file(path) -> bool:
+    """Whether there is a file; raises UserError for a folder, a pipe or a device of that name.
+
+    All files of a run are asked for with it before they are read: a pipe would be waited for.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a file: move it away")
+    return path.exists()
+
+
 def write_synced(path, data):
     """Write bytes and force them to the disk."""
     with open(path, "wb") as file:

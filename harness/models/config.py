@@ -10,6 +10,7 @@ import json
 
 from harness.cli.bounds import fits, range_of
 from harness.errors import UserError, reason_of, shortened
+from harness.files import has_file
 from harness.models.heads import HEADS
 
 MOST_BYTES = 16 * 2**20  # 21,000 classes with long names are 1 MB
@@ -63,7 +64,7 @@ def read_config(file) -> dict:
 
     Preprocessing ("pretrained_cfg") is checked by harness.data.preprocessing.preprocessing_of.
     """
-    if not file.is_file():
+    if not has_file(file):
         return {}
     try:
         with file.open("rb") as opened:

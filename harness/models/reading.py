@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 from harness.errors import UserError, reason_of
-from harness.files import is_lfs_pointer, written_digest
+from harness.files import has_file, is_lfs_pointer, written_digest
 
 # Under which names trainers put a state, in the order in which they are taken: averaged weights
 # first, as they are what those trainers evaluate.
@@ -57,7 +57,7 @@ def read_weights(spec) -> Weights:
         raise UserError(f"{spec} names no state behind the colon")
     if path.is_dir():
         path = path / "model.safetensors"
-    if not path.is_file():
+    if not has_file(path):
         raise UserError(f"no weights at {path}")
     if is_lfs_pointer(path):
         raise UserError(f"{path} is a Git LFS pointer, not the file: git lfs pull")

@@ -13,6 +13,7 @@ from harness.data.preprocessing import Preprocessing, preprocessing_of
 from harness.data.sources import load_data, stored_rows
 from harness.data.stored import BUILT_IN
 from harness.errors import UserError
+from harness.files import has_file
 from harness.models.build import rebuild_model
 from harness.models.config import DATA_FLAGS, read_config
 from harness.models.reading import load_weights
@@ -55,7 +56,7 @@ def read_trained(path) -> Trained:
         known = "it is a file: give the folder of the run" if folder.exists() else "no such folder"
         raise UserError(f"{folder}: {known}")
     for needed in (file, folder / "model.safetensors"):
-        if not needed.is_file():
+        if not has_file(needed):
             begun = (folder / "checkpoints").is_dir()
             why = "has not finished" if begun else "is not the folder of a run"
             raise UserError(f"{folder} {why}: it has no {needed.name}")

@@ -17,7 +17,7 @@ import yaml
 
 from harness.cli import flags
 from harness.errors import UserError
-from harness.files import file_name, replace_file
+from harness.files import file_name, has_file, replace_file
 from harness.tracking import parse_report_to, require_tensorboard
 from harness.training.checkpoint import checkpoints
 from harness.training.metrics import MetricsFile
@@ -30,6 +30,7 @@ WRITTEN_BY_RUN = (
     "model.safetensors", "config.json", "summary.json", "metrics.jsonl", "curves.png",
     "train_batch.png", "checkpoints", "predictions", "wandb", "tensorboard", "config.yaml",
 )  # fmt: skip
+FILES = (".lock", MARK, *(name for name in WRITTEN_BY_RUN if "." in name))
 OURS = re.compile(r"\.(lock|run\.json|.*\.writing)")  # beside them
 METRICS_BEFORE = "metrics.before-*.jsonl"
 IN_CHECKPOINTS = re.compile(r"step-\d+|set-aside-step-\d+|\.writing-.*")
@@ -73,6 +74,8 @@ def _check_writable(args, folder):
 
 def _read_mark(folder):
     """The mark of a folder as a dict; empty where there is none, or it can't be read."""
+    if not has_file(folder / MARK):
+        return {}
     try:
         mark = json.loads((folder / MARK).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -88,7 +91,15 @@ def _owner(folder, args, script):
     """The folder's mark, {} where it is free; raises UserError where anything else lies there."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose another --run_name")
+    for place in (folder, *folder.parents):
+        if place.is_symlink() and not place.exists():
+            raise UserError(
+                f"{place} is a dangling link: {os.readlink(place)} is not there; bring it back, or "
+                "choose another place"
+            )
     names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    for name in FILES:
+        has_file(folder / name)
     mark = _read_mark(folder)
     others = [name for name in names if not OURS.fullmatch(name)]
     if not mark and others and not _of_older_version(folder, args):
@@ -105,6 +116,8 @@ def _owner(folder, args, script):
 
 def _of_older_version(folder, args):
     """Whether config.yaml has this script's flags: what runs and reports wrote without a mark."""
+    if not has_file(folder / "config.yaml"):
+        return False
     try:
         recipe = yaml.safe_load((folder / "config.yaml").read_bytes())
     except (OSError, ValueError, yaml.YAMLError, RecursionError):

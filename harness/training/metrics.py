@@ -8,13 +8,13 @@ import os
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.files import replace_file
+from harness.files import has_file, replace_file
 
 
 def read_metrics(path):
     """The records of a metrics.jsonl up to the first line that is none."""
     records = []
-    if Path(path).exists():
+    if has_file(path):
         for line in Path(path).read_bytes().splitlines():
             try:
                 records.append(json.loads(line))
@@ -55,10 +55,7 @@ class MetricsFile:
         saved: what `state` said at that checkpoint, None where an older version wrote it. Raises
         UserError for a file that is damaged before that, by its line.
         """
-        try:
-            data = self.path.read_bytes()
-        except FileNotFoundError:
-            data = b""
+        data = self.path.read_bytes() if has_file(self.path) else b""
         missing = None
         if saved and hashlib.sha256(data[: saved[0]]).hexdigest() == saved[1]:
             kept = data[: saved[0]]
@@ -79,7 +76,7 @@ class MetricsFile:
     def set_aside(self):
         """Begin with no records; those that are there go to another name, which is returned."""
         aside = None
-        if self.path.exists() and self.path.stat().st_size:
+        if has_file(self.path) and self.path.stat().st_size:
             n = 1
             while (aside := self.path.with_name(f"metrics.before-{n}.jsonl")).exists():
                 n += 1

@@ -12,6 +12,9 @@ from faults.test_kill import kill_at
 import faulty
 import smallruns
 from harness.errors import UserError
+from harness.models.trained import read_trained
+from harness.models.weights import find_weights
+from harness.training.folder import FILES
 from harness.training.metrics import MetricsFile, read_metrics
 
 FLAGS = {"epochs": 1, "logging_steps": 1, "checkpointing_steps": 2, "max_checkpoints": 9}
@@ -87,6 +90,59 @@ def kill_in_step(step):
     import train as script
 
     script.draw_mixing = faulty.Nth(script.draw_mixing, step, faulty.kill_here)
+
+
+@pytest.fixture
+def at_once():
+    """Within, what takes longer than 30 seconds is interrupted: a pipe would be waited for."""
+
+    def interrupt(*_):
+        raise TimeoutError("it waits")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_not_a_file_in_the_place_of_one_is_named(run, name, make):
+    (run / name).unlink(missing_ok=True)
+    make(run / name)
+    for flags in (AUTO, {"overwrite": True}):
+        with pytest.raises(UserError, match=f"^{run / name} is not a file: move it away$"):
+            train(run, **flags)
+    assert (run / "checkpoints").is_dir()
+
+
+@pytest.mark.usefixtures("at_once")
+def test_pipes_in_a_folder_of_weights_are_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).unlink(missing_ok=True)
+        os.mkfifo(tmp_path / name)
+        for read in (
+            lambda: find_weights(str(tmp_path), "test_resnet"),
+            lambda: read_trained(tmp_path),
+        ):
+            with pytest.raises(UserError, match=f"^{tmp_path / name} is not a file"):
+                read()
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics.jsonl is not a file"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("flags", [{}, AUTO, {"overwrite": True}])
+@pytest.mark.parametrize("link", ["run", "."])
+def test_a_dangling_link_in_the_place_of_the_folder_is_named(tmp_path, flags, link):
+    (tmp_path / "runs").symlink_to("/nowhere/runs") if link == "." else (
+        (tmp_path / "runs").mkdir(), (tmp_path / "runs/run").symlink_to("/nowhere/runs")
+    )  # fmt: skip
+    with pytest.raises(UserError, match="is a dangling link: /nowhere/runs is not there"):
+        smallruns.train(tmp_path / "runs", **FLAGS | flags)
 
 
 # -- 2: killed while a folder is claimed or cleared ----------------------------------------------
