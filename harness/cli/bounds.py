@@ -26,16 +26,16 @@ def whole(low, high):
     return convert
 
 
-def number(low=None, high=math.inf, above=None, zero=False):
+def number(low=None, high=math.inf, above=None, zero=False, hint=""):
     """An argparse type: a finite float in [low, high], or greater than `above`.
 
-    zero: 0 is allowed, too, below `low`; it is the word for off.
+    zero: 0 is allowed, too, below `low`; it is the word for off. hint: said with the bounds.
     """
 
     bounds = [f"above {above}"] if above is not None else []
     bounds += [f"at least {low}"] if low is not None else []
     bounds += [f"at most {high}"]
-    words = f"a number {'0, or ' if zero else ''}{' and '.join(bounds)}"
+    words = f"a number {'0, or ' if zero else ''}{' and '.join(bounds)}{f' ({hint})' * bool(hint)}"
 
     def convert(text):
         value = float(text)
@@ -63,6 +63,7 @@ MANY = 1_000_000_000  # steps, images: what is only counted, and costs nothing b
 RATE = number(above=0, high=10_000)  # the largest in use, of biases, is 283
 BETA = number(0.001, 1000, zero=True)  # Beta(α, α): all at the ends, or all in the middle
 DECAY = number(0, 1000)
+SCALE = "pixels are in [0, 1]: divide by 255"
 PROBABILITY = number(0, 1)
 
 BOUNDS = {
@@ -76,8 +77,8 @@ BOUNDS = {
     "dropout": number(0, 0.99),
     "num_classes": whole(1, 1_000_000),  # of a config.json
     "crop_pct": number(0.25, 1),
-    "mean": number(-1000, 1000),  # each
-    "std": number(0.001, 1000),  # each
+    "mean": number(-1, 2, hint=SCALE),  # each; those published are 0 to 0.5
+    "std": number(0.001, 2, hint=SCALE),  # each; those published are 0.1 to 1
     # transfer
     "layer_decay": number(above=0, high=1),
     "views": whole(0, 1000),

@@ -327,6 +327,8 @@ def test_colours_are_three_numbers_or_one_for_all(parser, refused, read_recipe):
     assert args.std == [0.1, 0.2, 0.3]
     assert "one number or three" in refused(parser.read, ["--mean=0.1,0.2"])
     assert "--std" in refused(parser.read, ["--std=0"])
+    for word in ("--mean=123.675,116.28,103.53", "--std=58.395,57.12,57.375"):
+        assert "pixels are in [0, 1]: divide by 255" in refused(parser.read, [word])
 
 
 def test_every_flag_has_help_that_shows_its_default(parser):

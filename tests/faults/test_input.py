@@ -179,6 +179,8 @@ def test_this_config_can_be_read(folder):
         ("pretrained_cfg.input_size", [3, 10**6, 10**6], ["1000000", "at most 4096"]),
         ("pretrained_cfg.std", [1e-320, 1, 1], ["1e-320", "at least 0.001"]),
         ("pretrained_cfg.mean", [0.5, 0.5, "0.5"], ["'0.5'", "three numbers"]),
+        ("pretrained_cfg.mean", [123.7, 116.3, 103.5], ["123.7", "[0, 1]: divide by 255"]),
+        ("pretrained_cfg.std", [58.4, 57.1, 57.4], ["58.4", "[0, 1]: divide by 255"]),
         ("stem", {}, ["{}", "small, standard"]),
         ("head", [], ["[]", "linear, mlp"]),
         ("architecture", {"a": 1}, ["{'a': 1}", "text"]),

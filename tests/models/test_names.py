@@ -10,6 +10,7 @@ import timm
 import torch
 from huggingface_hub import constants
 
+from harness.cli.bounds import fits
 from harness.data.preprocessing import Preprocessing
 from harness.errors import UserError
 from harness.hub import model_file
@@ -189,6 +190,14 @@ def test_a_bare_file_for_a_timm_name_takes_its_cfg(tmp_path):
     found = find_weights(str(tmp_path / "vit.pth"), "test_vit")
     assert found.preprocessing.size == 160
     assert found.origin == "timm's cfg of test_vit, whose weights they may be"
+
+
+def test_the_colours_of_all_that_timm_publishes_are_within_the_bounds():
+    published = [timm.get_pretrained_cfg(name) for name in timm.list_pretrained()]
+    assert len(published) > 1000
+    for cfg in published:
+        assert all(fits("mean", value) for value in cfg.mean), cfg
+        assert all(fits("std", value) for value in cfg.std), cfg
 
 
 def test_flags_override_and_the_origin_is_said(tmp_path):
