@@ -17,13 +17,20 @@ def whole(low, high):
     words = f"a whole number at least {low} and at most {high}"
 
     def convert(text):
-        value = int(text)
+        value = int(_in_plain_digits(text))
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{shortened(text)} is not {words}")
         return value
 
     convert.__name__, convert.words = "whole number", words
     return convert
+
+
+def _in_plain_digits(text):
+    """The text; ValueError for 1_000 and digits of other scripts, numbers to Python alone."""
+    if "_" in text or not text.isascii():
+        raise ValueError(f"{text} is not in plain digits")
+    return text
 
 
 def number(low=None, high=math.inf, above=None, zero=False, hint=""):
@@ -38,7 +45,7 @@ def number(low=None, high=math.inf, above=None, zero=False, hint=""):
     words = f"a number {'0, or ' if zero else ''}{' and '.join(bounds)}{f' ({hint})' * bool(hint)}"
 
     def convert(text):
-        value = float(text)
+        value = float(_in_plain_digits(text))
         inside = math.isfinite(value) and (low is None or low <= value) and value <= high
         inside = inside and (above is None or value > above)
         if not inside and not (zero and value == 0):
