@@ -348,13 +348,16 @@ def describe(model) -> dict:
     }
 
 
-def skeleton(network) -> nn.Module:
-    """A network (harness.models.names.Network) as it is built by default, without any values."""
+def skeleton(network, size=None) -> nn.Module:
+    """A network (harness.models.names.Network) as it is built by default, without any values.
+
+    size: pixels a side that a network of timm is built for; unset: what its weights want.
+    """
     with torch.device("meta"):
         if network.library == "own":
             return _build_own(network.name, 10, None)
         if network.library == "timm":
-            size = timm_size(network.name)
+            size = size or timm_size(network.name)
             return _build_timm(network.name, 10, None, size, network.arguments)
         with contextlib.suppress(NotImplementedError):
             return _build_torchvision(network.name, 10, "standard", None, 224)

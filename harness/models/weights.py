@@ -21,7 +21,7 @@ from harness.hub import PREFIX, model_file, reachable_or_cached
 from harness.models.build import Family, family_of, skeleton
 from harness.models.config import DATA_FLAGS, read_config
 from harness.models.heads import heads
-from harness.models.names import find_model
+from harness.models.names import Network, find_model
 from harness.models.reading import AVERAGED, RAW, read_weights, under_prefix, unreadable
 
 # Names in torchvision's older weight files -> names in its models now.
@@ -34,6 +34,7 @@ OLD_KEYS = (
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 MOST_WORDS = 3  # of a prefix that names a network in a state
 WHOLE = 0.9  # of the most names of the network that are under any prefix: it is one as well
+USUAL_SIZES = (224, 256, 288, 384, 448, 512)  # px a side that published weights are for
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads that we build googlenet, inception without
 
 
@@ -50,6 +51,7 @@ class Pretrained(NamedTuple):
     origin: str | None = None  # where the preprocessing is from, in words
     words: str = ""  # what was taken of a file that holds more
     note: str = ""  # what is odd about a run's files
+    network: Network | None = None  # that they were looked for
 
 
 def recipes_of(config) -> list[dict]:
@@ -187,6 +189,8 @@ def load_pretrained(model, pretrained, classes=None, by_order=False) -> Loaded:
     try:
         load_state(model, state, pretrained.label)
     except UserError as error:
+        if size := _size_needed(model, state, pretrained):
+            error = UserError(f"{error}. These weights need --image_size {size}")
         if pretrained.words:
             error = UserError(f"{error}. Read from the file: {pretrained.words}")
         other_names = state.keys() != clean_state_dict(model).keys()
@@ -271,6 +275,28 @@ def _as_timm_would(model, state):
     return new, words
 
 
+def _size_needed(model, state, pretrained):
+    """The image size at which the network of the model has the shapes of a state, or None.
+
+    Of timm's networks whose shapes depend on it, and that timm can't convert from one to another.
+    """
+    network = pretrained.network
+    own = {key: value.shape for key, value in clean_state_dict(model).items()}
+    if network is None or network.library != "timm" or own.keys() != state.keys():
+        return None
+    theirs = {key: value.shape for key, value in state.items()}
+    changed = [key for key in own if own[key] != theirs[key]]
+    sizes = [pretrained.preprocessing.size] if pretrained.preprocessing else []
+    for size in dict.fromkeys((*sizes, *USUAL_SIZES)):
+        try:
+            there = skeleton(network, size).state_dict()
+        except (RuntimeError, ValueError, TypeError, AssertionError):  # not at this size
+            continue
+        if changed and all(key in there and there[key].shape == theirs[key] for key in changed):
+            return size
+    return None
+
+
 def _resize_positions(model, state):
     """The state with a vit's position embedding of the model's size, and words if it was not."""
     from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
@@ -326,7 +352,7 @@ def find_weights(spec, name, stem="auto") -> Pretrained:
     state = {key: value for key, value in state.items() if not key.startswith(AUXILIARY)}
     found = found._replace(state=state)
     family = family_of(network.name) if network.library == "torchvision" else Family()
-    return found._replace(stem=_stem(found, family, stem))
+    return found._replace(stem=_stem(found, family, stem), network=network)
 
 
 def _of_network(state, network, source):

@@ -177,6 +177,23 @@ def test_a_config_can_t_have_timm_read_files(cache, key):
         find_model("hf-hub:owner/evil")
 
 
+@pytest.mark.parametrize("size", [224, 256])
+def test_weights_of_another_image_size_say_which(tmp_path, size):
+    """Where timm can't resize what depends on it."""
+    theirs = build.build_model("pit_ti_224", 13, image_size=size)
+    torch.save(theirs.state_dict(), tmp_path / "pit.pth")
+    found = find_weights(str(tmp_path / "pit.pth"), "pit_ti_224")
+    model = build.build_model("pit_ti_224", 10, image_size=128)
+    words = rf"another shape: pos_embed .*\. These weights need --image_size {size}$"
+    with pytest.raises(UserError, match=words):
+        load_pretrained(model, found)
+    found.state["pos_embed"] = torch.ones(1, 5)  # of no size
+    with pytest.raises(
+        UserError, match=r"another shape: pos_embed \(1, 5\) for \(1, 64, 15, 15\)$"
+    ):
+        load_pretrained(model, found)
+
+
 # -- preprocessing -------------------------------------------------------------------------------
 
 
