@@ -130,7 +130,9 @@ class PackedImages:
             for k in range(len(rows)):
                 fill(k)
         else:
-            for _ in _pool(self._threads).map(fill, range(len(rows))):
+            # A share of the batch each: to hand over single images takes the interpreter's lock
+            shares = [range(k, len(rows), self._threads) for k in range(self._threads)]
+            for _ in _pool(self._threads).map(lambda share: list(map(fill, share)), shares):
                 pass
         return batch
 
