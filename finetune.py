@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from harness.counters import generator
 from harness.data.batches import draw_mixing, make_views, mixes, train_batches
 from harness.data.pixels import epoch_order
-from harness.data.stores import decode_splits
+from harness.data.stores import decode_splits, describe_prepared
 from harness.launch import make_accelerator, script
 from harness.models import build
 from harness.models.heads import start_heads
@@ -138,9 +138,7 @@ def main(args):
         return
     splits = splits or decode()
     if args.prepare_data:
-        accelerator.print(
-            "prepared     the pixels are in the cache; without --prepare_data it trains"
-        )
+        accelerator.print(f"prepared     {describe_prepared(data, splits)}")
         return
     if from_probe:
         probe = probe or fit(whole=bool(cached))

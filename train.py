@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from harness.counters import generator
 from harness.data.batches import draw_mixing, make_views, mixes, scored_views, train_batches
-from harness.data.stores import decode_splits
+from harness.data.stores import decode_splits, describe_prepared
 from harness.launch import make_accelerator, script
 from harness.models import build
 from harness.models.heads import start_heads
@@ -104,9 +104,7 @@ def main(args):
         data, look, accelerator, shard=args.shard_store, verify=args.verify_cache
     )
     if args.prepare_data:
-        accelerator.print(
-            "prepared     the pixels are in the cache; without --prepare_data it trains"
-        )
+        accelerator.print(f"prepared     {describe_prepared(data, splits)}")
         return
 
     # tricks

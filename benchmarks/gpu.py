@@ -1,6 +1,6 @@
 """What a card does: one command, under 10 minutes, gpu.json and gpu.md with the card's name.
 
-    python benchmarks/packed.py FOLDER images.npz               beforehand, where `datasets` is
+    python benchmarks/one_file.py FOLDER images.npz               beforehand, where `datasets` is
     python benchmarks/gpu.py --images images.npz --out FOLDER   on the card; it fetches nothing
     python benchmarks/gpu.py --quick --out FOLDER               does it run? on a CPU, too
 
@@ -125,7 +125,7 @@ def train_flags(images, flags, output):
 
 def run_speed(images, output, kind, quick, precision, compiled=False, deterministic=False):
     """images/s of train.py, and of the bare loop, by block."""
-    from packed import train_on_packed
+    from one_file import train_on_packed
 
     warmup, blocks, block, counted = (1, 2, 1, 1) if quick else (30, 5, 10, 10)
     total = warmup + blocks * block + counted
@@ -194,7 +194,7 @@ def blocks_of(step, warmup, blocks, block, batch):
 
 def run_fast(images, output, quick, seed):
     """The fast recipe to its end: seconds, as its summary has them, and accuracies."""
-    from packed import train_on_packed
+    from one_file import train_on_packed
 
     train = train_on_packed()
     flags = {"config": ROOT / "recipes" / "cifar10_fast.yaml", "seed": seed, "run_name": "fast"}
@@ -209,7 +209,7 @@ def run_fast(images, output, quick, seed):
 
 def run_airbench(images, output, file):
     """airbench94_muon.py, the user's own copy, to its end on the same images; see fast.py."""
-    from packed import decode_packed, load_packed
+    from one_file import decode_packed, load_packed
 
     from harness.data.preprocessing import Preprocessing
 
@@ -355,7 +355,7 @@ def write(args, results, not_run, began):
 
 def noise(file):
     """A packed file of smooth noise, to see whether everything runs."""
-    from packed import write_packed
+    from one_file import write_packed
     from PIL import Image
     from processes import smooth_noise
 
@@ -372,7 +372,7 @@ def noise(file):
 
 def read_args():
     made = parser(__doc__, rounds=1)
-    made.add_argument("--images", help="a file that packed.py wrote; --quick makes its own")
+    made.add_argument("--images", help="a file that one_file.py wrote; --quick makes its own")
     made.add_argument("--out", default=".", help="folder of gpu.json and gpu.md")
     made.add_argument("--airbench", help="airbench94_muon.py of a clone, to run beside ours")
     made.add_argument("--seconds", type=float, default=560, help="to stop after")
@@ -393,7 +393,7 @@ def main():
         print(json.dumps(found))
         return 0
     if not args.images and not args.quick:
-        made.error("--images is needed: make it with packed.py, or see --quick")
+        made.error("--images is needed: make it with one_file.py, or see --quick")
     began, results, not_run = time.time(), {}, {}
     with tempfile.TemporaryDirectory() as temporary:
         if not args.images:

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from harness.data.making import lock_of, make_together, threads
 from harness.data.pixels import FILTERS, decode_image, encoded, source
 from harness.errors import UserError, nearest
-from harness.files import replace_file
+from harness.files import has_file, replace_file
 from harness.processes import ALONE
 
 DECODE_VERSION = 2  # part of the cache key: raise it whenever decode_image's output changes
@@ -135,16 +135,23 @@ def find_bad(dataset, image_column, *, name, bit_depth=None, progress=True):
 
 def cache_file(dataset, *key):
     """The cache's file, without a suffix, of what `key` makes of a data set."""
-    import datasets  # a second of import that `--help` does not need
-
     # The fingerprint names the content, after select() too; `datasets` shows it nowhere else.
     key = repr((dataset._fingerprint, *key)).encode()
     name = hashlib.blake2b(key, digest_size=12).hexdigest()
-    return Path(datasets.config.HF_DATASETS_CACHE) / "pixels" / name
+    return cache_folder() / name
+
+
+def cache_folder():
+    """Where the decoded and the packed images are kept."""
+    import datasets  # a second of import that `--help` does not need
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "pixels"
 
 
 def _read_index(file):
     """{"bad": {row: why}, "hashes": [bytes]} of a file of pixels; None where none fits its hash."""
+    if not has_file(file.with_suffix(".json")):
+        return None
     try:
         written = json.loads(file.with_suffix(".json").read_bytes())
         content = written["content"]
@@ -172,10 +179,10 @@ def _hash(data):
 
 def _fault(file, shape, verify):
     """Why the pixels in `file` can't be used: "" if they can, "none" where there is no file."""
+    if not has_file(file):
+        return "none"
     try:
         pixels = np.load(file, mmap_mode="r")
-    except FileNotFoundError:
-        return "none"
     except (OSError, ValueError, EOFError):
         return "cut short, or no .npy"
     # Of an .npz, which np.load reads as well, it gives no array
@@ -247,7 +254,7 @@ def _make(file, shape, job, accelerator, verify):
 
     make_together(
         accelerator, file, lambda: _fault(file, shape, verify), begin, share, end,
-        leave=lambda: part.unlink(missing_ok=True),
+        leave=lambda: part.unlink(missing_ok=True), made_by="decoded",
         failure=f"cannot write the decoded images of split '{job.name}' ({np.prod(shape):,} bytes)",
     )  # fmt: skip
 

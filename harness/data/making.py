@@ -12,7 +12,7 @@ from harness.processes import from_each, from_local_main
 WAIT_SILENTLY_S = 10
 
 
-def make_together(accelerator, file, fault, begin, share, end, *, leave, failure):
+def make_together(accelerator, file, fault, begin, share, end, *, leave, made_by, failure):
     """See that `file` can be used: on each machine its processes make it, or wait for who does.
 
     Called by all processes; any number of runs may do so at once, as the file has a lock.
@@ -23,6 +23,7 @@ def make_together(accelerator, file, fault, begin, share, end, *, leave, failure
         begin: () -> None, under the lock and before any work, on one process of the machine.
         share: (place, processes) -> what this process, one of so many of the machine, has made.
         end: (what each has made) -> None, on one process: now the file is there.
+        made_by: what happens to the images, a participle: "decoded".
         leave: () -> None, whatever happened, before the lock is given back.
         failure: how the line begins when the disk refuses.
 
@@ -54,7 +55,7 @@ def make_together(accelerator, file, fault, begin, share, end, *, leave, failure
             release()
             return "done"
         if why != "none":
-            print(f"{file} is damaged ({why}): its images are decoded again", flush=True)
+            print(f"{file} is damaged ({why}): its images are {made_by} again", flush=True)
         begin()
         return "make"
 
@@ -110,7 +111,7 @@ def lock_of(file, wait=True):
     except Timeout:
         if not wait:
             return None
-        print(f"waiting for another process to decode these images ({lock.lock_file})", flush=True)
+        print(f"waiting for another process to prepare these images ({lock.lock_file})", flush=True)
         lock.acquire()
     return lock
 

@@ -122,18 +122,17 @@ class PackedImages:
         entries, rows = self.entries[rows.numpy()].tolist(), rows.tolist()
         batch = torch.empty(len(rows), *self.shape[1:], dtype=torch.uint8, pin_memory=pinned)
 
-        def fill(k):
+        left = iter(range(len(rows)))
+
+        def fill(_):  # each thread takes the next image that nobody has taken
             with torch.inference_mode():
-                batch[k] = decode(k, *self._read(rows[k], *entries[k]))
+                for k in left:
+                    batch[k] = decode(k, *self._read(rows[k], *entries[k]))
 
         if self._threads == 1:
-            for k in range(len(rows)):
-                fill(k)
+            fill(0)
         else:
-            # A share of the batch each: to hand over single images takes the interpreter's lock
-            shares = [range(k, len(rows), self._threads) for k in range(self._threads)]
-            for _ in _pool(self._threads).map(lambda share: list(map(fill, share)), shares):
-                pass
+            list(_pool(self._threads).map(fill, range(self._threads)))
         return batch
 
     def read(self, row):

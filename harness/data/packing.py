@@ -14,6 +14,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ from harness.data.packed import (
 )
 from harness.data.pixels import encoded
 from harness.errors import UserError
-from harness.files import sync_folder
+from harness.files import has_file, sync_folder
 from harness.processes import ALONE, from_local_main
 
 PACK_VERSION = 1  # part of the cache key: raise it whenever `pack_image`'s output changes
@@ -53,7 +54,7 @@ def find_packed(dataset, image_column, side, bit_depth=None, share=None):
         key += ("share", hashlib.blake2b(share.tobytes(), digest_size=8).hexdigest())
     base = cache_file(dataset, *key)
     there = []
-    for file in base.parent.glob(f"{base.name}-*.index"):
+    for file in filter(Path.is_file, base.parent.glob(f"{base.name}-*.index")):
         with contextlib.suppress(ValueError):
             there.append((int(file.stem.rpartition("-")[2]), file))
     for its, file in sorted(there):
@@ -86,9 +87,12 @@ def packed_bytes(images, row, side, bit_depth=None):
 
 def _fault(file):
     """Why a store can't be used: "" if it can, "none" where there is no index."""
+    blob = file.with_suffix(".jpegs")
+    if not all(has_file(each) for each in (file, blob)):
+        return "none"
     try:
         header, _ = read_index(file)
-        found = file.with_suffix(".jpegs").stat().st_size
+        found = blob.stat().st_size
     except FileNotFoundError:
         return "none"
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -150,7 +154,7 @@ def pack_split(
     make_together(
         accelerator, file, lambda: _fault(file), lambda: making.begin(len(stored)),
         lambda place, processes: making.share(job, place, processes), lambda _: making.end(job),
-        leave=making.leave, failure=f"cannot pack the images of split '{name}'",
+        leave=making.leave, made_by="packed", failure=f"cannot pack the images of split '{name}'",
     )  # fmt: skip
     header, _ = read_index(file)
     refuse({int(row): why for row, why in header["bad"].items()})
@@ -175,8 +179,11 @@ class _Making:
         self._adding = threading.Lock()
 
     def begin(self, count):
+        for file in (self.bytes, self.journal, self.stopped):
+            has_file(file)
         _remove_left_overs(self.file.parent)
-        self.stopped.unlink(missing_ok=True)
+        if self.stopped.is_file():
+            self.stopped.unlink(missing_ok=True)
         self.file.unlink(missing_ok=True)
         chunks, *ends = self._chunks()
         for file, end in zip((self.journal, self.bytes), ends, strict=True):
@@ -280,7 +287,8 @@ class _Making:
         self.journal.unlink()
 
     def leave(self):
-        self.stopped.unlink(missing_ok=True)
+        if self.stopped.is_file():
+            self.stopped.unlink(missing_ok=True)
 
 
 def _remove_left_overs(folder):

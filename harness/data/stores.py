@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from harness.data.cache import cached, decode_split
+from harness.data.cache import cache_folder, cached, decode_split
 from harness.data.jpegs import decoder, packed_side
 from harness.data.packed import PackedImages
 from harness.data.packing import find_packed, pack_split, packed_bytes, packed_size
@@ -98,6 +98,21 @@ def decode(split, image_column, look, accelerator=ALONE, share=None, **options):
             **options,
         )  # fmt: skip
     return Samples(pixels, torch.from_numpy(split.rows), torch.from_numpy(split.labels))
+
+
+def describe_prepared(data, splits):
+    """What `--prepare_data` says of the files that `decode_splits` made or found."""
+    files = {
+        samples.pixels.blob if samples.packed else id(getattr(data, role).dataset): samples.pixels
+        for role, samples in splits.items()
+    }
+    sizes = [
+        packed_size(pixels.blob.with_suffix(".index")) if isinstance(pixels, PackedImages)
+        else pixels.nbytes
+        for pixels in files.values()
+    ]  # fmt: skip
+    folder = cache_folder()
+    return f"{_in_words(sum(sizes))} in {folder}; the same command without --prepare_data trains"
 
 
 def _shares(split, look, accelerator):

@@ -21,7 +21,7 @@ from harness.data.sources import load_data
 
 FOLDER = smallruns.ROOT / "benchmarks"
 sys.path.append(str(FOLDER))  # behind the scripts: there is a gradcam.py in it, too
-gpu, packed = map(importlib.import_module, ("gpu", "packed"))
+gpu, one_file = map(importlib.import_module, ("gpu", "one_file"))
 ALLOWED = ("torch", "torchvision", "accelerate", "safetensors", "numpy")
 
 
@@ -82,11 +82,11 @@ def test_it_runs_where_only_those_packages_are_and_says_what_did_not(bare_python
 
 def test_a_packed_file_has_the_images_as_they_lie_in_the_folder(tmp_path):
     file = tmp_path / "images.npz"
-    packed.pack("digits", file)
-    data, whole = packed.load_packed(str(file), max_train_samples=20), load_data("digits")
+    one_file.pack("digits", file)
+    data, whole = one_file.load_packed(str(file), max_train_samples=20), load_data("digits")
     assert (len(data.train), len(data.test)) == (20, 360) and data.classes == whole.classes
     look = Preprocessing(16, 1.0, "bilinear", (), ())
-    pixels = packed.decode_packed(data, look, progress=False)["test"].pixels
+    pixels = one_file.decode_packed(data, look, progress=False)["test"].pixels
     cell = whole.test.dataset.with_format("arrow")[7:8][whole.image_column][0].as_py()
     assert np.array_equal(pixels[7], decode_image(io.BytesIO(cell["bytes"]), 16))
     assert data.test.labels.tolist() == whole.test.labels.tolist()

@@ -2,6 +2,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import warnings
 from types import SimpleNamespace
 
@@ -424,6 +425,25 @@ def test_damaged_files_are_made_anew(tmp_path, cache, capsys, damage):
     said = capsys.readouterr().out
     assert ("is damaged" in said) == (damage != "blob gone")
     assert read_index(index)[0]["images"] == 6
+
+
+@pytest.mark.parametrize("suffix", ["index", "jpegs", "index.packing", "jpegs.packing", "stopped"])
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_a_folder_or_pipe_in_the_place_of_a_file_is_named(tmp_path, cache, kind, suffix):
+    dataset = in_folder(tmp_path, *photos(3))
+    pack(dataset)
+    (index,) = cache.glob("*.index")
+    if suffix in ("index", "jpegs"):
+        place = index.with_suffix(f".{suffix}")
+        place.unlink()
+    else:
+        index.unlink()  # so that it is made anew
+        place = index.with_name(f"{index.stem}.{'index.' if suffix == 'stopped' else ''}{suffix}")
+    place.mkdir() if kind == "folder" else os.mkfifo(place)
+    with pytest.raises(UserError, match=f"{re.escape(str(place))} is not a file: move it away"):
+        pack(dataset)
+    place.rmdir() if kind == "folder" else place.unlink()
+    assert len(pack(dataset)) == 3
 
 
 def test_a_bomb_is_refused_by_its_header():

@@ -1,6 +1,6 @@
 """Images in one file, and train.py on them where `datasets` is not installed.
 
-    python benchmarks/packed.py FOLDER images.npz     18 MB for 60,000 images of CIFAR-10 as JPEG
+    python benchmarks/one_file.py FOLDER images.npz     18 MB for 60,000 images of CIFAR-10 as JPEG
 
 The file holds the bytes of the encoded images as they are (as JPEG, say) and their labels.
 """
@@ -120,8 +120,8 @@ def train_on_packed():
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        sys.exit("usage: packed.py FOLDER FILE.npz")
+        sys.exit("usage: one_file.py FOLDER FILE.npz")
     try:
         pack(sys.argv[1], Path(sys.argv[2]))
     except UserError as error:
-        sys.exit(f"packed.py: {error}")
+        sys.exit(f"one_file.py: {error}")
