@@ -1,171 +1,160 @@
-"""What transfer learning is worth: feature extraction, staged, full, and from scratch, over seeds.
+"""Fine-tuning over networks, sizes, epochs, strategies and seeds, every cell a run of finetune.py.
 
     python benchmarks/transfer.py                       Flowers102, ResNet-50, three seeds (a GPU)
-    python benchmarks/transfer.py --dataset FOLDER --model resnet18 --weights runs/x --sizes 64 128
-                                                        runs/x: trained with --stem standard
+    python benchmarks/transfer.py --dataset FOLDER --model tf_efficientnet_lite0 --weights FOLDER \
+        --sizes 64 128 --epochs 3 10 --strategies full:bn_mode=eval full:bn_mode=train \
+        --val_fraction 0.2 --test_split none            to choose by: the test images are not read
     python benchmarks/transfer.py --show                the table of what is there already
 
-Every row is `accelerate launch finetune.py` with one strategy and the seeds; runs that are there
-and finished are not run again. table.md and transfer.png are written beside the runs after each.
-Whatever this script does not know goes to every finetune.py: `--batch_size 64`, say.
+A strategy is a --strategy of finetune.py, with flags of its own after a colon. Runs that are there
+and finished are not run again, one that was killed goes on. Beside the runs lie results.json (a
+record a run), table.md (a row a cell; empty where none of its runs is finished) and transfer.png.
+Whatever this script does not know goes to every finetune.py: `--batch_size 64`, say. Only the last
+weights are scored. Several data sets or networks share a folder.
 """
 
 import argparse
+import hashlib
 import json
-import math
 import re
 import statistics
-import sys
+from itertools import product
 from pathlib import Path
 
 from training_runs import finish_run
 
-# The three stages of recipes/flowers102_resnet50.yaml, every rate times ten: those are made for
-# ImageNet's features, and others may have further to go
-TENFOLD = [
-    {"name": "head", "epochs": 5, "train": {"head": 1e-2}},
-    {"name": "layer4, head", "epochs": 10, "train": {"layer4": 1e-3, "head": 1e-2}},
-    {
-        "name": "everything",
-        "epochs": 15,
-        "train": {
-            "conv1": 1e-5, "bn1": 1e-5, "layer1": 1e-4, "layer2": 1e-4, "layer3": 5e-4,
-            "layer4": 1e-3, "head": 5e-3,
-        },
-    },
-]  # fmt: skip
-STRATEGIES = {
-    "feature extraction": ["--strategy=feature_extraction"],
-    "staged": ["--strategy=staged"],
-    "staged, rates × 10": ["--strategy=staged", f"--stages={json.dumps(TENFOLD)}"],
-    "full": ["--strategy=full"],
-    # All layers at one rate, as nothing in it is worth preserving
-    "from scratch": ["--strategy=full", "--weights=none", "--layer_decay=1", "--lr=1e-3"],
-}
+# All layers at one rate, as nothing in it is worth preserving
+FROM_SCRATCH = "full:weights=none,layer_decay=1,lr=1e-3"
+STRATEGIES = ["feature_extraction", "staged", "full", "auto", FROM_SCRATCH]
+CELL = ("dataset", "model", "size", "epochs", "strategy")
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="flowers102")
     parser.add_argument("--model", default="resnet50")
-    parser.add_argument("--weights", default="default", help="of all rows but the last")
-    parser.add_argument("--stem", default="standard")
+    parser.add_argument("--weights", default="default")
     parser.add_argument("--sizes", type=int, nargs="+", default=[224], help="pixels a side")
+    parser.add_argument("--epochs", type=int, nargs="+", default=[30])
+    parser.add_argument(
+        "--strategies", nargs="+", default=STRATEGIES, metavar="NAME[:FLAG=VALUE,…]"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
-    parser.add_argument("--epochs", type=int, default=30, help="of every row")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/transfer"))
     parser.add_argument("--config_file", help="of the launcher; unset: one process on all there is")
     parser.add_argument("--show", action="store_true", help="run nothing")
-    return parser.parse_known_args()
+    args, passed_on = parser.parse_known_args()
+    args.output_dir = args.output_dir.resolve()
+    return args, passed_on
 
 
 def main():
     args, passed_on = parse_args()
-    if not args.model.startswith(("resnet", "resnext", "wide_resnet")):
-        del STRATEGIES["staged, rates × 10"]  # its stages are ResNet's
-    plan = [(size, s, n) for n in args.seeds for size in args.sizes for s in STRATEGIES]
-    for count, (size, strategy, seed) in enumerate(plan, start=1):
-        folder = args.output_dir / run_name(size, strategy, seed)
-        if args.show or (folder / "summary.json").exists():
-            continue
-        print(f"{count} of {len(plan)}: {folder.name}", flush=True)
-        words = [
-            f"--dataset={args.dataset}", f"--model={args.model}", f"--weights={args.weights}",
-            f"--stem={args.stem}", f"--image_size={size}", f"--seed={seed}",
-            f"--epochs={args.epochs}", "--group=transfer", *STRATEGIES[strategy], *passed_on,
-        ]  # fmt: skip
-        finish_run("finetune.py", folder, words, args.config_file)
-        show(args)
-    show(args)
-
-
-def run_name(size, strategy, seed):
-    return f"{re.sub('[^a-z0-9]+', '_', strategy)}-{size}px-s{seed}"
-
-
-def show(args):
-    """Write and print the table of the runs that are finished, and draw it."""
-    rows = []
-    for size in args.sizes:
-        for strategy in STRATEGIES:
-            files = [
-                args.output_dir / run_name(size, strategy, seed) / "summary.json"
-                for seed in args.seeds
-            ]
-            done = [read(file, args) for file in files if file.exists()]
-            if done:
-                rows.append((size, strategy, done))
-    if not rows:
-        return
-    splits = rows[0][2][0]["data"]["splits"]
-    sizes = ", ".join(f"{count:,} {name}" for name, count in splits.items())
-    lines = [
-        f"{args.model}, {Path(args.dataset).name} ({sizes}), {args.epochs} epochs, "
-        f"weights {Path(args.weights).name}",
-        "",
-        "| pixels | strategy | test accuracy, mean ± s.d. (n) | trained parameters | time, s |",
-        "|---|---|---|---|---|",
+    name = Path(args.dataset).name
+    # seeds outermost, so that a table of all cells is there early
+    cells = [
+        {"dataset": name, "model": args.model, "size": size, "epochs": epochs, "strategy": strategy}
+        for epochs, size, strategy in product(args.epochs, args.sizes, args.strategies)
     ]
-    for size, strategy, done in rows:
-        trained = statistics.median(run["trained_parameters"] for run in done)
-        seconds = statistics.median(run["seconds"] for run in done)
-        lines.append(
-            f"| {size} | {strategy} | {words(accuracies(done))} | {trained:,.0f} | {seconds:,.0f} |"
-        )
+    wanted = [{**cell, "seed": seed} for seed, cell in product(args.seeds, cells)]
+    for count, record in enumerate(wanted, start=1):
+        folder = args.output_dir / run_name(record)
+        finished = (folder / "summary.json").exists()
+        if not (finished or args.show):
+            print(f"{count} of {len(wanted)}: {folder.name}", flush=True)
+            finish_run("finetune.py", folder, flags_of(record, args, passed_on), args.config_file)
+        if (folder / "summary.json").exists():
+            (folder / "cell.json").write_text(json.dumps(record))
+        if not (finished or args.show):
+            show(args.output_dir, cells)
+    print(show(args.output_dir, cells))
+
+
+def run_name(record):
+    """Readable, and another for every record: the hash is of the strategy's flags."""
+    words = [*map(str, (record[key] for key in CELL)), f"s{record['seed']}"]
+    flags = hashlib.blake2b(record["strategy"].encode(), digest_size=3).hexdigest()
+    words[4] = f"{record['strategy'].partition(':')[0]}_{flags}"
+    return re.sub("[^A-Za-z0-9_.]+", "-", "-".join(words))
+
+
+def flags_of(record, args, passed_on):
+    strategy, _, own = record["strategy"].partition(":")
+    return [
+        f"--dataset={args.dataset}", f"--model={args.model}", f"--weights={args.weights}",
+        f"--image_size={record['size']}", f"--epochs={record['epochs']}",
+        f"--eval_epochs={record['epochs']}", f"--seed={record['seed']}", f"--strategy={strategy}",
+        "--group=transfer", "--checkpointing_steps=1000000", *passed_on,
+        *(f"--{flag}" for flag in own.split(",") if flag),
+    ]  # fmt: skip
+
+
+def show(output_dir, cells):
+    """Write results.json, table.md and transfer.png of the finished runs, `cells` and others'."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    results = [read(file) for file in sorted(output_dir.glob("*/cell.json"))]
+    (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    rows = {tuple(cell[key] for key in CELL): [] for cell in cells}
+    for result in results:
+        rows.setdefault(tuple(result[key] for key in CELL), []).append(result)
+    lines = [
+        "| images | network | pixels | epochs | strategy | accuracy, mean (min–max), n | of | s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for cell, done in sorted(rows.items(), key=lambda row: [*map(str, row[0][:2]), *row[0][2:4]]):
+        facts = ["", "", ""]
+        if done:
+            seconds = statistics.median(run["seconds"] for run in done)
+            facts = [in_words(done), done[0]["split"], f"{seconds:,.0f}"]
+        lines.append(f"| {' | '.join(map(str, cell))} | {' | '.join(facts)} |")
     text = "\n".join(lines)
-    (args.output_dir / "table.md").write_text(text + "\n")
-    print(text, flush=True)
-    draw(args.output_dir / "transfer.png", rows, f"{lines[0]}")
+    (output_dir / "table.md").write_text(text + "\n")
+    draw(output_dir / "transfer.png", {cell: done for cell, done in rows.items() if done})
+    return text
 
 
-def read(file, args):
-    """A finished run's summary; the script ends where it is another experiment's."""
-    summary = json.loads(file.read_text())
-    flags = json.loads((file.parent / "config.json").read_text())["flags"]
-    for name in ("dataset", "model", "epochs"):
-        if flags[name] != getattr(args, name):
-            sys.exit(
-                f"{file.parent} was run with {name} {flags[name]}: choose another --output_dir"
-            )
-    if summary["split"] != "test":
-        sys.exit(f"{file.parent} has no test accuracy: {args.dataset} needs a test split")
-    return summary
+def read(file):
+    """One finished run, as it stands in results.json."""
+    summary = json.loads((file.parent / "summary.json").read_text())
+    facts = {key: summary[key] for key in ("split", "accuracy", "seconds", "trained_parameters")}
+    return json.loads(file.read_text()) | facts | {"chosen": summary["strategy"]}
+
+
+def in_words(done):
+    values = accuracies(done)
+    return f"{statistics.mean(values):.1f} ({min(values):.1f}–{max(values):.1f}), {len(values)}"
 
 
 def accuracies(done):
     return [100 * run["accuracy"] for run in done]
 
 
-def deviation(values):
-    return statistics.stdev(values) if len(values) > 1 else math.nan
-
-
-def words(values):
-    return f"{statistics.mean(values):.1f} ± {deviation(values):.1f} % ({len(values)})"
-
-
-def draw(path, rows, title):
-    """A panel a size: mean, s.d. and every run."""
-    import textwrap
-
+def draw(path, rows):
+    """A panel for each images, network, size and number of epochs: mean, range and every run."""
     from matplotlib.figure import Figure
 
-    sizes = list(dict.fromkeys(size for size, _, _ in rows))
-    figure = Figure(figsize=(9, 1.2 + 1.9 * len(sizes)), dpi=110, layout="constrained")
-    figure.suptitle("\n".join(textwrap.wrap(title, 90)), fontsize=10)
-    axes = figure.subplots(len(sizes), 1, sharex=True, squeeze=False)[:, 0]
-    for ax, size in zip(axes, sizes, strict=True):
-        mine = [(name, accuracies(done)) for s, name, done in rows if s == size][::-1]
-        for y, (_, values) in enumerate(mine):
+    panels = {}
+    for cell, done in rows.items():
+        panels.setdefault(cell[:4], []).append((cell[4], accuracies(done)))
+    if not panels:
+        return
+    height = sum(0.7 + 0.28 * len(bars) for bars in panels.values())
+    figure = Figure(figsize=(9, 0.6 + height), dpi=110, layout="constrained")
+    axes = figure.subplots(
+        len(panels), 1, sharex=True, squeeze=False,
+        height_ratios=[1 + len(bars) for bars in panels.values()],
+    )[:, 0]  # fmt: skip
+    for ax, (panel, bars) in zip(axes, panels.items(), strict=True):
+        for y, (_, values) in enumerate(bars[::-1]):
             mean = statistics.mean(values)
-            spread = deviation(values) if len(values) > 1 else 0
-            ax.barh(y, mean, xerr=spread, height=0.6, color="#0072B2", alpha=0.35, capsize=4)
+            ax.barh(y, mean, height=0.6, color="#0072B2", alpha=0.35)
             ax.plot(values, [y] * len(values), "o", color="#0072B2", markersize=4)
-            ax.text(1, y, f"{mean:.1f} ", va="center", color="#333333")
-        ax.set_yticks(range(len(mine)), [name for name, _ in mine])
-        ax.set_title(f"{size} px", loc="left", fontsize=10)
+            ax.text(1, y, f"{mean:.1f}", va="center", color="#333333", fontsize=8)
+        ax.set_yticks(range(len(bars)), [name for name, _ in bars[::-1]], fontsize=8)
+        images, model, size, epochs = panel
+        ax.set_title(f"{images}, {model}, {size} px, {epochs} epochs", loc="left", fontsize=9)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[-1].set_xlabel("test accuracy in %: every run, their mean, ± one standard deviation")
+    axes[-1].set_xlabel("accuracy in %: every run, and their mean")
     figure.savefig(path)
 
 
