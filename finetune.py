@@ -114,7 +114,9 @@ def main(args):
         per_class = len(data.train) / len(data.classes)
         strategy, reason = staging.choose_strategy(per_class, probe.accuracy, len(data.classes))
     blocks = build.blocks(model, args.model)
-    stages = staging.make_stages(args, strategy, model, blocks, per_epoch)
+    stages = staging.make_stages(
+        args, strategy, model, blocks, per_epoch, pretrained.state is not None
+    )
     total = stages[-1].end
     for stage in stages:
         part = check_batch(args, accelerator.num_processes, len(data.train), mixes(stage.args))
@@ -151,7 +153,8 @@ def main(args):
     optimizer = make_optimizer(args, model.parameters(), accelerator, lr=1.0)
     optimizer = accelerator.prepare(optimizer)
     identity = plan.identity(data, look, splits) | {
-        "strategy": strategy, "stages": [[s.name, s.rates, s.start, s.end] for s in stages]
+        "strategy": strategy,
+        "stages": [[s.name, s.rates, s.start, s.end, s.args.bn_mode] for s in stages],
     }  # fmt: skip
     run = Run(
         args, accelerator, folder, model, optimizer, ema, total=total, per_epoch=per_epoch,

@@ -82,11 +82,11 @@ def test_feature_extraction_changes_the_head_alone(tmp_path, views):
     assert changed == {"fc.weight", "fc.bias"}
 
 
-def test_bn_mode_train_moves_the_statistics_of_frozen_parts(tmp_path):
+def test_bn_mode_all_moves_the_statistics_of_frozen_parts(tmp_path):
     start, _ = smallruns.train(tmp_path / "start", max_steps=4, dropout=None)
     folder, _ = smallruns.finetune(
         tmp_path, stages=None, strategy="feature_extraction", weights=start, epochs=1, lr=0.01,
-        bn_mode="train",
+        bn_mode="all",
     )  # fmt: skip
     before = safetensors.torch.load_file(start / "model.safetensors")
     after = safetensors.torch.load_file(folder / "model.safetensors")

@@ -457,9 +457,10 @@ def transfer_flags(parser):
     bounded(g, "layer_decay",
             help="factor on a block's learning rate for each block between it and the "
             "end; 1: off; unset: 0.75 for full, 1 for staged")
-    g.add_argument("--bn_mode", choices=("auto", "eval", "train"), default="auto",
-                   help="auto: BatchNorm of frozen parts stays as it is, of trained parts adapts; "
-                   "eval: none adapts; train: all do, frozen or not")
+    g.add_argument("--bn_mode", choices=("auto", "eval", "train", "all"), default="auto",
+                   help="which BatchNorm layers adapt their statistics. eval: none; train: those "
+                   "of trained parts; all: those of frozen parts too; auto: none of a pretrained "
+                   "network, those of trained parts from scratch")
     bounded(g, "views", default=2,
             help="augmented views of each image whose features are kept while only the "
             "head trains; 1: no augmentation; 0: the network runs anew every step")

@@ -237,7 +237,7 @@ def under_probe(summary):
     return (
         f"note         {less:.1f} points under a linear probe of the features it began with "
         f"({probe['accuracy']:.1%} of {probe['of']} images): training lost what they knew; lower "
-        "rates, fewer --epochs or --bn_mode eval may keep it\n"
+        "rates or fewer --epochs may keep it\n"
     )
 
 

@@ -21,6 +21,7 @@ HEAD_LR, FULL_LR, FULL_DECAY = 1e-3, 5e-4, 0.75
 PROBE_LR = 5e-3  # of a head that trains alone all along
 EPOCHS = {"feature_extraction": 30, "full": 30}  # staged: 5 + 10 + 15
 STEM_LR = 1e-6
+NORM_MODES = {"eval": "eval", "train": "auto", "all": "train"}  # --bn_mode, as freeze_except's
 STAGED_LR = (1e-5, 1e-5, 5e-5, 1e-4)  # of the quarters of the network, from the stem to the head
 
 # The table of `auto`: (enough images a class, the probe does well) -> strategy
@@ -62,10 +63,11 @@ def choose_strategy(images_per_class, accuracy, classes):
     )
 
 
-def make_stages(args, strategy, model, blocks, per_epoch):
+def make_stages(args, strategy, model, blocks, per_epoch, pretrained):
     """The stages of a run, those without a step left out.
 
-    blocks: from harness.models.build. per_epoch: optimizer steps. --epochs and --max_steps are
+    blocks: from harness.models.build. per_epoch: optimizer steps. pretrained: whether the network
+    has weights of another training, whose BatchNorm statistics `--bn_mode auto` keeps. --epochs and --max_steps are
     shared out over the stages in proportion to their own epochs.
 
     Raises UserError for flags that the strategy has no use for, and, naming the stage, for a
@@ -89,6 +91,8 @@ def make_stages(args, strategy, model, blocks, per_epoch):
     for n, stage in enumerate(wanted, start=1):
         own = {k: v for k, v in stage.items() if k not in ("name", "epochs", "train")}
         flags = argparse.Namespace(**{**vars(args), "layer_decay": decay, **own})
+        if flags.bn_mode == "auto":
+            flags.bn_mode = "eval" if pretrained else "train"
         name = f"{n} {stage.get('name') or _name(stage['train'])}"
         start, passed = round(total * passed / own_epochs), passed + stage["epochs"]
         end = round(total * passed / own_epochs)
@@ -135,7 +139,7 @@ def default_stages(blocks):
 def enter(model, stage):
     """Freeze and unfreeze for a stage; returns the optimizer's groups (see prefix_groups)."""
     args = stage.args
-    freeze_except(model, list(stage.rates), args.bn_mode)
+    freeze_except(model, list(stage.rates), NORM_MODES[args.bn_mode])
     return prefix_groups(model, stage.rates, args.weight_decay, args.norm_weight_decay)
 
 

@@ -172,11 +172,13 @@ def test_features_are_kept_until_another_part_trains():
 
     def kept(*argv):
         args = build_parser("finetune.py").read([text, *argv])
-        return features.kept_in(stages.make_stages(args, "staged", model, blocks, 9), model, SIZE)
+        made = stages.make_stages(args, "staged", model, blocks, 9, pretrained=True)
+        return features.kept_in(made, model, SIZE)
 
     assert kept() == ["1 head", "2 head"]
     assert kept("--views=0") == [] == kept("--mix_prob=1")
     assert kept("--mix_prob=1", "--mixup_alpha=0", "--cutmix_alpha=0") == ["1 head", "2 head"]
+    assert kept("--bn_mode=train") == ["1 head", "2 head"] and kept("--bn_mode=all") == []
 
 
 def test_the_batches_of_two_processes_are_those_of_one(monkeypatch):

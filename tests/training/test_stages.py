@@ -41,9 +41,37 @@ def on_meta(name, classes=7):
     return model, build.blocks(model, name)
 
 
-def make(args, strategy="staged", name="resnet18", per_epoch=10):
+def make(args, strategy="staged", name="resnet18", per_epoch=10, pretrained=False):
     model, blocks = on_meta(name)
-    return stages.make_stages(args, strategy, model, blocks, per_epoch), model, blocks
+    made = stages.make_stages(args, strategy, model, blocks, per_epoch, pretrained)
+    return made, model, blocks
+
+
+@pytest.mark.parametrize(
+    ("asked", "pretrained", "mode"),
+    [("auto", True, "eval"), ("auto", False, "train"), ("train", True, "train"),
+     ("all", True, "all"), ("eval", False, "eval")],
+)  # fmt: skip
+def test_batchnorm_of_pretrained_networks_keeps_its_statistics_unless_asked(
+    asked, pretrained, mode
+):
+    made, model, _ = make(parse(f"--bn_mode={asked}"), pretrained=pretrained)
+    assert {stage.args.bn_mode for stage in made} == {mode}
+    adapts = {
+        "eval": (set(), set()), "train": ({"layer4"}, {"layer1", "layer4"}),
+        "all": ({"layer1", "layer4"}, {"layer1", "layer4"}),
+    }[mode]  # fmt: skip
+    for stage, expected in zip(made[1:], adapts, strict=True):
+        stages.enter(model, stage)
+        parts = {"layer1": model.layer1, "layer4": model.layer4}
+        norms = {name: part[0].bn1.training for name, part in parts.items()}
+        assert {name for name, training in norms.items() if training} == expected
+
+
+def test_a_stage_of_its_own_mind_about_batchnorm():
+    text = "--stages=[{epochs: 1, train: {head: 1}}, {epochs: 1, train: {all: 1}, bn_mode: train}]"
+    made, _, _ = make(parse(text), pretrained=True)
+    assert [stage.args.bn_mode for stage in made] == ["eval", "train"]
 
 
 def as_yaml(*train, **more):
