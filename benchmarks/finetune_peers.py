@@ -22,7 +22,6 @@ table.md.
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -167,13 +166,13 @@ def fastai(args, images):
 def timm(seed, args, images):
     output = args.output_dir / "timm"
     command = [
-        sys.executable, args.timm_train, "--data-dir", str(images), "--val-split", "test",
-        "--model", args.model, "--pretrained", "--pretrained-path",
-        f"{args.weights}/model.safetensors", "--num-classes",
-        str(len(os.listdir(images / "train"))), "--img-size", str(args.size), "--epochs",
-        str(args.epochs), "--batch-size", str(args.batch_size), "--workers", str(max(1, args.threads - 1)),
-        "--seed", str(seed), "--output", str(output), "--experiment", f"s{seed}-{time.time()}",
-        "--cooldown-epochs", "0", *args.timm_flags.split(),
+        sys.executable, args.timm_train, f"--data-dir={images}", "--val-split=test",
+        f"--model={args.model}", "--pretrained",
+        f"--pretrained-path={args.weights}/model.safetensors",
+        f"--num-classes={len(os.listdir(images / 'train'))}", f"--img-size={args.size}",
+        f"--epochs={args.epochs}", "--cooldown-epochs=0", f"--batch-size={args.batch_size}",
+        f"--workers={max(1, args.threads - 1)}", f"--seed={seed}", f"--output={output}",
+        f"--experiment=s{seed}-{time.time()}", *args.timm_flags.split(),
     ]  # fmt: skip
     import torch
 

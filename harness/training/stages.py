@@ -67,8 +67,8 @@ def make_stages(args, strategy, model, blocks, per_epoch, pretrained):
     """The stages of a run, those without a step left out.
 
     blocks: from harness.models.build. per_epoch: optimizer steps. pretrained: whether the network
-    has weights of another training, whose BatchNorm statistics `--bn_mode auto` keeps. --epochs and --max_steps are
-    shared out over the stages in proportion to their own epochs.
+    has weights of another training, whose BatchNorm statistics `--bn_mode auto` keeps. --epochs
+    and --max_steps are shared out over the stages in proportion to their own epochs.
 
     Raises UserError for flags that the strategy has no use for, and, naming the stage, for a
     prefix that matches nothing or lies under another one. Leaves the model in the last stage.
