@@ -53,7 +53,7 @@ from harness.training import stages as staging
 from harness.training.folder import check_folder
 from harness.training.optimizers import make_optimizer
 from harness.training.probe import can_start_from_probe, fit_probe, start_from_probe
-from harness.training.run import Run, check_batch
+from harness.training.run import Length, Run, check_batch
 from harness.training.scoring import evaluate, score
 from harness.training.verify import verify_resume
 from tricks.ema import ModelEma
@@ -157,7 +157,7 @@ def main(args):
         "stages": [[s.name, s.rates, s.start, s.end, s.args.bn_mode] for s in stages],
     }  # fmt: skip
     run = Run(
-        args, accelerator, folder, model, optimizer, ema, total=total, per_epoch=per_epoch,
+        args, accelerator, folder, model, optimizer, ema, Length(total, per_epoch),
         config=plan.result_config(args, data, look, stem, "finetune", pretrained, args.head),
         identity=identity,
     )  # fmt: skip
@@ -182,7 +182,7 @@ def main(args):
         **({"probe": {"accuracy": probe.accuracy, "of": probe.source}} if probe else {}),
     }
     summary = run.finish(test_result if "test" in splits else None, facts)
-    accelerator.print(plan.closing(summary, folder, run.tracking.line))
+    accelerator.print(plan.closing(summary, folder, run.record.tracking.line))
 
 
 def train_stage(run, stage, optimizer, splits, look, classes, known):
@@ -191,7 +191,7 @@ def train_stage(run, stage, optimizer, splits, look, classes, known):
     known: the features kept so far, which this adds to.
     """
     accelerator, args, model = run.accelerator, stage.args, run.module
-    run.stage = stage.name
+    run.record.stage = stage.name
     staging.set_groups(optimizer.optimizer, staging.enter(model, stage))
     check_groups(model, optimizer.param_groups)
     frozen = frozen_digest(model)
@@ -249,7 +249,9 @@ def train_stage(run, stage, optimizer, splits, look, classes, known):
             if not cached and run.wants_picture():
                 save_train_batch(run.picture, views.to_pixels(images), targets, classes)
         norm = accelerator.clip_grad_norm_(network.parameters(), args.clip_grad_norm or math.inf)
-        run.agree(norm)  # a non-finite number on any process: all stop, or skip, before the update
+        run.sync_step(
+            norm
+        )  # a non-finite number on any process: all stop, or skip, before the update
         optimizer.step()
         optimizer.zero_grad()
         if run.ema and not accelerator.optimizer_step_was_skipped:

@@ -40,7 +40,7 @@ from harness.processes import in_turn
 from harness.training import plan
 from harness.training.folder import check_folder
 from harness.training.optimizers import make_groups, make_optimizer
-from harness.training.run import Run, check_batch
+from harness.training.run import Length, Run, check_batch
 from harness.training.scoring import evaluate, score
 from harness.training.verify import verify_resume
 from tricks.ema import ModelEma
@@ -119,7 +119,7 @@ def main(args):
 
     model, optimizer = accelerator.prepare(model, optimizer)
     run = Run(
-        args, accelerator, folder, model, optimizer, ema, total=total, per_epoch=per_epoch,
+        args, accelerator, folder, model, optimizer, ema, Length(total, per_epoch),
         config=plan.result_config(args, data, look, stem, "train", pretrained),
         identity=plan.identity(data, look, splits),
     )  # fmt: skip
@@ -159,7 +159,9 @@ def main(args):
             if run.wants_picture():
                 save_train_batch(run.picture, views.to_pixels(images), targets, data.classes)
         norm = accelerator.clip_grad_norm_(model.parameters(), args.clip_grad_norm or float("inf"))
-        run.agree(norm)  # a non-finite number on any process: all stop, or skip, before the update
+        run.sync_step(
+            norm
+        )  # a non-finite number on any process: all stop, or skip, before the update
         optimizer.step()
         optimizer.zero_grad()
         if ema and not accelerator.optimizer_step_was_skipped:
@@ -174,7 +176,7 @@ def main(args):
         return result(split, seen)
 
     summary = run.finish(result if "test" in splits else None, tta=seen and over_views)
-    accelerator.print(plan.closing(summary, folder, run.tracking.line))
+    accelerator.print(plan.closing(summary, folder, run.record.tracking.line))
 
 
 if __name__ == "__main__":

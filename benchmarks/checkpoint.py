@@ -78,7 +78,7 @@ def write_in_turns(folder, rounds):
 def stalls(folder, saves, every, batch):
     """[(seconds that Run holds the loop, seconds lost over the interval)] of each checkpoint."""
     holds, steps, saved = [], [], []
-    checkpoint, agree = Run._checkpoint, Run.agree
+    checkpoint, agree = Run._checkpoint, Run.sync_step
 
     def timed(run, *args, **kwargs):
         start = time.perf_counter()
@@ -97,12 +97,12 @@ def stalls(folder, saves, every, batch):
         f"--max_steps={(saves + 1) * every}", f"--output_dir={folder}", "--run_name=run",
         "--report_to=none", "--eval_epochs=100000",
     ]  # fmt: skip
-    Run._checkpoint, Run.agree = timed, stamped
+    Run._checkpoint, Run.sync_step = timed, stamped
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             train.main(train.read_flags(words))
     finally:
-        Run._checkpoint, Run.agree = checkpoint, agree
+        Run._checkpoint, Run.sync_step = checkpoint, agree
     found = []
     for place, hold in zip(saved[:-1], holds[:-1], strict=True):  # the last one ends the run
         marks = steps[place - 1 : place + every]

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import harness.training.plan
-import harness.training.run
+import harness.training.record
 from harness.data.pixels import SMALL_SQUARE, decode_image
 from harness.data.preprocessing import Preprocessing
 from harness.data.sources import Data, Split, cut, load_data
@@ -114,7 +114,7 @@ def train_on_packed():
     harness.training.plan.choose_store = lambda args, data, look: (look, "decoded in memory")
     train.decode_splits = decode_packed
     train.save_train_batch = lambda *args: None  # these want matplotlib
-    harness.training.run.save_curves = lambda *args: None
+    harness.training.record.save_curves = lambda *args: None
     return train
 
 

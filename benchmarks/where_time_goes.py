@@ -52,7 +52,7 @@ PHASES = {
     "clip": (Accelerator, "clip_grad_norm_"),
     "optimizer": (accelerate.optimizer.AcceleratedOptimizer, "step"),
     "EMA": (ModelEma, "update"),
-    "check (Run.count, agree)": (Run, "agree"),
+    "check (Run.count, sync_step)": (Run, "sync_step"),
     "log (Run._after_step)": (Run, "_after_step"),
 }
 
@@ -100,7 +100,7 @@ def phases(data, batch, steps):
 
     for phase, (owner, name) in PHASES.items():
         replace(owner, name, clocks.around(phase, getattr(owner, name)))
-    replace(Run, "count", clocks.around("check (Run.count, agree)", Run.count))
+    replace(Run, "count", clocks.around("check (Run.count, sync_step)", Run.count))
     draw, build = train.draw_mixing, train.models.build_model
 
     def draw_mixing(*args):

@@ -23,7 +23,7 @@ class StopAsked(Exception):
 
     def __init__(self, sum_of_signals):
         super().__init__("a signal")
-        self.sum_of_signals = sum_of_signals  # see harness.training.run.STOP
+        self.sum_of_signals = sum_of_signals  # see harness.training.guard.STOP
 
 
 def nearest(word, known):

@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 from harness.files import replace_file
+from harness.metrics import METRICS
 
 GRID = (4, 8)  # rows, columns
 SHOWN = 32  # images in it
@@ -169,30 +170,27 @@ def _draw_text(draw, at, text):
 # weights are dashed, averaged ones solid.
 GREY, BLUE, VERMILION, GREEN, PINK = "#777777", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, BLACK = "#E69F00", "#56B4E9", "#000000"
-SCORES = {
-    "loss": {
-        "train/loss": (GREY, "-"),
-        "epoch/loss": (BLACK, ":"),
-        "val/loss": (BLUE, "--"),
-        "val/loss_ema": (BLUE, "-"),
-        "test/loss": (VERMILION, "--"),
-        "test/loss_ema": (VERMILION, "-"),
-    },
-    "accuracy": {
-        "train/mixed_acc": (GREY, "-"),
-        "epoch/mixed_acc": (BLACK, ":"),
-        "val/acc": (BLUE, "--"),
-        "val/acc_ema": (BLUE, "-"),
-        "test/acc": (VERMILION, "--"),
-        "test/acc_ema": (VERMILION, "-"),
-    },
-}
+ENDS = {"": "--", "_ema": "-"}
+
+
+def _panels():
+    """{title of a panel: {key of the records: (colour, line style)}}, by the table of metrics."""
+    in_training = {"acc": "mixed_acc", "loss": "loss"}
+    panels = {}
+    for name, metric in METRICS.items():
+        panel = panels.setdefault(metric.title, {})
+        if name in in_training:
+            panel[f"train/{in_training[name]}"] = (GREY, "-")
+            panel[f"epoch/{in_training[name]}"] = (BLACK, ":")
+        for split, colour in (("val", BLUE), ("test", VERMILION)):
+            panel |= {f"{split}/{name}{end}": (colour, style) for end, style in ENDS.items()}
+    return panels
 
 
 def save_curves(path, records):
     """Loss, accuracy and learning rate over the epochs, from the objects of metrics.jsonl.
 
-    records: dicts with "epoch" (float) and any of the keys in SCORES, "train/lr" and
+    records: dicts with "epoch" (float) and any of the keys of `_panels`, "train/lr" and
     "train/lr/<group>"; keys may be missing, values None or NaN. Where a "stage" begins, a
     vertical line says so.
     """
@@ -205,7 +203,7 @@ def save_curves(path, records):
     keys = dict.fromkeys(key for group in sorted(named, key=len, reverse=True) for key in group)
     palette = (GREEN, PINK, ORANGE, SKY, BLUE, VERMILION, GREY)
     rates = {key: (palette[n % len(palette)], "-") for n, key in enumerate(keys)}
-    panels = SCORES | {"learning rate": rates}
+    panels = _panels() | {"learning rate": rates}
     with matplotlib.style.context("default"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # all that matplotlib may find odd about a NaN or a zero
         figure = Figure(figsize=(8, 9), dpi=110, layout="constrained")

@@ -22,6 +22,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from harness.errors import UserError, nearest
+from harness.metrics import METRICS
 
 TRACKERS = ("wandb", "tensorboard")
 PROBE_SECONDS = 3.0  # how long W&B's server may take to answer before the run is kept offline
@@ -282,9 +283,9 @@ def _define_metrics(run) -> None:
     run.define_metric("train/*", step_metric="step")
     for pattern in ("val/*", "test/*", "epoch/*"):
         run.define_metric(pattern, step_metric="epoch")
-    for weights in ("", "_ema"):
-        run.define_metric(f"val/acc{weights}", step_metric="epoch", summary="max")
-        run.define_metric(f"val/loss{weights}", step_metric="epoch", summary="min")
+    for name, metric in METRICS.items():
+        for weights in ("", "_ema"):
+            run.define_metric(f"val/{name}{weights}", step_metric="epoch", summary=metric.best)
 
 
 def _log_record(tracker, record: dict, step: int) -> None:

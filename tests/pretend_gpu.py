@@ -38,7 +38,7 @@ MAY_WAIT = {
     ("harness/training/run.py", "_log_interval"): "every --logging_steps",
     ("harness/training/run.py", "_end_epoch"): "once an epoch",
     ("harness/training/run.py", "_start_checkpoint"): "a checkpoint",
-    ("harness/training/run.py", "_result_weights"): "once an epoch, where it is the best so far",
+    ("harness/training/result.py", "current_weights"): "once an epoch, where it is the best so far",
     ("harness/training/checkpoint.py", "start"): "a checkpoint",
     ("harness/training/scoring.py", "_read_sums"): "once an evaluation",
     ("harness/ensembles/predictions.py", "_read_times"): "once a member and split",
@@ -47,7 +47,7 @@ MAY_WAIT = {
     ("tricks/freeze.py", "frozen_digest"): "twice a stage",
 }
 # And a copy to the host that nothing waits for: it is read under an event, GPU_LAG steps later
-DELAYED_COPY = ("harness/training/run.py", "agree")
+DELAYED_COPY = ("harness/training/guard.py", "sync")
 
 READS = {
     "item", "tolist", "cpu", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__",
@@ -218,8 +218,8 @@ class _Event:
 
     def synchronize(self):
         if self.gpu._recorded - self.number < 2:
-            frame = sys._getframe(2)  # who reads the checks
-            if frame.f_code.co_name == "agree":
+            frame = sys._getframe(3)  # who reads the checks
+            if frame.f_code.co_name == "sync_step":
                 self.gpu.wait("the event of a step that is under way")
 
     def elapsed_time(self, other):

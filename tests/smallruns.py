@@ -201,7 +201,7 @@ def wait_for_step(folder, step, process, seconds=120):
     """Block until metrics.jsonl has a record of at least `step`."""
     import time
 
-    from harness.training.metrics import read_metrics
+    from harness.training.metrics_file import read_metrics
 
     until = time.monotonic() + seconds
     while time.monotonic() < until and process.poll() is None:

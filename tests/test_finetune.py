@@ -15,8 +15,8 @@ import smallruns
 from harness.models import build
 from harness.models.reading import load_weights
 from harness.models.weights import load_state
-from harness.training.metrics import read_metrics
-from harness.training.run import Run
+from harness.training.metrics_file import read_metrics
+from harness.training.record import Record
 
 TWO = ("--config_file", str(smallruns.ROOT / "accelerate_configs/cpu_2proc.yaml"))
 
@@ -243,7 +243,7 @@ def test_stopping_after_any_step_of_any_stage_changes_nothing(
     straight, tmp_path, stop, monkeypatch
 ):
     """At the ends of stages too (4, 8), where the next one starts with other groups."""
-    monkeypatch.setattr(Run, "_draw_curves", lambda self: None)  # they take a quarter of the time
+    monkeypatch.setattr(Record, "draw_curves", lambda self, step: None)
     folder, status = smallruns.finetune(tmp_path, stop_after=stop)
     assert status == 0
     smallruns.finetune(tmp_path, resume_from_checkpoint="auto")

@@ -8,7 +8,7 @@ import torch
 import finetune
 import smallruns
 from harness.training import scoring
-from harness.training.metrics import read_metrics
+from harness.training.metrics_file import read_metrics
 from harness.training.run import Run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -158,7 +158,7 @@ def test_neither_a_step_nor_an_evaluation_waits(tmp_path, monkeypatch, script, f
 
 
 def test_a_wait_in_a_step_is_an_error_there(tmp_path, monkeypatch):
-    """The test above can fail: `new_tensor`, which Run.agree had."""
+    """The test above can fail: `new_tensor`, which the step's guard had."""
     monkeypatch.setattr(torch.Tensor, "new_full", lambda x, _, value: x.new_tensor([value]))
     monkeypatch.setattr(Run, "steps", refusing_waits(Run.steps))
     with pytest.raises(RuntimeError, match="synchronizing"):

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 import smallruns
 from harness.models.names import find_model
 from harness.models.reading import load_weights
-from harness.training.metrics import read_metrics
+from harness.training.metrics_file import read_metrics
 
 # Small ones of each kind, as models of the Hub whose config.json says how they were made
 NETWORKS = {

@@ -15,7 +15,7 @@ import smallruns
 from harness.errors import RunStopped, UserError
 from harness.models import build
 from harness.models.weights import load_state
-from harness.training.metrics import read_metrics
+from harness.training.metrics_file import read_metrics
 
 TWO = ("--config_file", str(smallruns.ROOT / "accelerate_configs" / "cpu_2proc.yaml"))
 ONE = ("--config_file", str(smallruns.ROOT / "accelerate_configs" / "cpu.yaml"))

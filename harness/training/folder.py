@@ -20,7 +20,7 @@ from harness.errors import UserError
 from harness.files import file_name, has_file, replace_file
 from harness.tracking import parse_report_to, require_tensorboard
 from harness.training.checkpoint import checkpoints
-from harness.training.metrics import MetricsFile
+from harness.training.metrics_file import MetricsFile
 
 # The file that says which script has a folder and what it may write there: {"script": name,
 # "written": [names], "checkpoint": the step of its first, "clearing": while --overwrite deletes}.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from harness.errors import StopAsked
+from harness.metrics import METRICS, batch_sums
 from tricks.tta import average_views
 
 BATCH = (64, 256)  # fewest and most samples of an evaluation batch
@@ -21,7 +21,7 @@ def batch_starts(split) -> range:
 
 @torch.inference_mode()
 def evaluate(accelerator, model, split, prepare, seen=None, stop=None):
-    """Top-1 accuracy and mean cross-entropy (no smoothing) of `model` on one split.
+    """The metrics of `model` on one split, by their names in harness.metrics.METRICS.
 
     model: the unwrapped module. split: harness.data.stores.Samples. prepare: uint8 batch on the
     device -> what the network takes. seen: tricks.tta's views, whose probabilities are averaged;
@@ -35,7 +35,8 @@ def evaluate(accelerator, model, split, prepare, seen=None, stop=None):
     """
     total = len(split.labels)
     starts = batch_starts(split)
-    sums = torch.zeros(len(starts), 4, device=accelerator.device)  # loss, correct, samples, stop
+    columns = len(METRICS) + 2  # and samples, stop
+    sums = torch.zeros(len(starts), columns, device=accelerator.device)
     modes = [(module, module.training) for module in model.modules()]  # frozen parts stay in eval
     model.eval()
     for k in range(accelerator.process_index, len(starts), accelerator.num_processes):
@@ -50,19 +51,18 @@ def evaluate(accelerator, model, split, prepare, seen=None, stop=None):
                 views = [model(prepare(view.apply(images, index))).float() for view in seen]
                 weights = [view.weight for view in seen]
                 logits = average_views(torch.stack(views), weights, check=False)
-        correct = (logits.argmax(1) == labels).sum()
-        loss = F.cross_entropy(logits, labels, reduction="sum")
         # Filled there: new_tensor would copy from the host's memory, and wait for the device
-        sums[k, :3] = torch.stack([loss, correct.float(), loss.new_full((), len(labels))])
+        values = batch_sums(logits, labels)
+        sums[k, :-1] = torch.cat([values, values.new_full((1,), len(labels))])
     for module, training in modes:
         module.training = training
     if stop:
-        sums[0, 3].fill_(stop())
-    loss, correct, count, stopped = _read_sums(accelerator, sums)
+        sums[0, -1].fill_(stop())
+    *values, count, stopped = _read_sums(accelerator, sums)
     if stopped:
         raise StopAsked(stopped)
     assert count == total, f"{count} samples were scored instead of {total}"
-    return {"acc": correct / total, "loss": loss / total}
+    return {name: value / total for name, value in zip(METRICS, values, strict=True)}
 
 
 def _read_sums(accelerator, sums):
@@ -71,9 +71,9 @@ def _read_sums(accelerator, sums):
 
 
 def score(model, ema, evaluate):
-    """`acc` and `loss` with the raw weights, and `acc_ema`, `loss_ema` with the averaged ones.
+    """The metrics of the raw weights, and of the averaged ones with names that end in `_ema`.
 
-    evaluate: a function without arguments -> {"acc", "loss"} of the weights in `model`.
+    evaluate: a function without arguments -> {metric: value} of the weights in `model`.
     """
     scores = evaluate()
     if not ema:

@@ -20,7 +20,7 @@ from harness.cli import flags
 from harness.environment import check_environment
 from harness.errors import RunStopped, UserError
 from harness.training.checkpoint import checkpoints, load_checkpoint
-from harness.training.metrics import read_metrics
+from harness.training.metrics_file import read_metrics
 
 POLL_SECONDS = 0.05
 

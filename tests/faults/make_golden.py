@@ -18,7 +18,7 @@ import torch  # noqa: E402
 
 import smallruns  # noqa: E402
 from harness.models import build  # noqa: E402
-from harness.training.metrics import read_metrics  # noqa: E402
+from harness.training.metrics_file import read_metrics  # noqa: E402
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 FLAGS = {

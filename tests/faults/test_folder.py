@@ -15,7 +15,7 @@ from harness.errors import UserError
 from harness.models.trained import read_trained
 from harness.models.weights import find_weights
 from harness.training.folder import FILES
-from harness.training.metrics import MetricsFile, read_metrics
+from harness.training.metrics_file import MetricsFile, read_metrics
 
 FLAGS = {"epochs": 1, "logging_steps": 1, "checkpointing_steps": 2, "max_checkpoints": 9}
 AUTO = {"resume_from_checkpoint": "auto"}

@@ -19,7 +19,7 @@ import torch
 import faulty
 import smallruns
 from harness.training.checkpoint import checkpoints, load_checkpoint, newest_valid, save_checkpoint
-from harness.training.metrics import read_metrics
+from harness.training.metrics_file import read_metrics
 
 SHORT = {"batch_size": 16, "gradient_accumulation_steps": 1, "logging_steps": 1}  # 12 an epoch
 

@@ -12,7 +12,7 @@ import pytest
 
 import faulty
 import smallruns
-from harness.training.metrics import read_metrics
+from harness.training.metrics_file import read_metrics
 
 # 48 steps: augmentation, erasing, mixing, dropout, averages and accumulation are all on
 LONG = {
@@ -23,9 +23,9 @@ STEPS = 48
 
 
 def no_pictures():
-    from harness.training.run import Run
+    from harness.training.record import Record
 
-    Run._draw_curves = lambda self: None
+    Record.draw_curves = lambda self, step: None
 
 
 @pytest.fixture(scope="module")
@@ -176,20 +176,20 @@ def note_images(folder):
     from harness.data.batches import Views
     from harness.training.run import Run
 
-    now, real_train, real_agree = [], Views.train, Run.agree
+    now, real_train, real_sync = [], Views.train, Run.sync_step
 
     def augmented(self, images, draw):
         images = real_train(self, images, draw)
         now.extend(hashlib.sha256(i.numpy().tobytes()).hexdigest() for i in images)
         return images
 
-    def agree(self, norm):
+    def sync(self, norm):
         with open(folder / "images.jsonl", "a") as file:
             file.write(json.dumps([self.step, sorted(now)]) + "\n")
         now.clear()
-        real_agree(self, norm)
+        real_sync(self, norm)
 
-    Views.train, Run.agree = augmented, agree
+    Views.train, Run.sync_step = augmented, sync
     assert train.make_views
 
 

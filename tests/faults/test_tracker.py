@@ -13,7 +13,7 @@ import time
 import pytest
 
 import faulty
-from harness.training.metrics import read_metrics
+from harness.training.metrics_file import read_metrics
 
 FLAGS = {"epochs": 1, "logging_steps": 1}
 KEY = "0" * 40

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from harness.training.run import Run
+from harness.training.guard import StepGuard
 
 
 @pytest.mark.parametrize("norm", [True, False])
@@ -26,9 +26,9 @@ def test_batch_norms_averages_are_written_back_in_one_call(monkeypatch, norm):
         flat *= 4
 
     monkeypatch.setattr(torch.distributed, "all_reduce", reduced)
-    run = SimpleNamespace(_norms=norms, accelerator=SimpleNamespace(num_processes=2))
+    guard = SimpleNamespace(_norms=norms, accelerator=SimpleNamespace(num_processes=2))
     with Calls():
-        vector = Run._average_over_processes(run, torch.tensor([1.0, 2.0, 3.0, 5.0]))
+        vector = StepGuard._average_over_processes(guard, torch.tensor([1.0, 2.0, 3.0, 5.0]))
     assert vector.tolist() == [2.0, 4.0, 6.0, 20.0]  # the last, of signals, is a sum
     assert [layer.running_mean.unique().tolist() for layer in norms] == [[2.0], [4.0]][: len(norms)]
     assert [layer.running_var.unique().tolist() for layer in norms] == [[2.0]] * len(norms)

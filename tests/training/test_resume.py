@@ -21,7 +21,8 @@ from harness import files
 from harness.errors import RunStopped, UserError
 from harness.training import checkpoint
 from harness.training.folder import check_folder, claim_folder
-from harness.training.metrics import read_metrics
+from harness.training.metrics_file import read_metrics
+from harness.training.record import Record
 from harness.training.run import Run
 from harness.training.verify import verify_resume
 
@@ -32,7 +33,7 @@ STEPS = 12
 def no_curves():
     """A run's curves take a quarter of its time and are not what is looked at here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_draw_curves", lambda self: None)
+        patch.setattr(Record, "draw_curves", lambda self, step: None)
         yield
 
 

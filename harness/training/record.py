@@ -1,0 +1,115 @@
+"""What a run tells: lines on the terminal, the progress bar, metrics.jsonl and the trackers."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+from harness.cli import flags
+from harness.metrics import scores_in_words
+from harness.pictures import save_curves
+from harness.processes import on_main
+from harness.tracking import Tracking, parse_report_to
+from harness.training.folder import claim_folder, still_held
+from harness.training.metrics_file import read_metrics
+
+SIGN_OF_LIFE = 30  # seconds after which a run without a bar says where it is
+
+
+class Record:
+    """The record of one run; all but `say` and `claim` come after `start`.
+
+    folder: of the run. per_epoch: optimizer steps. `stage` is what the records say, where there
+    are several.
+    """
+
+    def __init__(self, accelerator, folder, per_epoch):
+        self.accelerator, self.folder, self.per_epoch = accelerator, folder, per_epoch
+        self.main, self.stage = accelerator.is_main_process, None
+        self._lock = self._file = None
+        self._said = time.perf_counter()
+
+    def say(self, line):
+        """One line on the main process, above the progress bar."""
+        self._said = time.perf_counter()
+        if self.main:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def claim(self, args, script, resumed):
+        """Take the folder on the main process. resumed: a checkpoint's state.json, or None."""
+        step, metrics = (resumed["step"], resumed.get("metrics")) if resumed else (None, None)
+        self._lock, self._file = on_main(
+            self.accelerator,
+            lambda: claim_folder(self.folder, args, step, script, metrics, self.say),
+            "the run's folder could not be made ready",
+        ) or (None, None)
+
+    def start(self, args, config, total, step, run_id):
+        """Start the trackers and the bar. config: of the result; run_id: the trackers', or None."""
+        self.tracking = Tracking(
+            self.accelerator, parse_report_to(args.report_to), folder=self.folder,
+            project=args.project, name=self.folder.name, group=args.group,
+            job_type=config["job_type"], tags=[config["dataset"], config["architecture"]],
+            config=flags.to_recipe(args), run_id=run_id,
+        )  # fmt: skip
+        self.say(f"tracking     {self.tracking.line}")
+        self.bar = tqdm(
+            total=total, initial=step, unit="step", dynamic_ncols=True,
+            disable=not (self.main and sys.stderr.isatty()),
+        )  # fmt: skip
+
+    def add(self, record, step):
+        """Add a record to metrics.jsonl and the trackers; False where the folder is gone."""
+        stage = {"stage": self.stage} if self.stage else {}
+        record = {"step": step, "epoch": step / self.per_epoch, **stage} | record
+        if self.main and not self.has_folder():
+            return False
+        if self.main:
+            self._file.add(record)
+            self.tracking.log(record, step)
+        return True
+
+    def add_interval(self, record, step, loss):
+        """`add` for steps of training, with their mean loss on the bar or, now and then, a line."""
+        self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        if self.bar.disable and time.perf_counter() - self._said > SIGN_OF_LIFE:
+            self.say(f"step {step:>6} of {self.bar.total}  loss {loss:.4f}")
+        return self.add(record, step)
+
+    def say_epoch(self, epoch, step, scores, sizes, seconds):
+        """The line of an epoch. epoch: as in `state.UNSCORED`. sizes: {split: images}."""
+        words = scores_in_words(scores, sizes)
+        self.say(
+            f"epoch {epoch['epoch']:>3}  step {step:>6}  loss {epoch['loss']:.4f}  "
+            f"mixed_acc {epoch['mixed_acc']:6.2%}  {words}"
+            f"{epoch['images_per_second']:,.0f} images/s  {seconds:,.0f} s"
+        )
+
+    def has_folder(self) -> bool:
+        """Whether the folder is still this run's. On the main process."""
+        return still_held(self.folder, self._lock)
+
+    def sync(self):
+        """Force the records to the disk."""
+        self._file.sync()
+
+    def state(self):
+        """What a checkpoint keeps of the records."""
+        return self._file.state()
+
+    def draw_curves(self, step):
+        """Write curves.png, on the main process, and show the trackers the pictures."""
+        records = read_metrics(self.folder / "metrics.jsonl")
+        if records:
+            save_curves(self.folder / "curves.png", records)
+        for picture in ("curves", "train_batch"):
+            if (self.folder / f"{picture}.png").exists():
+                self.tracking.log_image(picture, self.folder / f"{picture}.png", step)
+
+    def close(self, exit_code):
+        self.tracking.finish(exit_code=exit_code)
+        if self._lock:
+            self._lock.close()
