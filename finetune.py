@@ -40,21 +40,20 @@ from harness.counters import generator
 from harness.data.batches import draw_mixing, make_views, mixes, train_batches
 from harness.data.pixels import epoch_order
 from harness.data.stores import decode_splits, describe_prepared
-from harness.launch import make_accelerator, script
+from harness.launch import script
 from harness.models import build
 from harness.models.heads import start_heads
-from harness.models.names import find_model
 from harness.models.trained import seen_before
-from harness.models.weights import find_weights, load_pretrained
+from harness.models.weights import load_pretrained
 from harness.pictures import SHOWN, save_train_batch
-from harness.processes import from_local_main, in_turn
+from harness.processes import from_local_main
 from harness.training import features, plan
 from harness.training import stages as staging
-from harness.training.folder import check_folder
+from harness.training.opening import open_run
 from harness.training.optimizers import make_optimizer
 from harness.training.probe import can_start_from_probe, fit_probe, start_from_probe
 from harness.training.run import Length, Run, check_batch
-from harness.training.scoring import evaluate, score
+from harness.training.scoring import evaluate, evaluate_epoch
 from harness.training.verify import verify_resume
 from tricks.ema import ModelEma
 from tricks.freeze import frozen_digest, unfreeze
@@ -64,29 +63,17 @@ from tricks.schedule import set_lr, warmup_cosine
 
 
 def main(args):
-    accelerator, machine = make_accelerator(
-        args.mixed_precision, args.gradient_accumulation_steps, args.threads, args.seed,
-        args.deterministic,
-    )  # fmt: skip
-    device = accelerator.device
-    folder = check_folder(args, "finetune.py")
-
-    # a mistyped name answers before a data set is looked for
-    in_turn(accelerator, lambda: find_model(args.model))
-
     # data, and how the weights want to see it
-    data = plan.load(args, accelerator)
-    pretrained = in_turn(accelerator, lambda: find_weights(args.weights, args.model, args.stem))
-    look = plan.preprocessing(args, data, pretrained)
-    look, pixels = plan.choose_pixels(args, accelerator, data, look)
-    stem = build.resolve_stem(args.model, pretrained.stem or args.stem, look.size)
+    opening = open_run(args, "finetune.py")
+    accelerator, data, pretrained = opening.accelerator, opening.data, opening.pretrained
+    look, device = opening.look, accelerator.device
     check_batch(args, accelerator.num_processes, len(data.train), mixing=False)
     per_epoch = len(data.train) // args.batch_size
 
     # model: a new head on loaded weights
     model = build.build_model(
-        args.model, len(data.classes), image_size=look.size, stem=stem, dropout=args.dropout,
-        head=args.head,
+        args.model, len(data.classes), image_size=look.size, stem=opening.stem,
+        dropout=args.dropout, head=args.head,
     )  # fmt: skip
     how = "own" if args.init == "auto" and pretrained.state else args.init
     initialised = build.initialise(model, how, generator(args.seed, "init"))
@@ -126,8 +113,8 @@ def main(args):
     reason += f"; {', '.join(idle)} not used" if idle else ""
 
     initialised = "a linear probe of the features" if from_probe else f"init {initialised}"
-    machine |= {"weights": f"{loaded.text}; what is new: {initialised}"}
-    rows = {"prepared": plan.preprocessing_from(args, pretrained), "pixels": pixels}
+    machine = opening.machine | {"weights": f"{loaded.text}; what is new: {initialised}"}
+    rows = {"prepared": plan.preprocessing_from(args, pretrained), "pixels": opening.pixels}
     rows |= {"strategy": f"{strategy}: {reason}", "lr": f"{args.optimizer}: see the stages"}
     if seen := from_local_main(accelerator, lambda: seen_before(pretrained.recipes, data)):
         rows["note"] = (
@@ -157,8 +144,10 @@ def main(args):
         "stages": [[s.name, s.rates, s.start, s.end, s.args.bn_mode] for s in stages],
     }  # fmt: skip
     run = Run(
-        args, accelerator, folder, model, optimizer, ema, Length(total, per_epoch),
-        config=plan.result_config(args, data, look, stem, "finetune", pretrained, args.head),
+        args, accelerator, opening.folder, model, optimizer, ema, Length(total, per_epoch),
+        config=plan.result_config(
+            args, data, look, opening.stem, "finetune", pretrained, args.head
+        ),
         identity=identity,
     )  # fmt: skip
 
@@ -182,7 +171,7 @@ def main(args):
         **({"probe": {"accuracy": probe.accuracy, "of": probe.source}} if probe else {}),
     }
     summary = run.finish(test_result if "test" in splits else None, facts)
-    accelerator.print(plan.closing(summary, folder, run.record.tracking.line))
+    accelerator.print(plan.closing(summary, opening.folder, run.record.tracking.line))
 
 
 def train_stage(run, stage, optimizer, splits, look, classes, known):
@@ -219,19 +208,10 @@ def train_stage(run, stage, optimizer, splits, look, classes, known):
         accumulation=args.gradient_accumulation_steps, total_steps=stage.end,
     )  # fmt: skip
 
-    def evaluate_epoch():
-        split = "val" if "val" in splits else "test"
-        if split not in splits:
-            return {}
+    def epoch_scores():
+        return evaluate_epoch(run, network, splits, views.evaluation)
 
-        def once():
-            return evaluate(
-                accelerator, network, splits[split], views.evaluation, stop=run.asked_to_stop
-            )
-
-        return {f"{split}/{name}": value for name, value in score(model, run.ema, once).items()}
-
-    for step, batch in run.steps(batches, evaluate_epoch, spacing=30 if cached else 0):
+    for step, batch in run.steps(batches, epoch_scores, spacing=30 if cached else 0):
         set_lr(optimizer, warmup_cosine(step - stage.start, stage.end - stage.start, stage.warmup))
         mix = draw_mixing(
             args.mixup_alpha, args.cutmix_alpha, args.mix_prob, look.size,

@@ -30,18 +30,16 @@ import torch.nn.functional as F
 from harness.counters import generator
 from harness.data.batches import draw_mixing, make_views, mixes, scored_views, train_batches
 from harness.data.stores import decode_splits, describe_prepared
-from harness.launch import make_accelerator, script
+from harness.launch import script
 from harness.models import build
 from harness.models.heads import start_heads
-from harness.models.names import find_model
-from harness.models.weights import find_weights, load_pretrained
+from harness.models.weights import load_pretrained
 from harness.pictures import save_train_batch
-from harness.processes import in_turn
 from harness.training import plan
-from harness.training.folder import check_folder
+from harness.training.opening import open_run
 from harness.training.optimizers import make_groups, make_optimizer
 from harness.training.run import Length, Run, check_batch
-from harness.training.scoring import evaluate, score
+from harness.training.scoring import evaluate, evaluate_epoch
 from harness.training.verify import verify_resume
 from tricks.ema import ModelEma
 from tricks.label_smoothing import smooth_labels, soft_cross_entropy
@@ -51,30 +49,22 @@ from tricks.schedule import set_lr
 
 
 def main(args):
-    accelerator, machine = make_accelerator(
-        args.mixed_precision, args.gradient_accumulation_steps, args.threads, args.seed,
-        args.deterministic,
-    )  # fmt: skip
-    device = accelerator.device
-    folder = check_folder(args, "train.py")
-
-    # a mistyped name answers before a data set is looked for
-    in_turn(accelerator, lambda: find_model(args.model))
-
     # data: what is where, and later its pixels, decoded once; weights say how they want them
-    data = plan.load(args, accelerator)
-    pretrained = in_turn(accelerator, lambda: find_weights(args.weights, args.model, args.stem))
-    look = plan.preprocessing(args, data, pretrained)
-    look, pixels = plan.choose_pixels(args, accelerator, data, look)
+    opening = open_run(args, "train.py")
+    accelerator, data, pretrained = opening.accelerator, opening.data, opening.pretrained
+    look, device = opening.look, accelerator.device
     seen = scored_views(args.tta, look.size, args.seed)
-    stem = build.resolve_stem(args.model, pretrained.stem or args.stem, look.size)
     part = check_batch(args, accelerator.num_processes, len(data.train), mixes(args))
     per_epoch = len(data.train) // args.batch_size  # the images that don't fill a batch are left
     total = args.max_steps or args.epochs * per_epoch
 
     # model
     model = build.build_model(
-        args.model, len(data.classes), image_size=look.size, stem=stem, dropout=args.dropout
+        args.model,
+        len(data.classes),
+        image_size=look.size,
+        stem=opening.stem,
+        dropout=args.dropout,
     )
     initialised = build.initialise(model, args.init, generator(args.seed, "init"))
     loaded = load_pretrained(model, pretrained, data.classes, args.weights_by_order)
@@ -94,8 +84,8 @@ def main(args):
     schedule = plan.SCHEDULES[args.schedule]
     warmup = min(round(args.warmup_epochs * len(data.train) / args.batch_size), total // 2)
 
-    machine |= {"weights": f"init {initialised}; {loaded.text}"}
-    rows = {"prepared": plan.preprocessing_from(args, pretrained), "pixels": pixels}
+    machine = opening.machine | {"weights": f"init {initialised}; {loaded.text}"}
+    rows = {"prepared": plan.preprocessing_from(args, pretrained), "pixels": opening.pixels}
     rows |= {"lr": plan.rates(args, len(data.train), total, warmup)}
     accelerator.print(plan.text(args, machine, data, model, look, total, rows))
     if args.dry_run:
@@ -119,8 +109,8 @@ def main(args):
 
     model, optimizer = accelerator.prepare(model, optimizer)
     run = Run(
-        args, accelerator, folder, model, optimizer, ema, Length(total, per_epoch),
-        config=plan.result_config(args, data, look, stem, "train", pretrained),
+        args, accelerator, opening.folder, model, optimizer, ema, Length(total, per_epoch),
+        config=plan.result_config(args, data, look, opening.stem, "train", pretrained),
         identity=plan.identity(data, look, splits),
     )  # fmt: skip
     batches = train_batches(
@@ -128,19 +118,10 @@ def main(args):
         accumulation=args.gradient_accumulation_steps, total_steps=total,
     )  # fmt: skip
 
-    def evaluate_epoch():
-        split = "val" if "val" in splits else "test"
-        if split not in splits:
-            return {}
+    def epoch_scores():
+        return evaluate_epoch(run, run.module, splits, views.evaluation)
 
-        def once():
-            return evaluate(
-                accelerator, run.module, splits[split], views.evaluation, stop=run.asked_to_stop
-            )
-
-        return {f"{split}/{name}": value for name, value in score(run.module, ema, once).items()}
-
-    for step, batch in run.steps(batches, evaluate_epoch):
+    for step, batch in run.steps(batches, epoch_scores):
         set_lr(optimizer, schedule(step, total, warmup))
         size = progressive_size(step, total, start_size, look.size)
         mix = draw_mixing(
@@ -176,7 +157,7 @@ def main(args):
         return result(split, seen)
 
     summary = run.finish(result if "test" in splits else None, tta=seen and over_views)
-    accelerator.print(plan.closing(summary, folder, run.record.tracking.line))
+    accelerator.print(plan.closing(summary, opening.folder, run.record.tracking.line))
 
 
 if __name__ == "__main__":

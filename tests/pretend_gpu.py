@@ -254,8 +254,9 @@ def pretended(monkeypatch, device="cuda"):
     pretend_streams(monkeypatch)
     monkeypatch.setattr(torch._C, "_group_tensors_by_device_and_dtype", grouped)
     monkeypatch.setattr("harness.data.batches.ThreadPoolExecutor", gpu.pool)
-    for script in ("train", "finetune"):
-        monkeypatch.setattr(f"{script}.evaluate", _armed(gpu, scoring.evaluate))
+    armed = _armed(gpu, scoring.evaluate)
+    for module in ("train", "finetune", "harness.training.scoring"):
+        monkeypatch.setattr(f"{module}.evaluate", armed)
     monkeypatch.setattr(Predictions, "_forward", _armed(gpu, Predictions._forward))
     monkeypatch.setattr(Run, "steps", _armed_steps(gpu, Run.steps))
     try:

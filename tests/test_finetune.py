@@ -335,8 +335,9 @@ def test_the_accuracy_that_is_told_is_that_of_the_weights_that_are_kept(tmp_path
 def test_a_frozen_part_that_moves_stops_the_run(tmp_path, monkeypatch):
     import finetune
     from harness.errors import RunStopped
+    from harness.training import scoring
 
-    evaluate = finetune.evaluate
+    evaluate = scoring.evaluate
 
     def disturb(accelerator, model, *rest, **options):
         for module in finetune_model:
@@ -351,7 +352,7 @@ def test_a_frozen_part_that_moves_stops_the_run(tmp_path, monkeypatch):
         unfreeze(model)
 
     monkeypatch.setattr(finetune, "unfreeze", remember)
-    monkeypatch.setattr(finetune, "evaluate", disturb)
+    monkeypatch.setattr(scoring, "evaluate", disturb)
     with pytest.raises(RunStopped, match="stage 1 head: weights or buffers that are frozen"):
         smallruns.finetune(
             tmp_path, stages="[{epochs: 3, train: {head: 0.01}}]", views=0, mixed_precision="no"

@@ -119,7 +119,7 @@ def test_each_call_that_waits_is_found_in_a_step_and_in_an_evaluation(tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["run", "scoring"])
+@pytest.mark.parametrize("where", ["guard", "scoring"])
 def test_what_was_mended_is_found_where_it_stood(tmp_path, monkeypatch, where):
     """new_full by new_tensor again, in one of the two places that had it."""
     new_full = torch.Tensor.new_full

@@ -70,6 +70,22 @@ def _read_sums(accelerator, sums):
     return accelerator.reduce(sums, "sum").cpu().double().sum(0).tolist()
 
 
+def evaluate_epoch(run, network, splits, prepare):
+    """{"val/acc": …, "val/acc_ema": …} at the end of an epoch: of test without val, else nothing.
+
+    run: a Run. network: what sees the samples of `splits`: the run's module, or a part of it.
+    prepare: as for `evaluate`.
+    """
+    split = "val" if "val" in splits else "test"
+    if split not in splits:
+        return {}
+
+    def once():
+        return evaluate(run.accelerator, network, splits[split], prepare, stop=run.asked_to_stop)
+
+    return {f"{split}/{name}": value for name, value in score(run.module, run.ema, once).items()}
+
+
 def score(model, ema, evaluate):
     """The metrics of the raw weights, and of the averaged ones with names that end in `_ema`.
 

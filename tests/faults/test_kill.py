@@ -228,7 +228,7 @@ def test_the_newest_two_at_every_moment_over_three_restarts(tmp_path):
 PLACES = {  # what is called there: module, name, at which call of this process
     "before the first step": ("train", "train_batches", 1),
     "in a step": ("train", "draw_mixing", 5),
-    "in an evaluation": ("train", "evaluate", 1),
+    "in an evaluation": ("harness.training.scoring", "evaluate", 1),
 }
 
 
@@ -308,14 +308,14 @@ def at_call(module, name, n, number):
 
 
 def killed_when_written(root, step):
-    import train
+    from harness.training import scoring
 
     def wait():
         while not (root / f"step-{step:08d}").exists():
             time.sleep(0.01)
         signal_self(signal.SIGKILL)
 
-    train.evaluate = faulty.Nth(train.evaluate, 2, wait)
+    scoring.evaluate = faulty.Nth(scoring.evaluate, 2, wait)
 
 
 @pytest.mark.everyday
@@ -387,8 +387,12 @@ def raise_in(module, name, rank):
 FAULTS = {
     "killed in a step": functools.partial(at_step, 5, 1, faulty.kill_here),
     "the main one killed in a step": functools.partial(at_step, 5, 0, faulty.kill_here),
-    "raises in an evaluation": functools.partial(raise_in, "train", "evaluate", 1),
-    "the main one raises in an evaluation": functools.partial(raise_in, "train", "evaluate", 0),
+    "raises in an evaluation": functools.partial(
+        raise_in, "harness.training.scoring", "evaluate", 1
+    ),
+    "the main one raises in an evaluation": functools.partial(
+        raise_in, "harness.training.scoring", "evaluate", 0
+    ),
     "the main one raises in a save": functools.partial(
         raise_in, "harness.training.checkpoint", "write_synced", 0
     ),

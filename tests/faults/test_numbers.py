@@ -13,9 +13,9 @@ FLAGS = {"batch_size": 24, "epochs": 3, "val_fraction": 0.25, "dropout": 0}
 
 
 def poison_evaluation(monkeypatch, epoch):
-    import train
+    from harness.training import scoring
 
-    real, calls = train.score, []
+    real, calls = scoring.score, []
 
     def score(*args):
         calls.append(1)
@@ -23,7 +23,7 @@ def poison_evaluation(monkeypatch, epoch):
         bad = {name: float("nan") if "loss" in name else 1.0 for name in found}
         return bad if len(calls) == epoch else found
 
-    monkeypatch.setattr(train, "score", score)
+    monkeypatch.setattr(scoring, "score", score)
 
 
 @pytest.mark.everyday

@@ -1,0 +1,51 @@
+"""How a training script opens: the processes, its folder, the data, the weights it starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+
+from harness.data.preprocessing import Preprocessing
+from harness.data.sources import Data
+from harness.launch import make_accelerator
+from harness.models import build
+from harness.models.names import find_model
+from harness.models.weights import find_weights
+from harness.processes import in_turn
+from harness.training import plan
+from harness.training.folder import check_folder
+
+
+class Opening(NamedTuple):
+    """What a script knows before it makes a network."""
+
+    accelerator: Accelerator
+    machine: dict[str, str]  # words about it, for the plan
+    folder: Path
+    data: Data
+    pretrained: Any  # from find_weights
+    look: Preprocessing
+    pixels: str  # which store they come from, in words
+    stem: str  # as resolved
+
+
+def open_run(args, script) -> Opening:
+    """Look for everything that the flags name; a mistake answers before anything is computed.
+
+    args: the parsed flags. script: its file name. Raises UserError for what is not there.
+    """
+    accelerator, machine = make_accelerator(
+        args.mixed_precision, args.gradient_accumulation_steps, args.threads, args.seed,
+        args.deterministic,
+    )  # fmt: skip
+    folder = check_folder(args, script)
+    # a mistyped name answers before a data set is looked for
+    in_turn(accelerator, lambda: find_model(args.model))
+    data = plan.load(args, accelerator)
+    pretrained = in_turn(accelerator, lambda: find_weights(args.weights, args.model, args.stem))
+    look = plan.preprocessing(args, data, pretrained)
+    look, pixels = plan.choose_pixels(args, accelerator, data, look)
+    stem = build.resolve_stem(args.model, pretrained.stem or args.stem, look.size)
+    return Opening(accelerator, machine, folder, data, pretrained, look, pixels, stem)
