@@ -54,7 +54,6 @@ from harness.training.optimizers import make_optimizer
 from harness.training.probe import can_start_from_probe, fit_probe, start_from_probe
 from harness.training.run import Length, Run, check_batch
 from harness.training.scoring import evaluate, evaluate_epoch
-from harness.training.verify import verify_resume
 from tricks.ema import ModelEma
 from tricks.freeze import frozen_digest, unfreeze
 from tricks.label_smoothing import smooth_labels, soft_cross_entropy
@@ -253,4 +252,4 @@ def check_frozen(run, stage, before):
 
 if __name__ == "__main__":
     with script("finetune.py"):
-        verify_resume(__file__, args) if args.verify_resume else main(args)
+        main(args)

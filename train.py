@@ -40,7 +40,6 @@ from harness.training.opening import open_run
 from harness.training.optimizers import make_groups, make_optimizer
 from harness.training.run import Length, Run, check_batch
 from harness.training.scoring import evaluate, evaluate_epoch
-from harness.training.verify import verify_resume
 from tricks.ema import ModelEma
 from tricks.label_smoothing import smooth_labels, soft_cross_entropy
 from tricks.lr_groups import check_groups
@@ -162,4 +161,4 @@ def main(args):
 
 if __name__ == "__main__":
     with script("train.py"):
-        verify_resume(__file__, args) if args.verify_resume else main(args)
+        main(args)

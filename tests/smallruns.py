@@ -40,6 +40,12 @@ SMALL = {
 }
 
 
+def verify_resume(output_dir, steps, *, launcher=(), wait=True, env=(), **flags):
+    """The command that starts train.py again and again; as `launch` otherwise."""
+    module = ("-m", "harness.training.verify_resume", str(steps))
+    return launch(output_dir, launcher=launcher, wait=wait, env=env, before=module, **flags)
+
+
 def words(flags):
     """{"lr": 0.1, "overwrite": True} as command-line words."""
     out = []
@@ -147,12 +153,16 @@ def finetune(output_dir, **flags):
     return train(output_dir, script="finetune", **{**FINETUNE, **flags})
 
 
-def launch(output_dir, *, launcher=(), script="train.py", wait=True, env=(), argv=(), **flags):
+def launch(
+    output_dir, *, launcher=(), script="train.py", wait=True, env=(), argv=(), before=(), **flags
+):
     """Start the script through `accelerate launch`; returns CompletedProcess or Popen.
 
-    argv: words that come before the flags, for a script that trains nothing.
+    argv: words that come before the flags, for a script that trains nothing. before: words of
+    Python's before the whole command, for what starts it.
     """
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher]
+    command = [*([sys.executable, *before] if before else []), sys.executable]
+    command += ["-m", "accelerate.commands.launch", *launcher]
     own = ROOT / str(script)
     command += [str(own if own.exists() else script), *map(str, argv)]
     small = {} if argv else SMALL | (FINETUNE if script == "finetune.py" else {})

@@ -40,9 +40,7 @@ def test_trains_and_resumes_under_the_config(tmp_path, name):
 def test_the_fast_recipe_resumes_bit_for_bit_with_deterministic_algorithms(tmp_path, precision):
     recipe = smallruns.ROOT / "recipes" / "cifar10_fast.yaml"
     words = {"config": recipe, "model": "fastnet", "start_size": 12, "deterministic": True}
-    done = smallruns.launch(
-        tmp_path, mixed_precision=precision, verify_resume=8, dropout=None, **words
-    )
+    done = smallruns.verify_resume(tmp_path, 8, mixed_precision=precision, dropout=None, **words)
     assert done.returncode == 0 and "PASS: 8 steps" in done.stdout, done.stdout
 
 

@@ -128,7 +128,6 @@ BOUNDS = {
     "checkpointing_steps": integer_or("epoch", high=MANY),
     "max_checkpoints": whole(2, MANY),
     "stop_after": whole(1, MANY),
-    "verify_resume": whole(2, MANY),
 }
 
 

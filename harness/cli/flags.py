@@ -21,7 +21,6 @@ from harness.errors import nearest, shortened
 SCRIPTS = Path(__file__).resolve().parents[2]  # where train.py, recipes/ and the others are
 OF_ONE_COMMAND = {
     "config", "given", "overwrite", "dry_run", "stop_after", "resume_from_checkpoint",
-    "verify_resume",
 }  # fmt: skip
 
 STRATEGIES = ("feature_extraction", "staged", "full", "auto")
@@ -51,7 +50,7 @@ STAGE_FLAGS = {
 OPERATIONAL = {
     "config", "output_dir", "run_name", "overwrite", "dry_run", "report_to", "project", "group",
     "log_model", "threads", "checkpointing_steps", "max_checkpoints", "resume_from_checkpoint",
-    "prepare_data", "stop_after", "nonfinite", "verify_resume", "verify_cache",
+    "prepare_data", "stop_after", "nonfinite", "verify_cache",
     "gradient_accumulation_steps",
 }  # fmt: skip
 
@@ -104,13 +103,25 @@ ELSEWHERE = {
     "grad_accum_steps": "gradient_accumulation_steps", "with_tracking": "report_to",
     "drop": "dropout", "print_freq": "logging_steps", "log_interval": "logging_steps",
 }  # fmt: skip
-UNNEEDED = {  # flags of other trainers that nothing here needs
-    name: "images are decoded once and augmented in batches: there are no loader workers"
-    for name in ("workers", "num_workers", "dataloader_num_workers", "preprocessing_num_workers")
-} | {
-    name: "Accelerate chooses the device; accelerate launch --cpu takes the CPU"
-    for name in ("device", "gpu", "gpus", "cuda", "no_cuda", "gpu_ids")
-}
+UNNEEDED = (
+    {  # flags of other trainers, and of versions before, that nothing here needs
+        "verify_resume": "it is a command of its own now: python -m harness.training.verify_resume "
+        "STEPS accelerate launch train.py [flags]",
+    }
+    | {
+        name: "images are decoded once and augmented in batches: there are no loader workers"
+        for name in (
+            "workers",
+            "num_workers",
+            "dataloader_num_workers",
+            "preprocessing_num_workers",
+        )
+    }
+    | {
+        name: "Accelerate chooses the device; accelerate launch --cpu takes the CPU"
+        for name in ("device", "gpu", "gpus", "cuda", "no_cuda", "gpu_ids")
+    }
+)
 
 
 def _hint(flag, known):
@@ -657,8 +668,5 @@ def output_flags(parser, project):
     bounded(g, "stop_after",
             help="optimizer steps, then a checkpoint and exit 0; the schedule is that of "
             "the whole run")
-    bounded(g, "verify_resume", metavar="STEPS",
-            help="train nothing: so many steps straight, the same killed half-way and "
-            "resumed, then PASS or the first difference")
     g.add_argument("--deterministic", action=Switch,
                    help="algorithms that give the same bits every time, on a GPU too; slower there")

@@ -5,8 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-import signal
-import tempfile
+import time
 
 import psutil
 import pytest
@@ -24,7 +23,7 @@ from harness.training.folder import check_folder, claim_folder
 from harness.training.metrics_file import read_metrics
 from harness.training.record import Record
 from harness.training.run import Run
-from harness.training.verify import verify_resume
+from harness.training.verify_resume import compare, main
 
 STEPS = 12
 
@@ -440,35 +439,32 @@ def test_two_processes_skip_alike_and_resume(tmp_path):
 TWO = ("--config_file", str(smallruns.ROOT / "accelerate_configs" / "cpu_2proc.yaml"))
 
 
-VERIFY = {"deterministic": True, "epochs": 2, "verify_resume": 6, "gradient_accumulation_steps": 1}
+VERIFY = {"deterministic": True, "epochs": 2, "gradient_accumulation_steps": 1}
 PASSED = "PASS: 6 steps, killed and resumed at 3: 7 records"
 
 
-@pytest.mark.slow
-def test_verify_resume_passes(tmp_path):
-    run = faulty.start(tmp_path, script="train.py", **VERIFY)
-    assert run.wait() == [0], run.output()
-    assert run.output().count(PASSED) == 1
-    assert list(tmp_path.iterdir()) == [run.log]  # it leaves nothing
-
-
-@pytest.mark.sweep
-@pytest.mark.parametrize("launcher", [(), TWO], ids=["one process", "two processes"])
-def test_verify_resume_passes_under_the_launcher(tmp_path, launcher):
-    ended = smallruns.launch(tmp_path, launcher=launcher, **VERIFY)
+@pytest.mark.parametrize(
+    "launcher",
+    [pytest.param((), marks=pytest.mark.slow), pytest.param(TWO, marks=pytest.mark.sweep)],
+    ids=["one process", "two processes"],
+)
+def test_verify_resume_passes(tmp_path, launcher):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    ended = smallruns.verify_resume(
+        tmp_path, 6, launcher=launcher, env={"TMPDIR": str(temporary)}, **VERIFY
+    )
     assert ended.returncode == 0, ended.stdout
     assert ended.stdout.count(PASSED) == 1
-    assert not list(tmp_path.iterdir())
+    assert not list(temporary.rglob("metrics.jsonl"))  # it leaves nothing
 
 
 def compared(straight, tmp_path, change):
-    """What --verify_resume says of a run and of a copy that `change(folder)` has been at."""
-    from harness.training.verify import _compare
-
+    """What verify_resume says of a run and of a copy that `change(folder)` has been at."""
     copy = tmp_path / "copy"
     shutil.copytree(straight, copy)
     change(copy)
-    return _compare(straight, copy, STEPS)
+    return compare(straight, copy, STEPS)
 
 
 def test_verify_resume_names_the_first_difference(straight, tmp_path, capsys):
@@ -495,38 +491,48 @@ def test_verify_resume_names_the_first_difference(straight, tmp_path, capsys):
         compared(straight, tmp_path / "b", another_tensor)
 
 
-def test_verify_resume_trains_and_a_dry_run_does_not(tmp_path):
-    flags = {**smallruns.SMALL, "output_dir": tmp_path, "verify_resume": 4, "dry_run": True}
-    with pytest.raises(UserError, match="give one of them"):
-        verify_resume("train.py", train.read_flags(smallruns.words(flags)))
-
-
-def no_known_temporary_folder():
-    """Python remembers the first one that it finds: here that of the process forked from."""
-    tempfile.tempdir = None
-
-
 @pytest.mark.slow
 def test_verify_resume_takes_its_runs_with_it(tmp_path):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    process = faulty.start(
-        tmp_path, script="train.py", epochs=99, verify_resume=300,
-        env={"TMPDIR": str(temporary)}, fault=no_known_temporary_folder,
-    )  # fmt: skip
-    process.wait_for(lambda: list(temporary.rglob("metrics.jsonl")))
-    runs = psutil.Process(process.processes[0].pid).children()
-    process.send(signal.SIGTERM)
-    assert process.wait(20) == [143]
-    assert runs and not any(psutil.pid_exists(run.pid) for run in runs)
+    process = smallruns.verify_resume(
+        tmp_path, 300, wait=False, epochs=99, env={"TMPDIR": str(temporary)}
+    )
+    end = time.monotonic() + 120
+    while not list(temporary.rglob("metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.1)
+    runs = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    assert process.wait(20) == 143
+    assert len(runs) >= 2 and not any(psutil.pid_exists(run.pid) for run in runs)
     assert not list(temporary.rglob("metrics.jsonl"))
+    process.stdout.close()
 
 
 def test_verify_resume_of_a_shorter_run_is_refused(straight):
-    from harness.training.verify import _compare
+    with pytest.raises(UserError, match="99 steps were asked for, the run ends after 12"):
+        compare(straight, straight, 99)
 
-    with pytest.raises(UserError, match="--verify_resume 99: the run ends after 12 steps"):
-        _compare(straight, straight, 99)
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], "usage: "), (["train.py"], "usage: "), (["1", "train.py"], "usage: "),
+        (["4", "no-such-command"], "no-such-command can't be started: No such file"),
+        (["4", "true"], "the command ended without a step"),
+        (["4", "false"], "a run ended with status 1"),
+    ],
+)  # fmt: skip
+def test_what_is_no_training_command_gets_a_line(words, line):
+    with pytest.raises(SystemExit, match=line):
+        main(words)
+
+
+def test_the_flag_of_before_names_the_command(capsys):
+    with pytest.raises(SystemExit):
+        train.read_flags(["--verify_resume", "20"])
+    assert "python -m harness.training.verify_resume STEPS" in capsys.readouterr().err
 
 
 def test_deterministic_changes_nothing_on_a_cpu(straight, tmp_path):
