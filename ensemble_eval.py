@@ -47,7 +47,7 @@ def main(args):
     weights = args.member_weights
     if weights and len(weights) != len(members):
         raise UserError(f"--member_weights has {len(weights)} for {len(members)} members")
-    sizes = {member.look.size for member in members}
+    sizes = {member.preprocessing.size for member in members}
     views = view_sets(args.tta, sizes, args.seed)  # {kind: {size: views}}; the first is combined
     images = from_local_main(accelerator, lambda: find_images(members, args))
     groups = groups_of(members) if args.soup else []
@@ -69,7 +69,7 @@ def main(args):
     )
     missing = []
     for member in members:
-        every = [view for kind in views for view in views[kind][member.look.size]]
+        every = [view for kind in views for view in views[kind][member.preprocessing.size]]
         missing.append(predictions.recall(member, every))
     models = [load_model(member) if m else None for member, m in zip(members, missing, strict=True)]
     with progress(accelerator, sum(map(predictions.count, missing))) as bar:
@@ -81,7 +81,9 @@ def main(args):
 
     # combinations: from here on everything works on logits
     def seen(kind, role):
-        return torch.stack([predictions.logits(m, role, views[kind][m.look.size]) for m in members])
+        return torch.stack(
+            [predictions.logits(m, role, views[kind][m.preprocessing.size]) for m in members]
+        )
 
     kind = next(iter(views))
     logits = {role: seen(kind, role) for role in splits}
@@ -119,7 +121,7 @@ def main(args):
     # report: the answer first, pictures take a second
     print(report.answer(found), flush=True)
     claim_report(folder, "ensemble_eval.py")
-    report.write(folder, found, predictions.samples("scored", members[0].look))
+    report.write(folder, found, predictions.samples("scored", members[0].preprocessing))
     replace_file(folder / "config.yaml", flags.to_yaml(args))
     soups.save_all(results)
     tracking = Tracking(

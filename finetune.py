@@ -65,35 +65,35 @@ def main(args):
     # data, and how the weights want to see it
     opening = open_run(args, "finetune.py")
     accelerator, data, pretrained = opening.accelerator, opening.data, opening.pretrained
-    look, device = opening.look, accelerator.device
+    preprocessing, device = opening.preprocessing, accelerator.device
     check_batch(args, accelerator.num_processes, len(data.train), mixing=False)
     per_epoch = len(data.train) // args.batch_size
 
     # model: a new head on loaded weights
     model = build.build_model(
-        args.model, len(data.classes), image_size=look.size, stem=opening.stem,
+        args.model, len(data.classes), image_size=preprocessing.size, stem=opening.stem,
         dropout=args.dropout, head=args.head,
     )  # fmt: skip
     how = "own" if args.init == "auto" and pretrained.state else args.init
     initialised = build.initialise(model, how, generator(args.seed, "init"))
     loaded = load_pretrained(model, pretrained, data.classes, args.weights_by_order)
     if loaded.head_is_new and pretrained.state:
-        initialised = start_heads(model, look.size, generator(args.seed, "head"))
+        initialised = start_heads(model, preprocessing.size, generator(args.seed, "head"))
     model.to(device, memory_format=torch.channels_last)
 
     # strategy: a list of stages, each a function of the optimizer step
     def decode():
-        return decode_splits(data, look, accelerator, verify=args.verify_cache)
+        return decode_splits(data, preprocessing, accelerator, verify=args.verify_cache)
 
     def fit(whole):
-        views = make_views(args, look)
+        views = make_views(args, preprocessing)
         return fit_probe(
-            accelerator, model, splits, views, len(data.classes), args.seed, known, whole
+            accelerator, model, splits, views, len(data.classes), args.seed, feature_cache, whole
         )
 
-    strategy, reason, splits, known, probe = args.strategy, "as asked", None, {}, None
+    strategy, reason, splits, feature_cache, probe = args.strategy, "as asked", None, {}, None
     from_probe = args.strategy in ("auto", "feature_extraction") and loaded.head_is_new
-    from_probe = from_probe and can_start_from_probe(model, look.size)
+    from_probe = from_probe and can_start_from_probe(model, preprocessing.size)
     if strategy == "auto":
         splits = decode()
         probe = fit(whole=False)
@@ -106,8 +106,8 @@ def main(args):
     total = stages[-1].end
     for stage in stages:
         part = check_batch(args, accelerator.num_processes, len(data.train), mixes(stage.args))
-    build.check_part(model, part, look.size)
-    cached = features.kept_in(stages, model, look.size)
+    build.check_part(model, part, preprocessing.size)
+    cached = features.cacheable_stages(stages, model, preprocessing.size)
     idle = staging.idle_flags(args, strategy)
     reason += f"; {', '.join(idle)} not used" if idle else ""
 
@@ -120,7 +120,7 @@ def main(args):
             f"{seen:,} of {len(data.val):,} val images were trained on by {args.weights}: the same "
             "--seed and --val_fraction hold out the same images"
         )
-    accelerator.print(plan.text(args, machine, data, model, look, total, rows))
+    accelerator.print(plan.describe_run(args, machine, data, model, preprocessing, total, rows))
     accelerator.print(staging.table(model, stages, per_epoch, cached))
     if args.dry_run:
         return
@@ -138,27 +138,27 @@ def main(args):
     unfreeze(model)
     optimizer = make_optimizer(args, model.parameters(), accelerator, lr=1.0)
     optimizer = accelerator.prepare(optimizer)
-    identity = plan.identity(data, look, splits) | {
+    identity = plan.identity(data, preprocessing, splits) | {
         "strategy": strategy,
         "stages": [[s.name, s.rates, s.start, s.end, s.args.bn_mode] for s in stages],
     }  # fmt: skip
     run = Run(
         args, accelerator, opening.folder, model, optimizer, ema, Length(total, per_epoch),
         config=plan.result_config(
-            args, data, look, opening.stem, "finetune", pretrained, args.head
+            args, data, preprocessing, opening.stem, "finetune", pretrained, args.head
         ),
         identity=identity,
     )  # fmt: skip
 
     for stage in stages:
         if stage.name not in cached:
-            known.clear()  # no later stage wants the features
+            feature_cache.clear()  # no later stage wants the features
         if run.step < stage.end or (run.step == stage.end and run.unscored):
-            kept = known if stage.name in cached else None
-            train_stage(run, stage, optimizer, splits, look, data.classes, kept)
+            kept = feature_cache if stage.name in cached else None
+            train_stage(run, stage, optimizer, splits, preprocessing, data.classes, kept)
 
     def test_result():
-        views = make_views(args, look)
+        views = make_views(args, preprocessing)
         return evaluate(
             accelerator, run.module, splits["test"], views.evaluation, stop=run.asked_to_stop
         )
@@ -173,18 +173,18 @@ def main(args):
     accelerator.print(plan.closing(summary, opening.folder, run.record.tracking.line))
 
 
-def train_stage(run, stage, optimizer, splits, look, classes, known):
-    """Train what the stage trains, on images (known: None) or a head on kept features.
+def train_stage(run, stage, optimizer, splits, preprocessing, classes, feature_cache):
+    """Train what the stage trains, on images (feature_cache: None) or a head on kept features.
 
-    known: the features kept so far, which this adds to.
+    feature_cache: the features kept so far, which this adds to.
     """
     accelerator, args, model = run.accelerator, stage.args, run.module
     run.record.stage = stage.name
-    staging.set_groups(optimizer.optimizer, staging.enter(model, stage))
+    staging.set_groups(optimizer.optimizer, staging.apply_stage(model, stage))
     check_groups(model, optimizer.param_groups)
     frozen = frozen_digest(model)
-    views, network, changing = make_views(args, look), model, None
-    cached = known is not None
+    views, network, changing = make_views(args, preprocessing), model, None
+    cached = feature_cache is not None
     if cached:
         if run.wants_picture():
             view = min(1, args.views - 1)
@@ -195,7 +195,7 @@ def train_stage(run, stage, optimizer, splits, look, classes, known):
             save_train_batch(run.picture, views.to_pixels(images), targets, classes)
         network = features.cut_at_head(model).tail
         splits = run.interruptible(lambda: features.extract_splits(
-            accelerator, model, splits, views, args, known, run.asked_to_stop
+            accelerator, model, splits, views, args, feature_cache, run.asked_to_stop
         ))  # fmt: skip
         views = features.CachedViews(args.views)
         changing = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -213,7 +213,7 @@ def train_stage(run, stage, optimizer, splits, look, classes, known):
     for step, batch in run.steps(batches, epoch_scores, spacing=30 if cached else 0):
         set_lr(optimizer, warmup_cosine(step - stage.start, stage.end - stage.start, stage.warmup))
         mix = draw_mixing(
-            args.mixup_alpha, args.cutmix_alpha, args.mix_prob, look.size,
+            args.mixup_alpha, args.cutmix_alpha, args.mix_prob, preprocessing.size,
             generator(args.seed, "mixing", step),
         )  # fmt: skip
         for part in batch:  # one, unless gradients are accumulated

@@ -51,8 +51,8 @@ def main(args):
     # data: what is where, and later its pixels, decoded once; weights say how they want them
     opening = open_run(args, "train.py")
     accelerator, data, pretrained = opening.accelerator, opening.data, opening.pretrained
-    look, device = opening.look, accelerator.device
-    seen = scored_views(args.tta, look.size, args.seed)
+    preprocessing, device = opening.preprocessing, accelerator.device
+    tta_views = scored_views(args.tta, preprocessing.size, args.seed)
     part = check_batch(args, accelerator.num_processes, len(data.train), mixes(args))
     per_epoch = len(data.train) // args.batch_size  # the images that don't fill a batch are left
     total = args.max_steps or args.epochs * per_epoch
@@ -61,15 +61,15 @@ def main(args):
     model = build.build_model(
         args.model,
         len(data.classes),
-        image_size=look.size,
+        image_size=preprocessing.size,
         stem=opening.stem,
         dropout=args.dropout,
     )
     initialised = build.initialise(model, args.init, generator(args.seed, "init"))
     loaded = load_pretrained(model, pretrained, data.classes, args.weights_by_order)
     if loaded.head_is_new and pretrained.state:
-        initialised = start_heads(model, look.size, generator(args.seed, "head"))
-    start_size = build.check_start_size(model, args.model, args.start_size, look.size)
+        initialised = start_heads(model, preprocessing.size, generator(args.seed, "head"))
+    start_size = build.check_start_size(model, args.model, args.start_size, preprocessing.size)
     build.check_part(model, part, start_size)
     model.to(device, memory_format=torch.channels_last)
 
@@ -86,18 +86,18 @@ def main(args):
     machine = opening.machine | {"weights": f"init {initialised}; {loaded.text}"}
     rows = {"prepared": plan.preprocessing_from(args, pretrained), "pixels": opening.pixels}
     rows |= {"lr": plan.rates(args, len(data.train), total, warmup)}
-    accelerator.print(plan.text(args, machine, data, model, look, total, rows))
+    accelerator.print(plan.describe_run(args, machine, data, model, preprocessing, total, rows))
     if args.dry_run:
         return
     splits = decode_splits(
-        data, look, accelerator, shard=args.shard_store, verify=args.verify_cache
+        data, preprocessing, accelerator, shard=args.shard_store, verify=args.verify_cache
     )
     if args.prepare_data:
         accelerator.print(f"prepared     {describe_prepared(data, splits)}")
         return
 
     # tricks
-    views = make_views(args, look)
+    views = make_views(args, preprocessing)
 
     def some(n):
         return views.evaluation(splits["train"].take(torch.arange(len(data.train))[:n], device)[0])
@@ -109,8 +109,8 @@ def main(args):
     model, optimizer = accelerator.prepare(model, optimizer)
     run = Run(
         args, accelerator, opening.folder, model, optimizer, ema, Length(total, per_epoch),
-        config=plan.result_config(args, data, look, opening.stem, "train", pretrained),
-        identity=plan.identity(data, look, splits),
+        config=plan.result_config(args, data, preprocessing, opening.stem, "train", pretrained),
+        identity=plan.identity(data, preprocessing, splits),
     )  # fmt: skip
     batches = train_batches(
         splits["train"], views, accelerator, batch_size=args.batch_size, seed=args.seed,
@@ -122,9 +122,9 @@ def main(args):
 
     for step, batch in run.steps(batches, epoch_scores):
         set_lr(optimizer, schedule(step, total, warmup))
-        size = progressive_size(step, total, start_size, look.size)
+        size = progressive_size(step, total, start_size, preprocessing.size)
         mix = draw_mixing(
-            args.mixup_alpha, args.cutmix_alpha, args.mix_prob, look.size,
+            args.mixup_alpha, args.cutmix_alpha, args.mix_prob, preprocessing.size,
             generator(args.seed, "mixing", step),
         )  # fmt: skip
         for part in batch:  # one, unless gradients are accumulated
@@ -147,15 +147,15 @@ def main(args):
         if ema and not accelerator.optimizer_step_was_skipped:
             ema.update(run.module, step)
 
-    def result(split="test", seen=None):
+    def result(split="test", tta_views=None):
         return evaluate(
-            accelerator, run.module, splits[split], views.evaluation, seen, run.asked_to_stop
+            accelerator, run.module, splits[split], views.evaluation, tta_views, run.asked_to_stop
         )
 
     def over_views(split):
-        return result(split, seen)
+        return result(split, tta_views)
 
-    summary = run.finish(result if "test" in splits else None, tta=seen and over_views)
+    summary = run.finish(result if "test" in splits else None, tta=tta_views and over_views)
     accelerator.print(plan.closing(summary, opening.folder, run.record.tracking.line))
 
 

@@ -50,12 +50,12 @@ ASKED = ["--tta", "flip", "--no_soup", "--report_to", "none"]
 class Encoded(Dataset):
     """The images of a split as files, decoded and transformed one by one."""
 
-    def __init__(self, split, column, look):
+    def __init__(self, split, column, preprocessing):
         rows = split.dataset.select(split.rows).select_columns(column)
         self.rows, self.column, self.labels = rows.with_format("arrow"), column, split.labels
         self.transform = transforms.Compose([
-            transforms.Resize(look.stored_size), transforms.CenterCrop(look.size),
-            transforms.ToTensor(), transforms.Normalize(look.mean, look.std),
+            transforms.Resize(preprocessing.stored_size), transforms.CenterCrop(preprocessing.size),
+            transforms.ToTensor(), transforms.Normalize(preprocessing.mean, preprocessing.std),
         ])  # fmt: skip
 
     def __len__(self):
@@ -82,8 +82,8 @@ def ours(folders, output, limit):
 def bare(accelerator, members, models, splits):
     began = time.perf_counter()
     for member, model in zip(members, models, strict=True):
-        size = member.look.size
-        most = min(max(BATCH_PIXELS // member.look.stored_size**2, BATCH[0]), BATCH[1])
+        size = member.preprocessing.size
+        most = min(max(BATCH_PIXELS // member.preprocessing.stored_size**2, BATCH[0]), BATCH[1])
         batch = torch.randn(most, 3, size, size, device=accelerator.device)
         batch = batch.to(memory_format=torch.channels_last)
         for split in splits:
@@ -102,7 +102,7 @@ def plain(device, members, models, splits, column):
     for member, model in zip(members, models, strict=True):
         for split in splits:
             right = 0
-            images = Encoded(split, column, member.look)
+            images = Encoded(split, column, member.preprocessing)
             for batch, labels in DataLoader(images, 128, num_workers=2):
                 batch = batch.to(device)
                 both = model(batch).softmax(1) + model(batch.flip(-1)).softmax(1)

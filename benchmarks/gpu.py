@@ -213,8 +213,8 @@ def run_airbench(images, output, file):
 
     from harness.data.preprocessing import Preprocessing
 
-    data, look = load_packed(images), Preprocessing(32, 1.0, "bilinear", (), ())
-    splits, folder = decode_packed(data, look, progress=False), Path(output) / "cifar10"
+    data, preprocessing = load_packed(images), Preprocessing(32, 1.0, "bilinear", (), ())
+    splits, folder = decode_packed(data, preprocessing, progress=False), Path(output) / "cifar10"
     folder.mkdir()
     for name, split in splits.items():
         pixels = split.pixels[split.rows].permute(0, 2, 3, 1).contiguous()

@@ -88,12 +88,12 @@ def load_packed(
     )  # fmt: skip
 
 
-def decode_packed(data: Data, look: Preprocessing, *others, **options) -> dict:
+def decode_packed(data: Data, preprocessing: Preprocessing, *others, **options) -> dict:
     """In the place of harness.data.stores.decode_splits."""
 
     def decode(image):
         return torch.from_numpy(
-            decode_image(io.BytesIO(image), look.stored_size, look.interpolation)
+            decode_image(io.BytesIO(image), preprocessing.stored_size, preprocessing.interpolation)
         )
 
     splits = {}
@@ -111,7 +111,10 @@ def train_on_packed():
     import train
 
     harness.training.plan.load_data = load_packed
-    harness.training.plan.choose_store = lambda args, data, look: (look, "decoded in memory")
+    harness.training.plan.choose_store = lambda args, data, preprocessing: (
+        preprocessing,
+        "decoded in memory",
+    )
     train.decode_splits = decode_packed
     train.save_train_batch = lambda *args: None  # these want matplotlib
     harness.training.record.save_curves = lambda *args: None

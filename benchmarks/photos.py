@@ -131,11 +131,11 @@ class Ours:
     """Batches as harness.data.batches.train_batches makes them."""
 
     def __init__(self, files, scale=SCALE):
-        look = LOOK._replace(packed_side=jpegs.packed_side(SIZE, LOOK.stored_size, scale))
+        preprocessing = LOOK._replace(packed_side=jpegs.packed_side(SIZE, LOOK.stored_size, scale))
         features = datasets.Features({"image": datasets.Image()})
         cells = [{"bytes": file, "path": None} for file in files]
         dataset = datasets.Dataset.from_dict({"image": cells}, features=features)
-        self.images = pack_split(dataset, "image", look, name="bench", progress=False)
+        self.images = pack_split(dataset, "image", preprocessing, name="bench", progress=False)
         self.images._threads = 1
         self.views = Views(
             SIZE, MEAN, STD, augment="randaugment", padding=0, flip_prob=0.5, erasing=0.0, ops=2,

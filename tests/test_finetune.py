@@ -208,11 +208,11 @@ def test_what_was_kept_is_freed_after_its_stage(tmp_path, monkeypatch):
 
     kept, train_stage = [], finetune.train_stage
 
-    def train(run, stage, optimizer, splits, look, classes, known):
+    def train(run, stage, optimizer, splits, preprocessing, classes, known):
         kept.append(known)
         if known is None:
             assert kept[0] == {}
-        train_stage(run, stage, optimizer, splits, look, classes, known)
+        train_stage(run, stage, optimizer, splits, preprocessing, classes, known)
         assert known is None or known
 
     monkeypatch.setattr(finetune, "train_stage", train)
@@ -319,7 +319,7 @@ def test_the_accuracy_that_is_told_is_that_of_the_weights_that_are_kept(tmp_path
     size = cfg["input_size"][-1]
     stored = round(size / cfg["crop_pct"])
     data = load_data("digits", max_eval_samples=100)
-    images, labels = decode_splits(data, read_trained(folder).look)["test"].take(
+    images, labels = decode_splits(data, read_trained(folder).preprocessing)["test"].take(
         torch.arange(100), torch.device("cpu")
     )
     edge = (stored - size) // 2

@@ -99,7 +99,10 @@ def test_the_maps_are_those_of_the_trick(run, tmp_path):
         path = tmp_path / "one.png"
         path.write_bytes(cell["bytes"])
         pixels = torch.from_numpy(decode_image(path, 64)).float() / 255
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (trained.look.mean, trained.look.std))
+        mean, std = (
+            torch.tensor(v).view(3, 1, 1)
+            for v in (trained.preprocessing.mean, trained.preprocessing.std)
+        )
         images.append((pixels - mean) / std)
     with GradCam(load_model(trained), "layer2") as cam:
         seen = cam(torch.stack(images), torch.tensor([7, 7]), ("layercam", "gradcam"))

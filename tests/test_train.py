@@ -203,7 +203,7 @@ def test_the_result_is_rebuilt_from_its_config_and_scores_the_same(finished):
 
     data = load_data("digits", max_eval_samples=100)
     cfg = config["pretrained_cfg"]
-    splits = decode_splits(data, read_trained(finished).look, progress=False)
+    splits = decode_splits(data, read_trained(finished).preprocessing, progress=False)
     scores = evaluate(
         Alone, model, splits["test"], lambda x: normalize_batch(x, cfg["mean"], cfg["std"])
     )

@@ -135,14 +135,16 @@ class Views:
         return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def make_views(args, look):
-    """The Views of these flags, for images prepared as `look`, a Preprocessing, says."""
+def make_views(args, preprocessing):
+    """The Views of these flags, for images prepared as a Preprocessing says."""
     return Views(
-        look.size, look.mean, look.std, augment=args.augment, flip_prob=args.flip_prob,
-        padding=look.size // 8 if args.crop_padding is None else args.crop_padding,
+        preprocessing.size, preprocessing.mean, preprocessing.std,
+        augment=args.augment, flip_prob=args.flip_prob,
+        padding=preprocessing.size // 8 if args.crop_padding is None else args.crop_padding,
         erasing=args.random_erasing, ops=args.randaugment_ops,
-        magnitude=args.randaugment_magnitude, stored=look.stored_size, crop_scale=args.crop_scale,
-        alternating=args.flip == "alternating", packed=bool(look.packed_side),
+        magnitude=args.randaugment_magnitude, crop_scale=args.crop_scale,
+        stored=preprocessing.stored_size,
+        alternating=args.flip == "alternating", packed=bool(preprocessing.packed_side),
     )  # fmt: skip
 
 

@@ -129,13 +129,13 @@ def decode_crop(data, width, height, box, size):
     return F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)[0]
 
 
-def decode_centre(data, width, height, look):
+def decode_centre(data, width, height, preprocessing):
     """What evaluation shows of a packed JPEG: uint8 (3, size, size).
 
-    The shorter side is resized to look.stored_size and the centre cut out, as by torchvision's
-    Resize and CenterCrop. look: a Preprocessing.
+    The shorter side is resized to stored_size and the centre cut out, as by torchvision's
+    Resize and CenterCrop. preprocessing: a Preprocessing.
     """
-    short, size = look.stored_size, look.size
+    short, size = preprocessing.stored_size, preprocessing.size
     factor = next(f for f in (8, 4, 2, 1) if min(height, width) >= 2 * short * f or f == 1)
     image = Image.fromarray(decode_jpeg(data, width, height, factor))
     # The sides that torchvision's Resize gives, and where its CenterCrop begins
@@ -146,14 +146,14 @@ def decode_centre(data, width, height, look):
     else:
         across, down = width / factor / wide, height / factor / tall
         box = (left * across, top * down, (left + size) * across, (top + size) * down)
-        image = image.resize((size, size), FILTERS[look.interpolation], box=box)
+        image = image.resize((size, size), FILTERS[preprocessing.interpolation], box=box)
     return torch.from_numpy(np.array(image).transpose(2, 0, 1))
 
 
-def evaluation_pixels(file, look, bit_depth=None):
-    """What evaluation shows of an image file under look.packed_side: uint8 (3, size, size).
+def evaluation_pixels(file, preprocessing, bit_depth=None):
+    """What evaluation shows of an image file under packed_side: uint8 (3, size, size).
 
     file: a path, or a binary file object.
     """
     data = file.read() if hasattr(file, "read") else Path(file).read_bytes()
-    return decode_centre(*pack_image(data, look.packed_side, bit_depth), look)
+    return decode_centre(*pack_image(data, preprocessing.packed_side, bit_depth), preprocessing)

@@ -78,10 +78,10 @@ class PackedImages:
     file is packed again from the data set.
     """
 
-    def __init__(self, file, images, look, bit_depth, name):
-        """file: the index. images: see `encoded`. look, bit_depth, name: see `pack_split`."""
-        self.look, self.bit_depth, self.name = look, bit_depth, name
-        self.shape = torch.Size((len(images), 3, look.size, look.size))
+    def __init__(self, file, images, preprocessing, bit_depth, name):
+        """file: the index. images: see `encoded`. The others: see `pack_split`."""
+        self.preprocessing, self.bit_depth, self.name = preprocessing, bit_depth, name
+        self.shape = torch.Size((len(images), 3, preprocessing.size, preprocessing.size))
         self.blob = file.with_suffix(".jpegs")
         header, self.entries = read_index(file)
         self.content = header["content"]
@@ -106,7 +106,7 @@ class PackedImages:
         boxes = boxes.tolist()
 
         def one(k, data, width, height):
-            return decode_crop(data, width, height, boxes[k], self.look.size)
+            return decode_crop(data, width, height, boxes[k], self.preprocessing.size)
 
         return self._batch(rows, one, pinned)
 
@@ -114,7 +114,7 @@ class PackedImages:
         """What evaluation shows of the images `rows`: uint8 (n, 3, size, size) on the CPU."""
 
         def one(k, data, width, height):
-            return decode_centre(data, width, height, self.look)
+            return decode_centre(data, width, height, self.preprocessing)
 
         return self._batch(rows, one, pinned)
 

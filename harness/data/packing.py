@@ -111,7 +111,7 @@ class _Job(NamedTuple):
 
 
 def pack_split(
-    dataset, image_column, look, *, name, rows=None, bit_depth=None, accelerator=ALONE,
+    dataset, image_column, preprocessing, *, name, rows=None, bit_depth=None, accelerator=ALONE,
     share=None, verify=False, progress=True,
 ):  # fmt: skip
     """Pack every image of `dataset`, or find the store in the cache: PackedImages.
@@ -121,7 +121,7 @@ def pack_split(
     Args:
         dataset: a `datasets.Dataset`.
         image_column: the name of its `Image` column.
-        look: a Preprocessing with its packed_side.
+        preprocessing: a Preprocessing with its packed_side.
         name: what the split is called in messages.
         rows: the rows that will be used, None for all; what can't be read among the others is
             left out.
@@ -145,11 +145,11 @@ def pack_split(
     # A run that begins while another makes a larger store is content with its own
     file = from_local_main(
         accelerator,
-        lambda: find_packed(dataset, image_column, look.packed_side, bit_depth, share),
+        lambda: find_packed(dataset, image_column, preprocessing.packed_side, bit_depth, share),
     )
     progress = progress and accelerator.is_local_main_process
     stored = range(len(images)) if share is None else share
-    job = _Job(Source(images), stored, look.packed_side, bit_depth, refuse, name, progress)
+    job = _Job(Source(images), stored, preprocessing.packed_side, bit_depth, refuse, name, progress)
     making = _Making(file)
     make_together(
         accelerator, file, lambda: _fault(file), lambda: making.begin(len(stored)),
@@ -158,7 +158,7 @@ def pack_split(
     )  # fmt: skip
     header, _ = read_index(file)
     refuse({int(row): why for row, why in header["bad"].items()})
-    packed = PackedImages(file, images, look, bit_depth, name)
+    packed = PackedImages(file, images, preprocessing, bit_depth, name)
     if verify and accelerator.is_local_main_process:
         packed.verify(progress)
     return packed

@@ -57,13 +57,13 @@ class Samples(NamedTuple):
         return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-def decode_splits(data, look, accelerator=ALONE, shard=False, **options):
+def decode_splits(data, preprocessing, accelerator=ALONE, shard=False, **options):
     """{"train": Samples, "val": ..., "test": ...} of the splits that `data` has.
 
-    look: a Preprocessing. accelerator, whose processes share the work, and options: see
+    preprocessing: a Preprocessing. accelerator, whose processes share the work, and options: see
     `harness.data.cache.decode_split`. shard: every machine stores its share of train alone.
     """
-    shares = _shares(data.train, look, accelerator) if shard else ()
+    shares = _shares(data.train, preprocessing, accelerator) if shard else ()
     splits = {}
     for role in ("train", "val", "test"):
         if split := getattr(data, role):
@@ -72,7 +72,9 @@ def decode_splits(data, look, accelerator=ALONE, shard=False, **options):
                 own["share"] = split.rows[shares[machines(accelerator)[0]]]
             elif shares and split.dataset is data.train.dataset:  # held out of it
                 own["share"] = split.rows
-            splits[role] = decode(split, data.image_column, look, accelerator, **own, **options)
+            splits[role] = decode(
+                split, data.image_column, preprocessing, accelerator, **own, **options
+            )
     if shares:  # all machines speak of the same pixels of train: of all shares
         train = splits["train"]._replace(shares=tuple(shares))
         train.pixels.content = "+".join(
@@ -82,20 +84,20 @@ def decode_splits(data, look, accelerator=ALONE, shard=False, **options):
     return splits
 
 
-def decode(split, image_column, look, accelerator=ALONE, share=None, **options):
+def decode(split, image_column, preprocessing, accelerator=ALONE, share=None, **options):
     """Samples of one harness.data.sources.Split; see `decode_splits`.
 
     share: the rows that this machine stores, None for all.
     """
     options |= {"rows": split.rows, "name": split.name, "bit_depth": split.bit_depth}
     options["accelerator"] = accelerator
-    if look.packed_side:
+    if preprocessing.packed_side:
         options |= {"rows": split.rows if share is None else share, "share": share}
-        pixels = pack_split(split.dataset, image_column, look, **options)
+        pixels = pack_split(split.dataset, image_column, preprocessing, **options)
     else:
         pixels = decode_split(
-            split.dataset, image_column, look.stored_size, interpolation=look.interpolation,
-            **options,
+            split.dataset, image_column, preprocessing.stored_size,
+            interpolation=preprocessing.interpolation, **options,
         )  # fmt: skip
     return Samples(pixels, torch.from_numpy(split.rows), torch.from_numpy(split.labels))
 
@@ -115,18 +117,18 @@ def describe_prepared(data, splits):
     return f"{_in_words(sum(sizes))} in {folder}; the same command without --prepare_data trains"
 
 
-def _shares(split, look, accelerator):
+def _shares(split, preprocessing, accelerator):
     """Of `deal`, for the machines that there are."""
     _, number, processes = machines(accelerator)
-    if not look.packed_side:
+    if not preprocessing.packed_side:
         raise UserError("--shard_store is for packed pixels: add --pixels packed")
     if processes * number != accelerator.num_processes:
         raise UserError("--shard_store wants as many processes on each machine")
     return deal(split.rows, number)
 
 
-def choose_store(args, data, look):
-    """(`look` with the packed_side of the store that is used, what it is and why in words).
+def choose_store(args, data, preprocessing):
+    """(`preprocessing` with the packed_side of the store that is used, what it is and why).
 
     By `--pixels`; auto: decoded where images are small squares, or where no resized crop is on and
     the decoded pixels are there already or fit a quarter of the free disk; else packed.
@@ -135,11 +137,11 @@ def choose_store(args, data, look):
     splits = list({id(split.dataset): split for split in splits}.values())
     scale = _least_crop_scale(args)
     decoded_files = [
-        cached(split.dataset, data.image_column, look.stored_size, look.interpolation,
-               split.bit_depth)
+        cached(split.dataset, data.image_column, preprocessing.stored_size,
+               preprocessing.interpolation, split.bit_depth)
         for split in splits
     ]  # fmt: skip
-    decoded_bytes = sum(len(split.dataset) for split in splits) * 3 * look.stored_size**2
+    decoded_bytes = sum(len(split.dataset) for split in splits) * 3 * preprocessing.stored_size**2
     kind, why = args.pixels, "as asked"
     if kind == "auto" and data.image_size <= SMALL_SQUARE:
         kind, why = "decoded", "the images are small squares"
@@ -152,11 +154,15 @@ def choose_store(args, data, look):
             kind = "packed"
             why = f"decoded they would take {_in_words(decoded_bytes)} of {_in_words(free)} free"
     if kind == "decoded":
-        words = f"decoded, {_in_words(decoded_bytes)} of squares {look.stored_size} px a side"
-        return look._replace(packed_side=0), f"{words}: {why}"
-    side = packed_side(look.size, look.stored_size, scale)
+        words = (
+            f"decoded, {_in_words(decoded_bytes)} of squares {preprocessing.stored_size} px a side"
+        )
+        return preprocessing._replace(packed_side=0), f"{words}: {why}"
+    side = packed_side(preprocessing.size, preprocessing.stored_size, scale)
     words = f"packed, {_packed_words(splits, data.image_column, side)}"
-    return look._replace(packed_side=side), f"{words} of JPEGs, shorter side up to {side} px: {why}"
+    return preprocessing._replace(
+        packed_side=side
+    ), f"{words} of JPEGs, shorter side up to {side} px: {why}"
 
 
 def _least_crop_scale(args):

@@ -43,7 +43,7 @@ def facts(results, logits, labels, members, images, average) -> dict:
                 "name": member.name,
                 "folder": str(member.folder),
                 "architecture": member.config["architecture"],
-                "image_size": member.look.size,
+                "image_size": member.preprocessing.size,
                 "weights": member.config.get("weights"),
                 "bytes": (member.folder / "model.safetensors").stat().st_size,
                 "sha256": member.sha256,

@@ -77,7 +77,7 @@ class Predictions:
             views = [view for one, view in missing if one == role]
             if not views:
                 continue
-            samples = self.samples(role, network.look)
+            samples = self.samples(role, network.preprocessing)
             bar.set_description(f"{network.name}, {role}, {len(views)} views")
             logits, times = self._forward(network, model, samples, views, bar)
             for view, one, seconds in zip(views, logits, times, strict=True):
@@ -109,7 +109,7 @@ class Predictions:
             seconds = {
                 network.name: sum(
                     self._costs[network.sha256, "scored", view.name][0]
-                    for view in views[network.look.size]
+                    for view in views[network.preprocessing.size]
                 )
                 for network in networks
             }
@@ -121,15 +121,22 @@ class Predictions:
         """On what the scored images' passes were made."""
         return " and ".join(sorted({device for _, device in self._costs.values()}))
 
-    def samples(self, role, look):
+    def samples(self, role, preprocessing):
         """The decoded images of a split, as a network looks at them before the crop."""
-        key = (role, look.stored_size, look.interpolation, look.packed_side)
-        key += (look.size,) if look.packed_side else ()  # of which only what is seen is kept
+        key = (
+            role,
+            preprocessing.stored_size,
+            preprocessing.interpolation,
+            preprocessing.packed_side,
+        )
+        key += (
+            (preprocessing.size,) if preprocessing.packed_side else ()
+        )  # of which only what is seen is kept
         if key not in self._samples:
             self._samples[key] = decode(
                 self.splits[role],
                 self.image_column,
-                look,
+                preprocessing,
                 self.accelerator,
                 verify=self.verify_cache,
             )
@@ -144,7 +151,7 @@ class Predictions:
         """
         accelerator, total = self.accelerator, len(samples.labels)
         times = []  # of each batch: how many images, and when each view began and ended
-        starts, look = batch_starts(samples), network.look
+        starts, preprocessing = batch_starts(samples), network.preprocessing
         shape = (len(views), total, len(network.classes))
         logits = torch.zeros(shape, device=accelerator.device)
         for k in range(accelerator.process_index, len(starts), accelerator.num_processes):
@@ -153,7 +160,9 @@ class Predictions:
             times.append((len(index), []))
             for number, view in enumerate(views):
                 began = _now(accelerator.device)
-                seen = normalize_batch(view.apply(images, index), look.mean, look.std)
+                seen = normalize_batch(
+                    view.apply(images, index), preprocessing.mean, preprocessing.std
+                )
                 with accelerator.autocast():
                     found = model(seen)
                 logits[number, starts[k] : starts[k] + len(index)] = found.float()
@@ -179,7 +188,7 @@ class Predictions:
             "format": FORMAT,
             "weights": network.sha256,
             "images": self._orders[role],
-            "look": network.look.as_list(),
+            "look": network.preprocessing.as_list(),
             "view": view.name,
             "seed": self.seed if view.name.startswith("random") else None,
             "precision": self.accelerator.mixed_precision,

@@ -49,7 +49,7 @@ def plan(members, images, kinds, groups, machine) -> str:
 
 
 def _about(member):
-    size = f"{member.look.size} px"
+    size = f"{member.preprocessing.size} px"
     text = f"{member.name}: {member.config['architecture']}, {size}, {len(member.classes)} classes"
     return text + (f"; {member.note}" if member.note else "")
 

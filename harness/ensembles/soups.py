@@ -48,7 +48,11 @@ class Soups:
     def logits(self, numbers, role, whole):
         """Logits (n, classes) of a soup: averaged over all views (whole), or of one view."""
         soup = self._soup(numbers)
-        views = self.views[soup.look.size] if whole else tta_views("none", soup.look.size)
+        views = (
+            self.views[soup.preprocessing.size]
+            if whole
+            else tta_views("none", soup.preprocessing.size)
+        )
         missing = self.predictions.recall(soup, views, [role])
         if missing:
             with progress(self.accelerator, self.predictions.count(missing)) as bar:
@@ -107,23 +111,23 @@ class Soups:
             model = load_model(first, state)
             model.to(self.accelerator.device, memory_format=torch.channels_last)
             with self.accelerator.autocast():
-                recompute_batch_norm(model, self._batches(first.look))
+                recompute_batch_norm(model, self._batches(first.preprocessing))
             self._models.clear()
             self._models[key] = model
         return self._models[key]
 
-    def _batches(self, look):
+    def _batches(self, preprocessing):
         """Training images as in evaluation, in batches of one size; every process has all."""
-        if look not in self._train:
-            self._train[look] = decode(
-                self.images.train, self.images.image_column, look, self.accelerator
+        if preprocessing not in self._train:
+            self._train[preprocessing] = decode(
+                self.images.train, self.images.image_column, preprocessing, self.accelerator
             )
-        samples = self._train[look]
+        samples = self._train[preprocessing]
         total = len(samples.labels)
         order = torch.randperm(total, generator=generator(self.seed, "soup"))
         size = min(BATCH, total)
-        (view,) = tta_views("none", look.size)
+        (view,) = tta_views("none", preprocessing.size)
         for start in range(0, min(total // size, BATCHES) * size, size):
             index = order[start : start + size].sort().values
             images, _ = samples.take(index, self.accelerator.device)
-            yield normalize_batch(view.apply(images, index), look.mean, look.std)
+            yield normalize_batch(view.apply(images, index), preprocessing.mean, preprocessing.std)

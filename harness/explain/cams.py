@@ -56,7 +56,7 @@ class Network(NamedTuple):
 
     name: str
     model: nn.Module
-    look: Preprocessing
+    preprocessing: Preprocessing
     classes: list[str]
     run: object  # harness.models.trained.Trained, or None
     words: str = ""  # of a network that is no run's: its weights, and how it wants images
@@ -81,25 +81,35 @@ def find_network(args) -> Network:
         raise UserError("give the folder of a trained run, or --model and --images")
     if args.run:
         trained = read_trained(args.run)
-        return Network(trained.name, load_model(trained), trained.look, trained.classes, trained)
+        return Network(
+            trained.name, load_model(trained), trained.preprocessing, trained.classes, trained
+        )
     found = find_weights(args.weights or "default", args.model)
     if found.state is None:
         raise UserError("--weights none: a network that has learned nothing has nothing to show")
-    look, words = found.preprocessing, found.origin
-    if look is None:
-        look, words = ASSUMED, "assumed to be ImageNet's: nothing says how the weights want images"
-    look = look._replace(**given(args))
+    preprocessing, words = found.preprocessing, found.origin
+    if preprocessing is None:
+        preprocessing, words = (
+            ASSUMED,
+            "assumed to be ImageNet's: nothing says how the weights want images",
+        )
+    preprocessing = preprocessing._replace(**given(args))
     number = classes_of(found, args)
     classes = found.classes or [str(k) for k in range(number)]
     if len(classes) != number:
         raise UserError(f"{found.label}: {len(classes)} names of classes, and a head of {number}")
-    model = build_model(args.model, number, image_size=look.size, stem=found.stem)
+    model = build_model(args.model, number, image_size=preprocessing.size, stem=found.stem)
     loaded = load_pretrained(model, found, found.classes, args.weights_by_order)
     if loaded.head_is_new:
         raise UserError(f"{found.label} has no head to explain: {loaded.text}")
     name = args.model.removeprefix(PREFIX).replace("/", "-")
     return Network(
-        name, model.eval(), look, classes, None, f"{loaded.text}; images: {words}{as_given(args)}"
+        name,
+        model.eval(),
+        preprocessing,
+        classes,
+        None,
+        f"{loaded.text}; images: {words}{as_given(args)}",
     )
 
 
@@ -157,7 +167,7 @@ def find_pictures(args, network, accelerator) -> list[Picture]:
     if args.images:
         files = find_files(args.images)[: args.max_images]
         depth = network.run and network.run.recipes[0].get("bit_depth")
-        found = [_picture(file, network.look, depth, args.skip_bad, say) for file in files]
+        found = [_picture(file, network.preprocessing, depth, args.skip_bad, say) for file in files]
         found = [picture for picture in found if picture]
         if not found:
             raise UserError("none of the images could be read")
@@ -184,7 +194,9 @@ def find_pictures(args, network, accelerator) -> list[Picture]:
         raise UserError(f"--indices {max(wanted)}: split '{role}' has {len(split):,} images")
 
     def picture(k):
-        return _row_picture(split, int(k), role, data.image_column, args, network.look, say)
+        return _row_picture(
+            split, int(k), role, data.image_column, args, network.preprocessing, say
+        )
 
     if not wanted:  # one process chooses: another device might see a close call otherwise
         wanted = from_main(
@@ -224,9 +236,11 @@ def find_files(paths) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def _picture(file, look, bit_depth, skip_bad, say):
+def _picture(file, preprocessing, bit_depth, skip_bad, say):
     try:
-        return Picture(_seen(_decode(file, look, bit_depth), look), str(file), None, None)
+        return Picture(
+            _seen(_decode(file, preprocessing, bit_depth), preprocessing), str(file), None, None
+        )
     except Exception as error:  # Pillow's readers raise a dozen types for a bad file
         return _bad(file, error, skip_bad, say)
 
@@ -239,22 +253,24 @@ def _bad(source, error, skip_bad, say):
     say(f"left out     {source}: {reason}")
 
 
-def _decode(file, look, bit_depth=None):
+def _decode(file, preprocessing, bit_depth=None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused by its header
-        if look.packed_side:
-            return evaluation_pixels(file, look, bit_depth)
-        pixels = decode_image(file, look.stored_size, look.interpolation, bit_depth)
+        if preprocessing.packed_side:
+            return evaluation_pixels(file, preprocessing, bit_depth)
+        pixels = decode_image(
+            file, preprocessing.stored_size, preprocessing.interpolation, bit_depth
+        )
     return torch.from_numpy(pixels)
 
 
-def _seen(pixels, look):
+def _seen(pixels, preprocessing):
     """The centre that the network sees, as in evaluation."""
-    (view,) = tta_views("none", look.size)
+    (view,) = tta_views("none", preprocessing.size)
     return view.apply(pixels.unsqueeze(0), torch.zeros(1, dtype=torch.int64))[0].contiguous()
 
 
-def _row_picture(split, k, role, column, args, look, say):
+def _row_picture(split, k, role, column, args, preprocessing, say):
     row = split.dataset[int(split.rows[k])] if args.region_column else None
     columns = split.dataset.select_columns(column).with_format("arrow")
     cell = columns[int(split.rows[k]) : int(split.rows[k]) + 1][column].to_pylist()[0]
@@ -263,10 +279,10 @@ def _row_picture(split, k, role, column, args, look, say):
         if cell is None:
             raise ValueError("the cell is empty")
         file = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
-        pixels = _seen(_decode(file, look, split.bit_depth), look)
+        pixels = _seen(_decode(file, preprocessing, split.bit_depth), preprocessing)
         region = None
         if row is not None:
-            region = _region(row[args.region_column], row[column].size, look)
+            region = _region(row[args.region_column], row[column].size, preprocessing)
     except UserError:
         raise
     except Exception as error:
@@ -274,7 +290,7 @@ def _row_picture(split, k, role, column, args, look, say):
     return Picture(pixels, source, int(split.labels[k]), region)
 
 
-def _region(value, size, look):
+def _region(value, size, preprocessing):
     """A box or a mask of the whole image as a mask (S, S) of what the network sees, or None."""
     if value is None:
         return None
@@ -289,7 +305,7 @@ def _region(value, size, look):
     file = io.BytesIO()
     mask.save(file, "PNG")
     file.seek(0)
-    return _seen(_decode(file, look), look)[0] > 127
+    return _seen(_decode(file, preprocessing), preprocessing)[0] > 127
 
 
 @torch.inference_mode()
@@ -322,7 +338,7 @@ def _right_and_wrong(args, network, device, total, picture):
 def to_input(network, pictures, device):
     """The normalised batch (n, 3, S, S) of some pictures."""
     pixels = torch.stack([picture.pixels for picture in pictures]).to(device)
-    return normalize_batch(pixels, network.look.mean, network.look.std)
+    return normalize_batch(pixels, network.preprocessing.mean, network.preprocessing.std)
 
 
 def predict(network, pictures, device):
@@ -436,7 +452,7 @@ def check(args, network, cam, random, pictures, images, classes, maps):
     region, and the region's share of the image.
     """
     classes, device = classes.to(images.device), images.device
-    size = network.look.size
+    size = network.preprocessing.size
 
     def score(masked):
         return network.model(masked).softmax(1).gather(1, classes.unsqueeze(1)).squeeze(1)

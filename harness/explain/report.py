@@ -22,9 +22,9 @@ TRACKED = 64  # images in the trackers' table
 
 def plan(args, network, pictures, methods, machine) -> str:
     """What is about to happen, a fact a line."""
-    look, note = network.look, network.run and network.run.note
+    preprocessing, note = network.preprocessing, network.run and network.run.note
     rows = {
-        "network": f"{network.name}, {look.size} px, {len(network.classes)} classes"
+        "network": f"{network.name}, {preprocessing.size} px, {len(network.classes)} classes"
         + "".join(f"; {words}" for words in (network.words, note) if words),
         "images": f"{len(pictures)}, {pictures[0].source} to {pictures[-1].source}",
         "methods": ", ".join(methods),
@@ -38,7 +38,7 @@ def write(args, accelerator, folder, network, pictures, found, colour):
     (folder / "panels").mkdir(exist_ok=True)
     for old in (folder / "panels").glob("*.png"):
         old.unlink()
-    size = network.look.size
+    size = network.preprocessing.size
     rows = [_row(k, network, picture, found) for k, picture in enumerate(pictures)]
     strips = [
         _strip(args, network, picture, row, found, k, colour)
@@ -126,7 +126,7 @@ def _strip(args, network, picture, row, found, k, colour):
     drawn = sorted(drawn) if not args.all_classes else drawn
     alone = len(found.maps) * len(drawn) == 1
     for method, maps in found.maps.items():
-        heat = heat_of(maps[k, drawn], network.look.size).numpy()
+        heat = heat_of(maps[k, drawn], network.preprocessing.size).numpy()
         for c, values in zip(drawn, heat, strict=True):
             name = drawable(network.classes[classes[c]], classes[c])
             lines = [(method, ""), (name, f" ({found.probabilities[k, classes[c]]:.2f})")]
@@ -185,7 +185,7 @@ def _summary_words(summary):
 
 def _layer_words(network, found):
     height, width = next(iter(found.maps.values())).shape[-2:]
-    size = network.look.size
+    size = network.preprocessing.size
     return f"layer {found.layer}, maps of {height}×{width} for images of {size}×{size}"
 
 

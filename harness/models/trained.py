@@ -26,7 +26,7 @@ class Trained(NamedTuple):
     name: str  # the folder's
     folder: Path
     config: dict  # config.json
-    look: Preprocessing
+    preprocessing: Preprocessing
     classes: list[str]  # in the order of the ids
     sha256: str  # of model.safetensors
     note: str = ""  # what is odd about its files
@@ -36,8 +36,8 @@ class Trained(NamedTuple):
         """What two networks have to share for their weights to be averaged."""
         names = ("architecture", "library", "stem", "head", "model_args")
         # model_args has lists in it: its text can be hashed
-        look = self.look._replace(packed_side=0)
-        return (*(str(self.config.get(name)) for name in names), look)
+        preprocessing = self.preprocessing._replace(packed_side=0)
+        return (*(str(self.config.get(name)) for name in names), preprocessing)
 
     @property
     def recipes(self) -> list[dict]:
@@ -67,14 +67,14 @@ def read_trained(path) -> Trained:
     if config.get("num_classes") not in (None, len(classes)):
         count = config["num_classes"]
         raise UserError(f"{file}: num_classes is {count}, but label_names has {len(classes)}")
-    look = preprocessing_of(config.get("pretrained_cfg"), file)
-    if look is None:
+    preprocessing = preprocessing_of(config.get("pretrained_cfg"), file)
+    if preprocessing is None:
         raise UserError(f"{file} does not say how images are prepared (pretrained_cfg)")
-    look = look._replace(packed_side=config.get("packed_side") or 0)
+    preprocessing = preprocessing._replace(packed_side=config.get("packed_side") or 0)
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     classes = [str(name) for name in classes]
     note = result_note(folder, config)
-    return Trained(folder.resolve().name, folder, config, look, classes, digest, note)
+    return Trained(folder.resolve().name, folder, config, preprocessing, classes, digest, note)
 
 
 def load_model(trained, state=None) -> nn.Module:

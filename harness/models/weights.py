@@ -438,16 +438,16 @@ def _described(spec, path, file, network):
     cfg, origin = config.get("pretrained_cfg"), str(file)
     if cfg is None and network.library == "timm":
         cfg, origin = timm_cfg(network), f"timm's cfg of {network.name}, whose weights they may be"
-    look = None if cfg is None else preprocessing_of(cfg, origin)
+    preprocessing = None if cfg is None else preprocessing_of(cfg, origin)
     return Pretrained(
         weights.state,
         spec,
         name,
         stem,
         [str(label) for label in classes] if isinstance(classes, list) else None,
-        look,
+        preprocessing,
         tuple(recipes_of(config) if config.get("flags") else [{"unknown": str(spec)}]),
-        (origin + _other_cut(cfg)) if look else None,
+        (origin + _other_cut(cfg)) if preprocessing else None,
         weights.words,
         result_note(Path(file).parent, config) if config.get("flags") else "",
     )

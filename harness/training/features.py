@@ -32,7 +32,7 @@ from harness.models.heads import (
 )
 from harness.processes import from_each
 from harness.training.scoring import batch_starts
-from harness.training.stages import enter
+from harness.training.stages import apply_stage
 
 
 class Cut(NamedTuple):
@@ -106,7 +106,7 @@ def can_cache(model, size, cut) -> bool:
     return again.shape == logits.shape and torch.equal(again, logits)
 
 
-def kept_in(stages, model, size) -> list[str]:
+def cacheable_stages(stages, model, size) -> list[str]:
     """The names of the stages that train on kept features: the first ones, if only a head trains.
 
     Not a later one, whose frozen part has been trained: the averaged weights would want features
@@ -114,7 +114,7 @@ def kept_in(stages, model, size) -> list[str]:
     """
     names = []
     for stage in stages:
-        enter(model, stage)
+        apply_stage(model, stage)
         wanted = stage.args.views and not mixes(stage.args)
         if not wanted or not can_cache(model, size, cut_at_head(model)):
             break
@@ -122,12 +122,14 @@ def kept_in(stages, model, size) -> list[str]:
     return names
 
 
-def extract_splits(accelerator, model, splits, views, args, known, stop=None):
+def extract_splits(accelerator, model, splits, views, args, feature_cache, stop=None):
     """{role: Samples of features} of train (args.views views) and what the epochs evaluate."""
     evaluated = "val" if "val" in splits else "test"
     wanted = {"train": args.views, evaluated: 1}
     return {
-        role: extract(accelerator, model, splits[role], views, number, args.seed, known, role, stop)
+        role: extract(
+            accelerator, model, splits[role], views, number, args.seed, feature_cache, role, stop
+        )
         for role, number in wanted.items()
         if role in splits
     }
@@ -150,12 +152,12 @@ def view_batch(samples, views, rows, view, seed, device="cpu"):
 
 
 @torch.no_grad()
-def extract(accelerator, model, samples, views, number, seed, known, name, stop=None):
+def extract(accelerator, model, samples, views, number, seed, feature_cache, name, stop=None):
     """Samples whose "pixels" are features (n, number, ...): view 0 as in evaluation, others drawn.
 
     model: the unwrapped module, its frozen part in eval mode. samples, views: harness.data.batches.
-    known: a dict of features that is read and added to, so that nothing is computed twice. The
-    batches are dealt to the processes, and all get all of them.
+    feature_cache: a dict of features that is read and added to, so that nothing is computed twice.
+    The batches are dealt to the processes, and all get all of them.
 
     Raises UserError where the features would take more than the memory left; after a signal
     StopAsked, on all processes. stop: as for harness.training.scoring.evaluate.
@@ -164,7 +166,7 @@ def extract(accelerator, model, samples, views, number, seed, known, name, stop=
     drawn = repr(sorted(vars(views).items()))
     keys = [(name, view, drawn if view else None) for view in range(number)]
     cut, progress = cut_at_head(model), accelerator.is_local_main_process
-    todo = [key for key in keys if key not in known]
+    todo = [key for key in keys if key not in feature_cache]
     bar = tqdm(
         total=total * len(todo), desc=f"features of {name}", unit=" images", delay=1, leave=False,
         disable=not progress,
@@ -186,9 +188,9 @@ def extract(accelerator, model, samples, views, number, seed, known, name, stop=
         stopped = sum(from_each(accelerator, stop)) if stop else 0
         if stopped:
             raise StopAsked(stopped)
-        known[key] = _from_all(accelerator, features)
+        feature_cache[key] = _from_all(accelerator, features)
     bar.close()
-    stacked = torch.stack([known[key] for key in keys], dim=1)
+    stacked = torch.stack([feature_cache[key] for key in keys], dim=1)
     return Samples(stacked, torch.arange(total), samples.labels)
 
 

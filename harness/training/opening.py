@@ -26,7 +26,7 @@ class Opening(NamedTuple):
     folder: Path
     data: Data
     pretrained: Any  # from find_weights
-    look: Preprocessing
+    preprocessing: Preprocessing
     pixels: str  # which store they come from, in words
     stem: str  # as resolved
 
@@ -45,7 +45,7 @@ def open_run(args, script) -> Opening:
     in_turn(accelerator, lambda: find_model(args.model))
     data = plan.load(args, accelerator)
     pretrained = in_turn(accelerator, lambda: find_weights(args.weights, args.model, args.stem))
-    look = plan.preprocessing(args, data, pretrained)
-    look, pixels = plan.choose_pixels(args, accelerator, data, look)
-    stem = build.resolve_stem(args.model, pretrained.stem or args.stem, look.size)
-    return Opening(accelerator, machine, folder, data, pretrained, look, pixels, stem)
+    preprocessing = plan.choose_preprocessing(args, data, pretrained)
+    preprocessing, pixels = plan.choose_pixels(args, accelerator, data, preprocessing)
+    stem = build.resolve_stem(args.model, pretrained.stem or args.stem, preprocessing.size)
+    return Opening(accelerator, machine, folder, data, pretrained, preprocessing, pixels, stem)

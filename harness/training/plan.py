@@ -58,22 +58,22 @@ def classes_row(data):
     return row
 
 
-def preprocessing(args, data, pretrained):
+def choose_preprocessing(args, data, pretrained):
     """How images are prepared: as the weights say of themselves, else by the data set's facts.
 
     pretrained: from harness.models.weights.find_weights. What flags name wins.
     """
     # A random resized crop enlarges what it cuts out, so it cuts from more pixels
-    look = pretrained.preprocessing or Preprocessing(
+    preprocessing = pretrained.preprocessing or Preprocessing(
         size=data.image_size, crop_pct=CROP_PCT if args.crop_scale else 1.0,
         interpolation="bilinear", mean=data.mean, std=data.std,
     )  # fmt: skip
-    return look._replace(size=args.image_size or look.size, **given(args))
+    return preprocessing._replace(size=args.image_size or preprocessing.size, **given(args))
 
 
-def choose_pixels(args, accelerator, data, look):
-    """(`look` with its store of pixels, the plan's words of it), as one process has chosen."""
-    return from_main(accelerator, lambda: choose_store(args, data, look))
+def choose_pixels(args, accelerator, data, preprocessing):
+    """(`preprocessing` with its store of pixels, words about it), as one process has chosen."""
+    return from_main(accelerator, lambda: choose_store(args, data, preprocessing))
 
 
 def preprocessing_from(args, pretrained):
@@ -84,11 +84,11 @@ def preprocessing_from(args, pretrained):
     return words + as_given(args)
 
 
-def text(args, machine, data, model, look, total, rows):
+def describe_run(args, machine, data, model, preprocessing, total, rows):
     """What is about to happen, a fact a line.
 
-    machine: words of make_accelerator, and "weights". look: Preprocessing. total: steps. rows:
-    {name: words} that only the script knows, with its "lr".
+    machine: words of make_accelerator, and "weights". preprocessing: Preprocessing. total: steps.
+    rows: {name: words} that only the script knows, with its "lr".
     """
     per_epoch = len(data.train) // args.batch_size
     about = build.describe(model)
@@ -96,9 +96,11 @@ def text(args, machine, data, model, look, total, rows):
     accumulation = args.gradient_accumulation_steps
     processes = machine["processes"]
     part = args.batch_size // (processes * accumulation)
-    larger = look.stored_size != look.size
-    stored = f" from {look.stored_size}×{look.stored_size}" if larger else ""
-    colours = ", ".join(f"{m:.3g}±{s:.3g}" for m, s in zip(look.mean, look.std, strict=True))
+    larger = preprocessing.stored_size != preprocessing.size
+    stored = f" from {preprocessing.stored_size}×{preprocessing.stored_size}" if larger else ""
+    colours = ", ".join(
+        f"{m:.3g}±{s:.3g}" for m, s in zip(preprocessing.mean, preprocessing.std, strict=True)
+    )
     rows = {
         "data": (data.name if data.name == data.source else f"{data.name} ({data.source})")
         + ": "
@@ -107,8 +109,8 @@ def text(args, machine, data, model, look, total, rows):
         + ("" if data.val or data.test else f"; {NOTHING_HELD_OUT}"),
         "classes": classes_row(data),
         **({"left out": left_out(data)} if data.bad else {}),
-        "images": f"{look.size}×{look.size}{stored} {look.interpolation}, {colours}; "
-        + augmentation(args),
+        "images": f"{preprocessing.size}×{preprocessing.size}{stored} "
+        + f"{preprocessing.interpolation}, {colours}; {augmentation(args)}",
         "model": f"{network.name} ({network.library}), {about['parameters']:,} parameters, "
         + f"head {about['head']}; "
         + machine["weights"],
@@ -182,20 +184,21 @@ def _ema(args, steps_per_epoch, total):
     return f"decay {args.ema_decay}{held}: half-life {steps:,.0f} steps = {epochs:.1f} epochs"
 
 
-def result_config(args, data, look, stem, job_type, pretrained, head="linear"):
+def result_config(args, data, preprocessing, stem, job_type, pretrained, head="linear"):
     """config.json: all that another script needs to use the result.
 
-    look: Preprocessing. stem: as resolved. pretrained: what it started from. head: "linear" or
-    "mlp".
+    preprocessing: Preprocessing. stem: as resolved. pretrained: what it started from. head:
+    "linear" or "mlp".
     """
     network = find_model(args.model)
     return {
         **build.model_config(
-            network.name, data.classes, look.size, look.mean, look.std, stem=stem,
-            dropout=args.dropout, library=network.library, arguments=network.arguments, head=head,
-            crop_pct=look.crop_pct, interpolation=look.interpolation,
+            network.name, data.classes, preprocessing.size, preprocessing.mean, preprocessing.std,
+            stem=stem, dropout=args.dropout, head=head,
+            library=network.library, arguments=network.arguments,
+            crop_pct=preprocessing.crop_pct, interpolation=preprocessing.interpolation,
         ),
-        **({"packed_side": look.packed_side} if look.packed_side else {}),
+        **({"packed_side": preprocessing.packed_side} if preprocessing.packed_side else {}),
         "job_type": job_type,
         "dataset": data.name,
         "data": {
@@ -207,10 +210,10 @@ def result_config(args, data, look, stem, job_type, pretrained, head="linear"):
     }  # fmt: skip
 
 
-def identity(data, look, splits):
+def identity(data, preprocessing, splits):
     """Facts about the data that a resumed run must share with the one it continues.
 
-    look: Preprocessing. splits: {role: Samples}.
+    preprocessing: Preprocessing. splits: {role: Samples}.
     """
     labels = hashlib.sha256()
     for split in (data.train, data.val, data.test):
@@ -219,7 +222,7 @@ def identity(data, look, splits):
     return {
         **({"content": data.content} if data.content else {}),  # first: it says the most
         "data_sha256": labels.hexdigest(),
-        "pixels": look._replace(packed_side=0).as_list(),
+        "pixels": preprocessing._replace(packed_side=0).as_list(),
         "store": store_identity(splits),
         "split_sizes": sizes(data),
     }

@@ -50,12 +50,14 @@ def can_start_from_probe(model, size) -> bool:
         )
 
 
-def fit_probe(accelerator, model, splits, views, classes, seed, known, whole=False) -> Probe:
+def fit_probe(
+    accelerator, model, splits, views, classes, seed, feature_cache, whole=False
+) -> Probe:
     """The probe of a frozen network: fitted by one process, the same on all.
 
     It is scored on val, or on a part of train that is held out; test is not looked at. The features
     of no more images are computed than that takes, unless the `whole` splits will be wanted.
-    known: as for harness.training.features.extract.
+    feature_cache: as for harness.training.features.extract.
     """
     model.eval()
     train, val = splits["train"], splits.get("val")
@@ -63,7 +65,7 @@ def fit_probe(accelerator, model, splits, views, classes, seed, known, whole=Fal
 
     def features(role, index):
         if whole or len(index) == len(splits[role].labels):
-            every = extract(accelerator, model, splits[role], views, 1, seed, known, role)
+            every = extract(accelerator, model, splits[role], views, 1, seed, feature_cache, role)
             return _subset(every, index)
         some = _subset(splits[role], index)
         return extract(accelerator, model, some, views, 1, seed, {}, f"some of {role}")

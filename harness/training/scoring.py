@@ -20,11 +20,11 @@ def batch_starts(split) -> range:
 
 
 @torch.inference_mode()
-def evaluate(accelerator, model, split, prepare, seen=None, stop=None):
+def evaluate(accelerator, model, split, prepare, tta_views=None, stop=None):
     """The metrics of `model` on one split, by their names in harness.metrics.METRICS.
 
     model: the unwrapped module. split: harness.data.stores.Samples. prepare: uint8 batch on the
-    device -> what the network takes. seen: tricks.tta's views, whose probabilities are averaged;
+    device -> what the network takes. tta_views: of tricks.tta, whose probabilities are averaged;
     None for the image as it is. stop: a function without arguments -> a number over 0 where this
     process was asked to leave off (`Run.asked_to_stop`).
 
@@ -45,11 +45,11 @@ def evaluate(accelerator, model, split, prepare, seen=None, stop=None):
         index = torch.arange(starts[k], min(starts[k] + starts.step, total))
         images, labels = split.take(index, accelerator.device)
         with accelerator.autocast():
-            if seen is None:
+            if tta_views is None:
                 logits = model(prepare(images)).float()
             else:
-                views = [model(prepare(view.apply(images, index))).float() for view in seen]
-                weights = [view.weight for view in seen]
+                views = [model(prepare(view.apply(images, index))).float() for view in tta_views]
+                weights = [view.weight for view in tta_views]
                 logits = average_views(torch.stack(views), weights, check=False)
         # Filled there: new_tensor would copy from the host's memory, and wait for the device
         values = batch_sums(logits, labels)

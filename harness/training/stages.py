@@ -98,7 +98,7 @@ def make_stages(args, strategy, model, blocks, per_epoch, pretrained):
         end = round(total * passed / own_epochs)
         try:
             stage = _stage(flags, name, stage["train"], (start, end), per_epoch, blocks)
-            enter(model, stage)
+            apply_stage(model, stage)
         except ValueError as error:
             raise UserError(f"stage {name}: {error}") from None
         if end > start:
@@ -136,7 +136,7 @@ def default_stages(blocks):
     ]
 
 
-def enter(model, stage):
+def apply_stage(model, stage):
     """Freeze and unfreeze for a stage; returns the optimizer's groups (see prefix_groups)."""
     args = stage.args
     freeze_except(model, list(stage.rates), NORM_MODES[args.bn_mode])
@@ -160,7 +160,7 @@ def table(model, stages, per_epoch, cached):
     """
     rows = []
     for stage in stages:
-        groups = enter(model, stage)
+        groups = apply_stage(model, stage)
         how = augmentation(stage.args)
         if stage.name in cached:
             drawn = f", the others {how}" if stage.args.views > 1 else ""
@@ -186,7 +186,7 @@ def trained_parameters(model, stages):
     """How many parameters are trained in any of the stages."""
     names = set()
     for stage in stages:
-        enter(model, stage)
+        apply_stage(model, stage)
         names |= {name for name, p in model.named_parameters() if p.requires_grad}
     return sum(p.numel() for name, p in model.named_parameters() if name in names)
 

@@ -288,7 +288,7 @@ def args_attributes(script, context):
             continue
         body = ast.parse(path.read_text(encoding="utf-8")).body
         if path.name == "plan.py":
-            acting = ("load", "preprocessing")
+            acting = ("load", "choose_preprocessing")
             body = [node for node in body if getattr(node, "name", None) in acting]
             assert len(body) == len(acting)
         for node in ast.walk(ast.Module(body, type_ignores=[])):

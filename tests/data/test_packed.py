@@ -73,8 +73,8 @@ def photos(n=20):
     return [encode(photo(seed=k), quality=90) for k in range(n)]
 
 
-def pack(dataset, look=LOOK, **options):
-    return pack_split(dataset, "image", look, name="train", progress=False, **options)
+def pack(dataset, preprocessing=LOOK, **options):
+    return pack_split(dataset, "image", preprocessing, name="train", progress=False, **options)
 
 
 def rgb(data):
@@ -180,13 +180,13 @@ def test_a_large_crop_is_reduced_while_it_is_decoded(side, factor, monkeypatch):
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("size", [(90, 60), (61, 143), (40, 40), (41, 300), (20, 30)], ids=str)
 def test_evaluation_is_torchvisions_resize_and_centre_crop(size, turned, filter_name):
-    look = LOOK._replace(packed_side=512, interpolation=filter_name)
+    preprocessing = LOOK._replace(packed_side=512, interpolation=filter_name)
     data = encode(photo(*size), exif=EXIF_ROTATED) if turned else encode(photo(*size))
     image = Image.open(io.BytesIO(data))
     image = image.transpose(Image.Transpose.ROTATE_270) if turned else image
     words = getattr(v2.InterpolationMode, filter_name.upper())
-    expected = v2.CenterCrop(32)(v2.Resize(look.stored_size, words)(image))
-    found = evaluation_pixels(io.BytesIO(data), look).permute(1, 2, 0).numpy()
+    expected = v2.CenterCrop(32)(v2.Resize(preprocessing.stored_size, words)(image))
+    found = evaluation_pixels(io.BytesIO(data), preprocessing).permute(1, 2, 0).numpy()
     difference = np.abs(found.astype(int) - np.asarray(expected).astype(int))
     if turned:  # encoded once more
         assert decibels(found, expected) > 30
@@ -197,9 +197,9 @@ def test_evaluation_is_torchvisions_resize_and_centre_crop(size, turned, filter_
 
 
 def test_evaluation_of_what_has_the_right_size_resamples_nothing():
-    look = LOOK._replace(crop_pct=1.0)
+    preprocessing = LOOK._replace(crop_pct=1.0)
     data = encode(photo(48, 32))
-    found = decode_centre(data, 48, 32, look)
+    found = decode_centre(data, 48, 32, preprocessing)
     assert np.array_equal(found.permute(1, 2, 0), np.asarray(rgb(data))[:, 8:40])
 
 
@@ -467,9 +467,11 @@ def data_of(dataset, image_size=224):
 
 def choose(dataset, image_size=224, **flags):
     args = {"pixels": "auto", "augment": "basic", "crop_scale": 0.0, "stages": None, **flags}
-    look = LOOK._replace(packed_side=0)
-    look, words = stores.choose_store(SimpleNamespace(**args), data_of(dataset, image_size), look)
-    return look.packed_side, words
+    preprocessing = LOOK._replace(packed_side=0)
+    preprocessing, words = stores.choose_store(
+        SimpleNamespace(**args), data_of(dataset, image_size), preprocessing
+    )
+    return preprocessing.packed_side, words
 
 
 def test_the_store_is_chosen_by_what_the_crops_need(tmp_path, monkeypatch):

@@ -197,21 +197,28 @@ def test_evaluation_is_torchvisions_own_preprocessing(
     three times the resized side), all is equal.
     """
     monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", lambda *a, **k: {})
-    look = find_weights("default", name).preprocessing
-    assert (look.stored_size, look.size, look.interpolation) == (resized, 224, filter_name)
+    preprocessing = find_weights("default", name).preprocessing
+    assert (preprocessing.stored_size, preprocessing.size, preprocessing.interpolation) == (
+        resized,
+        224,
+        filter_name,
+    )
     height, width = (side * resized if side < 10 else side for side in shape)
     rough = random_images(1, size=800)[0, :, : height // detail, : width // detail]
     photo = Image.fromarray((rough // 2 + 64).permute(1, 2, 0).numpy())
     photo = photo.resize((width, height), Image.Resampling.BICUBIC)
     file = io.BytesIO()
     photo.save(file, "png")
-    pixels = torch.from_numpy(decode_image(file, look.stored_size, look.interpolation))
-    views = Views(look.size, look.mean, look.std, augment="none", padding=0, flip_prob=0, ops=1,
-                  erasing=0, magnitude=0, stored=look.stored_size)  # fmt: skip
+    pixels = torch.from_numpy(
+        decode_image(file, preprocessing.stored_size, preprocessing.interpolation)
+    )
+    views = Views(preprocessing.size, preprocessing.mean, preprocessing.std, augment="none",
+                  padding=0, flip_prob=0, ops=1, erasing=0, magnitude=0,
+                  stored=preprocessing.stored_size)  # fmt: skip
     [view] = views.evaluation(pixels.unsqueeze(0))
     weights = torchvision.models.get_model_weights(name).DEFAULT
     expected = weights.transforms()(photo)
-    levels = (view - expected).abs() * torch.tensor(look.std).view(-1, 1, 1) * 255
+    levels = (view - expected).abs() * torch.tensor(preprocessing.std).view(-1, 1, 1) * 255
     assert expected.std() > 0.2 and levels.max().round() <= tolerance
 
 

@@ -13,15 +13,15 @@ from harness.explain import cams
 
 def test_regions_are_seen_as_the_image_is():
     """An oblong image is cut to its centre; a mask and a box of it likewise."""
-    look = Preprocessing(4, 1.0, "bilinear", (0.5,) * 3, (0.5,) * 3)
-    box = cams._region([4, 0, 8, 8], (16, 8), look)  # the left half of the centre
+    preprocessing = Preprocessing(4, 1.0, "bilinear", (0.5,) * 3, (0.5,) * 3)
+    box = cams._region([4, 0, 8, 8], (16, 8), preprocessing)  # the left half of the centre
     assert box.tolist() == [[True, True, False, False]] * 4
     mask = Image.new("L", (16, 8))
     mask.paste(1, (4, 0, 8, 8))
-    assert torch.equal(cams._region(mask, (16, 8), look), box)
-    assert cams._region(None, (16, 8), look) is None
+    assert torch.equal(cams._region(mask, (16, 8), preprocessing), box)
+    assert cams._region(None, (16, 8), preprocessing) is None
     with pytest.raises(UserError, match="neither a box nor a mask"):
-        cams._region([1, 2], (16, 8), look)
+        cams._region([1, 2], (16, 8), preprocessing)
 
 
 def test_right_and_wrong_are_as_many_as_there_are(monkeypatch):

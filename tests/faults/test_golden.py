@@ -89,14 +89,14 @@ def test_a_result_scores_the_same(version):
         trained = read_trained(version / "run")
         model = load_model(trained)
     data = load_data("digits", max_eval_samples=100)
-    splits = decode_splits(data, trained.look, progress=False)
+    splits = decode_splits(data, trained.preprocessing, progress=False)
     alone = SimpleNamespace(
         device=torch.device("cpu"), process_index=0, num_processes=1,
         autocast=contextlib.nullcontext, reduce=lambda sums, how: sums,
     )  # fmt: skip
     scores = evaluate(
         alone, model, splits["test"],
-        lambda x: normalize_batch(x, trained.look.mean, trained.look.std),
+        lambda x: normalize_batch(x, trained.preprocessing.mean, trained.preprocessing.std),
     )  # fmt: skip
     expected = json.loads((version / "expected.json").read_text())["scores"]
     assert scores["acc"] == expected["test/acc_ema"]

@@ -172,7 +172,7 @@ def folder(tmp_path):
 
 def test_this_config_can_be_read(folder):
     trained = read_trained(folder(json.dumps(CONFIG)))
-    assert trained.look.stored_size == 16 and build.rebuild_model(trained.config)
+    assert trained.preprocessing.stored_size == 16 and build.rebuild_model(trained.config)
     assert find_weights(str(trained.folder), "fastnet_small").classes == ["a", "b"]
 
 

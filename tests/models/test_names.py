@@ -112,8 +112,8 @@ def test_timms_default_weights_come_through_its_own_cache(cache):
         assert all(torch.equal(found.state[key], value) for key, value in state.items())
         assert found.label == "timm/test_vit.r160_in1k" and found.stem == "standard"
         assert found.classes[285] == "Egyptian cat" and len(found.classes) == 1000
-        look = Preprocessing(160, cfg.crop_pct, cfg.interpolation, cfg.mean, cfg.std)
-        assert found.preprocessing == look
+        preprocessing = Preprocessing(160, cfg.crop_pct, cfg.interpolation, cfg.mean, cfg.std)
+        assert found.preprocessing == preprocessing
         assert found.origin == "timm's cfg of test_vit.r160_in1k"
     with pytest.raises(UserError, match="test_vit has no weights r160, did you mean"):
         find_weights("r160", "test_vit")
@@ -222,7 +222,7 @@ def test_flags_override_and_the_origin_is_said(tmp_path):
     torch.save(build.build_model("resnet18", 5, image_size=32).state_dict(), tmp_path / "a.pth")
     bare = find_weights(str(tmp_path / "a.pth"), "resnet18")
     args = flags()
-    assert plan.preprocessing(args, data, bare) == Preprocessing(
+    assert plan.choose_preprocessing(args, data, bare) == Preprocessing(
         32, 1.0, "bilinear", data.mean, data.std
     )
     assert plan.preprocessing_from(args, bare).startswith(
@@ -234,7 +234,7 @@ def test_flags_override_and_the_origin_is_said(tmp_path):
         image_size=48, crop_pct=0.5, interpolation="bicubic", mean=[0.1] * 3, std=[0.3] * 3
     )
     wanted = Preprocessing(48, 0.5, "bicubic", (0.1,) * 3, (0.3,) * 3)
-    assert plan.preprocessing(args, data, bare) == wanted
+    assert plan.choose_preprocessing(args, data, bare) == wanted
     words = plan.preprocessing_from(args, bare)
     assert words.endswith("; --crop_pct, --interpolation, --mean, --std as given")
 

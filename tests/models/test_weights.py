@@ -334,11 +334,16 @@ def test_every_published_preprocessing_is_understood(monkeypatch):
                     find_weights(published.name, name)
                 assert str(published) == "VGG16_Weights.IMAGENET1K_FEATURES"
                 continue
-            look, own = find_weights(published.name, name).preprocessing, published.transforms()
-            assert [look.size] == own.crop_size and [look.stored_size] == own.resize_size
-            assert FILTERS[look.interpolation] == pil_modes_mapping[own.interpolation]
+            preprocessing, own = (
+                find_weights(published.name, name).preprocessing,
+                published.transforms(),
+            )
+            assert [preprocessing.size] == own.crop_size and [
+                preprocessing.stored_size
+            ] == own.resize_size
+            assert FILTERS[preprocessing.interpolation] == pil_modes_mapping[own.interpolation]
             if name not in ("googlenet", "inception_v3"):
-                assert (list(look.mean), list(look.std)) == (own.mean, own.std)
+                assert (list(preprocessing.mean), list(preprocessing.std)) == (own.mean, own.std)
             seen += 1
     assert seen > 100
 
@@ -386,10 +391,10 @@ def test_a_run_folder_says_how_it_was_trained(tmp_path):
     folder = write_run(tmp_path / "run", config)
     for spec in (folder, f"{folder}/model.safetensors"):
         weights = find_weights(spec, "resnet18")
-        look = Preprocessing(32, 0.8, "bicubic", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-        assert weights[1:6] == (spec, "resnet18", "small", LETTERS, look)
+        preprocessing = Preprocessing(32, 0.8, "bicubic", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+        assert weights[1:6] == (spec, "resnet18", "small", LETTERS, preprocessing)
         assert weights.recipes == ({"unknown": str(spec)},)  # a config.json without flags
-        assert look.stored_size == 40
+        assert preprocessing.stored_size == 40
         assert weights.state.keys() == {"x.weight"}
     with pytest.raises(UserError, match=f"^{folder} holds a resnet18: add --model resnet18$"):
         find_weights(folder, "resnet50")
@@ -422,7 +427,7 @@ def test_timms_own_folder(tmp_path):
     timm.models.save_for_hf(model, tmp_path, model_config=labels, safe_serialization=True)
     weights = find_weights(str(tmp_path), "resnet10t")
     cfg = model.pretrained_cfg
-    look = (
+    preprocessing = (
         cfg["input_size"][-1],
         cfg["crop_pct"],
         cfg["interpolation"],
@@ -430,7 +435,7 @@ def test_timms_own_folder(tmp_path):
         cfg["std"],
         0,
     )
-    assert weights[2:6] == ("resnet10t", "standard", LETTERS, look)
+    assert weights[2:6] == ("resnet10t", "standard", LETTERS, preprocessing)
     ours = build.build_model("resnet10t", 7, image_size=64)
     assert load_pretrained(ours, weights, LETTERS).text == f"weights {tmp_path}"
     assert torch.equal(ours.fc.weight, model.fc.weight)

@@ -112,18 +112,18 @@ def test_what_is_not_constant_is_not_kept(name, trained, mode):
 
 
 def test_kept_features_give_the_logits_of_the_network():
-    model, split, look = small(), samples(), views()
+    model, split, preprocessing = small(), samples(), views()
     freeze_except(model, ["fc"])
-    kept = features.extract(Alone(), model, split, look, 3, 7, {}, "train")
+    kept = features.extract(Alone(), model, split, preprocessing, 3, 7, {}, "train")
     assert kept.pixels.shape == (70, 3, 1024) and torch.equal(kept.labels, split.labels)
     every = torch.arange(70)
     tail = features.cut_at_head(model).tail
     with torch.no_grad():
         images, labels = split.take(every, torch.device("cpu"))
-        expected = model(look.evaluation(images))
+        expected = model(preprocessing.evaluation(images))
         torch.testing.assert_close(tail(kept.pixels[:, 0]), expected)
         # Another view is the augmented one
-        drawn, _ = features.view_batch(split, look, every, 2, 7)
+        drawn, _ = features.view_batch(split, preprocessing, every, 2, 7)
         torch.testing.assert_close(tail(kept.pixels[:, 2]), model(drawn))
     assert not torch.equal(kept.pixels[:, 0], kept.pixels[:, 1])
     assert not torch.equal(kept.pixels[:, 1], kept.pixels[:, 2])
@@ -173,7 +173,7 @@ def test_features_are_kept_until_another_part_trains():
     def kept(*argv):
         args = build_parser("finetune.py").read([text, *argv])
         made = stages.make_stages(args, "staged", model, blocks, 9, pretrained=True)
-        return features.kept_in(made, model, SIZE)
+        return features.cacheable_stages(made, model, SIZE)
 
     assert kept() == ["1 head", "2 head"]
     assert kept("--views=0") == [] == kept("--mix_prob=1")

@@ -62,7 +62,7 @@ def test_batchnorm_of_pretrained_networks_keeps_its_statistics_unless_asked(
         "all": ({"layer1", "layer4"}, {"layer1", "layer4"}),
     }[mode]  # fmt: skip
     for stage, expected in zip(made[1:], adapts, strict=True):
-        stages.enter(model, stage)
+        stages.apply_stage(model, stage)
         parts = {"layer1": model.layer1, "layer4": model.layer4}
         norms = {name: part[0].bn1.training for name, part in parts.items()}
         assert {name for name, training in norms.items() if training} == expected
@@ -87,7 +87,7 @@ def test_the_default_stages_cover_every_family(name):
     assert [(s.start, s.end) for s in made] == [(0, 50), (50, 150), (150, 300)]
     trained = []
     for stage in made:
-        groups = stages.enter(model, stage)
+        groups = stages.apply_stage(model, stage)
         check_groups(model, groups)
         trained.append({n for n, p in model.named_parameters() if p.requires_grad})
     head = blocks[-1][0]
@@ -102,7 +102,7 @@ def test_the_default_stages_cover_every_family(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_stage_by_prefix_trains_what_is_under_it(name):
     made, model, blocks = make(parse(as_yaml({FAMILIES[name]: 1e-4, "head": 1e-3})), name=name)
-    stages.enter(model, made[0])
+    stages.apply_stage(model, made[0])
     head = blocks[-1][0]
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     under = (f"{FAMILIES[name]}.", f"{head}.")
