@@ -97,8 +97,7 @@ def main(args):
     if strategy == "auto":
         splits = decode()
         probe = fit(whole=False)
-        per_class = len(data.train) / len(data.classes)
-        strategy, reason = staging.choose_strategy(per_class, probe.accuracy, len(data.classes))
+        strategy, reason = staging.choose_strategy(probe.accuracy, len(data.classes))
     blocks = build.blocks(model, args.model)
     stages = staging.make_stages(
         args, strategy, model, blocks, per_epoch, pretrained.state is not None

@@ -418,7 +418,7 @@ def test_auto_measures_chooses_and_trains(tmp_path, capsys):
     )
     assert status == 0
     line = next(li for li in capsys.readouterr().out.splitlines() if li.startswith("strategy"))
-    numbers = re.search(r"(\w+): .*\(20 images a class < 100; probe accuracy ([\d.]+)%", line)
+    numbers = re.search(r"(\w+): .*\(probe accuracy ([\d.]+)%, skill over chance", line)
     assert numbers and numbers[1] in ("feature_extraction", "full")
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["strategy"] == numbers[1]
