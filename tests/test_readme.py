@@ -25,7 +25,9 @@ LAUNCHES = [line for line in BASH if line.startswith("accelerate launch")]
 def test_there_are_commands():
     assert len(LAUNCHES) >= 12
     others = {line for line in BASH if line not in LAUNCHES}
-    assert others == {"make demo", "make test", "make flowers", "make ablate", "make ensemble"}
+    makes = {"make demo", "make test", "make flowers", "make ablate", "make ensemble"}
+    verify = "python -m harness.training.verify_resume 20 accelerate launch train.py"
+    assert others == makes | {verify}  # tests/training/test_resume.py runs the last
     assert {parsed(line).training_script for line in LAUNCHES} == SCRIPTS
 
 

@@ -102,7 +102,7 @@ def metrics_cannot_be_written():
     """ENOSPC from the first line of metrics.jsonl after step 5, as with no byte left."""
     import builtins
 
-    from harness.training import metrics
+    from harness.training import metrics_file
 
     def write(path, mode="r", *rest, **options):
         if str(path).endswith("metrics.jsonl") and "a" in mode:
@@ -112,7 +112,7 @@ def metrics_cannot_be_written():
         return builtins.open(path, mode, *rest, **options)
 
     calls = []
-    metrics.open = write
+    metrics_file.open = write
 
 
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.everyday), 2])
