@@ -37,10 +37,10 @@ import torch
 import torch.nn.functional as F
 
 from harness.counters import generator
-from harness.data.batches import draw_mixing, make_views, mixes, train_batches
-from harness.data.pixels import epoch_order
+from harness.data.batches import draw_mixing, make_views, mixes, row_order, train_batches
 from harness.data.stores import decode_splits, describe_prepared
 from harness.launch import script
+from harness.metrics import computed
 from harness.models import build
 from harness.models.heads import start_heads
 from harness.models.trained import seen_before
@@ -49,6 +49,7 @@ from harness.pictures import SHOWN, save_train_batch
 from harness.processes import from_local_main
 from harness.training import features, plan
 from harness.training import stages as staging
+from harness.training.imbalance import make_loss
 from harness.training.opening import open_run
 from harness.training.optimizers import make_optimizer
 from harness.training.probe import can_start_from_probe, fit_probe, start_from_probe
@@ -56,7 +57,7 @@ from harness.training.run import Length, Run, check_batch
 from harness.training.scoring import evaluate, evaluate_epoch
 from tricks.ema import ModelEma
 from tricks.freeze import frozen_digest, unfreeze
-from tricks.label_smoothing import smooth_labels, soft_cross_entropy
+from tricks.label_smoothing import smooth_labels
 from tricks.lr_groups import check_groups
 from tricks.schedule import set_lr, warmup_cosine
 
@@ -97,7 +98,7 @@ def main(args):
     if strategy == "auto":
         splits = decode()
         probe = fit(whole=False)
-        strategy, reason = staging.choose_strategy(probe.accuracy, len(data.classes))
+        strategy, reason = staging.choose_strategy(probe.accuracy, len(data.classes), probe.images)
     blocks = build.blocks(model, args.model)
     stages = staging.make_stages(
         args, strategy, model, blocks, per_epoch, pretrained.state is not None
@@ -159,7 +160,12 @@ def main(args):
     def test_result():
         views = make_views(args, preprocessing)
         return evaluate(
-            accelerator, run.module, splits["test"], views.evaluation, stop=run.asked_to_stop
+            accelerator,
+            run.module,
+            splits["test"],
+            views.evaluation,
+            stop=run.asked_to_stop,
+            metrics=computed(args),
         )
 
     facts = {
@@ -188,7 +194,7 @@ def train_stage(run, stage, optimizer, splits, preprocessing, classes, feature_c
         if run.wants_picture():
             view = min(1, args.views - 1)
             number = min(args.batch_size, SHOWN)
-            rows = epoch_order(len(splits["train"].labels), args.seed, 0)[:number]
+            rows = row_order(splits["train"].labels, args.seed, 0, args.imbalance)[:number]
             images, labels = features.view_batch(splits["train"], views, rows, view, args.seed)
             targets = F.one_hot(labels, len(classes))
             save_train_batch(run.picture, views.to_pixels(images), targets, classes)
@@ -204,7 +210,12 @@ def train_stage(run, stage, optimizer, splits, preprocessing, classes, feature_c
     batches = train_batches(
         splits["train"], views, accelerator, batch_size=args.batch_size, seed=args.seed,
         accumulation=args.gradient_accumulation_steps, total_steps=stage.end,
+        imbalance=args.imbalance,
     )  # fmt: skip
+
+    loss_of = make_loss(
+        args.imbalance, args.imbalance_tau, splits["train"].labels, len(classes), accelerator.device
+    )
 
     def epoch_scores():
         return evaluate_epoch(run, network, splits, views.evaluation)
@@ -220,7 +231,7 @@ def train_stage(run, stage, optimizer, splits, preprocessing, classes, feature_c
                 targets = F.one_hot(part.labels, len(classes)).float()
                 images, targets = mix(part.images, targets)
                 logits = wrapped(images)
-                loss = soft_cross_entropy(logits, smooth_labels(targets, args.label_smoothing))
+                loss = loss_of(logits, smooth_labels(targets, args.label_smoothing))
                 accelerator.backward(loss)
             # how much of its target each prediction hits: accuracy weighted by λ
             run.count(loss, targets.gather(1, logits.argmax(1, keepdim=True)).mean())

@@ -31,17 +31,19 @@ from harness.counters import generator
 from harness.data.batches import draw_mixing, make_views, mixes, scored_views, train_batches
 from harness.data.stores import decode_splits, describe_prepared
 from harness.launch import script
+from harness.metrics import computed
 from harness.models import build
 from harness.models.heads import start_heads
 from harness.models.weights import load_pretrained
 from harness.pictures import save_train_batch
 from harness.training import plan
+from harness.training.imbalance import make_loss
 from harness.training.opening import open_run
 from harness.training.optimizers import make_groups, make_optimizer
 from harness.training.run import Length, Run, check_batch
 from harness.training.scoring import evaluate, evaluate_epoch
 from tricks.ema import ModelEma
-from tricks.label_smoothing import smooth_labels, soft_cross_entropy
+from tricks.label_smoothing import smooth_labels
 from tricks.lr_groups import check_groups
 from tricks.progressive import progressive_size, resize_batch
 from tricks.schedule import set_lr
@@ -115,7 +117,12 @@ def main(args):
     batches = train_batches(
         splits["train"], views, accelerator, batch_size=args.batch_size, seed=args.seed,
         accumulation=args.gradient_accumulation_steps, total_steps=total,
+        imbalance=args.imbalance,
     )  # fmt: skip
+
+    loss_of = make_loss(
+        args.imbalance, args.imbalance_tau, data.train.labels, len(data.classes), device
+    )
 
     def epoch_scores():
         return evaluate_epoch(run, run.module, splits, views.evaluation)
@@ -132,7 +139,7 @@ def main(args):
                 targets = F.one_hot(part.labels, len(data.classes)).float()
                 images, targets = mix(part.images, targets)
                 logits = model(resize_batch(images, size))
-                loss = soft_cross_entropy(logits, smooth_labels(targets, args.label_smoothing))
+                loss = loss_of(logits, smooth_labels(targets, args.label_smoothing))
                 accelerator.backward(loss)
             # how much of its target each prediction hits: accuracy weighted by λ
             run.count(loss, targets.gather(1, logits.argmax(1, keepdim=True)).mean())
@@ -149,7 +156,13 @@ def main(args):
 
     def result(split="test", tta_views=None):
         return evaluate(
-            accelerator, run.module, splits[split], views.evaluation, tta_views, run.asked_to_stop
+            accelerator,
+            run.module,
+            splits[split],
+            views.evaluation,
+            tta_views,
+            run.asked_to_stop,
+            metrics=computed(args),
         )
 
     def over_views(split):

@@ -1,11 +1,13 @@
 """The table of metrics: what an evaluation computes, under which name, and what is better.
 
-Records ("val/acc", "test/loss_ema"), the lines of epochs, the trackers' summaries, the curves and
-the choice of the best epoch follow from it. To log one more number of an evaluation, add a row.
+Records ("val/acc", "test/loss_ema"), the lines of epochs, the trackers' summaries, the curves, the
+choice of the best epoch (`--select_by`) and the words of `--metrics` follow from it. To log one
+more number of an evaluation, add a row.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,55 +15,149 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tricks.calibration import expected_calibration_error
+
 
 class Metric(NamedTuple):
-    """A number of a split, the mean over its samples of what each is worth."""
+    """A number of a split. It has a `batch_sum` or is `of_all`, the other is None."""
 
     title: str  # in words, on pictures
-    batch_sum: Callable[[Tensor, Tensor], Tensor]  # logits (n, m), labels (n,) -> 0-d, their sum
     best: str  # "max" or "min"
     text: str  # how a value is written
+    # logits (n, K), labels (n,) -> 0-d: the value is the sum of these over the samples
+    batch_sum: Callable[[Tensor, Tensor], Tensor] | None = None
+    # All logits float64 (n, K), labels int64 (n,), on the CPU -> the value
+    of_all: Callable[[Tensor, Tensor], float] | None = None
 
 
 def _correct(logits, labels):
     return (logits.argmax(1) == labels).sum()
 
 
+def _among_five(logits, labels):
+    likeliest = logits.topk(min(5, logits.shape[1])).indices
+    return (likeliest == labels.unsqueeze(1)).sum()
+
+
 def _cross_entropy(logits, labels):
     return F.cross_entropy(logits, labels, reduction="sum")
 
 
+def confusion(predicted, labels, classes) -> Tensor:
+    """Counts (classes, classes), int64: rows are the true classes, columns the predicted ones.
+
+    predicted and labels: int64 (n,). classes: how many there are.
+    """
+    return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
+
+
+def _confusion(logits, labels):
+    return confusion(logits.argmax(1), labels, logits.shape[1])
+
+
+def _balanced_accuracy(logits, labels):
+    """The mean recall of the classes that have samples."""
+    matrix = _confusion(logits, labels).double()
+    there = matrix.sum(1) > 0
+    return (matrix.diag()[there] / matrix.sum(1)[there]).mean().item()
+
+
+def _macro_f1(logits, labels):
+    """The mean F1 of the classes that have samples or were predicted."""
+    matrix = _confusion(logits, labels).double()
+    counted = matrix.sum(1) + matrix.sum(0)
+    there = counted > 0
+    return (2 * matrix.diag()[there] / counted[there]).mean().item()
+
+
+def _ece(logits, labels):
+    return expected_calibration_error(logits.softmax(1), labels)
+
+
+def _over_classes(score):
+    """The mean of `score`(is class k, its probability) over the classes with and without samples.
+
+    A class that all samples have, or none, has no such score; NaN where no class has one.
+    """
+
+    def value(logits, labels):
+        probabilities, counts = logits.softmax(1), labels.bincount(minlength=logits.shape[1])
+        found = [
+            score((labels == k).numpy(), probabilities[:, k].numpy())
+            for k in ((counts > 0) & (counts < len(labels))).nonzero().flatten().tolist()
+        ]
+        return sum(found) / len(found) if found else math.nan
+
+    return value
+
+
+def _auroc(is_class, probability):
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(is_class, probability))
+
+
+def _average_precision(is_class, probability):
+    from sklearn.metrics import average_precision_score
+
+    return float(average_precision_score(is_class, probability))
+
+
+PERCENT = "{:.2%}"
 METRICS = {
-    "loss": Metric("loss", _cross_entropy, "min", "{:.4f}"),
-    "acc": Metric("accuracy", _correct, "max", "{:.2%}"),
-}
-CHOSEN_BY = "acc"  # the best epoch is the one with the best value of this
-SHOWN = ["acc"]  # in the line of an epoch
+    "loss": Metric("loss", "min", "{:.4f}", _cross_entropy),
+    "acc": Metric("accuracy", "max", PERCENT, _correct),
+    "top5": Metric("top-5 accuracy", "max", PERCENT, _among_five),
+    "balanced_acc": Metric("balanced accuracy", "max", PERCENT, None, _balanced_accuracy),
+    "macro_f1": Metric("macro F1", "max", PERCENT, None, _macro_f1),
+    "ece": Metric("expected calibration error", "min", PERCENT, None, _ece),
+    "auroc": Metric("AUROC (one against the rest, macro)", "max", PERCENT, None,
+                    _over_classes(_auroc)),
+    "ap": Metric("average precision (one against the rest, macro)", "max", PERCENT, None,
+                 _over_classes(_average_precision)),
+}  # fmt: skip
+ALWAYS = ("loss", "acc")  # besides what `--metrics` and `--select_by` name
 
 
-def batch_sums(logits, labels) -> Tensor:
-    """What a batch adds to each metric, in the order of METRICS: float32 on the device."""
-    return torch.stack([m.batch_sum(logits, labels).float() for m in METRICS.values()])
+def computed(args) -> list[str]:
+    """The names that a run computes at each evaluation, in the order of the table."""
+    return [name for name in METRICS if name in {*ALWAYS, *(args.metrics or ()), args.select_by}]
 
 
-def is_better(value, than) -> bool:
-    """Whether a value of CHOSEN_BY is better than another."""
-    return value > than if METRICS[CHOSEN_BY].best == "max" else value < than
+def is_better(name, value, than) -> bool:
+    """Whether a value of a metric is better than another; any number is better than NaN."""
+    if math.isnan(than):
+        return not math.isnan(value)
+    return value > than if METRICS[name].best == "max" else value < than
+
+
+def wilson_interval(hits, total, z=1.96):
+    """(low, high) of a share of `hits` in `total` draws: Wilson's score interval.
+
+    z: 1.96 for 95 %. Brown, Cai, DasGupta, "Interval Estimation for a Binomial Proportion", 2001.
+    Nothing drawn: (0.0, 1.0).
+    """
+    if not total:
+        return 0.0, 1.0
+    share, z2 = hits / total, z * z
+    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
+    half = z / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total))
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def scores_in_words(scores, sizes) -> str:
     """`test 93.10% (ema 94.02%) of 10,000  ` for the epoch line; empty if nothing was scored.
 
-    scores: {"SPLIT/METRIC": value}. sizes: {split: images}.
+    scores: {"SPLIT/METRIC": value}; their loss is left to metrics.jsonl. sizes: {split: images}.
     """
     words = ""
     for split in ("val", "test"):
+        there = [name for name in METRICS if name != "loss" and f"{split}/{name}" in scores]
         values = []
-        for name in SHOWN:
+        for name in there:
             value, averaged = (scores.get(f"{split}/{name}{end}") for end in ("", "_ema"))
-            if value is not None:
-                text, label = METRICS[name].text, f"{name} " if len(SHOWN) > 1 else ""
-                ema = f" (ema {text.format(averaged)})" if averaged is not None else ""
-                values.append(f"{label}{text.format(value)}{ema}")
+            text, label = METRICS[name].text, f"{name} " if len(there) > 1 else ""
+            ema = f" (ema {text.format(averaged)})" if averaged is not None else ""
+            values.append(f"{label}{text.format(value)}{ema}")
         words += f"{split} {', '.join(values)} of {sizes[split]:,}  " if values else ""
     return words

@@ -173,11 +173,17 @@ ORANGE, SKY, BLACK = "#E69F00", "#56B4E9", "#000000"
 ENDS = {"": "--", "_ema": "-"}
 
 
-def _panels():
-    """{title of a panel: {key of the records: (colour, line style)}}, by the table of metrics."""
+def _panels(records):
+    """{title of a panel: {key of the records: (colour, line style)}}, by the table of metrics.
+
+    Those of metrics that no record has are left out, but for loss and accuracy.
+    """
     in_training = {"acc": "mixed_acc", "loss": "loss"}
     panels = {}
     for name, metric in METRICS.items():
+        scored = {f"{split}/{name}{end}" for split in ("val", "test") for end in ENDS}
+        if name not in in_training and not any(scored & record.keys() for record in records):
+            continue
         panel = panels.setdefault(metric.title, {})
         if name in in_training:
             panel[f"train/{in_training[name]}"] = (GREY, "-")
@@ -203,10 +209,10 @@ def save_curves(path, records):
     keys = dict.fromkeys(key for group in sorted(named, key=len, reverse=True) for key in group)
     palette = (GREEN, PINK, ORANGE, SKY, BLUE, VERMILION, GREY)
     rates = {key: (palette[n % len(palette)], "-") for n, key in enumerate(keys)}
-    panels = _panels() | {"learning rate": rates}
+    panels = _panels(records) | {"learning rate": rates}
     with matplotlib.style.context("default"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # all that matplotlib may find odd about a NaN or a zero
-        figure = Figure(figsize=(8, 9), dpi=110, layout="constrained")
+        figure = Figure(figsize=(8, 3 * len(panels)), dpi=110, layout="constrained")
         axes = figure.subplots(len(panels), 1, sharex=True)
         for ax, (title, series) in zip(axes, panels.items(), strict=True):
             _draw_panel(ax, title, series, records)

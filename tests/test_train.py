@@ -119,16 +119,16 @@ def test_a_non_finite_loss_stops_before_the_update_with_the_step_named(tmp_path)
 
 def poison_on_one():
     """Process 1 meets, at its third step, an infinite loss with finite gradients."""
-    import train
+    from harness.training import imbalance
 
-    real, calls = train.soft_cross_entropy, []
+    real, calls = imbalance.soft_cross_entropy, []
 
     def poisoned(logits, targets):
         calls.append(1)
         bad = os.environ["RANK"] == "1" and len(calls) == 3
         return real(logits, targets) + (float("inf") if bad else 0)
 
-    train.soft_cross_entropy = poisoned
+    imbalance.soft_cross_entropy = poisoned
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from .autoaugment import (
     draw_randaugment,
     draw_trivialaugment,
 )
+from .balanced_sampling import class_shares, weighted_order
 from .calibration import (
     Reliability,
     accuracy,
@@ -53,6 +54,11 @@ from .cam_checks import (
     rank_correlation,
     reinitialized_copy,
 )
+from .class_weights import (
+    effective_number_weights,
+    inverse_frequency_weights,
+    weighted_cross_entropy,
+)
 from .cutmix import box_around, cutmix_batch, draw_cutmix
 from .ema import ModelEma, decay_at, half_life
 from .ensemble import (
@@ -66,6 +72,7 @@ from .ensemble import (
 from .freeze import freeze_except, frozen_digest, unfreeze
 from .init import dirac_part_, kaiming_normal_
 from .label_smoothing import smooth_labels, soft_cross_entropy
+from .logit_adjustment import add_priors, log_priors, remove_priors
 from .lr_groups import check_groups, layer_decay_rates, prefix_groups, weight_decay_groups
 from .mixup import draw_mixup, mixup_batch, neighbour_pairs
 from .muon import Muon, muon_groups, orthogonalize
@@ -99,6 +106,7 @@ __all__ = [
     "SpatialLayer",
     "View",
     "accuracy",
+    "add_priors",
     "alternate_flips",
     "apply_ops",
     "average_logits",
@@ -108,6 +116,7 @@ __all__ = [
     "box_around",
     "brier",
     "check_groups",
+    "class_shares",
     "crop_batch",
     "crossfit",
     "cutmix_batch",
@@ -124,6 +133,7 @@ __all__ = [
     "draw_randaugment",
     "draw_resized_crops",
     "draw_trivialaugment",
+    "effective_number_weights",
     "eigen_cam",
     "erase_batch",
     "error_correlation",
@@ -144,9 +154,11 @@ __all__ = [
     "heat_in_mask",
     "hires_cam",
     "holm",
+    "inverse_frequency_weights",
     "kaiming_normal_",
     "layer_cam",
     "layer_decay_rates",
+    "log_priors",
     "majority_vote",
     "mcnemar_exact",
     "mixup_batch",
@@ -165,6 +177,7 @@ __all__ = [
     "recompute_batch_norm",
     "reinitialized_copy",
     "reliability_table",
+    "remove_priors",
     "resize_batch",
     "resized_crop_batch",
     "score_cam",
@@ -179,5 +192,7 @@ __all__ = [
     "warmup_cosine",
     "warmup_linear",
     "weight_decay_groups",
+    "weighted_cross_entropy",
+    "weighted_order",
     "whiten_conv_",
 ]

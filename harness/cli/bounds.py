@@ -104,6 +104,7 @@ BOUNDS = {
     "clip_grad_norm": number(0, 1e9),
     "ema_decay": number(0, 0.999999),
     "label_smoothing": number(0, 0.99),
+    "imbalance_tau": number(0, 100),
     "start_size": whole(4, 4096),
     # augmentation
     "flip_prob": PROBABILITY,

@@ -33,7 +33,10 @@ MODEL = (
 
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's
 
-WITH_COMMAS = {"indices", "member_weights", "mean", "std"}  # several numbers in one word
+WITH_COMMAS = {"indices", "member_weights", "mean", "std", "metrics"}  # several in one word
+
+METRICS = ("loss", "acc", "top5", "balanced_acc", "macro_f1", "ece", "auroc", "ap")
+IMBALANCE = ("none", "logit_adjustment", "class_weights", "balanced", "sqrt")
 
 AUGMENTS = ("none", "basic", "autoaugment", "randaugment", "trivialaugment")
 
@@ -41,7 +44,7 @@ AUGMENTS = ("none", "basic", "autoaugment", "randaugment", "trivialaugment")
 STAGE_FLAGS = {
     "warmup_epochs", "layer_decay", "bn_mode", "views", "augment", "crop_scale", "crop_padding",
     "flip", "flip_prob", "randaugment_ops", "randaugment_magnitude", "random_erasing",
-    "mixup_alpha", "cutmix_alpha", "mix_prob", "label_smoothing",
+    "mixup_alpha", "cutmix_alpha", "mix_prob", "label_smoothing", "imbalance", "imbalance_tau",
 }  # fmt: skip
 
 # Flags that change where a run is written and what it tells, never what it computes: the only ones
@@ -50,7 +53,7 @@ STAGE_FLAGS = {
 OPERATIONAL = {
     "config", "output_dir", "run_name", "overwrite", "dry_run", "report_to", "project", "group",
     "log_model", "threads", "checkpointing_steps", "max_checkpoints", "resume_from_checkpoint",
-    "prepare_data", "stop_after", "nonfinite", "verify_cache",
+    "prepare_data", "stop_after", "metrics", "nonfinite", "verify_cache",
     "gradient_accumulation_steps",
 }  # fmt: skip
 
@@ -95,12 +98,15 @@ ELSEWHERE = {
     "lr_warmup_steps": "warmup_epochs", "lr_warmup_epochs": "warmup_epochs",
     "max_grad_norm": "clip_grad_norm", "clip_grad": "clip_grad_norm", "mixup": "mixup_alpha",
     "cutmix": "cutmix_alpha", "smoothing": "label_smoothing", "aa": "augment",
+    "class_weights": "imbalance", "class_weight": "imbalance", "balanced_sampling": "imbalance",
+    "weighted_sampler": "imbalance",
     "auto_augment": "augment", "reprob": "random_erasing", "random_erase": "random_erasing",
     "model_ema_decay": "ema_decay", "use_ema": "ema_decay", "model_ema": "ema_decay",
     "checkpoints_total_limit": "max_checkpoints", "resume": "resume_from_checkpoint",
     "output": "output_dir", "tracker_project_name": "project", "amp": "mixed_precision",
     "fp16": "mixed_precision", "bf16": "mixed_precision",
     "grad_accum_steps": "gradient_accumulation_steps", "with_tracking": "report_to",
+    "eval_metric": "select_by", "metric_for_best_model": "select_by",
     "drop": "dropout", "print_freq": "logging_steps", "log_interval": "logging_steps",
 }  # fmt: skip
 UNNEEDED = (
@@ -502,6 +508,13 @@ def optimization_flags(parser, optimizers=("sgd", "adamw")):
     bounded(g, "ema_decay", default=0.9999,
             help="of the averaged weights; warmed up as min(d, (1+t)/(10+t)); 0: off")
     bounded(g, "label_smoothing", default=0.1, help="mass spread over all classes; 0: off")
+    g.add_argument("--imbalance", choices=IMBALANCE, default="none",
+                   help="for classes with few and many images. logit_adjustment: the log of their "
+                   "shares is added to the logits in the loss; class_weights: the loss is weighed "
+                   "by inverse frequency; balanced: every class comes equally often; sqrt: by the "
+                   "square root of its images")
+    bounded(g, "imbalance_tau", default=1.0,
+            help="τ of logit_adjustment: 1 for classes that count equally, 0: off")
     return g
 
 
@@ -622,6 +635,17 @@ def numbers(text):
     return [BOUNDS["indices"](word) for word in text.split(",")]
 
 
+def metric_names(text):
+    """An argparse type: names of METRICS, with commas."""
+    names = [word.strip() for word in text.split(",")]
+    for name in names:
+        if name not in METRICS:
+            raise argparse.ArgumentTypeError(
+                f'"{shortened(name)}" is not one of {", ".join(METRICS)}{nearest(name, METRICS)}'
+            )
+    return names
+
+
 def shares(text):
     """An argparse type: numbers of at least 0, not all 0, scaled to the sum 1."""
     values = [BOUNDS["member_weights"](word) for word in text.split(",")]
@@ -657,6 +681,11 @@ def output_flags(parser, project):
     g.add_argument("--log_model", action=Switch, help="upload the result as a W&B artifact")
     bounded(g, "logging_steps", default=50,
             help="steps between metrics, which are written once an epoch at least")
+    g.add_argument("--metrics", type=metric_names, metavar="NAME,NAME,…",
+                   help="what evaluations compute besides loss and acc: top5, balanced_acc, "
+                   "macro_f1, ece, auroc, ap (average precision)")
+    g.add_argument("--select_by", choices=METRICS, default="acc",
+                   help="the metric whose best epoch on val is the result")
     bounded(g, "eval_epochs", default=1,
             help="epochs between evaluations; the last epoch is always evaluated")
     bounded(g, "checkpointing_steps", default="epoch",

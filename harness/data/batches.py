@@ -13,6 +13,7 @@ from harness.counters import SampleStreams, generator
 from harness.data.pixels import epoch_order, sharded_order
 from harness.errors import UserError
 from tricks import augment, autoaugment
+from tricks.balanced_sampling import class_shares, weighted_order
 from tricks.cutmix import cutmix_batch, draw_cutmix
 from tricks.mixup import draw_mixup, mixup_batch, neighbour_pairs
 from tricks.tta import tta_views
@@ -20,6 +21,10 @@ from tricks.tta import tta_views
 # The rule by which a batch is drawn, as checkpoints name it: a checkpoint of another rule would go
 # on with other draws. Whoever changes the rule renames it, see harness.training.state.CONTINUED_BY
 DRAWS = "by sample"
+
+
+# --imbalance: a class's share of an epoch is in proportion to so much a power of its images
+SHARE_POWER = {"balanced": 0.0, "sqrt": 0.5}
 
 
 class Part(NamedTuple):
@@ -179,14 +184,28 @@ def draw_mixing(mixup_alpha, cutmix_alpha, prob, size, rng):
     return lambda x, y: mixup_batch(x, y, lam, neighbour_pairs(len(x)))
 
 
-def train_batches(split, views, accelerator, *, batch_size, accumulation, seed, total_steps):
+def row_order(labels, seed, epoch, imbalance="none"):
+    """The rows of an epoch in order, int64 (n,): a function of nothing but these.
+
+    labels: int64 (n,). imbalance: of the flag; "balanced" and "sqrt" show rare classes more often.
+    """
+    if imbalance not in SHARE_POWER:
+        return epoch_order(len(labels), seed, epoch)
+    labels = labels.cpu()
+    shares = class_shares(labels.bincount(), SHARE_POWER[imbalance])
+    return weighted_order(labels, shares, generator(seed, "order", epoch))
+
+
+def train_batches(
+    split, views, accelerator, *, batch_size, accumulation, seed, total_steps, imbalance="none"
+):
     """A function of the first step -> iterator over the steps' batches, each an iterator of Parts.
 
-    The order of an epoch is permutation(seed, epoch) (or, where machines have shares, one of each
-    share), and a sample's draws are a function of (seed,
-    step, its place in the whole batch). The batch is cut into accumulation × processes equal parts,
-    and each process draws for its own, so neither depends on how many share the work. Parts are
-    made when they are asked for; with CUDA two ahead, in a thread and on a stream of their own.
+    The order of an epoch is `row_order` (or, where machines have shares, a permutation of each
+    share), and a sample's draws are a function of (seed, step, its place in the whole batch). The
+    batch is cut into accumulation × processes equal parts, and each process draws for its own, so
+    neither depends on how many share the work. Parts are made when they are asked for; with CUDA
+    two ahead, in a thread and on a stream of their own.
     """
     device, rank = accelerator.device, accelerator.process_index
     processes = accelerator.num_processes
@@ -207,7 +226,7 @@ def train_batches(split, views, accelerator, *, batch_size, accumulation, seed, 
             order[epoch] = (
                 sharded_order(split.shares, seed, epoch, batch_size, accumulation)
                 if split.shares
-                else epoch_order(len(split.labels), seed, epoch)
+                else row_order(split.labels, seed, epoch, imbalance)
             )
         rows = order[epoch][batch * batch_size + places[turn]]
         flips = None

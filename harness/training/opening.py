@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from harness.data.preprocessing import Preprocessing
 from harness.data.sources import Data
+from harness.errors import UserError
 from harness.launch import make_accelerator
 from harness.models import build
 from harness.models.names import find_model
@@ -16,6 +17,7 @@ from harness.models.weights import find_weights
 from harness.processes import in_turn
 from harness.training import plan
 from harness.training.folder import check_folder
+from harness.training.imbalance import check_flags
 
 
 class Opening(NamedTuple):
@@ -36,6 +38,7 @@ def open_run(args, script) -> Opening:
 
     args: the parsed flags. script: its file name. Raises UserError for what is not there.
     """
+    check_flags(args)
     accelerator, machine = make_accelerator(
         args.mixed_precision, args.gradient_accumulation_steps, args.threads, args.seed,
         args.deterministic,
@@ -44,6 +47,11 @@ def open_run(args, script) -> Opening:
     # a mistyped name answers before a data set is looked for
     in_turn(accelerator, lambda: find_model(args.model))
     data = plan.load(args, accelerator)
+    if "select_by" in args.given and data.val is None:
+        raise UserError(
+            f"--select_by {args.select_by} chooses the best epoch on validation images, and there "
+            "are none: --val_fraction 0.1 holds some out"
+        )
     pretrained = in_turn(accelerator, lambda: find_weights(args.weights, args.model, args.stem))
     preprocessing = plan.choose_preprocessing(args, data, pretrained)
     preprocessing, pixels = plan.choose_pixels(args, accelerator, data, preprocessing)

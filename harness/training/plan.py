@@ -15,6 +15,7 @@ from harness.data.stores import choose_store, store_identity
 from harness.models import build
 from harness.models.names import find_model
 from harness.processes import from_local_main, from_main
+from harness.training import imbalance
 from tricks.ema import decay_at, half_life
 from tricks.schedule import warmup_cosine, warmup_linear
 
@@ -44,7 +45,10 @@ def left_out(data):
     return f"{counts} can't be read: {', '.join(bad[:5])}" + (", …" if len(bad) > 5 else "")
 
 
-def classes_row(data):
+UNEVEN = 10  # times the images of the smallest class in the largest: worth a word
+
+
+def classes_row(data, args):
     """Which column the labels are in, the classes, and how many train images each has."""
     counts = np.bincount(data.train.labels, minlength=len(data.classes))
     names = ", ".join(data.classes[:5]) + (", …" if len(data.classes) > 5 else "")
@@ -52,9 +56,11 @@ def classes_row(data):
         f"{len(data.classes):,} {data.labels_from}: {names}; train images a class: "
         f"least {counts.min():,}, median {int(np.median(counts)):,}, most {counts.max():,}"
     )
-    if counts.max() >= 10 * counts.min():
+    if counts.max() >= UNEVEN * counts.min():
         row += f"; uneven: {data.classes[counts.argmax()]} has {counts.max():,}"
         row += f", {data.classes[counts.argmin()]} {counts.min():,}"
+        if args.imbalance == "none":
+            row += " (--imbalance logit_adjustment makes the rare ones count as much)"
     return row
 
 
@@ -107,7 +113,7 @@ def describe_run(args, machine, data, model, preprocessing, total, rows):
         + ", ".join(f"{n:,} {role}" for role, n in sizes(data).items())
         + f"; {len(data.classes)} classes"
         + ("" if data.val or data.test else f"; {NOTHING_HELD_OUT}"),
-        "classes": classes_row(data),
+        "classes": classes_row(data, args),
         **({"left out": left_out(data)} if data.bad else {}),
         "images": f"{preprocessing.size}×{preprocessing.size}{stored} "
         + f"{preprocessing.interpolation}, {colours}; {augmentation(args)}",
@@ -171,6 +177,7 @@ def augmentation(args):
     mixed = {"mixup": args.mixup_alpha, "CutMix": args.cutmix_alpha} if args.mix_prob else {}
     words += [f"{name} α {alpha:g}" for name, alpha in mixed.items() if alpha]
     words += [f"smoothing {args.label_smoothing:g}"] if args.label_smoothing else []
+    words += [imbalance.in_words(args)] if args.imbalance != "none" else []
     return ", ".join(words)
 
 

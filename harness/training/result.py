@@ -10,7 +10,7 @@ import torch
 
 from harness.cli import flags
 from harness.files import DIGEST, replace_file, result_bytes
-from harness.metrics import CHOSEN_BY, is_better
+from harness.metrics import is_better
 from harness.models.weights import clean_state_dict
 from harness.training.folder import git_commit, versions
 
@@ -40,10 +40,11 @@ class Result:
 
     def consider(self, epoch, step, scores) -> bool:
         """Keep the weights of this epoch if they are the best on val so far."""
-        key = f"val/{CHOSEN_BY}{self.suffix}"
+        name = self.args.select_by
+        key = f"val/{name}{self.suffix}"
         if key not in scores or not math.isfinite(scores[f"val/loss{self.suffix}"]):
             return False
-        if self.best is not None and not is_better(scores[key], self.best["scores"][key]):
+        if self.best is not None and not is_better(name, scores[key], self.best["scores"][key]):
             return False
         self.best = {"epoch": epoch, "step": step, "scores": scores}
         self.best_weights = self.current_weights()

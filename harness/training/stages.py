@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from harness.errors import UserError
+from harness.metrics import wilson_interval
 from harness.training.plan import augmentation
 from tricks.freeze import freeze_except
 from tricks.lr_groups import layer_decay_rates, prefix_groups
@@ -24,10 +25,11 @@ STEM_LR = 1e-6
 NORM_MODES = {"eval": "eval", "train": "auto", "all": "train"}  # --bn_mode, as freeze_except's
 STAGED_LR = (1e-5, 1e-5, 5e-5, 1e-4)  # of the quarters of the network, from the stem to the head
 
-# What `auto` goes by: from this skill of the probe on, training every layer had at most 2 points to
-# gain at fifty times the cost; below it, full fine-tuning won with 5 to 500 images a class
-# (benchmarks/RESULTS.md, Transfer)
+# What `auto` goes by: where the probe's skill may be this high, training every layer had at most 2
+# points to gain at fifty times the cost, and points to lose with a handful of images; below it,
+# full fine-tuning won with 5 to 500 images a class (benchmarks/RESULTS.md, Transfer)
 GOOD_PROBE = 0.95
+SURE = 1.96  # standard deviations of the interval around the probe's accuracy
 
 
 class Stage(NamedTuple):
@@ -41,16 +43,20 @@ class Stage(NamedTuple):
     warmup: int  # steps
 
 
-def choose_strategy(accuracy, classes):
+def choose_strategy(accuracy, classes, images):
     """(strategy, reason): the head alone where the probe does well, else every layer.
 
-    accuracy: of a linear probe on frozen features, on images it was not fitted to. What counts is
-    its skill, (accuracy - chance) / (1 - chance).
+    accuracy: of a linear probe on frozen features, on so many images that it was not fitted to.
+    What counts is its skill, (accuracy - chance) / (1 - chance), at the upper end of the accuracy's
+    95 % interval: few images, which can't tell a good probe from a perfect one, are also too few to
+    train every layer.
     """
     chance = 1 / classes
-    skill = max(0.0, (accuracy - chance) / (1 - chance))
+    best = wilson_interval(accuracy * images, images, SURE)[1]
+    skill, at_best = (max(0.0, (a - chance) / (1 - chance)) for a in (accuracy, best))
     numbers = f"probe accuracy {accuracy:.1%}, skill over chance {skill:.3f}"
-    if skill >= GOOD_PROBE:
+    numbers += f", by {images:,} images up to {at_best:.3f}"
+    if at_best >= GOOD_PROBE:
         why = f"the frozen features tell the classes apart ({numbers} ≥ {GOOD_PROBE})"
         return "feature_extraction", why
     return "full", f"the frozen features leave something to learn ({numbers} < {GOOD_PROBE})"

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 class Alone:
     """What evaluation uses of an Accelerator, in one process."""
 
-    device, num_processes, process_index = CPU, 1, 0
+    device, num_processes, process_index, is_main_process = CPU, 1, 0, True
     autocast = contextlib.nullcontext
 
     def reduce(self, tensor, reduction):
