@@ -50,7 +50,7 @@ from harness.processes import from_local_main
 from harness.training import features, plan
 from harness.training import stages as staging
 from harness.training.imbalance import make_loss
-from harness.training.opening import open_run
+from harness.training.opening import open_run, report_writer
 from harness.training.optimizers import make_optimizer
 from harness.training.probe import can_start_from_probe, fit_probe, start_from_probe
 from harness.training.run import Length, Run, check_batch
@@ -157,16 +157,12 @@ def main(args):
             kept = feature_cache if stage.name in cached else None
             train_stage(run, stage, optimizer, splits, preprocessing, data.classes, kept)
 
-    def test_result():
+    def predict(role):
         views = make_views(args, preprocessing)
         return evaluate(
-            accelerator,
-            run.module,
-            splits["test"],
-            views.evaluation,
-            stop=run.asked_to_stop,
-            metrics=computed(args),
-        )
+            accelerator, run.module, splits[role], views.evaluation, stop=run.asked_to_stop,
+            metrics=computed(args), whole=True,
+        )  # fmt: skip
 
     facts = {
         "strategy": strategy,
@@ -174,7 +170,7 @@ def main(args):
         "trained_parameters": staging.trained_parameters(model, stages),
         **({"probe": {"accuracy": probe.accuracy, "of": probe.source}} if probe else {}),
     }
-    summary = run.finish(test_result if "test" in splits else None, facts)
+    summary = run.finish(predict, facts, report=report_writer(opening, splits, args.slice_by))
     accelerator.print(plan.closing(summary, opening.folder, run.record.tracking.line))
 
 

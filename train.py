@@ -38,7 +38,7 @@ from harness.models.weights import load_pretrained
 from harness.pictures import save_train_batch
 from harness.training import plan
 from harness.training.imbalance import make_loss
-from harness.training.opening import open_run
+from harness.training.opening import open_run, report_writer
 from harness.training.optimizers import make_groups, make_optimizer
 from harness.training.run import Length, Run, check_batch
 from harness.training.scoring import evaluate, evaluate_epoch
@@ -154,21 +154,17 @@ def main(args):
         if ema and not accelerator.optimizer_step_was_skipped:
             ema.update(run.module, step)
 
-    def result(split="test", tta_views=None):
+    def evaluate_result(role, views_of_each=None, whole=False):
         return evaluate(
-            accelerator,
-            run.module,
-            splits[split],
-            views.evaluation,
-            tta_views,
-            run.asked_to_stop,
-            metrics=computed(args),
-        )
+            accelerator, run.module, splits[role], views.evaluation, views_of_each,
+            run.asked_to_stop, metrics=computed(args), whole=whole,
+        )  # fmt: skip
 
-    def over_views(split):
-        return result(split, tta_views)
-
-    summary = run.finish(result if "test" in splits else None, tta=tta_views and over_views)
+    summary = run.finish(
+        lambda role: evaluate_result(role, whole=True),
+        tta=tta_views and (lambda role: evaluate_result(role, tta_views)),
+        report=report_writer(opening, splits, args.slice_by),
+    )
     accelerator.print(plan.closing(summary, opening.folder, run.record.tracking.line))
 
 

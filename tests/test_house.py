@@ -56,8 +56,9 @@ ARROWS = {
     "cli": {""},
     "data": {"", "cli"},
     "models": {"", "cli", "data"},
-    "training": {"", "cli", "data", "models"},
-    "ensembles": {"", "cli", "data", "models", "training"},
+    "reports": {"", "cli", "data"},
+    "training": {"", "cli", "data", "models", "reports"},
+    "ensembles": {"", "cli", "data", "models", "reports", "training"},
     "explain": {"", "cli", "data", "models", "training"},
 }
 

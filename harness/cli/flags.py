@@ -33,7 +33,14 @@ MODEL = (
 
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's
 
-WITH_COMMAS = {"indices", "member_weights", "mean", "std", "metrics"}  # several in one word
+WITH_COMMAS = {
+    "indices",
+    "member_weights",
+    "mean",
+    "std",
+    "metrics",
+    "slice_by",
+}  # several in one word
 
 METRICS = ("loss", "acc", "top5", "balanced_acc", "macro_f1", "ece", "auroc", "ap")
 IMBALANCE = ("none", "logit_adjustment", "class_weights", "balanced", "sqrt")
@@ -53,7 +60,7 @@ STAGE_FLAGS = {
 OPERATIONAL = {
     "config", "output_dir", "run_name", "overwrite", "dry_run", "report_to", "project", "group",
     "log_model", "threads", "checkpointing_steps", "max_checkpoints", "resume_from_checkpoint",
-    "prepare_data", "stop_after", "metrics", "nonfinite", "verify_cache",
+    "prepare_data", "stop_after", "metrics", "slice_by", "nonfinite", "verify_cache",
     "gradient_accumulation_steps",
 }  # fmt: skip
 
@@ -635,15 +642,20 @@ def numbers(text):
     return [BOUNDS["indices"](word) for word in text.split(",")]
 
 
+def names(text):
+    """An argparse type: words with commas, each once."""
+    return list(dict.fromkeys(word.strip() for word in text.split(",")))
+
+
 def metric_names(text):
     """An argparse type: names of METRICS, with commas."""
-    names = [word.strip() for word in text.split(",")]
-    for name in names:
+    found = names(text)
+    for name in found:
         if name not in METRICS:
             raise argparse.ArgumentTypeError(
                 f'"{shortened(name)}" is not one of {", ".join(METRICS)}{nearest(name, METRICS)}'
             )
-    return names
+    return found
 
 
 def shares(text):
@@ -686,6 +698,9 @@ def output_flags(parser, project):
                    "macro_f1, ece, auroc, ap (average precision)")
     g.add_argument("--select_by", choices=METRICS, default="acc",
                    help="the metric whose best epoch on val is the result")
+    g.add_argument("--slice_by", type=names, metavar="NAME,NAME,…",
+                   help="the report has the accuracy by group: columns of the data set, or "
+                   "brightness, size, aspect of the images")
     bounded(g, "eval_epochs", default=1,
             help="epochs between evaluations; the last epoch is always evaluated")
     bounded(g, "checkpointing_steps", default="epoch",

@@ -7,7 +7,17 @@ import math
 import torch
 
 from harness.data.sources import stored_rows
-from tricks.calibration import brier, expected_calibration_error, nll, reliability_table
+from harness.metrics import confusion
+from harness.reports.classes import (
+    MISTAKES,
+    by_class,
+    calibration,
+    file_paths,
+    mistakes,
+    most_confused,
+    reliability,
+)
+from tricks.calibration import nll
 from tricks.ensemble import average_logits, average_probabilities
 from tricks.significance import (
     bootstrap_interval,
@@ -19,9 +29,6 @@ from tricks.significance import (
     paired_bootstrap_interval,
 )
 
-CONFUSED = 10  # pairs of classes in the report
-MISTAKES = 32  # images
-
 
 def facts(results, logits, labels, members, images, average) -> dict:
     """What report.json says of the results, but for views and cost.
@@ -32,11 +39,16 @@ def facts(results, logits, labels, members, images, average) -> dict:
     """
     classes = members[0].classes
     best = best_of(results, labels, "combination" if len(members) > 1 else "member")
-    matrix = confusion(best.labels, labels, classes)
+    matrix = confusion(best.labels, labels, len(classes))
     tables = {"as it is": reliability(best.probabilities, labels)}
     if best.calibrated is not None:
         tables["after the temperature"] = reliability(best.calibrated, labels)
     fitted = images.fitted
+    shown = best.probabilities if best.calibrated is None else best.calibrated
+    wrong = mistakes(
+        shown, best.labels, labels, stored_rows(images.scored), classes,
+        lambda samples: file_paths(images.scored, images.image_column, samples),
+    )  # fmt: skip
     return {
         "members": [
             {
@@ -60,7 +72,7 @@ def facts(results, logits, labels, members, images, average) -> dict:
         "diversity": diversity(results[: len(members)], logits, labels, average),
         "by_class": by_class(matrix, classes),
         "most_confused": most_confused(matrix, classes),
-        "mistakes": mistakes(best, labels, stored_rows(images.scored), classes),
+        "mistakes": wrong[:MISTAKES],
         "confusion": matrix.tolist(),
         "reliability": tables,
     }  # fmt: skip
@@ -82,24 +94,6 @@ def notes(members) -> list[str]:
             "easier for them than new ones"
         )
     return found
-
-
-def mistakes(result, labels, rows, classes) -> list[dict]:
-    """The images that are wrong with the highest probability; rows: their stored numbers."""
-    shown = result.probabilities if result.calibrated is None else result.calibrated
-    sure = shown.gather(1, result.labels.unsqueeze(1)).squeeze(1)
-    wrong = (result.labels != labels).nonzero().squeeze(1)
-    wrong = wrong[sure[wrong].argsort(descending=True, stable=True)][:MISTAKES].tolist()
-    return [
-        {
-            "sample": k,
-            "row": int(rows[k]),
-            "true": classes[labels[k]],
-            "predicted": classes[result.labels[k]],
-            "probability": sure[k].item(),
-        }
-        for k in wrong
-    ]
 
 
 def compare(results, labels) -> list[dict]:
@@ -156,16 +150,6 @@ def best_of(results, labels, kind):
     return max((result for result in results if result.kind == kind), key=score)
 
 
-def calibration(probabilities, labels) -> dict:
-    """NLL (None where it is infinite, as of votes), Brier score, ECE in 15 bins."""
-    loss = nll(probabilities, labels)
-    return {
-        "nll": loss if math.isfinite(loss) else None,
-        "brier": brier(probabilities, labels),
-        "ece": expected_calibration_error(probabilities, labels),
-    }
-
-
 def diversity(members, logits, labels, average) -> dict:
     """How alike the members' errors are, and what each adds to the average.
 
@@ -193,37 +177,6 @@ def diversity(members, logits, labels, average) -> dict:
     }
 
 
-def confusion(predicted, labels, classes) -> torch.Tensor:
-    """Counts (classes, classes): rows are the true classes, columns the predicted ones."""
-    size = len(classes)
-    return torch.bincount(labels * size + predicted, minlength=size * size).view(size, size)
-
-
-def by_class(matrix, classes) -> list[dict]:
-    """Images and accuracy of every class, from a confusion matrix; None for a class without."""
-    return [
-        {"class": name, "images": n, "accuracy": int(matrix[k, k]) / n if n else None}
-        for k, (name, n) in enumerate(zip(classes, matrix.sum(1).tolist(), strict=True))
-    ]
-
-
-def most_confused(matrix, classes) -> list[dict]:
-    """The pairs of classes that are taken for each other most often, both ways counted."""
-    pairs = matrix.triu(1) + matrix.tril(-1).T
-    order = pairs.flatten().argsort(descending=True, stable=True)[:CONFUSED].tolist()
-    places = [divmod(place, len(classes)) for place in order]
-    return [
-        {
-            "classes": [classes[a], classes[b]],
-            "errors": int(pairs[a, b]),
-            "first_taken_for_second": int(matrix[a, b]),
-            "second_taken_for_first": int(matrix[b, a]),
-        }
-        for a, b in places
-        if pairs[a, b]
-    ]
-
-
 def view_gains(sets, labels) -> list[dict]:
     """What each set of views gains over one view: for every member, and for their average.
 
@@ -243,9 +196,3 @@ def view_gains(sets, labels) -> list[dict]:
                 }
             )
     return rows
-
-
-def reliability(probabilities, labels) -> dict:
-    """The bars of a reliability diagram, 15 bins, as lists."""
-    table = reliability_table(probabilities, labels)
-    return {name: values.tolist() for name, values in table._asdict().items()}

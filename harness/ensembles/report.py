@@ -9,11 +9,18 @@ import re
 import torch
 
 from harness.cli.tables import escaped, facts, table
-from harness.ensembles import charts
 from harness.ensembles.combinations import LEAST_FITTED
 from harness.ensembles.comparison import notes
 from harness.files import file_name, replace_file
-from harness.pictures import drawable, save_tiles
+from harness.reports import charts
+from harness.reports.sections import (
+    class_table,
+    confused_words,
+    interval,
+    mistake_words,
+    percent,
+    save_mistakes,
+)
 from tricks.calibration import COLDEST
 
 PICTURES = ("accuracy", "reliability", "confusion", "mistakes")
@@ -76,27 +83,7 @@ def write(folder, report, samples):
     charts.save_reliability(folder / "reliability.png", report["reliability"], f"{best}, {on}")
     matrix = torch.tensor(report["confusion"])
     charts.save_confusion(folder / "confusion.png", matrix, classes, f"{best}, {on}")
-    wrong = report["mistakes"]
-    (folder / "mistakes.png").unlink(missing_ok=True)
-    if wrong:
-        images, _ = samples.take(torch.tensor([m["sample"] for m in wrong]), torch.device("cpu"))
-        names = {name: drawable(name, k) for k, name in enumerate(classes)}
-        captions = [
-            [
-                ("true: " + names[m["true"]], ""),
-                ("not: " + names[m["predicted"]], f" {m['probability']:.2f}"),
-            ]
-            for m in wrong
-        ]
-        save_tiles(folder / "mistakes.png", images, captions)
-
-
-def percent(value, digits=2):
-    return f"{100 * value:.{digits}f}"
-
-
-def interval(pair):
-    return f"{percent(pair[0])}–{percent(pair[1])}"
+    save_mistakes(folder / "mistakes.png", report["mistakes"], samples, classes)
 
 
 def signed(value):
@@ -254,9 +241,9 @@ def markdown(report) -> str:
     parts += [
         f"## Classes and errors of {report['best']}",
         "![Confusion matrix](confusion.png)",
-        _class_table(report["by_class"]),
-        _confused_words(report["most_confused"]),
-        _mistake_words(report["mistakes"]),
+        class_table(report["by_class"]),
+        confused_words(report["most_confused"]),
+        mistake_words(report["mistakes"]),
         "## Members",
         _member_table(report["members"]),
     ]
@@ -350,36 +337,6 @@ def _view_words(report):
         + f"\n\nimages/s: forward passes on {report['cost']['device']}, as measured when they "
         "were made."
     )
-
-
-def _class_table(rows):
-    return table(
-        ("class", "images", "accuracy %"),
-        [
-            (r["class"], r["images"], "-" if r["accuracy"] is None else percent(r["accuracy"], 1))
-            for r in rows
-        ],
-    )
-
-
-def _confused_words(pairs):
-    if not pairs:
-        return "No two classes are confused."
-    rows = [
-        (" ~ ".join(p["classes"]), p["errors"], p["first_taken_for_second"],
-         p["second_taken_for_first"]) for p in pairs
-    ]  # fmt: skip
-    return table(("most confused", "errors", "first for second", "second for first"), rows)
-
-
-def _mistake_words(mistakes):
-    if not mistakes:
-        return "All images are right."
-    rows = [(m["row"], m["true"], m["predicted"], f"{m['probability']:.3f}") for m in mistakes[:10]]
-    return (
-        "![The most confident mistakes](mistakes.png)\n\n"
-        + table(("image (row of the stored split)", "true", "predicted", "probability"), rows)
-    )  # fmt: skip
 
 
 def _member_table(members):

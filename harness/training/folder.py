@@ -18,6 +18,7 @@ import yaml
 from harness.cli import flags
 from harness.errors import UserError
 from harness.files import file_name, has_file, replace_file
+from harness.reports import training as report
 from harness.tracking import parse_report_to, require_tensorboard
 from harness.training.checkpoint import checkpoints
 from harness.training.metrics_file import MetricsFile
@@ -29,6 +30,7 @@ MARK = ".run.json"
 WRITTEN_BY_RUN = (
     "model.safetensors", "config.json", "summary.json", "metrics.jsonl", "curves.png",
     "train_batch.png", "checkpoints", "predictions", "wandb", "tensorboard", "config.yaml",
+    *report.WRITTEN,
 )  # fmt: skip
 FILES = (".lock", MARK, *(name for name in WRITTEN_BY_RUN if "." in name))
 OURS = re.compile(r"\.(lock|run\.json|.*\.writing)")  # beside them
@@ -195,6 +197,13 @@ def claim_folder(folder, args, resumed_step, script, metrics=None, say=print):
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
     mark = _read_mark(folder) or {"script": script, "written": WRITTEN_BY_RUN, "checkpoint": None}
+    # A run of an older version wrote fewer files: what has such a name is somebody's own
+    for name in set(WRITTEN_BY_RUN) - set(mark.get("written") or WRITTEN_BY_RUN):
+        if (folder / name).exists():
+            raise UserError(
+                f"{folder} holds {name}, which its run did not write and would replace: move it "
+                "away, or choose another --run_name"
+            )
     if resumed_step is None and not args.overwrite:
         if checkpoints(folder / "checkpoints"):
             raise UserError(
@@ -207,6 +216,7 @@ def claim_folder(folder, args, resumed_step, script, metrics=None, say=print):
         _write_mark(folder, mark | {"clearing": True})
         _clear(folder, mark)
         mark = mark | {"checkpoint": None}
+    mark = mark | {"written": WRITTEN_BY_RUN}
     _write_mark(folder, {k: v for k, v in mark.items() if k != "clearing"})
     # Damaged ones, or those after an older one that was named: not this run's past any more
     for late in checkpoints(folder / "checkpoints"):

@@ -15,6 +15,8 @@ from harness.models import build
 from harness.models.names import find_model
 from harness.models.weights import find_weights
 from harness.processes import in_turn
+from harness.reports import training as report
+from harness.reports.slices import check_slices
 from harness.training import plan
 from harness.training.folder import check_folder
 from harness.training.imbalance import check_flags
@@ -31,6 +33,23 @@ class Opening(NamedTuple):
     preprocessing: Preprocessing
     pixels: str  # which store they come from, in words
     stem: str  # as resolved
+
+
+def report_writer(opening, splits, slice_by):
+    """A function (role, logits) that writes the report of those logits into the run's folder.
+
+    splits: {role: harness.data.stores.Samples}. slice_by: of the flag.
+    """
+    data, folder = opening.data, opening.folder
+
+    def write(role, logits):
+        found = report.facts(
+            folder.name, role, getattr(data, role), splits[role], data.image_column, data.classes,
+            logits, slice_by,
+        )  # fmt: skip
+        report.write(folder, found, splits[role])
+
+    return write
 
 
 def open_run(args, script) -> Opening:
@@ -52,6 +71,8 @@ def open_run(args, script) -> Opening:
             f"--select_by {args.select_by} chooses the best epoch on validation images, and there "
             "are none: --val_fraction 0.1 holds some out"
         )
+    scored = [split for split in (data.val, data.test) if split is not None]
+    in_turn(accelerator, lambda: check_slices(args.slice_by, scored, data.image_column))
     pretrained = in_turn(accelerator, lambda: find_weights(args.weights, args.model, args.stem))
     preprocessing = plan.choose_preprocessing(args, data, pretrained)
     preprocessing, pixels = plan.choose_pixels(args, accelerator, data, preprocessing)

@@ -386,13 +386,14 @@ class Run:
 
     # ---------------------------------------------------------------- the end
 
-    def finish(self, test=None, facts=None, tta=None):
-        """Write the result, the summary and the curves; returns the summary.
+    def finish(self, predict, facts=None, tta=None, report=None):
+        """Write the result, the summary, the report and the curves; returns the summary.
 
-        test: a function without arguments -> {metric: value} of the weights in the model, called
-        with the chosen ones where a validation split chose them. facts: what else the summary
-        should say. tta: the same over several views of each image, for the scored split, called
-        with the result's weights.
+        predict: a function of a split's role -> ({metric: value}, logits) of the weights in the
+        model; it is called with the result's: where val chose them for test, else for what was
+        scored at the last epoch. facts: what else the summary should say. tta: a function of a
+        role -> {metric: value} over several views of each image, for the scored split. report: a
+        function (role, logits) that writes one into the folder, on the main process.
         """
         self.record.bar.close()
         result, best = self.result, self.result.best
@@ -409,18 +410,26 @@ class Run:
         final = dict(best["scores"] if best else self.scores)
         if best is not None:
             self.module.load_state_dict(weights)
-            scores = self.interruptible(test) if test else {}
-            final |= {f"test/{k}{result.suffix}": v for k, v in scores.items()}
-        split = result.scored_split(final)
-        if split and tta:
-            with result.averaged() if best is None else contextlib.nullcontext():
+        with result.averaged() if best is None else contextlib.nullcontext():
+            logits = None
+            if best is not None and "test" in self.config["data"]["splits"]:
+                scores, logits = self.interruptible(lambda: predict("test"))
+                final |= {f"test/{k}{result.suffix}": v for k, v in scores.items()}
+            split = result.scored_split(final)
+            if split and tta:
                 scores = self.interruptible(lambda: tta(split))
                 final |= {f"{split}/{k}_tta": v for k, v in scores.items()}
-            self.seconds += time.perf_counter() - self._since
+                self.seconds += time.perf_counter() - self._since
+            if split and report and logits is None:
+                logits = self.interruptible(lambda: predict(split))[1]
         summary = result.summarise(self.accelerator, final, self._facts() | (facts or {}))
         if self.main:
             replace_file(self.folder / "summary.json", as_json(summary))
             self.record.draw_curves(self.step)
+        if split and report:
+            failure = "the report could not be written"
+            on_main(self.accelerator, lambda: report(split, logits), failure)
+        if self.main:
             tracking = self.record.tracking
             tracking.summary({**final, "seconds": self.seconds})
             if self.args.log_model:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from harness.ensembles.combinations import combined_results
-from harness.ensembles.comparison import calibration
+from harness.reports.classes import calibration
 
 
 def test_a_vote_with_ties_is_calibrated_by_what_was_voted():

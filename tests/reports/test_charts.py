@@ -3,7 +3,7 @@
 import torch
 from PIL import Image
 
-from harness.ensembles import charts
+from harness.reports import charts
 
 
 def test_charts_take_any_names(tmp_path):

@@ -1,0 +1,1 @@
+"""What reports of trained networks say: scores by class, confusions, mistakes, charts."""

@@ -1,0 +1,159 @@
+"""The report of a training run: what its network gets right, by class, and what it does not."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import torch
+
+from harness.cli.tables import escaped, table
+from harness.data.sources import stored_rows
+from harness.files import replace_file
+from harness.metrics import METRICS, confusion, wilson_interval
+from harness.reports import charts
+from harness.reports.classes import (
+    MISTAKES,
+    by_class,
+    file_paths,
+    mistakes,
+    mistakes_csv,
+    most_confused,
+    reliability,
+)
+from harness.reports.sections import (
+    class_table,
+    confused_words,
+    interval,
+    mistake_words,
+    percent,
+    save_mistakes,
+)
+from harness.reports.slices import slices
+
+WRITTEN = (
+    "report.md", "report.json", "confusion.png", "reliability.png", "mistakes.png", "mistakes.csv",
+)  # fmt: skip
+MATRIX = 200  # classes up to which report.json holds the whole confusion matrix
+
+
+def facts(name, role, split, samples, image_column, classes, logits, slice_by=()) -> dict:
+    """What report.json says of a network's logits, float (n, classes), for one split.
+
+    role: "test" or "val". split: harness.data.sources.Split. samples: its
+    harness.data.stores.Samples. slice_by: names of harness.reports.slices.
+    """
+    logits, labels = logits.double(), samples.labels
+    probabilities, predicted = logits.softmax(1), logits.argmax(1)
+    right, matrix = predicted == labels, confusion(predicted, labels, len(classes))
+    largest = int(matrix.sum(1).argmax())
+    return {
+        "name": name,
+        "scored": {"role": role, "split": split.name, "images": len(labels)},
+        "metrics": {
+            key: _number(
+                metric.of_all(logits, labels)
+                if metric.of_all
+                else metric.batch_sum(logits, labels).item() / len(labels)
+            )
+            for key, metric in METRICS.items()
+        },
+        "interval": wilson_interval(int(right.sum()), len(labels)),
+        "largest_class": {
+            "class": classes[largest], "share": int(matrix.sum(1)[largest]) / len(labels)
+        },
+        "by_class": by_class(matrix, classes),
+        "most_confused": most_confused(matrix, classes),
+        "slices": {
+            by: slices(by, split, samples, image_column, right) for by in slice_by or ()
+        },
+        "mistakes": mistakes(
+            probabilities, predicted, labels, stored_rows(split), classes,
+            lambda wrong: file_paths(split, image_column, wrong),
+        ),
+        "confusion": matrix.tolist() if len(classes) <= MATRIX else None,
+        "reliability": {"as it is": reliability(probabilities, labels)},
+    }  # fmt: skip
+
+
+def _number(value):
+    return value if math.isfinite(value) else None
+
+
+def write(folder, report, samples):
+    """report.json, report.md, the pictures and mistakes.csv. report: of `facts`."""
+    every, scored = report["mistakes"], report["scored"]
+    report = report | {"mistakes": every[:MISTAKES], "wrong": len(every)}
+    text = json.dumps(report, indent=1) + "\n"
+    text = re.sub(r"\[\s+([-\d.e,\s]+?)\s+\]", lambda n: f"[{' '.join(n[1].split())}]", text)
+    replace_file(folder / "report.json", text.encode())
+    replace_file(folder / "mistakes.csv", mistakes_csv(every))
+    classes = [row["class"] for row in report["by_class"]]
+    title = f"{report['name']}, {scored['images']:,} {scored['role']} images"
+    charts.save_reliability(folder / "reliability.png", report["reliability"], title)
+    if report["confusion"]:
+        charts.save_confusion(
+            folder / "confusion.png", torch.tensor(report["confusion"]), classes, title
+        )
+    save_mistakes(folder / "mistakes.png", report["mistakes"], samples, classes)
+    replace_file(folder / "report.md", markdown(escaped(report)).encode())
+
+
+def headline(report) -> str:
+    """The outcome in a sentence or two; the second where the largest class alone does as well."""
+    scored, accuracy = report["scored"], report["metrics"]["acc"]
+    words = (
+        f"{percent(accuracy)} % of {scored['images']:,} {scored['role']} images are right "
+        f"({interval(report['interval'])}), balanced accuracy "
+        f"{percent(report['metrics']['balanced_acc'])} %."
+    )
+    largest, half_way = report["largest_class"], (1 + 1 / len(report["by_class"])) / 2
+    low = report["metrics"]["balanced_acc"] < half_way  # between chance and all
+    if low and report["interval"][0] <= largest["share"]:
+        words += (
+            f" To answer {largest['class']} always would be right on {percent(largest['share'])} "
+            "%: by accuracy, it is not shown that anything was learned."
+        )
+    return words
+
+
+def markdown(report) -> str:
+    """report.md, from what report.json holds."""
+    scores = [
+        (METRICS[key].title, "-" if value is None else METRICS[key].text.format(value))
+        for key, value in report["metrics"].items()
+    ]
+    parts = [
+        f"# {report['name']}",
+        headline(report),
+        table(("metric", "value"), scores),
+        "Intervals are Wilson's, 95 %. Top-5, AUROC and average precision go by probabilities; "
+        "the last two are means over the classes that have images, and others have, too.",
+        "## Classes",
+        class_table(report["by_class"]),
+        confused_words(report["most_confused"]),
+        "![Confusion matrix](confusion.png)" if report["confusion"] else "",
+        *_slice_parts(report["slices"]),
+        "## Calibration",
+        f"Expected calibration error {percent(report['metrics']['ece'])} % in 15 bins.",
+        "![Reliability](reliability.png)",
+        "## Mistakes",
+        f"{report['wrong']:,} images are wrong; mistakes.csv has all of them, those first that the "
+        "network is surest of: what is labelled wrongly is often among the first."
+        if report["wrong"]
+        else "",
+        mistake_words(report["mistakes"]),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _slice_parts(found):
+    parts = ["## Slices"] if found else []
+    for name, rows in found.items():
+        cells = [
+            (r["group"], f"{r['images']:,}", percent(r["accuracy"], 1), interval(r["interval"]))
+            for r in rows
+        ]
+        parts.append(table((name, "images", "accuracy %", "95 % interval"), cells))
+    return parts
