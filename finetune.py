@@ -209,7 +209,7 @@ def train_stage(run, stage, optimizer, splits, preprocessing, classes, feature_c
         imbalance=args.imbalance,
     )  # fmt: skip
 
-    loss_of = make_loss(
+    loss_of, shares = make_loss(
         args.imbalance, args.imbalance_tau, splits["train"].labels, len(classes), accelerator.device
     )
 
@@ -227,7 +227,7 @@ def train_stage(run, stage, optimizer, splits, preprocessing, classes, feature_c
                 targets = F.one_hot(part.labels, len(classes)).float()
                 images, targets = mix(part.images, targets)
                 logits = wrapped(images)
-                loss = loss_of(logits, smooth_labels(targets, args.label_smoothing))
+                loss = loss_of(logits, smooth_labels(targets, args.label_smoothing, shares))
                 accelerator.backward(loss)
             # how much of its target each prediction hits: accuracy weighted by λ
             run.count(loss, targets.gather(1, logits.argmax(1, keepdim=True)).mean())

@@ -120,7 +120,7 @@ def main(args):
         imbalance=args.imbalance,
     )  # fmt: skip
 
-    loss_of = make_loss(
+    loss_of, shares = make_loss(
         args.imbalance, args.imbalance_tau, data.train.labels, len(data.classes), device
     )
 
@@ -139,7 +139,7 @@ def main(args):
                 targets = F.one_hot(part.labels, len(data.classes)).float()
                 images, targets = mix(part.images, targets)
                 logits = model(resize_batch(images, size))
-                loss = loss_of(logits, smooth_labels(targets, args.label_smoothing))
+                loss = loss_of(logits, smooth_labels(targets, args.label_smoothing, shares))
                 accelerator.backward(loss)
             # how much of its target each prediction hits: accuracy weighted by λ
             run.count(loss, targets.gather(1, logits.argmax(1, keepdim=True)).mean())

@@ -14,17 +14,22 @@ from torch.nn import functional as F
 __all__ = ["smooth_labels", "soft_cross_entropy"]
 
 
-def smooth_labels(targets: Tensor, smoothing: float) -> Tensor:
-    """Move a share ε of each target to the uniform distribution: (1 - ε)·t + ε/K.
+def smooth_labels(targets: Tensor, smoothing: float, shares: Tensor | None = None) -> Tensor:
+    """Move a share ε of each target to all classes: (1 - ε)·t + ε/K, or (1 - ε)·t + ε·shares.
 
     `targets` (N, K) are floating point, one-hot or soft, each row summing to 1, and so does each
-    row of the result. ε is in [0, 1]; 0.1 is usual.
+    row of the result. ε is in [0, 1]; 0.1 is usual. `shares` (K,), of the sum 1, is where ε goes;
+    None: the uniform distribution. With a loss that makes rare classes count for more (class
+    weights, logit adjustment), give it the classes' shares of train: a uniform ε/K would be more
+    than a rare class's share, and the loss would enlarge it in every image.
 
-    Raises ValueError for an ε out of range and for targets that are class indices.
+    Raises ValueError for an ε out of range, targets that are class indices, and other shapes.
 
     >>> import torch
     >>> smooth_labels(torch.eye(4)[:1], 0.25)
     tensor([[0.8125, 0.0625, 0.0625, 0.0625]])
+    >>> smooth_labels(torch.eye(2)[:1], 0.25, torch.tensor([0.75, 0.25]))
+    tensor([[0.9375, 0.0625]])
     """
     if not 0 <= smoothing <= 1:
         raise ValueError(f"label smoothing must be in [0, 1], got {smoothing}")
@@ -33,7 +38,11 @@ def smooth_labels(targets: Tensor, smoothing: float) -> Tensor:
             "label smoothing takes floating-point targets (N, classes), "
             f"got {targets.dtype} {tuple(targets.shape)}"
         )
-    return targets * (1 - smoothing) + smoothing / targets.shape[1]
+    if shares is None:
+        return targets * (1 - smoothing) + smoothing / targets.shape[1]
+    if shares.shape != targets.shape[1:]:
+        raise ValueError(f"shares must be ({targets.shape[1]},), got {tuple(shares.shape)}")
+    return targets * (1 - smoothing) + smoothing * shares
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

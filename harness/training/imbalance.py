@@ -15,18 +15,26 @@ from tricks.logit_adjustment import add_priors, log_priors
 
 
 def make_loss(kind, tau, labels, classes, device):
-    """The loss of a batch: a function (logits (n, K), targets (n, K)) -> its mean, a 0-d tensor.
+    """(loss of a batch, what smoothed labels are spread over) for a word of `--imbalance`.
 
-    kind: of `--imbalance`. tau: τ of logit adjustment. labels: int64 (N,), of all train images.
+    The loss is a function (logits (n, K), targets (n, K)) -> its mean, a 0-d tensor. The other is
+    the `shares` of tricks.label_smoothing, float32 (K,) on the device, or None.
+
+    tau: τ of logit adjustment. labels: int64 (N,), of all train images.
     """
     if kind not in ("logit_adjustment", "class_weights"):
-        return soft_cross_entropy
+        return soft_cross_entropy, None
     counts = torch.as_tensor(labels).bincount(minlength=classes)
+    shares = (counts / counts.sum()).to(device)
     if kind == "class_weights":
         weights = inverse_frequency_weights(counts).to(device)
-        return lambda logits, targets: weighted_cross_entropy(logits, targets, weights)
+        return lambda logits, targets: weighted_cross_entropy(logits, targets, weights), shares
     priors = log_priors(counts).to(device)
-    return lambda logits, targets: soft_cross_entropy(add_priors(logits, priors, tau), targets)
+
+    def adjusted(logits, targets):
+        return soft_cross_entropy(add_priors(logits, priors, tau), targets)
+
+    return adjusted, shares
 
 
 def check_flags(args):

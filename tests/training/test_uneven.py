@@ -13,7 +13,7 @@ from harness.data.pixels import epoch_order
 from harness.errors import UserError
 from harness.training.imbalance import make_loss
 from harness.training.metrics_file import read_metrics
-from tricks.label_smoothing import soft_cross_entropy
+from tricks.label_smoothing import smooth_labels, soft_cross_entropy
 
 LABELS = torch.tensor([0] * 60 + [1] * 20 + [2] * 6)[torch.randperm(86)]
 
@@ -45,14 +45,38 @@ def test_orders_are_functions_of_the_seed_the_epoch_and_the_kind():
 def test_losses():
     logits, targets = torch.randn(5, 3), torch.rand(5, 3).softmax(1)
     for kind in ("none", "balanced", "sqrt"):
-        assert make_loss(kind, 1.0, LABELS.numpy(), 3, "cpu") is soft_cross_entropy
+        assert make_loss(kind, 1.0, LABELS.numpy(), 3, "cpu") == (soft_cross_entropy, None)
     counts = torch.tensor([60.0, 20, 6])
-    adjusted = make_loss("logit_adjustment", 0.5, LABELS.numpy(), 3, "cpu")
+    adjusted, shares = make_loss("logit_adjustment", 0.5, LABELS.numpy(), 3, "cpu")
     expected = soft_cross_entropy(logits + 0.5 * (counts / 86).log(), targets)
     torch.testing.assert_close(adjusted(logits, targets), expected)
-    weighed = make_loss("class_weights", 1.0, LABELS.numpy(), 3, "cpu")
+    torch.testing.assert_close(shares, counts / 86)
+    weighed, shares = make_loss("class_weights", 1.0, LABELS.numpy(), 3, "cpu")
     expected = -(targets * (86 / 3 / counts) * logits.log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(weighed(logits, targets), expected)
+    torch.testing.assert_close(shares, counts / 86)
+
+
+@pytest.mark.parametrize("kind", ["logit_adjustment", "class_weights"])
+def test_smoothing_does_not_favour_rare_classes(kind):
+    """What knows nothing but the frequencies answers all classes alike, smoothed or not."""
+    labels = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
+    for smoothing in (0.0, 0.2):
+        loss_of, shares = make_loss(kind, 1.0, labels.numpy(), 3, "cpu")
+        bias = torch.zeros(3, requires_grad=True)
+        targets = smooth_labels(torch.nn.functional.one_hot(labels, 3).float(), smoothing, shares)
+        optimizer = torch.optim.LBFGS([bias], max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure(bias=bias, targets=targets, optimizer=optimizer, loss_of=loss_of):
+            optimizer.zero_grad()
+            loss = loss_of(bias.expand(1000, 3), targets)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        torch.testing.assert_close(
+            bias.detach().softmax(0), torch.full((3,), 1 / 3), atol=2e-3, rtol=0
+        )
 
 
 PLAIN = {"max_train_samples": None, "batch_size": 24, "epochs": 4, "logging_steps": 1}

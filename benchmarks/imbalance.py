@@ -1,0 +1,177 @@
+"""Uneven classes: what each word of --imbalance is worth, on a data set made long-tailed.
+
+    python benchmarks/imbalance.py                                  CIFAR-10, 100:1 and 10:1
+    python benchmarks/imbalance.py --dataset FOLDER --script finetune.py --model NAME \
+        --weights FOLDER --strategy full --epochs 10 ...            a published network
+
+Train is thinned so that the number of images falls from class to class by a constant factor, from
+--most to --most / ratio (Cao et al. 2019, https://arxiv.org/abs/1906.07413); test stays as it is.
+Every word trains with every seed; a run that is there is not run again. "after training" is the
+network of "none" with τ log π taken off its logits. Beside the runs lie table.md and results.json:
+balanced accuracy on test, and the accuracy on test images as uneven as those of train (recalls
+weighed by the classes' shares of train). Whatever this script does not know goes to every run.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import measure  # noqa: F401 - so that the harness is found
+import numpy as np
+from training_runs import finish_run
+
+WORDS = ("none", "logit_adjustment", "class_weights", "balanced", "sqrt")
+# The small fast network: about 40 s a run on one core of an EPYC
+FAST = {
+    "model": "fastnet_small", "batch_size": 128, "lr": 0.5, "weight_decay": 5e-4,
+    "augment": "basic",
+    "crop_padding": 2, "random_erasing": 0, "mix_prob": 0, "ema_decay": 0, "label_smoothing": 0.1,
+    "warmup_epochs": 2, "epochs": 20,
+}  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", default="cifar10")
+    parser.add_argument("--script", choices=("train.py", "finetune.py"), default="train.py")
+    parser.add_argument("--ratios", type=int, nargs="+", default=[100, 10])
+    parser.add_argument("--most", type=int, default=1000, help="train images of the first class")
+    parser.add_argument("--words", nargs="+", default=WORDS, choices=WORDS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/imbalance"))
+    args, passed_on = parser.parse_known_args()
+    args.output_dir = args.output_dir.resolve()
+    own = FAST if args.script == "train.py" else {}
+    given = {word.partition("=")[0].lstrip("-") for word in passed_on}
+    flags = [f"--{name}={value}" for name, value in own.items() if name not in given]
+    flags += [*passed_on, "--eval_epochs=1000", "--checkpointing_steps=1000000"]
+    for ratio in args.ratios:
+        folder = args.output_dir / f"{Path(args.dataset).name}-{args.most}-{ratio}"
+        if not folder.exists():
+            write_long_tailed(args.dataset, folder, args.most, ratio)
+    for seed in args.seeds:
+        for ratio in args.ratios:
+            data = args.output_dir / f"{Path(args.dataset).name}-{args.most}-{ratio}"
+            for word in args.words:
+                run = args.output_dir / f"{data.name}-{word}-s{seed}"
+                if not (run / "report.json").exists():
+                    print(run.name, flush=True)
+                    words = [f"--dataset={data}", f"--imbalance={word}", f"--seed={seed}"]
+                    finish_run(args.script, run, [*words, *flags])
+                if not (run / "cell.json").exists():
+                    (run / "cell.json").write_text(json.dumps(scores(run, ratio, word, seed)))
+            print(table(args.output_dir), flush=True)
+
+
+def write_long_tailed(dataset, folder, most, ratio):
+    """Train with most · ratio^(-k / (classes - 1)) images of class k, test as it is, as parquet."""
+    from harness.data.sources import load_data
+
+    data = load_data(dataset)
+    classes, rng = len(data.classes), np.random.default_rng(0)
+    kept = []
+    for k in range(classes):
+        rows = data.train.rows[data.train.labels == k]
+        kept.append(rng.permutation(rows)[: max(1, round(most * ratio ** (-k / (classes - 1))))])
+    unfinished = folder.with_name(f"{folder.name}.part")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    for name, split, rows in (
+        ("train", data.train, np.sort(np.concatenate(kept))),
+        ("test", data.test, data.test.rows),
+    ):
+        split.dataset.select(rows).to_parquet(unfinished / f"{name}-00000-of-00001.parquet")
+    unfinished.rename(folder)
+
+
+def scores(run, ratio, word, seed):
+    """One finished run, as it stands in results.json; of "none" with what "after training" gives.
+
+    train: {class: share of train}.
+    """
+    from harness.data.sources import load_data
+    from harness.models.trained import read_trained
+
+    trained = read_trained(run)
+    data = load_data(trained.recipes[0]["dataset"])
+    shares = np.bincount(data.train.labels, minlength=len(data.classes)) / len(data.train)
+    report = json.loads((run / "report.json").read_text())
+    recalls = np.array([row["accuracy"] for row in report["by_class"]])
+    record = {
+        "images": Path(data.name).name.rsplit("-", 2)[0], "ratio": ratio, "word": word,
+        "seed": seed, "train": len(data.train), "balanced": recalls.mean(),
+        "as_train": float(recalls @ shares),
+        "seconds": json.loads((run / "summary.json").read_text())["seconds"],
+    }  # fmt: skip
+    if word == "none":
+        recalls = after_training(trained, data)
+        record["after"] = [recalls.mean(), float(recalls @ shares)]
+    return record
+
+
+def after_training(trained, data):
+    """The recall of each class when log π is taken off the logits of a finished run."""
+    import torch
+
+    from harness.data.stores import decode
+    from harness.models.trained import load_model
+    from tricks.augment import normalize_batch
+    from tricks.logit_adjustment import log_priors, remove_priors
+
+    look = trained.preprocessing
+    samples = decode(data.test, data.image_column, look)
+    model = load_model(trained).eval()
+    with torch.inference_mode():
+        logits = torch.cat([
+            model(normalize_batch(samples.take(index, torch.device("cpu"))[0], look.mean, look.std))
+            for index in torch.arange(len(data.test)).split(256)
+        ])  # fmt: skip
+    counts = torch.from_numpy(data.train.labels).bincount(minlength=len(data.classes))
+    right = remove_priors(logits, log_priors(counts)).argmax(1) == samples.labels
+    return np.array([right[samples.labels == k].double().mean() for k in range(len(data.classes))])
+
+
+def table(output_dir):
+    """Write results.json and table.md of the finished runs; returns the table."""
+    records = [json.loads(file.read_text()) for file in sorted(output_dir.glob("*/cell.json"))]
+    (output_dir / "results.json").write_text(json.dumps(records, indent=1) + "\n")
+    lines = [
+        "| images | ratio | train | --imbalance | balanced accuracy, mean (min–max) | gain | "
+        "as uneven as train | n | s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    groups = dict.fromkeys((r["images"], r["ratio"]) for r in records)
+    for images, ratio in sorted(groups, key=str):
+        cell = [r for r in records if (r["images"], r["ratio"]) == (images, ratio)]
+        plain = {r["seed"]: r["balanced"] for r in cell if r["word"] == "none"}
+        rows = {word: [(r["seed"], r["balanced"], r["as_train"], r["seconds"]) for r in cell
+                       if r["word"] == word] for word in WORDS}  # fmt: skip
+        rows["after training"] = [
+            (r["seed"], *r["after"], r["seconds"]) for r in cell if "after" in r
+        ]
+        for word, values in rows.items():
+            if values:
+                gains = [b - plain[seed] for seed, b, *_ in values if seed in plain]
+                facts = [
+                    images, f"{ratio}:1", f"{cell[0]['train']:,}", word,
+                    spread([v[1] for v in values]), spread(gains, "+"),
+                    spread([v[2] for v in values]), len(values),
+                    f"{statistics.median(v[3] for v in values):,.0f}",
+                ]  # fmt: skip
+                lines.append(f"| {' | '.join(map(str, facts))} |")
+    text = "\n".join(lines)
+    (output_dir / "table.md").write_text(text + "\n")
+    return text
+
+
+def spread(values, sign=""):
+    if not values:
+        return ""
+    mean, low, high = (
+        f"{100 * v:{sign}.1f}" for v in (statistics.mean(values), min(values), max(values))
+    )
+    return f"{mean} ({low} to {high})"
+
+
+if __name__ == "__main__":
+    main()
