@@ -413,6 +413,15 @@ def data_flags(parser, dataset):
     bounded(g, "val_fraction", default=0.0,
             help="hold out this stratified part of train, keep the epoch that is best on "
             "it; 0: train on all, the last weights are the result")
+    g.add_argument("--fold", metavar="I/K",
+                   help="cross-validation: hold out the I-th of K stratified parts of train; "
+                   "ensemble_eval.py scores K such runs as one")
+    g.add_argument("--group_column", metavar="NAME",
+                   help="a column (patient, video), or folder for the name of each folder: what is "
+                   "held out shares none of its values with train")
+    g.add_argument("--group_pattern", metavar="REGEX",
+                   help="the same: its one group is matched in the path of each image, "
+                   "'/(patient[0-9]+)_'")
     bounded(g, "max_train_samples", help="images; cut for a quick look")
     bounded(g, "max_eval_samples", help="images; cut for a quick look")
     g.add_argument("--pixels", choices=("auto", "decoded", "packed"), default="auto",

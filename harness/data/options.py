@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from harness.data.folders import SPLIT_WORDS
+from harness.data.parts import check_group_pattern, parse_fold
 from harness.errors import UserError, nearest
 
 SPLIT_NAMES = {
@@ -27,6 +28,9 @@ class DataOptions:
     val_split: str | None = None  # None: the one there is, if any; "none" to do without
     test_split: str | None = None  # the same
     val_fraction: float = 0.0  # the part of train to hold out, stratified, in [0, 1)
+    fold: str | None = None  # "2/5": the second of five parts of train is held out
+    group_column: str | None = None  # no value of it on both sides of what is held out
+    group_pattern: str | None = None  # the same by a regular expression on the images' paths
     max_train_samples: int | None = None  # keep so many of train, stratified; None for all
     max_eval_samples: int | None = None  # the same for validation and test
     seed: int = 42  # decides which samples are held out and kept; nothing else does
@@ -59,6 +63,17 @@ def check_options(options):
         raise UserError(
             f"--val_fraction is {options.val_fraction}: it must be at least 0 and below 1"
         )
+    if options.fold:
+        try:
+            parse_fold(options.fold)
+        except ValueError as error:
+            raise UserError(f"--fold {error}") from None
+        if options.val_fraction:
+            raise UserError("--fold and --val_fraction both say what is held out: give one of them")
+    if options.group_column and options.group_pattern:
+        raise UserError("--group_column and --group_pattern both say the groups: give one of them")
+    if options.group_pattern:
+        check_group_pattern(options.group_pattern)
     for flag in ("max_train_samples", "max_eval_samples"):
         count = getattr(options, flag)
         if count is not None and count < 1:

@@ -6,9 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from harness.counters import generator
 from harness.data.cache import find_bad
 from harness.data.columns import (
     check_split,
@@ -18,6 +16,13 @@ from harness.data.columns import (
     read_labels,
 )
 from harness.data.options import DataOptions, check_options
+from harness.data.parts import (
+    grouping_note,
+    held_out,
+    read_groups,
+    shared_groups_note,
+    stratified_order,
+)
 from harness.data.pixels import gray_depth_note, native_size
 from harness.data.stored import (
     BUILT_IN,
@@ -92,10 +97,12 @@ def load_data(dataset, **options) -> Data:
     else:
         built_in = copied_built_in(dataset, stored)
     chosen = options.chosen(stored)
-    if options.val_fraction and chosen["val"]:
+    holds_out = f"--fold is {options.fold}" if options.fold else ""
+    holds_out = holds_out or (options.val_fraction and f"--val_fraction is {options.val_fraction}")
+    if holds_out and chosen["val"]:
         raise UserError(
-            f"--val_fraction is {options.val_fraction}, but {dataset} has the validation split "
-            f"'{chosen['val']}': leave --val_fraction out, or pass --val_split none"
+            f"{holds_out}, but {dataset} has the validation split '{chosen['val']}': leave "
+            f"{holds_out.split()[0]} out, or pass --val_split none"
         )
     unused = [
         f"{len(split):,} images of split '{name}', which is not used"
@@ -136,10 +143,7 @@ def load_data(dataset, **options) -> Data:
         _check_every_class(splits["train"], classes)
     if len(classes) < 2:
         raise UserError(f"{dataset} has 1 class, {classes[0]}: there is nothing to tell apart")
-    if options.val_fraction:
-        splits["train"], splits["val"] = _hold_out(
-            splits["train"], options.val_fraction, classes, options.seed
-        )
+    splits = _split_train(splits, options, classes, image_column, found.source, notes)
     mean, std = built_in.statistics if built_in else IMAGENET_STATISTICS
     train = cut(splits["train"], options.max_train_samples, options.seed)
     if options.empty_classes != "keep" and len(np.unique(train.labels)) < len(classes):
@@ -214,48 +218,32 @@ def _leave_out(split, bad):
 # -- parts of a split ----------------------------------------------------------------------------
 
 
-def stratified_order(labels, seed):
-    """An order of the samples of which every beginning has the classes in proportion.
+def _split_train(splits, options, classes, image_column, root, notes):
+    """`splits` with what --val_fraction or --fold hold out of train; the plan's words in `notes`.
 
-    The j-th of the n_c samples of class c, shuffled, is put at (j + ½) / n_c; so the first k
-    hold each class k · n_c / n times, give or take one, and a larger k only adds to them.
-
-    >>> labels = np.array([0, 0, 0, 0, 0, 0, 1, 1, 1])
-    >>> np.bincount(labels[stratified_order(labels, seed=0)[:3]]).tolist()
-    [2, 1]
+    Groups (--group_column, --group_pattern) are read of all splits, which should share none.
     """
-    shuffled = torch.randperm(len(labels), generator=generator(seed, "split")).numpy()
-    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    counts = np.bincount(labels)
-    first = np.repeat(np.cumsum(counts) - counts, counts)  # where the class of each starts
-    place = (np.arange(len(labels)) - first + 0.5) / np.repeat(counts, counts)
-    # Ties (all of them in a balanced set) fall in the order of the shuffle, not of the classes.
-    position = np.empty(len(labels), dtype=np.float64)
-    position[by_class] = place
-    return shuffled[np.argsort(position[shuffled], kind="stable")]
-
-
-def _hold_out(train, fraction, classes, seed):
-    """`train` as (train, val), with every class in both."""
-    num_val = round(fraction * len(train))
-    order = stratified_order(train.labels, seed)
-    # Sorted, so that the pixels are read from the disk in order.
-    val_rows, train_rows = np.sort(order[:num_val]), np.sort(order[num_val:])
-    val, rest = (
-        replace(train, rows=train.rows[rows], labels=train.labels[rows])
-        for rows in (val_rows, train_rows)
-    )
-    for part, left_with in ((val, "validation"), (rest, "training")):
-        counts = np.bincount(part.labels, minlength=len(classes))
-        if counts.min() == 0:
-            worst = int(counts.argmin())
-            have = int((train.labels == worst).sum())
-            raise UserError(
-                f"--val_fraction {fraction} holds out {num_val:,} of {len(train):,} images and "
-                f"leaves {left_with} none of class '{classes[worst]}' (which has {have}): "
-                "too few to stratify, choose another fraction"
-            )
-    return rest, val
+    train, groups = splits["train"], None
+    if options.group_column or options.group_pattern:
+        there = {role: split for role, split in splits.items() if split is not None}
+        column, pattern = options.group_column, options.group_pattern
+        named = {
+            role: read_groups(split, column, pattern, image_column, root)
+            for role, split in there.items()
+        }
+        groups = named["train"][0]
+        notes += [note] if (note := shared_groups_note(there, named)) else []
+    if not (options.val_fraction or options.fold):
+        return splits
+    val = held_out(train, options, classes, groups)
+    if groups is not None:
+        by = column or f"'{pattern}'"
+        notes.append(grouping_note(train, groups, val, by, classes))
+    elif options.fold:
+        notes.append(f"held out: fold {options.fold} of train, {len(val):,} images")
+    rest = np.setdiff1d(np.arange(len(train)), val)  # sorted, so that the pixels are read in order
+    parts = [replace(train, rows=train.rows[k], labels=train.labels[k]) for k in (rest, val)]
+    return splits | dict(zip(("train", "val"), parts, strict=True))
 
 
 def cut(split, max_samples, seed):

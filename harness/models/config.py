@@ -20,7 +20,7 @@ MOST_LEVELS = 20  # of objects and lists in each other; a run's have 4
 DATA_FLAGS = (
     "image_column", "label_column", "train_split", "val_split", "test_split", "val_fraction",
     "max_train_samples", "seed", "bad_images", "empty_classes", "layout", "label_pattern", "labels",
-    "file_column", "classes", "bit_depth",
+    "file_column", "classes", "bit_depth", "fold", "group_column", "group_pattern",
 )  # fmt: skip
 NUMBERS = {"val_fraction", "max_train_samples", "seed", "bit_depth"}  # of those
 

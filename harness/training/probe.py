@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from harness.data.sources import stratified_order
+from harness.data.parts import stratified_order
 from harness.models.heads import head, heads, in_eval, run_with_input, sample_image, trial_heads
 from harness.processes import from_main
 from harness.training.features import cut_at_head, extract

@@ -19,7 +19,8 @@ import smallruns
 from harness import hub
 from harness.data import stored
 from harness.data.cache import decode_split
-from harness.data.sources import load_data, stratified_order
+from harness.data.parts import stratified_order
+from harness.data.sources import load_data
 from harness.data.stored import BUILT_IN, BuiltIn
 from harness.errors import UserError
 
