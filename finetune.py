@@ -38,7 +38,7 @@ import torch.nn.functional as F
 
 from harness.counters import generator
 from harness.data.batches import draw_mixing, make_views, mixes, row_order, train_batches
-from harness.data.stores import decode_splits, describe_prepared
+from harness.data.stores import describe_prepared
 from harness.launch import script
 from harness.metrics import computed
 from harness.models import build
@@ -50,7 +50,7 @@ from harness.processes import from_local_main
 from harness.training import features, plan
 from harness.training import stages as staging
 from harness.training.imbalance import make_loss
-from harness.training.opening import open_run, report_writer
+from harness.training.opening import decode_images, open_run, report_writer
 from harness.training.optimizers import make_optimizer
 from harness.training.probe import can_start_from_probe, fit_probe, start_from_probe
 from harness.training.run import Length, Run, check_batch
@@ -83,9 +83,6 @@ def main(args):
     model.to(device, memory_format=torch.channels_last)
 
     # strategy: a list of stages, each a function of the optimizer step
-    def decode():
-        return decode_splits(data, preprocessing, accelerator, verify=args.verify_cache)
-
     def fit(whole):
         views = make_views(args, preprocessing)
         return fit_probe(
@@ -96,7 +93,7 @@ def main(args):
     from_probe = args.strategy in ("auto", "feature_extraction") and loaded.head_is_new
     from_probe = from_probe and can_start_from_probe(model, preprocessing.size)
     if strategy == "auto":
-        splits = decode()
+        splits = decode_images(opening, args)
         probe = fit(whole=False)
         strategy, reason = staging.choose_strategy(probe.accuracy, len(data.classes), probe.images)
     blocks = build.blocks(model, args.model)
@@ -124,7 +121,7 @@ def main(args):
     accelerator.print(staging.table(model, stages, per_epoch, cached))
     if args.dry_run:
         return
-    splits = splits or decode()
+    splits = splits or decode_images(opening, args)
     if args.prepare_data:
         accelerator.print(f"prepared     {describe_prepared(data, splits)}")
         return

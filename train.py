@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from harness.counters import generator
 from harness.data.batches import draw_mixing, make_views, mixes, scored_views, train_batches
-from harness.data.stores import decode_splits, describe_prepared
+from harness.data.stores import describe_prepared
 from harness.launch import script
 from harness.metrics import computed
 from harness.models import build
@@ -38,7 +38,7 @@ from harness.models.weights import load_pretrained
 from harness.pictures import save_train_batch
 from harness.training import plan
 from harness.training.imbalance import make_loss
-from harness.training.opening import open_run, report_writer
+from harness.training.opening import decode_images, open_run, report_writer
 from harness.training.optimizers import make_groups, make_optimizer
 from harness.training.run import Length, Run, check_batch
 from harness.training.scoring import evaluate, evaluate_epoch
@@ -91,9 +91,7 @@ def main(args):
     accelerator.print(plan.describe_run(args, machine, data, model, preprocessing, total, rows))
     if args.dry_run:
         return
-    splits = decode_splits(
-        data, preprocessing, accelerator, shard=args.shard_store, verify=args.verify_cache
-    )
+    splits = decode_images(opening, args)
     if args.prepare_data:
         accelerator.print(f"prepared     {describe_prepared(data, splits)}")
         return

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import xxhash
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
@@ -36,6 +37,7 @@ DECODE_VERSION = 2  # part of the cache key: raise it whenever decode_image's ou
 BLOCK = 256  # images a thread decodes at a time
 HASHED = 16  # images a hash is of; BLOCK is a multiple
 HASH_BYTES = 8
+IMAGE_BYTES = 8  # of the hash of one image, by which identical ones are found
 SAMPLED = 64  # hashes that are compared at each start
 
 
@@ -104,6 +106,20 @@ def cached(dataset, image_column, size, interpolation="bilinear", bit_depth=None
     return cache_file(dataset, *key).with_suffix(".npy")
 
 
+def image_hashes(dataset, image_column, size, interpolation="bilinear", bit_depth=None):
+    """uint64 (n,): what tells apart the decoded images of a data set; None where it is not known.
+
+    As `decode_split` was asked for them. Equal for images that are the same, pixel for pixel; 0 for
+    those that can't be read.
+    """
+    index = _read_index(cached(dataset, image_column, size, interpolation, bit_depth))
+    if index is None or index["images"] is None or len(index["images"]) != len(dataset):
+        return None
+    hashes = index["images"].copy()
+    hashes[list(index["bad"])] = 0
+    return hashes
+
+
 def find_bad(dataset, image_column, *, name, bit_depth=None, progress=True):
     """{row: why} of the images of `dataset` that can't be decoded, with their files' names.
 
@@ -149,7 +165,10 @@ def cache_folder():
 
 
 def _read_index(file):
-    """{"bad": {row: why}, "hashes": [bytes]} of a file of pixels; None where none fits its hash."""
+    """{"bad": {row: why}, "hashes": [bytes], "images": uint64 (n,)} of a file of pixels.
+
+    None where none fits its hash. "images" is None in files of older versions.
+    """
     if not has_file(file.with_suffix(".json")):
         return None
     try:
@@ -162,13 +181,25 @@ def _read_index(file):
         return None
     joined, bad = bytes.fromhex(content["hashes"]), content["bad"]
     hashes = [joined[i : i + HASH_BYTES] for i in range(0, len(joined), HASH_BYTES)]
-    return {"hashes": hashes, "bad": {int(row): why for row, why in bad.items()}}
+    images = content.get("images")
+    return {
+        "hashes": hashes,
+        "bad": {int(row): why for row, why in bad.items()},
+        "images": None if images is None else np.frombuffer(bytes.fromhex(images), "<u8"),
+    }
 
 
 def _write_index(file, found):
     """found: a _Share of all images."""
     hashes = b"".join(digest for _, digest in sorted(found.hashes.items()))
-    content = json.dumps({"hashes": hashes.hex(), "bad": dict(sorted(found.bad.items()))})
+    images = b"".join(digests for _, digests in sorted(found.images.items()))
+    content = json.dumps(
+        {
+            "hashes": hashes.hex(),
+            "bad": dict(sorted(found.bad.items())),
+            "images": images.hex(),
+        }
+    )
     written = {"content": content, "hash": _hash(content.encode()).hex()}
     replace_file(file.with_suffix(".json"), json.dumps(written).encode())
 
@@ -228,6 +259,7 @@ class _Share(NamedTuple):
     """What came of a part of the images."""
 
     hashes: dict  # the first row of each HASHED: the hash of their pixels
+    images: dict  # the same: the hashes of each of them, joined
     bad: dict  # {row: why}
 
 
@@ -243,9 +275,10 @@ def _make(file, shape, job, accelerator, verify):
         return _decode_part(part, job, place, processes)
 
     def end(shares):
-        found = _Share({}, {})
+        found = _Share({}, {}, {})
         for one in shares:
             found.hashes.update(one.hashes)
+            found.images.update(one.images)
             found.bad.update(one.bad)
         with open(part, "r+b") as handle:
             os.fsync(handle.fileno())
@@ -288,7 +321,7 @@ def _decode(job, keep, place=0, processes=1, wanted=lambda: True, pixels=None):
     what `keep` filled, to be hashed.
     """
     (column,), total = job.images.column_names, len(job.images)
-    share = _Share({}, {})
+    share = _Share({}, {}, {})
 
     def decode_block(start):
         if not wanted():
@@ -305,6 +338,8 @@ def _decode(job, keep, place=0, processes=1, wanted=lambda: True, pixels=None):
         if pixels is not None:
             for row in range(start, start + len(block), HASHED):
                 share.hashes[row] = _hash(pixels[row : row + HASHED])
+                each = [xxhash.xxh3_64_intdigest(image) for image in pixels[row : row + HASHED]]
+                share.images[row] = np.array(each, "<u8").tobytes()
         return len(block)
 
     bar = tqdm(

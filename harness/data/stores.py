@@ -6,9 +6,10 @@ import math
 import shutil
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from harness.data.cache import cache_folder, cached, decode_split
+from harness.data.cache import cache_folder, cached, decode_split, image_hashes
 from harness.data.jpegs import decoder, packed_side
 from harness.data.packed import PackedImages
 from harness.data.packing import find_packed, pack_split, packed_bytes, packed_size
@@ -100,6 +101,58 @@ def decode(split, image_column, preprocessing, accelerator=ALONE, share=None, **
             interpolation=preprocessing.interpolation, **options,
         )  # fmt: skip
     return Samples(pixels, torch.from_numpy(split.rows), torch.from_numpy(split.labels))
+
+
+SHOWN = 3  # pairs of identical images in a warning
+
+
+def identical_images(data, preprocessing, splits) -> list[str]:
+    """Warnings for images of val and test that are in train as well, pixel for pixel.
+
+    splits: of `decode_splits`. Decoded stores are compared by their images' hashes, packed ones by
+    the checksums and sizes of the JPEGs. Stores of older versions, which have no hashes, and those
+    that hold a machine's share are passed by.
+    """
+    keys = {role: _image_keys(data, role, preprocessing, splits[role]) for role in splits}
+    train, warnings = keys.pop("train"), []
+    if train is None:
+        return []
+    order = train.argsort(kind="stable")
+    for role, theirs in keys.items():
+        if theirs is None:
+            continue
+        at = np.searchsorted(train, theirs, sorter=order).clip(max=len(train) - 1)
+        twins = order[at]
+        found = np.flatnonzero((train[twins] == theirs) & (theirs != 0))
+        if len(found):
+            own, ours = getattr(data, role), data.train
+            other = int((own.labels[found] != ours.labels[twins[found]]).sum())
+            pairs = [(int(own.rows[k]), int(ours.rows[twins[k]])) for k in found[:SHOWN]]
+            shown = ", ".join(f"{a} of '{own.name}' is {b} of '{ours.name}'" for a, b in pairs)
+            warnings.append(
+                f"warning: {len(found):,} of {len(own):,} {role} images are train images, too, "
+                f"pixel for pixel: {shown}{', …' if len(found) > SHOWN else ''}"
+                + (f"; {other:,} of them with another class" if other else "")
+                + f"; {role} scores will be too good"
+            )
+    return warnings
+
+
+def _image_keys(data, role, preprocessing, samples):
+    """uint64 (n,) of a split's samples, equal for identical images, 0 for none; or None."""
+    split = getattr(data, role)
+    if samples.shares:
+        return None
+    if samples.packed:
+        entries = samples.pixels.entries[split.rows]
+        sides = entries["width"].astype("u8") * 65_537 + entries["height"]
+        mixed = entries["length"].astype("u8") * np.uint64(2_654_435_761) + sides
+        return (entries["crc"].astype("u8") << np.uint64(32)) ^ mixed
+    hashes = image_hashes(
+        split.dataset, data.image_column, preprocessing.stored_size, preprocessing.interpolation,
+        split.bit_depth,
+    )  # fmt: skip
+    return None if hashes is None else hashes[split.rows]
 
 
 def describe_prepared(data, splits):

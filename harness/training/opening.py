@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from harness.data.preprocessing import Preprocessing
 from harness.data.sources import Data
+from harness.data.stores import decode_splits, identical_images
 from harness.errors import UserError
 from harness.launch import make_accelerator
 from harness.models import build
@@ -33,6 +34,19 @@ class Opening(NamedTuple):
     preprocessing: Preprocessing
     pixels: str  # which store they come from, in words
     stem: str  # as resolved
+
+
+def decode_images(opening, args):
+    """{role: Samples} of all splits; images of val and test that are in train, too, are named."""
+    data, preprocessing, accelerator = opening.data, opening.preprocessing, opening.accelerator
+    splits = decode_splits(
+        data, preprocessing, accelerator, shard=getattr(args, "shard_store", False),
+        verify=args.verify_cache,
+    )  # fmt: skip
+    if accelerator.is_main_process:
+        for line in identical_images(data, preprocessing, splits):
+            print(line, flush=True)
+    return splits
 
 
 def report_writer(opening, splits, slice_by):
