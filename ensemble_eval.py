@@ -5,6 +5,7 @@ accelerate launch ensemble_eval.py runs/a runs/b --tta flip           two views 
 accelerate launch ensemble_eval.py runs/a runs/b --tta shift,crops:5  these against one view
 accelerate launch ensemble_eval.py runs/a --tta random:8              one network, nine views
 accelerate launch ensemble_eval.py runs/a runs/b --member_weights 0.7,0.3
+accelerate launch ensemble_eval.py runs/fold1 runs/fold2 runs/fold3   of --fold 1/3 to 3/3: as one
 """
 
 from harness.cli import flags
@@ -23,7 +24,8 @@ if __name__ == "__main__":  # before torch is imported: --help and a mistyped fl
 
 import torch
 
-from harness.ensembles import combinations, comparison, report
+from harness.ensembles import combinations, comparison, crossvalidation, report
+from harness.ensembles.crossvalidation import find_folds
 from harness.ensembles.members import find_images, read_members, view_sets
 from harness.ensembles.predictions import Predictions, progress
 from harness.ensembles.soups import Soups, groups_of
@@ -32,6 +34,7 @@ from harness.files import replace_file
 from harness.launch import make_accelerator, script
 from harness.models.trained import load_model
 from harness.processes import from_local_main, in_turn
+from harness.reports import training as training_report
 from harness.tracking import Tracking, parse_report_to
 from harness.training.folder import claim_report, report_folder
 from tricks.ensemble import average_logits, average_probabilities
@@ -48,6 +51,9 @@ def main(args):
     if weights and len(weights) != len(members):
         raise UserError(f"--member_weights has {len(weights)} for {len(members)} members")
     sizes = {member.preprocessing.size for member in members}
+    folds = from_local_main(accelerator, lambda: find_folds(members, args))
+    if folds:
+        return score_folds(args, accelerator, machine, folder, folds)
     views = view_sets(args.tta, sizes, args.seed)  # {kind: {size: views}}; the first is combined
     images = from_local_main(accelerator, lambda: find_images(members, args))
     groups = groups_of(members) if args.soup else []
@@ -131,6 +137,43 @@ def main(args):
     )  # fmt: skip
     report.track(tracking, found, folder)
     print(report.closing(folder, tracking.line))
+
+
+def score_folds(args, accelerator, machine, folder, folds):
+    """The runs of a cross-validation: one report of what each says of the images it held out."""
+    for fold in folds:
+        accelerator.print(
+            f"fold         {fold.number} of {len(folds)}: {fold.member.name}, "
+            f"{len(fold.split):,} held-out images"
+        )
+    whole = crossvalidation.joined(folds)
+    accelerator.print(f"scored       {len(whole):,} images, each by the run that held it out")
+    if args.dry_run:
+        return
+    predictions = Predictions(
+        accelerator, {f"fold {fold.number}": fold.split for fold in folds}, folds[0].image_column,
+        args.seed, machine["device"], accelerator.print, args.verify_cache,
+    )  # fmt: skip
+    logits, samples = [], []
+    for fold in folds:
+        member, role = fold.member, f"fold {fold.number}"
+        size = member.preprocessing.size
+        views = next(iter(view_sets(args.tta, {size}, args.seed).values()))[size]
+        missing = predictions.recall(member, views, [role])
+        with progress(accelerator, predictions.count(missing)) as bar:
+            if missing:
+                model = load_model(member).to(accelerator.device, memory_format=torch.channels_last)
+                predictions.compute(member, model, missing, bar)
+        logits.append(predictions.logits(member, role, views))
+        samples.append(predictions.samples(role, member.preprocessing))
+    if not accelerator.is_main_process:
+        return
+    classes = folds[0].member.classes
+    found, together = crossvalidation.facts(folder.name, folds, samples, logits, classes)
+    claim_report(folder, "ensemble_eval.py")
+    training_report.write(folder, found, together)
+    replace_file(folder / "config.yaml", flags.to_yaml(args))
+    print(f"\n{training_report.headline(found)}\nreport       {folder}/report.md, mistakes.csv")
 
 
 if __name__ == "__main__":

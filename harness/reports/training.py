@@ -128,6 +128,7 @@ def markdown(report) -> str:
         f"# {report['name']}",
         headline(report),
         table(("metric", "value"), scores),
+        *_fold_parts(report.get("folds")),
         "Intervals are Wilson's, 95 %. Top-5, AUROC and average precision go by probabilities; "
         "the last two are means over the classes that have images, and others have, too.",
         "## Classes",
@@ -146,6 +147,19 @@ def markdown(report) -> str:
         mistake_words(report["mistakes"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _fold_parts(folds):
+    if not folds:
+        return []
+    cells = [
+        (f["fold"], f["run"], f"{f['images']:,}", percent(f["accuracy"]), interval(f["interval"]))
+        for f in folds
+    ]
+    return [
+        "Every image is scored by the run that held it out.",
+        table(("fold", "run", "images", "accuracy %", "95 % interval"), cells),
+    ]
 
 
 def _slice_parts(found):

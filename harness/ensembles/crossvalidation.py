@@ -1,0 +1,122 @@
+"""K runs of --fold 1/K … K/K as one: every image of train is scored by the run that held it out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from harness.data.parts import parse_fold
+from harness.data.sources import Split, load_data, stored_rows
+from harness.data.stores import Samples
+from harness.errors import UserError
+from harness.metrics import wilson_interval
+from harness.models.trained import check_classes, data_flags, where
+from harness.reports import training as report
+
+# What must be the same in all runs, or their parts would not be those of one split
+SHARED = ("dataset", "seed", "group_column", "group_pattern", "max_train_samples")
+
+
+class Fold(NamedTuple):
+    """One run and the images that it held out."""
+
+    number: int  # from 1
+    member: object  # harness.models.trained.Trained
+    split: Split
+    image_column: str
+
+
+def find_folds(members, args) -> list[Fold]:
+    """The folds of members that are a cross-validation, in order; [] where they are none.
+
+    They are where each was trained with a --fold, unless `--split test` is asked for, or some are
+    missing and there is a test split to compare them on. Raises UserError for folds that are
+    missing, there twice or of other splits.
+    """
+    recipes = [member.recipes[0] for member in members]
+    if not all(recipe.get("fold") for recipe in recipes) or args.split == "test":
+        return []
+    loaded = [
+        load_data(
+            **data_flags(
+                recipe, dataset=args.dataset, image_column=args.image_column,
+                label_column=args.label_column,
+            )
+        )
+        for recipe in recipes
+    ]  # fmt: skip
+    numbers = [parse_fold(recipe["fold"]) for recipe in recipes]
+    folds = max(count for _, count in numbers)
+    missing = sorted(set(range(folds)) - {number for number, _ in numbers})
+    if missing and args.split is None and loaded[0].test is not None:
+        return []
+    for name in SHARED:
+        values = [recipe.get(name) for recipe in recipes]
+        if len(set(map(str, values))) > 1 and not (name == "dataset" and args.dataset):
+            raise UserError(
+                f"these runs are folds of different splits: {name} is {values[0]} in "
+                f"{members[0].name}, other in another"
+            )
+    if len({count for _, count in numbers}) > 1:
+        counts = sorted({count for _, count in numbers})
+        raise UserError(f"these runs are folds of {' and of '.join(map(str, counts))}")
+    if missing or len(numbers) > folds:
+        words = ", ".join(f"{k + 1}/{folds}" for k in missing)
+        raise UserError(
+            f"a cross-validation wants each fold once: {words or 'one is there twice'}"
+            f"{' is missing' if missing else ''}"
+        )
+    for member, data in zip(members, loaded, strict=True):
+        check_classes(member, data.classes, data.source)
+        own, *before = member.recipes
+        if any("unknown" not in recipe and where(recipe) == where(own) for recipe in before):
+            raise UserError(
+                f"{member.name} started from a run on the same images, which has seen what this "
+                "one held out"
+            )
+    found = [
+        Fold(number + 1, member, data.val, data.image_column)
+        for (number, _), member, data in zip(numbers, members, loaded, strict=True)
+    ]
+    return sorted(found, key=lambda fold: fold.number)
+
+
+def joined(folds) -> Split:
+    """The held-out parts of all folds as one split, in their order."""
+    first = folds[0].split
+    if first.stored is not None:
+        raise UserError("folds of --max_eval_samples are not whole: there is no table of them")
+    return replace(
+        first,
+        rows=np.concatenate([fold.split.rows for fold in folds]),
+        labels=np.concatenate([fold.split.labels for fold in folds]),
+    )
+
+
+def facts(name, folds, samples, logits, classes):
+    """(what report.json says, Samples of all). samples and logits: of each fold, by its member."""
+    split = joined(folds)
+    together = Samples(
+        samples[0].pixels, torch.from_numpy(split.rows), torch.from_numpy(split.labels)
+    )
+    found = report.facts(
+        name, "out-of-fold", split, together, folds[0].image_column, classes, torch.cat(logits)
+    )  # fmt: skip
+    rows = []
+    for fold, own in zip(folds, logits, strict=True):
+        hits = int((own.argmax(1) == torch.from_numpy(fold.split.labels)).sum())
+        total = len(fold.split)
+        rows.append(
+            {
+                "fold": f"{fold.number}/{len(folds)}",
+                "run": fold.member.name,
+                "images": total,
+                "accuracy": hits / total,
+                "interval": wilson_interval(hits, total),
+            }
+        )
+    assert len(np.unique(stored_rows(split))) == len(split), "an image is in two folds"
+    return found | {"folds": rows}, together
