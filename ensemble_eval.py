@@ -32,6 +32,7 @@ from harness.ensembles.soups import Soups, groups_of
 from harness.errors import UserError
 from harness.files import replace_file
 from harness.launch import make_accelerator, script
+from harness.models.calibration import keep_temperature
 from harness.models.trained import load_model
 from harness.processes import from_local_main, in_turn
 from harness.reports import training as training_report
@@ -102,6 +103,9 @@ def main(args):
         results += combinations.soup_results(groups, soups.logits, names, labels, args.seed)
     if not accelerator.is_main_process:
         return
+    if images.fitted:  # each member's own temperature, for predict.py and exports
+        for member, own in zip(members, logits["fitted"], strict=True):
+            keep_temperature(member, own, labels["fitted"], images.fitted.name)
 
     # comparison: intervals, tests, diversity, what views gain
     mean = average_logits if args.average == "logits" else average_probabilities

@@ -31,6 +31,7 @@ from harness.reports.sections import (
     save_mistakes,
 )
 from harness.reports.slices import slices
+from tricks.calibration import expected_calibration_error
 
 WRITTEN = (
     "report.md", "report.json", "confusion.png", "reliability.png", "mistakes.png", "mistakes.csv",
@@ -38,15 +39,23 @@ WRITTEN = (
 MATRIX = 200  # classes up to which report.json holds the whole confusion matrix
 
 
-def facts(name, role, split, samples, image_column, classes, logits, slice_by=()) -> dict:
+def facts(
+    name, role, split, samples, image_column, classes, logits, slice_by=(), fitted=None
+) -> dict:
     """What report.json says of a network's logits, float (n, classes), for one split.
 
     role: "test" or "val". split: harness.data.sources.Split. samples: its
-    harness.data.stores.Samples. slice_by: names of harness.reports.slices.
+    harness.data.stores.Samples. slice_by: names of harness.reports.slices. fitted: what
+    calibration.json says, or None.
     """
     logits, labels = logits.double(), samples.labels
     probabilities, predicted = logits.softmax(1), logits.argmax(1)
     right, matrix = predicted == labels, confusion(predicted, labels, len(classes))
+    tables = {"as it is": reliability(probabilities, labels)}
+    if fitted and role != fitted["source"]:
+        cooled = (logits / fitted["temperature"]).softmax(1)
+        tables["after the temperature"] = reliability(cooled, labels)
+        fitted = fitted | {"ece_scored": expected_calibration_error(cooled, labels)}
     largest = int(matrix.sum(1).argmax())
     return {
         "name": name,
@@ -73,7 +82,8 @@ def facts(name, role, split, samples, image_column, classes, logits, slice_by=()
             lambda wrong: file_paths(split, image_column, wrong),
         ),
         "confusion": matrix.tolist() if len(classes) <= MATRIX else None,
-        "reliability": {"as it is": reliability(probabilities, labels)},
+        "calibration": fitted,
+        "reliability": tables,
     }  # fmt: skip
 
 
@@ -137,7 +147,7 @@ def markdown(report) -> str:
         "![Confusion matrix](confusion.png)" if report["confusion"] else "",
         *_slice_parts(report["slices"]),
         "## Calibration",
-        f"Expected calibration error {percent(report['metrics']['ece'])} % in 15 bins.",
+        _calibration_words(report),
         "![Reliability](reliability.png)",
         "## Mistakes",
         f"{report['wrong']:,} images are wrong; mistakes.csv has all of them, those first that the "
@@ -147,6 +157,20 @@ def markdown(report) -> str:
         mistake_words(report["mistakes"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _calibration_words(report):
+    words = f"Expected calibration error {percent(report['metrics']['ece'])} % in 15 bins"
+    fitted = report.get("calibration")
+    if not fitted:
+        return f"{words}; no images were held out to fit a temperature on."
+    if "ece_scored" in fitted:
+        words += f", {percent(fitted['ece_scored'])} % after the temperature"
+    return (
+        f"{words}. The temperature, {fitted['temperature']:.3f}, was fitted on "
+        f"{fitted['images']:,} {fitted['source']} images (there {percent(fitted['ece_before'])} % before and "
+        f"{percent(fitted['ece_after'])} % after); calibration.json has it."
+    )
 
 
 def _fold_parts(folds):

@@ -30,7 +30,7 @@ MARK = ".run.json"
 WRITTEN_BY_RUN = (
     "model.safetensors", "config.json", "summary.json", "metrics.jsonl", "curves.png",
     "train_batch.png", "checkpoints", "predictions", "wandb", "tensorboard", "config.yaml",
-    *report.WRITTEN,
+    "calibration.json", *report.WRITTEN,
 )  # fmt: skip
 FILES = (".lock", MARK, *(name for name in WRITTEN_BY_RUN if "." in name))
 OURS = re.compile(r"\.(lock|run\.json|.*\.writing)")  # beside them

@@ -12,7 +12,8 @@ from harness.data.sources import Data
 from harness.data.stores import decode_splits, identical_images
 from harness.errors import UserError
 from harness.launch import make_accelerator
-from harness.models import build
+from harness.models import build, calibration
+from harness.models.calibration import fit_calibration
 from harness.models.names import find_model
 from harness.models.weights import find_weights
 from harness.processes import in_turn
@@ -50,16 +51,23 @@ def decode_images(opening, args):
 
 
 def report_writer(opening, splits, slice_by):
-    """A function (role, logits) that writes the report of those logits into the run's folder.
+    """A function (role, logits, val_logits) that writes report and temperature into the folder.
 
-    splits: {role: harness.data.stores.Samples}. slice_by: of the flag.
+    splits: {role: harness.data.stores.Samples}. slice_by: of the flag. The temperature is fitted on
+    val_logits, where val chose the weights; else None: nothing was held out to fit it on.
     """
     data, folder = opening.data, opening.folder
 
-    def write(role, logits):
+    def write(role, logits, val_logits):
+        fitted = None
+        if val_logits is not None:
+            fitted = fit_calibration(val_logits, splits["val"].labels, "val")
+        (folder / calibration.FILE).unlink(missing_ok=True)
+        if fitted:
+            calibration.write_calibration(folder, fitted)
         found = report.facts(
             folder.name, role, getattr(data, role), splits[role], data.image_column, data.classes,
-            logits, slice_by,
+            logits, slice_by, fitted,
         )  # fmt: skip
         report.write(folder, found, splits[role])
 

@@ -393,7 +393,8 @@ class Run:
         model; it is called with the result's: where val chose them for test, else for what was
         scored at the last epoch. facts: what else the summary should say. tta: a function of a
         role -> {metric: value} over several views of each image, for the scored split. report: a
-        function (role, logits) that writes one into the folder, on the main process.
+        function (role, logits, logits of val or None) that writes one into the folder, on the main
+        process.
         """
         self.record.bar.close()
         result, best = self.result, self.result.best
@@ -422,13 +423,16 @@ class Run:
                 self.seconds += time.perf_counter() - self._since
             if split and report and logits is None:
                 logits = self.interruptible(lambda: predict(split))[1]
+            held_out = logits if split == "val" else None
+            if best is not None and report and held_out is None:
+                held_out = self.interruptible(lambda: predict("val"))[1]
         summary = result.summarise(self.accelerator, final, self._facts() | (facts or {}))
         if self.main:
             replace_file(self.folder / "summary.json", as_json(summary))
             self.record.draw_curves(self.step)
         if split and report:
             failure = "the report could not be written"
-            on_main(self.accelerator, lambda: report(split, logits), failure)
+            on_main(self.accelerator, lambda: report(split, logits, held_out), failure)
         if self.main:
             tracking = self.record.tracking
             tracking.summary({**final, "seconds": self.seconds})

@@ -13,6 +13,8 @@ import smallruns
 from harness.data.sources import load_data
 from harness.data.stores import Samples
 from harness.errors import UserError
+from harness.models.calibration import read_calibration
+from harness.models.trained import read_trained
 from harness.reports import training as report
 from harness.reports.slices import _groups
 
@@ -167,3 +169,17 @@ def test_a_run_writes_the_report_of_its_result(tmp_path, val):
         assert found["scored"]["role"] == "test" and found["scored"]["images"] == 100
         assert found["metrics"]["acc"] == summary["accuracy"]
         assert found["metrics"]["loss"] == pytest.approx(summary["loss"], rel=0.02)
+        calibration = run / "calibration.json"
+        assert calibration.exists() == bool(val)
+        if val:
+            facts = json.loads(calibration.read_text())
+            trained = read_trained(run)
+            assert read_calibration(trained) == facts and facts["source"] == "val"
+            assert facts["ece_after"] <= facts["ece_before"] + 0.02
+            assert facts["images"] == 100 and "after the temperature" in found["reliability"]
+            assert read_calibration(trained._replace(sha256="0")) is None
+            text = (run / "report.md").read_text()
+            assert f"The temperature, {facts['temperature']:.3f}, was fitted on 100 val" in text
+            calibration.write_text('{"temperature": 0}')
+            with pytest.raises(UserError, match="holds no temperature"):
+                read_calibration(trained)

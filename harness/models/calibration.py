@@ -1,0 +1,84 @@
+"""calibration.json of a run: the temperature of its probabilities, fitted on held-out images.
+
+Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, https://arxiv.org/abs/1706.04599
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+
+from harness.errors import UserError
+from harness.files import has_file, replace_file
+from tricks.calibration import expected_calibration_error, fit_temperature
+
+FILE = "calibration.json"
+LEAST = 50  # images that a temperature is fitted on
+
+
+def fit_calibration(logits, labels, source) -> dict | None:
+    """What calibration.json says of logits (n, classes), but for the weights; None for too few.
+
+    source: which images these are, in words ("val"). They are images that the network was not
+    trained on.
+    """
+    if len(labels) < LEAST or not logits.isfinite().all():
+        return None
+    logits = logits.double()
+    temperature = fit_temperature(logits, labels)
+    before, after = (
+        expected_calibration_error((logits / t).softmax(1), labels) for t in (1.0, temperature)
+    )
+    return {
+        "temperature": temperature,
+        "images": len(labels),
+        "source": source,
+        "ece_before": before,
+        "ece_after": after,
+    }
+
+
+def write_calibration(folder, facts):
+    """Write calibration.json beside the weights that it is for."""
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    data = json.dumps({**facts, "weights_sha256": digest}, indent=1) + "\n"
+    replace_file(folder / FILE, data.encode())
+
+
+def keep_temperature(trained, logits, labels, source):
+    """Write the temperature of a finished run, fitted on more held-out images than it has.
+
+    Under the lock of the folder: a run that goes on there keeps its own. A folder that can't be
+    written gets a note on the terminal.
+    """
+    known = read_calibration(trained)
+    facts = fit_calibration(logits, labels, source)
+    if facts is None or (known and known.get("images", 0) >= facts["images"]):
+        return
+    try:
+        with open(trained.folder / ".lock", "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            write_calibration(trained.folder, facts)
+    except OSError as error:
+        print(f"note         the temperature of {trained.name} is not kept: {error.strerror}")
+
+
+def read_calibration(trained) -> dict | None:
+    """What a run's calibration.json says; None without one, and for one of other weights.
+
+    trained: harness.models.trained.Trained. Raises UserError for a file that makes no sense.
+    """
+    file = trained.folder / FILE
+    if not has_file(file):
+        return None
+    try:
+        facts = json.loads(file.read_bytes())
+        temperature = float(facts["temperature"])
+        sane = math.isfinite(temperature) and temperature > 0
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        facts, sane = {}, False
+    if not sane:
+        raise UserError(f"{file} holds no temperature: remove it, or restore it")
+    return facts if facts.get("weights_sha256") == trained.sha256 else None
