@@ -59,6 +59,7 @@ ARROWS = {
     "reports": {"", "cli", "data"},
     "training": {"", "cli", "data", "models", "reports"},
     "ensembles": {"", "cli", "data", "models", "reports", "training"},
+    "inference": {"", "cli", "data", "models", "reports", "ensembles"},
     "explain": {"", "cli", "data", "models", "training"},
 }
 

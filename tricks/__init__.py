@@ -59,6 +59,7 @@ from .class_weights import (
     inverse_frequency_weights,
     weighted_cross_entropy,
 )
+from .conformal import aps_scores, calibrate_threshold, lac_scores, predict_sets
 from .cutmix import box_around, cutmix_batch, draw_cutmix
 from .ema import ModelEma, decay_at, half_life
 from .ensemble import (
@@ -109,12 +110,14 @@ __all__ = [
     "add_priors",
     "alternate_flips",
     "apply_ops",
+    "aps_scores",
     "average_logits",
     "average_probabilities",
     "average_views",
     "bootstrap_interval",
     "box_around",
     "brier",
+    "calibrate_threshold",
     "check_groups",
     "class_shares",
     "crop_batch",
@@ -156,6 +159,7 @@ __all__ = [
     "holm",
     "inverse_frequency_weights",
     "kaiming_normal_",
+    "lac_scores",
     "layer_cam",
     "layer_decay_rates",
     "log_priors",
@@ -171,6 +175,7 @@ __all__ = [
     "orthogonalize",
     "paired_bootstrap_interval",
     "patch_whitening",
+    "predict_sets",
     "prefix_groups",
     "progressive_size",
     "rank_correlation",

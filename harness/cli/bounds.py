@@ -120,6 +120,9 @@ BOUNDS = {
     "member_weights": number(0, 1e9),  # each
     "indices": whole(0, MANY),  # each
     "max_images": whole(1, 100_000),
+    "top_k": whole(1, 1000),
+    "min_probability": PROBABILITY,
+    "coverage": number(0.5, 0.9999),
     "alpha": PROBABILITY,
     # running
     "threads": whole(1, 512),  # no machine has more cores to give one process

@@ -592,6 +592,28 @@ def ensemble_flags(parser):
     verify_cache(g)
 
 
+def predict_flags(parser):
+    g = parser.add_argument_group("networks and images")
+    g.add_argument("words", nargs="*", metavar="RUN [RUN …] PATH…",
+                   help="folders of trained runs, then image files, folders, or patterns in quotes")
+    g.add_argument("--dataset", help="instead of paths: a Hub id or a folder, as for training")
+    g.add_argument("--split", help="of --dataset, by its own name; unset: the first")
+    g.add_argument("--image_column", help="only where it cannot be inferred")
+    g.add_argument("--label_column", help="unset: as in training; where it holds the run's "
+                   "classes, predictions are scored")
+    g = parser.add_argument_group("predictions")
+    g.add_argument("--tta", default="none", metavar="VIEWS", help="none, flip, shift, crops:N, "
+                   "random:N: the average over several views of each image")
+    bounded(g, "top_k", default=5, help="classes of each image that are written")
+    bounded(g, "min_probability", help="of the likeliest class, under which to abstain")
+    bounded(g, "coverage", help="give each image a set of classes that holds the right one at "
+            "least so often; wants the run's data set, for its held-out images")
+    g.add_argument("--sets", choices=("threshold", "adaptive"), default="threshold",
+                   help="threshold: the smallest sets on average; adaptive: larger for hard images")
+    g.add_argument("--format", choices=("csv", "jsonl", "parquet"), default="csv",
+                   help="of the predictions")
+
+
 def cam_flags(parser):
     g = parser.add_argument_group("network")
     g.add_argument("run", nargs="?", metavar="RUN", help="folder of a trained run")
@@ -686,10 +708,15 @@ def running_flags(parser, precision=True, trains=True):
     g.add_argument("--dry_run", action=Switch, help="print the plan and stop")
 
 
-def report_flags(parser, project, name="DATASET-MODEL-sSEED"):
+def folder_flags(parser, name):
     g = parser.add_argument_group("output")
     g.add_argument("--output_dir", default="runs", help="folder that holds the runs")
     g.add_argument("--run_name", type=run_name, help=f"unset: {name}")
+    return g
+
+
+def report_flags(parser, project, name="DATASET-MODEL-sSEED"):
+    g = folder_flags(parser, name)
     g.add_argument("--report_to", default="wandb", help="wandb,tensorboard or none")
     g.add_argument("--project", default=project, help="the trackers' project")
     g.add_argument("--group", help="the trackers' group, for runs that belong together")

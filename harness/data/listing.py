@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -283,3 +286,28 @@ def counted(number, noun):
 def class_key(name) -> str:
     """A class's name in one Unicode form, so that a name typed on two systems is one class."""
     return unicodedata.normalize("NFC", name)
+
+
+def find_files(paths, flag="") -> list[Path]:
+    """Files, the images in folders, and what patterns match, in order and once each.
+
+    flag: where they were given, for messages. Raises UserError for what is not there.
+    """
+    files = []
+    for path in paths:
+        place = Path(path).expanduser()
+        if place.is_dir():
+            inside = sorted(place / path for path in Images.of(scan(place)).paths)
+            if not inside:
+                raise UserError(f"{flag}{path}: no images in this folder")
+            files += inside
+        elif place.exists():
+            files.append(place)
+        elif re.search(r"[*?\[]", path):
+            matched = sorted(Path(file) for file in glob.glob(str(place), recursive=True))
+            if not matched:
+                raise UserError(f"{flag}{path}: no file matches")
+            files += matched
+        else:
+            raise UserError(f"{flag}{path}: no such file or folder")
+    return list(dict.fromkeys(files))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import shutil
+import warnings
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from harness.data.cache import cache_folder, cached, decode_split, image_hashes
-from harness.data.jpegs import decoder, packed_side
+from harness.data.jpegs import decoder, evaluation_pixels, packed_side
 from harness.data.packed import PackedImages
 from harness.data.packing import find_packed, pack_split, packed_bytes, packed_size
-from harness.data.pixels import SMALL_SQUARE, deal, encoded, gather
+from harness.data.pixels import SMALL_SQUARE, deal, decode_image, encoded, gather
 from harness.errors import UserError
 from harness.processes import ALONE, from_each, machines
 
@@ -101,6 +103,22 @@ def decode(split, image_column, preprocessing, accelerator=ALONE, share=None, **
             interpolation=preprocessing.interpolation, **options,
         )  # fmt: skip
     return Samples(pixels, torch.from_numpy(split.rows), torch.from_numpy(split.labels))
+
+
+def evaluation_image(file, preprocessing, bit_depth=None):
+    """One image file as it is stored for evaluation: uint8 (3, side, side) on the CPU.
+
+    The side is `stored_size`, of which the network sees the centre, or with packed_side what it
+    sees. file: a path, or a binary file object. Raises whatever a reader raises for a bad file.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused by its header
+        if preprocessing.packed_side:
+            return evaluation_pixels(file, preprocessing, bit_depth)
+        pixels = decode_image(
+            file, preprocessing.stored_size, preprocessing.interpolation, bit_depth
+        )
+    return torch.from_numpy(pixels)
 
 
 SHOWN = 3  # pairs of identical images in a warning

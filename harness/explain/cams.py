@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import glob
 import io
 import re
-import warnings
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 from torch import nn
 
 from harness.counters import generator
-from harness.data.jpegs import evaluation_pixels
-from harness.data.listing import Images, scan
-from harness.data.pixels import decode_image
+from harness.data.cache import reason_of_image
+from harness.data.listing import find_files
 from harness.data.preprocessing import Preprocessing, as_given, given
 from harness.data.sources import load_data
 from harness.data.stored import IMAGENET_STATISTICS
+from harness.data.stores import evaluation_image
 from harness.errors import UserError, nearest
 from harness.hub import PREFIX
 from harness.models.build import build_model, skeleton
@@ -165,7 +162,7 @@ def find_pictures(args, network, accelerator) -> list[Picture]:
     """The images to explain: --images, or of the run's data set; the same on all processes."""
     say = accelerator.print
     if args.images:
-        files = find_files(args.images)[: args.max_images]
+        files = find_files(args.images, "--images ")[: args.max_images]
         depth = network.run and network.run.recipes[0].get("bit_depth")
         found = [_picture(file, network.preprocessing, depth, args.skip_bad, say) for file in files]
         found = [picture for picture in found if picture]
@@ -214,54 +211,19 @@ def _numbered(pictures):
     return [picture._replace(number=number) for number, picture in enumerate(pictures)]
 
 
-def find_files(paths) -> list[Path]:
-    """Files, the images in folders, and what patterns match, in order and once each."""
-    files = []
-    for path in paths:
-        place = Path(path).expanduser()
-        if place.is_dir():
-            inside = sorted(place / path for path in Images.of(scan(place)).paths)
-            if not inside:
-                raise UserError(f"--images {path}: no images in this folder")
-            files += inside
-        elif place.exists():
-            files.append(place)
-        elif re.search(r"[*?\[]", path):
-            matched = sorted(Path(file) for file in glob.glob(str(place), recursive=True))
-            if not matched:
-                raise UserError(f"--images {path}: no file matches")
-            files += matched
-        else:
-            raise UserError(f"--images {path}: no such file or folder")
-    return list(dict.fromkeys(files))
-
-
 def _picture(file, preprocessing, bit_depth, skip_bad, say):
     try:
-        return Picture(
-            _seen(_decode(file, preprocessing, bit_depth), preprocessing), str(file), None, None
-        )
+        pixels = evaluation_image(file, preprocessing, bit_depth)
+        return Picture(_seen(pixels, preprocessing), str(file), None, None)
     except Exception as error:  # Pillow's readers raise a dozen types for a bad file
         return _bad(file, error, skip_bad, say)
 
 
 def _bad(source, error, skip_bad, say):
-    unknown = isinstance(error, UnidentifiedImageError)  # Pillow's text shows a memory address
-    reason = "not an image format Pillow knows" if unknown else str(error).partition("\n")[0]
+    reason = reason_of_image(error)
     if not skip_bad:
         raise UserError(f"cannot read {source}: {reason} (--skip_bad leaves it out)") from None
     say(f"left out     {source}: {reason}")
-
-
-def _decode(file, preprocessing, bit_depth=None):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused by its header
-        if preprocessing.packed_side:
-            return evaluation_pixels(file, preprocessing, bit_depth)
-        pixels = decode_image(
-            file, preprocessing.stored_size, preprocessing.interpolation, bit_depth
-        )
-    return torch.from_numpy(pixels)
 
 
 def _seen(pixels, preprocessing):
@@ -279,7 +241,7 @@ def _row_picture(split, k, role, column, args, preprocessing, say):
         if cell is None:
             raise ValueError("the cell is empty")
         file = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
-        pixels = _seen(_decode(file, preprocessing, split.bit_depth), preprocessing)
+        pixels = _seen(evaluation_image(file, preprocessing, split.bit_depth), preprocessing)
         region = None
         if row is not None:
             region = _region(row[args.region_column], row[column].size, preprocessing)
@@ -305,7 +267,7 @@ def _region(value, size, preprocessing):
     file = io.BytesIO()
     mask.save(file, "PNG")
     file.seek(0)
-    return _seen(_decode(file, preprocessing), preprocessing)[0] > 127
+    return _seen(evaluation_image(file, preprocessing), preprocessing)[0] > 127
 
 
 @torch.inference_mode()

@@ -168,8 +168,9 @@ def _calibration_words(report):
         words += f", {percent(fitted['ece_scored'])} % after the temperature"
     return (
         f"{words}. The temperature, {fitted['temperature']:.3f}, was fitted on "
-        f"{fitted['images']:,} {fitted['source']} images (there {percent(fitted['ece_before'])} % before and "
-        f"{percent(fitted['ece_after'])} % after); calibration.json has it."
+        f"{fitted['images']:,} {fitted['source']} images (there "
+        f"{percent(fitted['ece_before'])} % before and {percent(fitted['ece_after'])} % after); "
+        "calibration.json has it."
     )
 
 

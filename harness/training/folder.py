@@ -64,7 +64,7 @@ def _of_sweep():
 
 
 def _check_trackers(args):
-    if "tensorboard" in parse_report_to(args.report_to):
+    if "tensorboard" in parse_report_to(getattr(args, "report_to", "none")):
         require_tensorboard()
 
 

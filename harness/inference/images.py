@@ -1,0 +1,144 @@
+"""Which images predict.py is asked about, and their labels where these are known."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from harness.data.columns import find_image_column
+from harness.data.listing import find_files
+from harness.data.options import DataOptions
+from harness.data.stored import BUILT_IN, find_stored
+from harness.errors import UserError, nearest
+from harness.models.trained import read_trained
+
+
+class Images(NamedTuple):
+    """Images in order. Image k is called `names[k]`; `read(k)` gives what a decoder can open."""
+
+    names: list[str]
+    read: Any  # int -> a path, or a binary file object; raises ValueError for an empty cell
+    labels: torch.Tensor | None  # int64 (n,), or None where they are not known
+    source: str  # in words, for the plan
+    bit_depth: int | None = None  # of 16-bit gray images
+
+    def __len__(self):
+        return len(self.names)
+
+
+def runs_and_paths(words):
+    """(the Trained of the words that are folders of finished runs, the others: paths of images).
+
+    Raises UserError where the first word is no run, and for runs whose classes differ.
+    """
+    runs = [read_trained(word) for word in words if _is_run(word)]
+    if not words or not _is_run(words[0]):
+        if words:
+            read_trained(words[0])  # says why it is none
+        raise UserError("give the folder of a trained run, then images: predict.py runs/x photos/")
+    for run in runs[1:]:
+        if run.classes != runs[0].classes:
+            raise UserError(f"{run.folder} has other classes than {runs[0].folder}")
+    return runs, [word for word in words if not _is_run(word)]
+
+
+def _is_run(word):
+    folder = Path(word)
+    return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+
+
+def find_images(paths, args, run) -> Images:
+    """The images that paths name, or a split of --dataset. run: a Trained, for its classes."""
+    if bool(paths) == bool(args.dataset):
+        raise UserError("give images (files, folders, patterns), or --dataset with --split")
+    if not args.dataset:
+        for flag in ("split", "image_column", "label_column"):
+            if getattr(args, flag):
+                raise UserError(f"--{flag} has no effect here: it is for --dataset")
+        files = find_files(paths)
+        return Images(
+            [str(file) for file in files], files.__getitem__,
+            labels_of_folders(files, paths, run.classes), f"{len(files):,} files",
+            run.recipes[0].get("bit_depth"),
+        )  # fmt: skip
+    stored = find_stored(args.dataset, BUILT_IN.get(args.dataset), DataOptions())
+    name = args.split or next(iter(stored.splits))
+    if name not in stored.splits:
+        raise UserError(
+            f"--split {name}: there is no such split{nearest(name, stored.splits)} "
+            f"(the splits are {', '.join(stored.splits)})"
+        )
+    split = stored.splits[name]
+    column = find_image_column(split.features, args.image_column)
+    return of_dataset(
+        split, column, range(len(split)), labels_of_column(split, args, run),
+        f"split '{name}' of {stored.source}", run.recipes[0].get("bit_depth"),
+    )  # fmt: skip
+
+
+def of_dataset(dataset, image_column, rows, labels, source, bit_depth=None) -> Images:
+    """The rows of a data set, called by the paths it has, else by their numbers."""
+    cells = dataset.select_columns(image_column).with_format("arrow")
+    rows, paths = [int(row) for row in rows], []
+    for start in range(0, len(rows), 1000):
+        part = cells.select(rows[start : start + 1000]).with_format("arrow")[:][image_column]
+        paths += part.combine_chunks().field("path").to_pylist()
+
+    def read(k):
+        cell = cells[rows[k] : rows[k] + 1][image_column].to_pylist()[0]
+        if cell is None:
+            raise ValueError("the cell is empty")
+        return io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
+
+    names = [path or f"row {row}" for path, row in zip(paths, rows, strict=True)]
+    return Images(names, read, labels, source, bit_depth)
+
+
+def labels_of_folders(files, paths, classes):
+    """int64 (n,) where every file lies below a folder that is called as a class, else None.
+
+    Only folders below a path that was given count, and that folder itself.
+    """
+    known = {name: k for k, name in enumerate(classes)}
+    roots = {Path(path).expanduser() for path in paths}
+    labels = []
+    for file in files:
+        below = []
+        for folder in file.parents:
+            below.append(folder.name)
+            if folder in roots:
+                break
+        found = [known[name] for name in below if name in known]
+        if not found:
+            return None
+        labels.append(found[0])
+    return torch.tensor(labels)
+
+
+def labels_of_column(dataset, args, run):
+    """int64 (n,) where the data set's labels are all classes of the run, else None."""
+    asked = args.label_column
+    if asked and asked not in dataset.features:
+        raise UserError(
+            f"--label_column {asked}: there is no such column{nearest(asked, dataset.features)}"
+        )
+    column = asked or run.recipes[0].get("label_column") or run.config.get("label_column")
+    column = column or next((c for c in ("label", "labels", "fine_label") if c in dataset.features),
+                            None)  # fmt: skip
+    if column not in dataset.features:
+        return None
+    names = getattr(dataset.features[column], "names", None)
+    known = {name: k for k, name in enumerate(run.classes)}
+    values = dataset.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+    if names is not None:
+        values = [names[v] if v is not None and 0 <= v < len(names) else None for v in values]
+    labels = [known.get(str(value)) for value in values]
+    if None in labels:
+        if asked:
+            k = labels.index(None)
+            raise UserError(f"--label_column {asked}: {values[k]!r} of row {k} is no class of it")
+        return None
+    return torch.tensor(labels)

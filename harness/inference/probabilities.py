@@ -1,0 +1,124 @@
+"""Probabilities of images: threads read and decode while the network computes.
+
+The images are cut into fixed batches by index and dealt to the processes in turn, so that the
+numbers do not depend on how many share the work. What can't be read is named, the rest is done.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from harness.data.cache import reason_of_image
+from harness.data.making import threads
+from harness.data.stores import evaluation_image
+from harness.models.calibration import read_calibration
+from harness.models.trained import load_model
+from harness.processes import from_each
+from tricks.augment import normalize_batch
+from tricks.tta import average_views
+
+BATCH = 64  # images
+AHEAD = 2  # batches that are decoded while one is computed
+
+
+class Network(NamedTuple):
+    """A run's network on the device, in eval mode, and what its probabilities are divided by."""
+
+    trained: object  # harness.models.trained.Trained
+    model: object
+    views: list  # of tricks.tta
+    temperature: float  # of calibration.json; 1 without it
+    calibrated: bool
+
+
+def load_networks(runs, view_sets, device) -> list[Network]:
+    """runs: Trained. view_sets: {pixels a side: views}."""
+    networks = []
+    for run in runs:
+        known = read_calibration(run)
+        model = load_model(run).to(device, memory_format=torch.channels_last)
+        networks.append(
+            Network(
+                run, model, view_sets[run.preprocessing.size],
+                known["temperature"] if known else 1.0, known is not None,
+            )
+        )  # fmt: skip
+    return networks
+
+
+def probabilities_of(accelerator, networks, images, keep, bar):
+    """(what `keep` makes of every image, in order; {number: why} of those that can't be read).
+
+    networks: their calibrated probabilities are averaged. images: harness.inference.images.Images.
+    keep: a function (numbers (k,), probabilities float32 (k, classes) on the CPU) -> a list of k
+    things, small ones: all of them go to all processes. Unreadable images have None.
+    """
+    starts = range(0, len(images), BATCH)
+    own = range(accelerator.process_index, len(starts), accelerator.num_processes)
+    looks = list(dict.fromkeys(network.trained.preprocessing for network in networks))
+    found, bad = {}, {}
+    with ThreadPoolExecutor(threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) as pool:
+
+        def begin(batch):
+            numbers = range(starts[batch], min(starts[batch] + BATCH, len(images)))
+            return [(k, pool.submit(_decoded, images, k, looks)) for k in numbers]
+
+        left = iter(own)
+        ahead = deque(begin(batch) for batch in islice(left, AHEAD))
+        while ahead:
+            jobs = ahead.popleft()
+            ahead.extend(begin(batch) for batch in islice(left, 1))
+            done = {k: job.result() for k, job in jobs}
+            bad |= {k: why for k, why in done.items() if isinstance(why, str)}
+            numbers = [k for k, pixels in done.items() if not isinstance(pixels, str)]
+            if numbers:
+                stacks = {
+                    look: torch.stack([done[k][n] for k in numbers]) for n, look in enumerate(looks)
+                }
+                index = torch.tensor(numbers)
+                mean = _forward(accelerator, networks, stacks, index)
+                found |= dict(zip(numbers, keep(index, mean), strict=True))
+            bar.update(min(len(jobs) * accelerator.num_processes, bar.total - bar.n))
+    parts = from_each(accelerator, lambda: (found, bad))
+    found = {k: value for part, _ in parts for k, value in part.items()}
+    bad = {k: why for _, part in parts for k, why in part.items()}
+    assert len(found) + len(bad) == len(images), "an image was left out without a word"
+    return [found.get(k) for k in range(len(images))], dict(sorted(bad.items()))
+
+
+def _decoded(images, k, looks):
+    """The pixels of one image for each Preprocessing, or why they can't be had."""
+    try:
+        file = images.read(k)
+        data = file.read() if hasattr(file, "read") else Path(file).read_bytes()
+        return [evaluation_image(io.BytesIO(data), look, images.bit_depth) for look in looks]
+    except Exception as error:
+        return reason_of_image(error)
+
+
+@torch.inference_mode()
+def _forward(accelerator, networks, stacks, index):
+    """The networks' mean probabilities, float32 (k, classes) on the CPU."""
+    total = 0
+    for network in networks:
+        look = network.trained.preprocessing
+        pixels = stacks[look].to(accelerator.device)
+        logits = []
+        for view in network.views:
+            seen = normalize_batch(view.apply(pixels, index), look.mean, look.std)
+            with accelerator.autocast():
+                logits.append(network.model(seen).float().cpu())
+        merged = logits[0].double()
+        if len(logits) > 1:
+            weights = [view.weight for view in network.views]
+            merged = average_views(torch.stack(logits), weights, check=False).double()
+        total = total + (merged / network.temperature).softmax(1)
+    return (total / len(networks)).float()

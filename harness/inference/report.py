@@ -1,0 +1,245 @@
+"""What predict.py writes and says: a row an image, a sheet of the first ones, a summary."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from typing import NamedTuple
+
+import torch
+
+from harness.cli.tables import facts
+from harness.console import one_line
+from harness.data.stores import evaluation_image
+from harness.files import replace_file
+from harness.metrics import wilson_interval
+from harness.pictures import drawable, save_tiles
+from harness.reports.sections import interval, percent
+
+SHEET = 32  # images on predictions.png
+LINES = 20  # images up to which the terminal has a line each
+
+
+class Prediction(NamedTuple):
+    """What is kept of an image's probabilities."""
+
+    classes: list[int]  # the likeliest, as many as --top_k
+    probabilities: list[float]
+    inside: list[int] | None  # the set of --coverage
+    true: float | None  # the probability of the true class, where that is known
+
+
+def keeper(top_k, sets, labels):
+    """A function (numbers, probabilities) -> Predictions, for probabilities_of."""
+
+    def keep(index, probabilities):
+        best = probabilities.topk(min(top_k, probabilities.shape[1]))
+        inside = sets.of(probabilities) if sets else [None] * len(index)
+        true = [None] * len(index)
+        if labels is not None:
+            true = probabilities.gather(1, labels[index].unsqueeze(1)).squeeze(1).tolist()
+        rows = zip(best.indices.tolist(), best.values.tolist(), inside, true, strict=True)
+        return [Prediction(*row) for row in rows]
+
+    return keep
+
+
+def rows_of(images, predictions, bad, classes, args):
+    """A dict an image, in order: what predictions.csv and the others hold."""
+    for k, (name, prediction) in enumerate(zip(images.names, predictions, strict=True)):
+        row = {"image": name}
+        if images.labels is not None:
+            row["true"] = classes[images.labels[k]]
+        for place in range(min(args.top_k, len(classes))):
+            label, probability = None, None
+            if prediction:
+                label = classes[prediction.classes[place]]
+                probability = round(prediction.probabilities[place], 6)
+            row |= {f"class_{place + 1}": label, f"probability_{place + 1}": probability}
+        if args.min_probability:
+            sure = prediction and prediction.probabilities[0] >= args.min_probability
+            row["abstain"] = None if not prediction else not sure
+        if args.coverage:
+            row["set"] = prediction and [classes[label] for label in prediction.inside]
+        row["error"] = bad.get(k)
+        yield row
+
+
+def write(folder, rows, images, predictions, classes, runs, args, summary):
+    """predictions.csv (or .jsonl, .parquet), predictions.png and summary.json."""
+    name = f"predictions.{args.format}"
+    for other in ("csv", "jsonl", "parquet"):
+        if other != args.format:
+            (folder / f"predictions.{other}").unlink(missing_ok=True)
+    replace_file(folder / name, WRITERS[args.format](rows))
+    replace_file(folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    save_sheet(folder / "predictions.png", images, predictions, classes, runs[0].preprocessing)
+
+
+def _as_csv(rows):
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(rows[0])
+    for row in rows:
+        cells = ["" if v is None else "|".join(v) if isinstance(v, list) else v
+                 for v in row.values()]  # fmt: skip
+        writer.writerow(cells)
+    return file.getvalue().encode("utf-8", "surrogateescape")
+
+
+def _as_jsonl(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def _as_parquet(rows):
+    import pyarrow
+    import pyarrow.parquet
+
+    def safe(value):  # names of files may be no Unicode
+        return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+    rows = [{name: safe(value) for name, value in row.items()} for row in rows]
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return sink.getvalue()
+
+
+WRITERS = {"csv": _as_csv, "jsonl": _as_jsonl, "parquet": _as_parquet}
+
+
+def save_sheet(path, images, predictions, classes, preprocessing):
+    """The first images with what they were taken for."""
+    shown = [k for k, prediction in enumerate(predictions) if prediction][:SHEET]
+    size, tiles, captions = preprocessing.size, [], []
+    for k in shown:
+        pixels = evaluation_image(images.read(k), preprocessing, images.bit_depth)
+        start = round((pixels.shape[-1] - size) / 2)
+        tiles.append(pixels[:, start : start + size, start : start + size])
+        best, probability = predictions[k].classes[0], predictions[k].probabilities[0]
+        lines = [(drawable(classes[best], best), f" {probability:.2f}")]
+        if images.labels is not None and int(images.labels[k]) != best:
+            label = int(images.labels[k])
+            lines.append((f"true: {drawable(classes[label], label)}", ""))
+        captions.append(lines)
+    path.unlink(missing_ok=True)
+    if tiles:
+        save_tiles(path, torch.stack(tiles), captions)
+
+
+def summarise(images, predictions, bad, networks, sets, args):
+    """summary.json: counts, and scores where labels are known."""
+    done = [(k, p) for k, p in enumerate(predictions) if p]
+    found = {
+        "images": len(images),
+        "unreadable": {images.names[k]: why for k, why in bad.items()},
+        "runs": [
+            {"folder": str(n.trained.folder), "temperature": n.temperature,
+             "calibrated": n.calibrated}
+            for n in networks
+        ],
+    }  # fmt: skip
+    sure = [(k, p) for k, p in done if p.probabilities[0] >= (args.min_probability or 0)]
+    if args.min_probability:
+        found["abstained"] = len(done) - len(sure)
+    if sets:
+        found["sets"] = sets._asdict() | {
+            "mean_size": sum(len(p.inside) for _, p in done) / max(1, len(done)),
+            "empty": sum(not p.inside for _, p in done),
+        }
+    if images.labels is not None:
+        truth = images.labels.tolist()
+        for name, some in {"all": done, **({"sure": sure} if args.min_probability else {})}.items():
+            hits = sum(p.classes[0] == truth[k] for k, p in some)
+            found.setdefault("accuracy", {})[name] = {
+                "images": len(some), "right": hits, "accuracy": hits / max(1, len(some)),
+                "interval": wilson_interval(hits, len(some)),
+            }  # fmt: skip
+        if sets:
+            held = sum(truth[k] in p.inside for k, p in done)
+            found["sets"] |= {
+                "held": held / max(1, len(done)), "interval": wilson_interval(held, len(done)),
+            }  # fmt: skip
+    return found
+
+
+def plan(images, networks, sets, args, machine) -> str:
+    rows = []
+    for network in networks:
+        trained = network.trained
+        how = (
+            f"temperature {network.temperature:.3f}"
+            if network.calibrated
+            else "no calibration.json: probabilities as they are"
+        )
+        about = f"{trained.config['architecture']}, {trained.preprocessing.size} px"
+        about += f", {len(trained.classes):,} classes; {how}"
+        rows.append(("network", f"{trained.name}: {about}"))
+    known = "not known" if images.labels is None else "known: predictions are scored"
+    rows.append(("images", f"{len(images):,}: {images.source}; labels {known}"))
+    if args.tta != "none":
+        rows.append(("views", args.tta))
+    if sets:
+        rows.append(("sets", f"{sets.kind} sets that hold the class of at least "
+                     f"{sets.coverage:.4g} of images like the {sets.images:,} {sets.source} "
+                     f"(score ≤ {sets.threshold:.4f})"))  # fmt: skip
+    rows.append(("precision", machine["precision"]))
+    rows.append(("device", f"{machine['device']}, {machine['threads']} CPU threads a process"))
+    return facts(rows)
+
+
+def lines_of(rows, args):
+    """A line an image for few, else how many of each class."""
+    if len(rows) <= LINES:
+        for row in rows:
+            if row["error"]:
+                continue
+            words = [
+                f"{row[f'class_{k}']} {row[f'probability_{k}']:.2f}"
+                for k in range(1, 1 + args.top_k)
+                if row.get(f"class_{k}") is not None
+            ]
+            text = f"{row['image']}   {', '.join(words)}"
+            text += "   abstains" if row.get("abstain") else ""
+            text += (
+                f"   set: {', '.join(row['set']) or 'empty'}" if row.get("set") is not None else ""
+            )
+            yield one_line(text)
+        return
+    counts = {}
+    for row in rows:
+        if row["class_1"] is not None:
+            counts[row["class_1"]] = counts.get(row["class_1"], 0) + 1
+    most = sorted(counts.items(), key=lambda item: -item[1])[:LINES]
+    for name, count in most:
+        yield one_line(f"{count:>8,}  {name}")
+    if len(counts) > LINES:
+        yield f"          and {len(counts) - LINES:,} other classes"
+
+
+def closing(folder, summary, args):
+    """The last lines: what could not be read, the scores, where the files are."""
+    lines = []
+    bad = summary["unreadable"]
+    for name, why in list(bad.items())[:10]:
+        lines.append(one_line(f"unreadable   {name}: {why}"))
+    if len(bad) > 10:
+        lines.append(f"unreadable   and {len(bad) - 10:,} others, see the column error")
+    for name, score in summary.get("accuracy", {}).items():
+        word = "accuracy" if name == "all" else f"of those with at least {args.min_probability:g}"
+        lines.append(
+            f"{word:<12} {percent(score['accuracy'])} % of {score['images']:,} "
+            f"({interval(score['interval'])})"
+        )
+    if "abstained" in summary:
+        lines.append(f"abstained    {summary['abstained']:,} of {summary['images'] - len(bad):,}")
+    if "sets" in summary:
+        sets = summary["sets"]
+        held = (
+            f", {percent(sets['held'])} % hold the class ({interval(sets['interval'])})"
+            if ("held" in sets)
+            else ""
+        )
+        lines.append(f"sets         {sets['mean_size']:.2f} classes on average{held}")
+    lines.append(f"predictions  {folder}/predictions.{args.format}, predictions.png, summary.json")
+    return "\n".join(lines)
