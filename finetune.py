@@ -95,7 +95,9 @@ def main(args):
     if strategy == "auto":
         splits = decode_images(opening, args)
         probe = fit(whole=False)
-        strategy, reason = staging.choose_strategy(probe.accuracy, len(data.classes), probe.images)
+        strategy, reason = staging.choose_strategy(
+            probe.accuracy, len(data.classes), len(data.train)
+        )
     blocks = build.blocks(model, args.model)
     stages = staging.make_stages(
         args, strategy, model, blocks, per_epoch, pretrained.state is not None

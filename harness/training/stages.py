@@ -12,7 +12,6 @@ from typing import NamedTuple
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from harness.errors import UserError
-from harness.metrics import wilson_interval
 from harness.training.plan import augmentation
 from tricks.freeze import freeze_except
 from tricks.lr_groups import layer_decay_rates, prefix_groups
@@ -25,11 +24,12 @@ STEM_LR = 1e-6
 NORM_MODES = {"eval": "eval", "train": "auto", "all": "train"}  # --bn_mode, as freeze_except's
 STAGED_LR = (1e-5, 1e-5, 5e-5, 1e-4)  # of the quarters of the network, from the stem to the head
 
-# What `auto` goes by: where the probe's skill may be this high, training every layer had at most 2
-# points to gain at fifty times the cost, and points to lose with a handful of images; below it,
-# full fine-tuning won with 5 to 500 images a class (benchmarks/RESULTS.md, Transfer)
-GOOD_PROBE = 0.95
-SURE = 1.96  # standard deviations of the interval around the probe's accuracy
+# What `auto` goes by. From this skill of the probe on, training every layer has at most 2 points to
+# gain, at fifteen to fifty times the cost; below it, full fine-tuning won with 5 to 500 images a
+# class. With a handful of images it has points to lose where the probe does well
+# (benchmarks/RESULTS.md, Transfer)
+GOOD_PROBE = 0.98
+FEW, GOOD_FOR_FEW = 100, 0.85  # train images, and what is good enough with fewer
 
 
 class Stage(NamedTuple):
@@ -46,20 +46,18 @@ class Stage(NamedTuple):
 def choose_strategy(accuracy, classes, images):
     """(strategy, reason): the head alone where the probe does well, else every layer.
 
-    accuracy: of a linear probe on frozen features, on so many images that it was not fitted to.
-    What counts is its skill, (accuracy - chance) / (1 - chance), at the upper end of the accuracy's
-    95 % interval: few images, which can't tell a good probe from a perfect one, are also too few to
-    train every layer.
+    accuracy: of a linear probe on frozen features, on images it was not fitted to. What counts is
+    its skill, (accuracy - chance) / (1 - chance). images: of train.
     """
     chance = 1 / classes
-    best = wilson_interval(accuracy * images, images, SURE)[1]
-    skill, at_best = (max(0.0, (a - chance) / (1 - chance)) for a in (accuracy, best))
+    skill = max(0.0, (accuracy - chance) / (1 - chance))
+    good = GOOD_FOR_FEW if images < FEW else GOOD_PROBE
     numbers = f"probe accuracy {accuracy:.1%}, skill over chance {skill:.3f}"
-    numbers += f", by {images:,} images up to {at_best:.3f}"
-    if at_best >= GOOD_PROBE:
-        why = f"the frozen features tell the classes apart ({numbers} ≥ {GOOD_PROBE})"
+    few = f" with {images} train images" if images < FEW else ""
+    if skill >= good:
+        why = f"the frozen features tell the classes apart ({numbers} ≥ {good}{few})"
         return "feature_extraction", why
-    return "full", f"the frozen features leave something to learn ({numbers} < {GOOD_PROBE})"
+    return "full", f"the frozen features leave something to learn ({numbers} < {good}{few})"
 
 
 def make_stages(args, strategy, model, blocks, per_epoch, pretrained):

@@ -209,26 +209,23 @@ def test_what_trains_on_keeps_its_moments_and_the_rest_loses_them():
 @pytest.mark.parametrize(
     ("accuracy", "classes", "images", "strategy"),
     [
-        (0.96, 102, 10**9, "feature_extraction"),
-        (0.40, 102, 10**9, "full"),
-        (0.955 + 1e-5, 10, 10**9, "feature_extraction"),  # skill over chance of 0.95
-        (0.95, 10, 10**9, "full"),
-        (0.97, 2, 10**9, "full"),  # of two classes half is chance: skill 0.94
-        (0.98, 2, 10**9, "feature_extraction"),
-        (0.2, 2, 10**9, "full"),
-        # As far as few images can tell: 95 % of 120 may be 97.7 %, of 1,200 only 96.1 %
-        (0.95, 2, 120, "feature_extraction"),
-        (0.95, 2, 1200, "full"),
-        (7 / 8, 2, 8, "feature_extraction"),
-        (0.6, 12, 12, "full"),
-        (0.9, 12, 115, "full"),
+        (0.985, 102, 1000, "feature_extraction"),
+        (0.40, 102, 1000, "full"),
+        (0.982 + 1e-9, 10, 1000, "feature_extraction"),  # skill over chance of 0.98
+        (0.98, 10, 1000, "full"),
+        (0.985, 2, 1000, "full"),  # of two classes half is chance: skill 0.97
+        (0.99 + 1e-9, 2, 1000, "feature_extraction"),
+        (0.2, 2, 1000, "full"),
+        (0.95, 2, 99, "feature_extraction"),  # a handful of images: 0.85 is good enough
+        (0.95, 2, 100, "full"),
+        (0.9, 2, 40, "full"),
     ],
 )
 def test_auto_follows_the_probes_skill_and_says_its_numbers(accuracy, classes, images, strategy):
     chosen, reason = stages.choose_strategy(accuracy, classes, images)
     assert chosen == strategy
     assert f"{accuracy:.1%}" in reason and "skill over chance" in reason
-    assert f"by {images:,} images up to" in reason
+    assert (f"with {images} train images" in reason) == (images < 100)
 
 
 def test_what_auto_has_no_use_for_is_known_once_it_has_chosen():
