@@ -97,6 +97,12 @@ def from_local_main(accelerator, action):
     return result
 
 
+def only_process(accelerator, script):
+    """Raise UserError, on all, where several processes were started for work of one."""
+    if accelerator.num_processes > 1:
+        raise UserError(f"{script} is the work of one process: python {script} RUN")
+
+
 def machines(accelerator) -> tuple[int, int, int]:
     """(which machine this is, how many there are, how many processes it has)."""
     own = accelerator.process_index - accelerator.local_process_index

@@ -60,6 +60,7 @@ ARROWS = {
     "training": {"", "cli", "data", "models", "reports"},
     "ensembles": {"", "cli", "data", "models", "reports", "training"},
     "inference": {"", "cli", "data", "models", "reports", "ensembles"},
+    "export": {"", "cli", "data", "models", "reports", "ensembles", "inference"},
     "explain": {"", "cli", "data", "models", "training"},
 }
 

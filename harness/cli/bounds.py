@@ -120,6 +120,7 @@ BOUNDS = {
     "member_weights": number(0, 1e9),  # each
     "indices": whole(0, MANY),  # each
     "max_images": whole(1, 100_000),
+    "max_accuracy_drop": number(0, 100),
     "top_k": whole(1, 1000),
     "min_probability": PROBABILITY,
     "coverage": number(0.5, 0.9999),

@@ -614,6 +614,24 @@ def predict_flags(parser):
                    help="of the predictions")
 
 
+def export_flags(parser):
+    g = parser.add_argument_group("export")
+    g.add_argument("run", nargs="?", metavar="RUN", help="folder of a trained run")
+    g.add_argument("--to", choices=("onnx", "torch", "timm", "hub"), default="onnx",
+                   help="onnx and torch: one graph from uint8 pixels to probabilities; timm: a "
+                   "folder for timm.create_model; hub: the same, and --push")
+    g.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32",
+                   help="of onnx; the others are judged on held-out images")
+    bounded(g, "max_accuracy_drop", default=1.0,
+            help="points that fp16 and int8 may lose, else nothing is written")
+    g.add_argument("--dataset", help="where the data set is now, whose held-out images check the "
+                   "export; unset: as in training, made-up images where that is gone")
+    g.add_argument("--license", help="for the card's metadata, as apache-2.0; unset: left out")
+    g.add_argument("--push", metavar="OWNER/NAME", help="upload the folder of --to hub; never "
+                   "without this flag")
+    g.add_argument("--private", action=Switch, default=True, help="who may see what is pushed")
+
+
 def cam_flags(parser):
     g = parser.add_argument_group("network")
     g.add_argument("run", nargs="?", metavar="RUN", help="folder of a trained run")

@@ -19,11 +19,12 @@ import torch
 from harness.data.cache import reason_of_image
 from harness.data.making import threads
 from harness.data.stores import evaluation_image
+from harness.errors import UserError
 from harness.models.calibration import read_calibration
 from harness.models.trained import load_model
 from harness.processes import from_each
 from tricks.augment import normalize_batch
-from tricks.tta import average_views
+from tricks.tta import average_views, tta_views
 
 BATCH = 64  # images
 AHEAD = 2  # batches that are decoded while one is computed
@@ -122,3 +123,16 @@ def _forward(accelerator, networks, stacks, index):
             merged = average_views(torch.stack(logits), weights, check=False).double()
         total = total + (merged / network.temperature).softmax(1)
     return (total / len(networks)).float()
+
+
+def evaluation_pixels_of(images, preprocessing):
+    """(uint8 (n, 3, S, S), what the network sees; the numbers of the images that can be read)."""
+    (view,) = tta_views("none", preprocessing.size)
+    with ThreadPoolExecutor(threads()) as pool:
+        found = pool.map(lambda k: _decoded(images, k, [preprocessing]), range(len(images)))
+        kept = [(k, pixels[0]) for k, pixels in enumerate(found) if not isinstance(pixels, str)]
+    if not kept:
+        raise UserError("none of the held-out images can be read")
+    numbers = [k for k, _ in kept]
+    stacked = torch.stack([pixels for _, pixels in kept])
+    return view.apply(stacked, torch.tensor(numbers)).contiguous(), numbers

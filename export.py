@@ -1,0 +1,133 @@
+"""Give a trained network to others: one checked file or folder, preprocessing included.
+
+python export.py runs/x --to onnx                     uint8 pixels in, probabilities out
+python export.py runs/x --to onnx --precision int8    a quarter of the size, its accuracy checked
+python export.py runs/x --to torch                    torch.export, .pt2
+python export.py runs/x --to timm                     a folder that timm.create_model loads
+python export.py runs/x --to hub --push owner/name    the same with its card, on the Hub, private
+"""
+
+from harness.cli import flags
+
+
+def read_flags(argv=None):
+    parser = flags.Parser(__doc__)
+    flags.export_flags(parser)
+    flags.running_flags(parser, precision=False, trains=False)
+    flags.folder_flags(parser, name="export-RUN-KIND")
+    return parser.read(argv)
+
+
+if __name__ == "__main__":  # before torch is imported: --help and a mistyped flag answer at once
+    args = read_flags()
+
+import json
+import os
+
+import torch
+
+from harness.errors import UserError
+from harness.export import folders, graphs, hub
+from harness.export.images import check_images
+from harness.files import has_file, replace_file
+from harness.launch import make_accelerator, script
+from harness.models.calibration import read_calibration
+from harness.models.trained import load_model, read_trained
+from harness.processes import only_process
+from harness.training.folder import claim_report, report_folder
+
+
+def main(args):
+    accelerator, _ = make_accelerator("no", 1, args.threads, args.seed)
+    only_process(accelerator, "export.py")
+
+    # what can be refused is, before any work
+    if not args.run:
+        raise UserError("give the folder of a trained run: export.py runs/x --to onnx")
+    if args.precision != "fp32" and args.to != "onnx":
+        raise UserError(f"--precision {args.precision} has no effect with --to {args.to}")
+    if args.push and args.to != "hub":
+        raise UserError(f"--push has no effect with --to {args.to}")
+    if args.to == "onnx":
+        graphs.need("onnx", "onnxscript", "onnxruntime")
+    trained = read_trained(args.run)
+    folder = report_folder(args, f"export-{trained.name}-{args.to}", "export.py")
+    fitted = read_calibration(trained)
+    temperature = fitted["temperature"] if fitted else 1.0
+    images = check_images(trained, args)
+    print(f"network      {trained.name}: {trained.config['architecture']}, "
+          f"{trained.preprocessing.size} px, {len(trained.classes):,} classes, temperature "
+          f"{temperature:.3f}{'' if fitted else ' (no calibration.json)'}")  # fmt: skip
+    print(f"checked on   {images.words}")
+    if args.dry_run:
+        return
+
+    # the run's own answers, in fp32
+    look = trained.preprocessing
+    classifier = graphs.Classifier(load_model(trained), look.mean, look.std, temperature).eval()
+    ours = graphs.run_module(classifier, images.batches)
+    claim_report(folder, "export.py")
+    if args.to in ("onnx", "torch"):
+        metadata = graphs.metadata_of(trained, temperature, images.batches[0][0], ours[0])
+        write_graph(args, trained, classifier, images, ours, folder, metadata)
+    else:
+        pixels = images.batches[0]
+        with torch.inference_mode():
+            logits = classifier.model(pixels.float() * classifier.factor - classifier.shift)
+        off = folders.write_timm(trained, folder, logits, pixels)
+        print(f"timm         loads the folder; its logits differ by at most {off:.1e}")
+
+    # the card, and the Hub
+    about = {}
+    for name in ("summary", "report"):
+        file = trained.folder / f"{name}.json"
+        about[name] = json.loads(file.read_bytes()) if has_file(file) else {}
+    folders.write_card(
+        folder, trained, fitted, args.to, about["summary"], about["report"], args.license
+    )
+    replace_file(folder / "config.yaml", flags.to_yaml(args))
+    print(f"exported     {folder}/{', '.join(sorted(p.name for p in folder.glob('[!.]*')))}")
+    if args.to == "hub":
+        print(hub.push(folder, args.push, args.private))
+
+
+def write_graph(args, trained, classifier, images, ours, folder, metadata):
+    """model.onnx or model.pt2, once it is seen to answer as the run's network does."""
+    look, size = trained.preprocessing, trained.preprocessing.size
+    final = folder / ("model.onnx" if args.to == "onnx" else "model.pt2")
+    part = folder / f".{final.stem}.writing{final.suffix}"
+    others = [part]
+    try:
+        if args.to == "torch":
+            graphs.write_torch(classifier, size, part, metadata)
+            theirs = graphs.run_torch(part, images.batches)
+        else:
+            graphs.write_onnx(classifier, size, part, metadata)
+            theirs = graphs.run_onnx(part, images.batches)
+        off, changed = graphs.differences(theirs, ours)
+        print(f"fp32         probabilities differ by at most {off:.1e}; {changed} of "
+              f"{len(ours):,} images get another class")  # fmt: skip
+        if not off <= graphs.TOLERANCE or changed:
+            raise UserError("the export answers otherwise than the run's network: not written")
+        if args.precision == "fp16":
+            half = graphs.Classifier(
+                load_model(trained), look.mean, look.std, classifier.temperature, torch.float16
+            )
+            graphs.write_onnx(half.eval(), size, part, metadata)
+        elif args.precision == "int8":
+            others.append(folder / ".fp32.writing.onnx")
+            os.replace(part, others[-1])
+            graphs.write_int8(others[-1], part, images.calibration)
+        if args.precision != "fp32":
+            images.check_drop(
+                graphs.run_onnx(part, images.batches), ours, args.precision, args.max_accuracy_drop
+            )
+        os.replace(part, final)
+    finally:
+        for file in others:
+            file.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    with script("export.py"):
+        main(args)

@@ -1,0 +1,1 @@
+"""Trained networks as files that others run: ONNX, torch.export, timm's folders, the Hub."""

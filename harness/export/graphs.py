@@ -1,0 +1,232 @@
+"""One graph from pixels to probabilities: normalisation, network, temperature and softmax.
+
+What goes in are uint8 RGB pixels (N, 3, S, S), resized and cropped; what comes out are
+probabilities float32 (N, classes). Resizing is left outside, since every runtime does it otherwise:
+`how_to_prepare` says it in ten lines of Pillow and numpy.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import importlib
+import io
+import json
+import logging
+import os
+import warnings
+
+import torch
+from torch import nn
+
+from harness.errors import UserError
+
+OPSET = 20
+TOLERANCE = 1e-4  # of a probability, between the export and the run's network, both in fp32
+MARGIN = 2e-4  # between the two likeliest classes, under which either may be the first
+
+
+class Classifier(nn.Module):
+    """The network of a run with all that is around it. model: in eval mode."""
+
+    def __init__(self, model, mean, std, temperature, dtype=torch.float32):
+        super().__init__()
+        self.model = model.to(dtype)
+        self.dtype, self.temperature = dtype, temperature
+        factor = torch.tensor([1 / (255 * s) for s in std]).view(1, -1, 1, 1)
+        shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)]).view(1, -1, 1, 1)
+        self.register_buffer("factor", factor)
+        self.register_buffer("shift", shift)
+
+    def forward(self, pixels):
+        normalised = pixels.float() * self.factor - self.shift
+        logits = self.model(normalised.to(self.dtype)).float()
+        return (logits / self.temperature).softmax(1)
+
+
+def need(*packages):
+    """Raise UserError with the pip command unless these can be imported."""
+    missing = []
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            missing.append(package)
+    if missing:
+        raise UserError(f"--to onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def write_onnx(classifier, size, path, metadata):
+    """The graph as ONNX, by torch's own exporter, with any number of images at once.
+
+    metadata: {name: text}, kept in the file. Raises UserError for a network that can't be exported.
+    """
+    import onnx
+
+    example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    with _quietly():
+        try:
+            program = torch.onnx.export(
+                classifier, (example,), dynamo=True, opset_version=OPSET,
+                input_names=["pixels"], output_names=["probabilities"],
+                dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1)}}, verbose=False,
+            )  # fmt: skip
+        except Exception as error:
+            raise UserError(f"this network can't be exported: {_first_line(error)}") from error
+    proto = program.model_proto
+    for name, text in metadata.items():
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = name, text
+    onnx.save(proto, str(path))
+
+
+def write_torch(classifier, size, path, metadata):
+    """The graph by torch.export (.pt2), with any number of images at once; metadata beside it."""
+    example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    with _quietly():
+        try:
+            program = torch.export.export(
+                classifier, (example,),
+                dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1)}},
+            )  # fmt: skip
+        except Exception as error:
+            raise UserError(f"this network can't be exported: {_first_line(error)}") from error
+        torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})
+
+
+def write_int8(fp32, path, batches):
+    """An ONNX file quantised to int8 by onnxruntime, calibrated on batches of uint8 pixels."""
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self):
+            self.left = iter(batches)
+
+        def get_next(self):
+            batch = next(self.left, None)
+            return None if batch is None else {"pixels": batch.numpy()}
+
+    prepared = path.with_name(f"{path.name}.prepared")
+    try:
+        with _quietly():
+            quant_pre_process(str(fp32), str(prepared), skip_symbolic_shape=True)
+            quantize_static(
+                str(prepared), str(path), Reader(), quant_format=QuantFormat.QDQ,
+                per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+                op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+            )  # fmt: skip
+    finally:
+        prepared.unlink(missing_ok=True)
+
+
+def run_onnx(path, batches):
+    """Probabilities float32 (n, classes) of an ONNX file, on the CPU, for batches of pixels."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    found = [session.run(None, {"pixels": batch.numpy()})[0] for batch in batches]
+    return torch.cat([torch.from_numpy(one) for one in found])
+
+
+@torch.inference_mode()
+def run_torch(path, batches):
+    """The same of a .pt2 file."""
+    with _quietly():
+        module = torch.export.load(path).module()
+    return torch.cat([module(batch) for batch in batches])
+
+
+@torch.inference_mode()
+def run_module(classifier, batches):
+    """The same of the run's own network."""
+    return torch.cat([classifier(batch) for batch in batches])
+
+
+def differences(theirs, ours):
+    """(the largest difference of a probability, clear images whose first class differs)."""
+    best = ours.topk(2, dim=1).values if ours.shape[1] > 1 else ours
+    clear = best[:, 0] - best[:, -1] > MARGIN
+    other = (theirs.argmax(1) != ours.argmax(1)) & clear
+    return (theirs - ours).abs().max().item(), int(other.sum())
+
+
+def metadata_of(trained, temperature, sample, probabilities) -> dict:
+    """What an exported file says of itself: {name: text}, JSON where it is more than a word.
+
+    sample: uint8 pixels (3, S, S) of one image. probabilities: of it, (classes,), in fp32.
+    """
+    from PIL import Image
+
+    look, file = trained.preprocessing, io.BytesIO()
+    Image.fromarray(sample.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG")
+    return {
+        "architecture": trained.config["architecture"],
+        "classes": json.dumps(trained.classes),
+        "preprocessing": json.dumps(
+            {
+                "resize_shorter_side": look.stored_size, "interpolation": look.interpolation,
+                "center_crop": look.size, "layout": "uint8 RGB (N, 3, H, W), not normalised",
+            }
+        ),
+        "temperature": repr(temperature),
+        "weights_sha256": trained.sha256,
+        "sample_input_png_base64": base64.b64encode(file.getvalue()).decode(),
+        "sample_output": json.dumps([round(p, 7) for p in probabilities.tolist()]),
+    }  # fmt: skip
+
+
+HOW_TO_PREPARE = """\
+import numpy as np
+from PIL import Image, ImageOps
+
+def pixels_of(path):
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    side = min(image.size)  # the largest square in the middle
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    image = image.resize(({stored}, {stored}), Image.Resampling.{filter},
+                         box=(left, top, left + side, top + side))
+    edge = round(({stored} - {size}) / 2)
+    image = image.crop((edge, edge, edge + {size}, edge + {size}))
+    return np.asarray(image).transpose(2, 0, 1)[None]  # uint8 (1, 3, {size}, {size})
+"""
+
+
+def how_to_prepare(preprocessing) -> str:
+    """Python that makes the graph's input of an image file, with Pillow and numpy alone."""
+    return HOW_TO_PREPARE.format(
+        stored=preprocessing.stored_size, size=preprocessing.size,
+        filter=preprocessing.interpolation.upper(),
+    )  # fmt: skip
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+@contextlib.contextmanager
+def _quietly():
+    """Without the exporters' remarks, which are for their authors."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "root")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
