@@ -36,6 +36,10 @@ from harness.models.trained import load_model, read_trained
 from harness.processes import only_process
 from harness.training.folder import claim_report, report_folder
 
+WRITTEN = {"onnx": ["model.onnx"], "torch": ["model.pt2"],
+           "timm": ["model.safetensors", "config.json"]}  # fmt: skip
+WRITTEN["hub"] = WRITTEN["timm"]
+
 
 def main(args):
     accelerator, _ = make_accelerator("no", 1, args.threads, args.seed)
@@ -86,6 +90,8 @@ def main(args):
         folder, trained, fitted, args.to, about["summary"], about["report"], args.license
     )
     replace_file(folder / "config.yaml", flags.to_yaml(args))
+    for name in set(WRITTEN["onnx"] + WRITTEN["torch"] + WRITTEN["timm"]) - set(WRITTEN[args.to]):
+        (folder / name).unlink(missing_ok=True)  # of an export of another kind before
     print(f"exported     {folder}/{', '.join(sorted(p.name for p in folder.glob('[!.]*')))}")
     if args.to == "hub":
         print(hub.push(folder, args.push, args.private))

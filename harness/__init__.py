@@ -1,0 +1,11 @@
+"""What train.py, finetune.py and the other scripts share; `load_run` is for programs of yours."""
+
+
+def load_run(folder):
+    """The network of a run folder, its preprocessing, its classes: see harness.inference.program.
+
+    model, preprocess, classes, temperature = load_run("runs/x")
+    """
+    from harness.inference import program  # torch comes along
+
+    return program.load_run(folder)

@@ -100,7 +100,8 @@ def test_tests_have_the_same_rooms():
 def test_arrows_between_rooms_run_one_way(path):
     here = room(".".join(path.relative_to(ROOT).with_suffix("").parts))
     strays = {name for name in harness_imports(path) if room(name) not in {here, *ARROWS[here]}}
-    assert not strays
+    own_door = path == ROOT / "harness" / "__init__.py"  # `load_run`, imported when it is called
+    assert strays == ({"harness.inference.program"} if own_door else set())
 
 
 def test_an_arrow_that_runs_back_is_seen(tmp_path):

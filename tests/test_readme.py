@@ -109,6 +109,17 @@ def test_a_report_is_made_by_every_command(script, argv, place, monkeypatch):
     assert status == 0 and (folder / "report.md").stat().st_size > 200
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "argv"), commands("predict.py", "export.py"))
+def test_a_network_is_asked_and_exported_by_every_command(script, argv, place, monkeypatch):
+    monkeypatch.chdir(place)
+    words = [*shlex.split(argv), "--run_name", f"made-{script}"]
+    folder, status = smallruns.run(script.removesuffix(".py"), words)
+    assert status == 0
+    made = {"predict.py": "predictions.csv", "export.py": "README.md"}[script]
+    assert (folder / made).stat().st_size > 100
+
+
 def test_make_ensemble_are_commands_of_the_readme():
     command = ["make", "-n", "-C", smallruns.ROOT, "ensemble"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -127,8 +138,8 @@ def test_make_demo_is_the_command_of_the_readme():
     )
 
 
-def test_the_python_runs(monkeypatch):
-    monkeypatch.chdir(smallruns.ROOT)
+def test_the_python_runs(place, monkeypatch):
+    monkeypatch.chdir(place)
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert blocks
     for block in blocks:

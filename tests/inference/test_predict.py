@@ -195,3 +195,17 @@ def test_a_stdout_that_ends_is_no_traceback(runs, photos, tmp_path):
     )
     process.communicate(timeout=120)
     assert "Traceback" not in (tmp_path / "err").read_text()
+
+
+def test_load_run_gives_what_predict_gives(runs, photos, tmp_path):
+    from harness import load_run
+
+    model, preprocess, classes, temperature = load_run(runs[0])
+    files = sorted(photos.rglob("*.png"))[:20]
+    rows = rows_of(predict(tmp_path, runs[0], *files, mixed_precision="no"))
+    for row, file in zip(rows, files, strict=True):
+        for image in (file, open(file, "rb"), Image.open(file)):  # noqa: SIM115
+            with torch.inference_mode():
+                p = (model(preprocess(image)) / temperature).softmax(1)[0]
+            assert classes[p.argmax()] == row["class_1"]
+            assert float(p.max()) == pytest.approx(float(row["probability_1"]), abs=1e-4)
