@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 TRICKS = sorted(path for path in (ROOT / "tricks").glob("*.py") if path.stem != "__init__")
 HARNESS = sorted((ROOT / "harness").rglob("*.py"))
-SCRIPTS = {"train", "finetune", "ensemble_eval", "gradcam"}
+SCRIPTS = {"train", "finetune", "ensemble_eval", "gradcam", "predict", "export"}
 HIDING_OR_NAMELESS = {"datasets", "evaluate", "accelerate", "wandb", "utils", "common"}
 
 
@@ -102,6 +102,68 @@ def test_arrows_between_rooms_run_one_way(path):
     strays = {name for name in harness_imports(path) if room(name) not in {here, *ARROWS[here]}}
     own_door = path == ROOT / "harness" / "__init__.py"  # `load_run`, imported when it is called
     assert strays == ({"harness.inference.program"} if own_door else set())
+
+
+# Functions of more statements, or signatures of more parameters, than the house allows, and why.
+# Nothing is added here: what is long comes apart
+LONG = {
+    "read_tables": "a table's columns, rows and splits are told apart in one pass; to come apart",
+    "scan": "a walk with its own stack; to come apart",
+    "make_together": "one protocol of several processes, read from top to bottom",
+}
+WIDE = {  # all by keyword
+    "Views.__init__": "what is drawn for an image, a flag each",
+    "decode_split": "how one split is decoded",
+    "pack_split": "how one split is packed",
+    "model_config": "what config.json says of a network, a key each",
+    "Tracking.__init__": "what trackers are told of a run",
+}
+
+
+def functions(path):
+    """(name, node) of every function of a file, methods as Class.name."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        body = getattr(node, "body", [])
+        for inner in body if isinstance(body, list) else ():  # of a lambda it is no list
+            if isinstance(inner, ast.FunctionDef):
+                start = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+                yield f"{start}{inner.name}", inner
+
+
+def statements(node):
+    return sum(isinstance(inner, ast.stmt) for inner in ast.walk(node)) - 1
+
+
+def parameters(node):
+    named = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    return len([arg for arg in named if arg.arg not in ("self", "cls")])
+
+
+def test_functions_are_short_and_signatures_narrow():
+    long, wide = set(), set()
+    for path in HARNESS:
+        for name, node in functions(path):
+            long |= {name} if statements(node) > 40 else set()
+            wide |= {name} if parameters(node) > 9 else set()
+    assert long == set(LONG)
+    assert wide == set(WIDE)
+
+
+def test_a_scripts_main_is_read_in_one_sitting():
+    for script in SCRIPTS:
+        for name, node in functions(ROOT / f"{script}.py"):
+            assert statements(node) <= (70 if name == "main" else 50), f"{script}.py: {name}"
+
+
+def test_no_package_imports_anothers_private_name():
+    for path in [*HARNESS, *(ROOT / f"{script}.py" for script in SCRIPTS)]:
+        own = room(".".join(path.relative_to(ROOT).with_suffix("").parts)) if "harness" in (
+            path.parts
+        ) else "script"  # fmt: skip
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("harness"):
+                private = [alias.name for alias in node.names if alias.name.startswith("_")]
+                assert not private or room(node.module) == own, (path, private)
 
 
 def test_an_arrow_that_runs_back_is_seen(tmp_path):

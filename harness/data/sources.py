@@ -114,25 +114,8 @@ def load_data(dataset, **options) -> Data:
     asked = found.label_column or options.label_column or (built_in and built_in.label_column)
     label_column = find_label_column(features, asked, image_column)
     values, classes = find_classes(stored[chosen["train"]], label_column)
-    splits = {}
-    for role, name in chosen.items():
-        if name is None:
-            splits[role] = None
-            continue
-        check_split(name, stored[name], features, image_column, label_column)
-        labels = read_labels(name, role, stored[name], label_column, values)
-        splits[role] = Split(
-            name, stored[name], np.arange(len(labels)), labels, bit_depth=options.bit_depth
-        )
-    bad = {}
-    if options.bad_images == "skip":
-        for role, split in splits.items():
-            unreadable = split and find_bad(
-                split.dataset, image_column, name=split.name, bit_depth=options.bit_depth
-            )
-            if unreadable:
-                bad[split.name] = unreadable
-                splits[role] = _leave_out(split, unreadable)
+    splits = _labelled(stored, chosen, image_column, label_column, values, options.bit_depth)
+    bad = _skip_bad(splits, image_column, options)
     notes = list(found.notes)
     if not options.bit_depth and (note := gray_depth_note(splits["train"].dataset, image_column)):
         notes.append(note)
@@ -169,6 +152,40 @@ def load_data(dataset, **options) -> Data:
         left_out=found.left_out + unused,
         content={name: found.content[name] for name in chosen.values() if name in found.content},
     )
+
+
+def _labelled(stored, chosen, image_column, label_column, values, bit_depth):
+    """{role: Split or None} of the chosen splits, with every label checked.
+
+    stored: {name: Dataset}. chosen: {role: name or None}. values: the labels of the classes, in
+    their order.
+    """
+    splits, features = {}, stored[chosen["train"]].features
+    for role, name in chosen.items():
+        if name is None:
+            splits[role] = None
+            continue
+        check_split(name, stored[name], features, image_column, label_column)
+        labels = read_labels(name, role, stored[name], label_column, values)
+        rows = np.arange(len(labels))
+        splits[role] = Split(name, stored[name], rows, labels, bit_depth=bit_depth)
+    return splits
+
+
+def _skip_bad(splits, image_column, options):
+    """Leave the images that can't be read out of `splits`; {split: {row: why}}.
+
+    Nothing where --bad_images is not skip.
+    """
+    bad = {}
+    for role, split in splits.items() if options.bad_images == "skip" else ():
+        unreadable = split and find_bad(
+            split.dataset, image_column, name=split.name, bit_depth=options.bit_depth
+        )
+        if unreadable:
+            bad[split.name] = unreadable
+            splits[role] = _leave_out(split, unreadable)
+    return bad
 
 
 def _without_empty(splits, classes):

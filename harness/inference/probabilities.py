@@ -70,7 +70,7 @@ def probabilities_of(accelerator, networks, images, keep, bar):
 
         def begin(batch):
             numbers = range(starts[batch], min(starts[batch] + BATCH, len(images)))
-            return [(k, pool.submit(_decoded, images, k, looks)) for k in numbers]
+            return [(k, pool.submit(decode_one, images, k, looks)) for k in numbers]
 
         left = iter(own)
         ahead = deque(begin(batch) for batch in islice(left, AHEAD))
@@ -85,7 +85,7 @@ def probabilities_of(accelerator, networks, images, keep, bar):
                     look: torch.stack([done[k][n] for k in numbers]) for n, look in enumerate(looks)
                 }
                 index = torch.tensor(numbers)
-                mean = _forward(accelerator, networks, stacks, index)
+                mean = forward(accelerator, networks, stacks, index)
                 found |= dict(zip(numbers, keep(index, mean), strict=True))
             bar.update(min(len(jobs) * accelerator.num_processes, bar.total - bar.n))
     parts = from_each(accelerator, lambda: (found, bad))
@@ -95,7 +95,7 @@ def probabilities_of(accelerator, networks, images, keep, bar):
     return [found.get(k) for k in range(len(images))], dict(sorted(bad.items()))
 
 
-def _decoded(images, k, looks):
+def decode_one(images, k, looks):
     """The pixels of one image for each Preprocessing, or why they can't be had."""
     try:
         file = images.read(k)
@@ -106,7 +106,7 @@ def _decoded(images, k, looks):
 
 
 @torch.inference_mode()
-def _forward(accelerator, networks, stacks, index):
+def forward(accelerator, networks, stacks, index):
     """The networks' mean probabilities, float32 (k, classes) on the CPU."""
     total = 0
     for network in networks:
@@ -129,7 +129,7 @@ def evaluation_pixels_of(images, preprocessing):
     """(uint8 (n, 3, S, S), what the network sees; the numbers of the images that can be read)."""
     (view,) = tta_views("none", preprocessing.size)
     with ThreadPoolExecutor(threads()) as pool:
-        found = pool.map(lambda k: _decoded(images, k, [preprocessing]), range(len(images)))
+        found = pool.map(lambda k: decode_one(images, k, [preprocessing]), range(len(images)))
         kept = [(k, pixels[0]) for k, pixels in enumerate(found) if not isinstance(pixels, str)]
     if not kept:
         raise UserError("none of the held-out images can be read")

@@ -408,24 +408,10 @@ class Run:
                 raise failed
 
         on_main(self.accelerator, write, "the last checkpoint or the result could not be written")
-        final = dict(best["scores"] if best else self.scores)
         if best is not None:
             self.module.load_state_dict(weights)
         with result.averaged() if best is None else contextlib.nullcontext():
-            logits = None
-            if best is not None and "test" in self.config["data"]["splits"]:
-                scores, logits = self.interruptible(lambda: predict("test"))
-                final |= {f"test/{k}{result.suffix}": v for k, v in scores.items()}
-            split = result.scored_split(final)
-            if split and tta:
-                scores = self.interruptible(lambda: tta(split))
-                final |= {f"{split}/{k}_tta": v for k, v in scores.items()}
-                self.seconds += time.perf_counter() - self._since
-            if split and report and logits is None:
-                logits = self.interruptible(lambda: predict(split))[1]
-            held_out = logits if split == "val" else None
-            if best is not None and report and held_out is None:
-                held_out = self.interruptible(lambda: predict("val"))[1]
+            final, split, logits, held_out = self._scores_of_result(predict, tta, bool(report))
         summary = result.summarise(self.accelerator, final, self._facts() | (facts or {}))
         if self.main:
             replace_file(self.folder / "summary.json", as_json(summary))
@@ -440,6 +426,28 @@ class Run:
                 tracking.log_model(self.folder / "model.safetensors", {"scores": final})
         self._close(exit_code=0)
         return summary
+
+    def _scores_of_result(self, predict, tta, reports):
+        """(scores, the split that counts or None, its logits, those of val or None).
+
+        The weights in the model are the result's. reports: whether logits are wanted at all.
+        """
+        result, best = self.result, self.result.best
+        final, logits = dict(best["scores"] if best else self.scores), None
+        if best is not None and "test" in self.config["data"]["splits"]:
+            scores, logits = self.interruptible(lambda: predict("test"))
+            final |= {f"test/{k}{result.suffix}": v for k, v in scores.items()}
+        split = result.scored_split(final)
+        if split and tta:
+            scores = self.interruptible(lambda: tta(split))
+            final |= {f"{split}/{k}_tta": v for k, v in scores.items()}
+            self.seconds += time.perf_counter() - self._since
+        if split and reports and logits is None:
+            logits = self.interruptible(lambda: predict(split))[1]
+        held_out = logits if split == "val" else None
+        if best is not None and reports and held_out is None:
+            held_out = self.interruptible(lambda: predict("val"))[1]
+        return final, split, logits, held_out
 
     def _facts(self):
         return {
