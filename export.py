@@ -1,10 +1,10 @@
 """Give a trained network to others: one checked file or folder, preprocessing included.
 
-python export.py runs/x --to onnx                     uint8 pixels in, probabilities out
-python export.py runs/x --to onnx --precision int8    a quarter of the size, its accuracy checked
-python export.py runs/x --to torch                    torch.export, .pt2
-python export.py runs/x --to timm                     a folder that timm.create_model loads
-python export.py runs/x --to hub --push owner/name    the same with its card, on the Hub, private
+accelerate launch export.py runs/x --to onnx                     pixels in, probabilities out
+accelerate launch export.py runs/x --to onnx --precision int8    a quarter of the size, judged
+accelerate launch export.py runs/x --to torch                    torch.export, .pt2
+accelerate launch export.py runs/x --to timm                     for timm.create_model
+accelerate launch export.py runs/x --to hub --push owner/name    with its card, private
 """
 
 from harness.cli import flags

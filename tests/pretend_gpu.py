@@ -43,6 +43,7 @@ MAY_WAIT = {
     ("harness/training/scoring.py", "_read_sums"): "once an evaluation",
     ("harness/ensembles/predictions.py", "_read_times"): "once a member and split",
     ("harness/ensembles/predictions.py", "_read_logits"): "once a member and split",
+    ("harness/training/scoring.py", "_read_logits"): "once a split, for the report or a metric",
     ("finetune.py", "check_frozen"): "once a stage",
     ("tricks/freeze.py", "frozen_digest"): "twice a stage",
 }

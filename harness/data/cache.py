@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import xxhash
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
@@ -320,6 +319,8 @@ def _decode(job, keep, place=0, processes=1, wanted=lambda: True, pixels=None):
     Over as many threads as there are cores for this process. wanted: whether to go on. pixels:
     what `keep` filled, to be hashed.
     """
+    import xxhash  # comes with `datasets`, which is imported late, too
+
     (column,), total = job.images.column_names, len(job.images)
     share = _Share({}, {}, {})
 

@@ -37,12 +37,14 @@ class Opening(NamedTuple):
     stem: str  # as resolved
 
 
-def decode_images(opening, args):
-    """{role: Samples} of all splits; images of val and test that are in train, too, are named."""
+def decode_images(opening, verify, shard=False):
+    """{role: Samples} of all splits; images of val and test that are in train, too, are named.
+
+    verify and shard: of --verify_cache and --shard_store.
+    """
     data, preprocessing, accelerator = opening.data, opening.preprocessing, opening.accelerator
     splits = decode_splits(
-        data, preprocessing, accelerator, shard=getattr(args, "shard_store", False),
-        verify=args.verify_cache,
+        data, preprocessing, accelerator, shard=shard, verify=verify
     )  # fmt: skip
     if accelerator.is_main_process:
         for line in identical_images(data, preprocessing, splits):
