@@ -111,21 +111,26 @@ def write(folder, report, samples):
 
 
 def headline(report) -> str:
-    """The outcome in a sentence or two; the second where the largest class alone does as well."""
+    """The outcome in a sentence or two."""
     scored, accuracy = report["scored"], report["metrics"]["acc"]
     words = (
         f"{percent(accuracy)} % of {scored['images']:,} {scored['role']} images are right "
         f"({interval(report['interval'])}), balanced accuracy "
         f"{percent(report['metrics']['balanced_acc'])} %."
     )
+    return words + (f" {doubt}" if (doubt := nothing_learned(report)) else "")
+
+
+def nothing_learned(report) -> str:
+    """A sentence where the largest class alone would do as well, else ""."""
     largest, half_way = report["largest_class"], (1 + 1 / len(report["by_class"])) / 2
     low = report["metrics"]["balanced_acc"] < half_way  # between chance and all
-    if low and report["interval"][0] <= largest["share"]:
-        words += (
-            f" To answer {largest['class']} always would be right on {percent(largest['share'])} "
-            "%: by accuracy, it is not shown that anything was learned."
-        )
-    return words
+    if not low or report["interval"][0] > largest["share"]:
+        return ""
+    return (
+        f"To answer {largest['class']} always would be right on {percent(largest['share'])} %: by "
+        "accuracy, it is not shown that anything was learned."
+    )
 
 
 def markdown(report) -> str:

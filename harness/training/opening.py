@@ -72,6 +72,8 @@ def report_writer(opening, splits, slice_by):
             logits, slice_by, fitted,
         )  # fmt: skip
         report.write(folder, found, splits[role])
+        if doubt := report.nothing_learned(found):
+            print(f"note         {doubt}", flush=True)
 
     return write
 
