@@ -111,9 +111,9 @@ METRICS = {
     "balanced_acc": Metric("balanced accuracy", "max", PERCENT, None, _balanced_accuracy),
     "macro_f1": Metric("macro F1", "max", PERCENT, None, _macro_f1),
     "ece": Metric("expected calibration error", "min", PERCENT, None, _ece),
-    "auroc": Metric("AUROC (one against the rest, macro)", "max", PERCENT, None,
+    "auroc": Metric("AUROC, macro", "max", PERCENT, None,
                     _over_classes(_auroc)),
-    "ap": Metric("average precision (one against the rest, macro)", "max", PERCENT, None,
+    "ap": Metric("average precision, macro", "max", PERCENT, None,
                  _over_classes(_average_precision)),
 }  # fmt: skip
 ALWAYS = ("loss", "acc")  # besides what `--metrics` and `--select_by` name

@@ -145,7 +145,8 @@ def markdown(report) -> str:
         table(("metric", "value"), scores),
         *_fold_parts(report.get("folds")),
         "Intervals are Wilson's, 95 %. Top-5, AUROC and average precision go by probabilities; "
-        "the last two are means over the classes that have images, and others have, too.",
+        "the last two are of one class against the rest, means over the classes of which there are "
+        "images, and others.",
         "## Classes",
         class_table(report["by_class"]),
         confused_words(report["most_confused"]),

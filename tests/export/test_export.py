@@ -18,6 +18,8 @@ from harness.export import graphs, hub
 from harness.models.calibration import read_calibration
 from harness.models.trained import load_model, read_trained
 
+pytestmark = pytest.mark.slow  # the exporters take seconds to import
+
 # A crop, bicubic, photographs that are no squares: what resizing can get wrong
 TRAINING = smallruns.MEMBER | {
     "model": "resnet18", "stem": "standard", "image_size": 32, "crop_pct": 0.8,
@@ -70,7 +72,6 @@ def card_says(folder, photo):
     return name, float(probability)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["onnx", "torch", "timm"])
 def test_the_lines_of_the_card_give_what_predict_gives(run, photo, tmp_path, kind, capsys):
     folder = export(tmp_path, run, to=kind)
@@ -105,7 +106,6 @@ def test_the_graph_takes_any_number_of_images_and_knows_its_classes(run, tmp_pat
     assert sum(json.loads(told["sample_output"])) == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.slow
 def test_small_precisions_are_judged_and_refused_where_they_lose_too_much(run, tmp_path, capsys):
     folder = export(tmp_path, run, to="onnx", precision="int8", max_accuracy_drop=100)
     assert "int8         accuracy " in capsys.readouterr().out
@@ -142,7 +142,6 @@ def test_an_export_that_answers_otherwise_is_not_written(run, tmp_path, monkeypa
     assert not (tmp_path / "e/model.onnx").exists()
 
 
-@pytest.mark.slow
 def test_where_the_data_set_is_gone_made_up_images_check_it(run, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints"))

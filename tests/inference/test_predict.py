@@ -84,6 +84,7 @@ def test_calibrated_probabilities_in_order_and_scored_by_folders(runs, photos, t
     assert Image.open(folder / "predictions.png").width > 300
 
 
+@pytest.mark.slow
 def test_two_runs_of_other_sizes_are_averaged(runs, photos, tmp_path):
     rows = rows_of(predict(tmp_path, *runs, photos, mixed_precision="no", top_k=10))
     files = sorted(photos.rglob("*.png"))
@@ -121,6 +122,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_done(runs, photos, tmp_pat
         predict(tmp_path, runs[0], tmp_path / "in")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sets", ["threshold", "adaptive"])
 def test_sets_hold_the_class_as_often_as_asked(runs, photos, tmp_path, capsys, sets):
     folder = predict(tmp_path, runs[0], photos, coverage=0.9, sets=sets)
@@ -135,6 +137,7 @@ def test_sets_hold_the_class_as_often_as_asked(runs, photos, tmp_path, capsys, s
     )
 
 
+@pytest.mark.slow
 def test_abstaining_and_other_formats(runs, photos, tmp_path):
     import pyarrow.parquet
 
@@ -148,6 +151,7 @@ def test_abstaining_and_other_formats(runs, photos, tmp_path):
     assert not (folder / "predictions.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_data_set_with_labels_and_one_without(runs, tmp_path, capsys):
     digits = load_digits()
     images = [Image.fromarray((d * 15).astype(np.uint8)) for d in digits.images[:70]]
@@ -197,6 +201,7 @@ def test_a_stdout_that_ends_is_no_traceback(runs, photos, tmp_path):
     assert "Traceback" not in (tmp_path / "err").read_text()
 
 
+@pytest.mark.slow
 def test_load_run_gives_what_predict_gives(runs, photos, tmp_path):
     from harness import load_run
 
