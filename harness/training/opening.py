@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 
+from harness.console import one_line
 from harness.data.preprocessing import Preprocessing
 from harness.data.sources import Data
 from harness.data.stores import decode_splits, identical_images
@@ -48,7 +49,7 @@ def decode_images(opening, verify, shard=False):
     )  # fmt: skip
     if accelerator.is_main_process:
         for line in identical_images(data, preprocessing, splits):
-            print(line, flush=True)
+            print(one_line(line), flush=True)
     return splits
 
 
@@ -73,7 +74,7 @@ def report_writer(opening, splits, slice_by):
         )  # fmt: skip
         report.write(folder, found, splits[role])
         if doubt := report.nothing_learned(found):
-            print(f"note         {doubt}", flush=True)
+            print(f"note         {one_line(doubt)}", flush=True)
 
     return write
 
