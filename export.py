@@ -62,13 +62,15 @@ def main(args):
     print(f"network      {trained.name}: {trained.config['architecture']}, "
           f"{trained.preprocessing.size} px, {len(trained.classes):,} classes, temperature "
           f"{temperature:.3f}{'' if fitted else ' (no calibration.json)'}")  # fmt: skip
-    print(f"checked on   {images.words}")
+    print(f"checked on   {images.source}")
     if args.dry_run:
         return
 
     # the run's own answers, in fp32
-    look = trained.preprocessing
-    classifier = graphs.Classifier(load_model(trained), look.mean, look.std, temperature).eval()
+    preprocessing = trained.preprocessing
+    classifier = graphs.Classifier(
+        load_model(trained), preprocessing.mean, preprocessing.std, temperature
+    ).eval()
     ours = graphs.run_module(classifier, images.batches)
     claim_report(folder, "export.py")
     if args.to in ("onnx", "torch"):
@@ -99,7 +101,7 @@ def main(args):
 
 def write_graph(args, trained, classifier, images, ours, folder, metadata):
     """model.onnx or model.pt2, once it is seen to answer as the run's network does."""
-    look, size = trained.preprocessing, trained.preprocessing.size
+    preprocessing, size = trained.preprocessing, trained.preprocessing.size
     final = folder / ("model.onnx" if args.to == "onnx" else "model.pt2")
     part = folder / f".{final.stem}.writing{final.suffix}"
     others = [part]
@@ -117,7 +119,11 @@ def write_graph(args, trained, classifier, images, ours, folder, metadata):
             raise UserError("the export answers otherwise than the run's network: not written")
         if args.precision == "fp16":
             half = graphs.Classifier(
-                load_model(trained), look.mean, look.std, classifier.temperature, torch.float16
+                load_model(trained),
+                preprocessing.mean,
+                preprocessing.std,
+                classifier.temperature,
+                torch.float16,
             )
             graphs.write_onnx(half.eval(), size, part, metadata)
         elif args.precision == "int8":

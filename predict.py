@@ -39,7 +39,7 @@ def main(args):
     accelerator, machine = make_accelerator(args.mixed_precision, 1, args.threads, args.seed)
 
     # networks and images: all that can be refused is, before any long work
-    runs, paths = in_turn(accelerator, lambda: runs_and_paths(args.words or []))
+    runs, paths = in_turn(accelerator, lambda: runs_and_paths(args.inputs or []))
     name = default_name([run.name for run in runs]).replace("ensemble-", "predict-", 1)
     folder = report_folder(args, name, "predict.py")
     views = view_sets(args.tta, {run.preprocessing.size for run in runs}, args.seed)

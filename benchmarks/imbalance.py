@@ -1,4 +1,4 @@
-"""Uneven classes: what each word of --imbalance is worth, on a data set made long-tailed.
+"""Uneven classes: what each kind of --imbalance is worth, on a data set made long-tailed.
 
     python benchmarks/imbalance.py                                  CIFAR-10, 100:1 and 10:1
     python benchmarks/imbalance.py --dataset FOLDER --script finetune.py --model NAME \
@@ -6,7 +6,7 @@
 
 Train is thinned so that the number of images falls from class to class by a constant factor, from
 --most to --most / ratio (Cao et al. 2019, https://arxiv.org/abs/1906.07413); test stays as it is.
-Every word trains with every seed; a run that is there is not run again. "after training" is the
+Every kind trains with every seed; a run that is there is not run again. "after training" is the
 network of "none" with τ log π taken off its logits. Beside the runs lie table.md and results.json:
 balanced accuracy on test, and the accuracy on test images as uneven as those of train (recalls
 weighed by the classes' shares of train). Whatever this script does not know goes to every run.
@@ -21,7 +21,7 @@ import measure  # noqa: F401 - so that the harness is found
 import numpy as np
 from training_runs import finish_run
 
-WORDS = ("none", "logit_adjustment", "class_weights", "balanced", "sqrt")
+KINDS = ("none", "logit_adjustment", "class_weights", "balanced", "sqrt")
 # The small fast network: about 40 s a run on one core of an EPYC
 FAST = {
     "model": "fastnet_small", "batch_size": 128, "lr": 0.5, "weight_decay": 5e-4,
@@ -37,7 +37,7 @@ def main():
     parser.add_argument("--script", choices=("train.py", "finetune.py"), default="train.py")
     parser.add_argument("--ratios", type=int, nargs="+", default=[100, 10])
     parser.add_argument("--most", type=int, default=1000, help="train images of the first class")
-    parser.add_argument("--words", nargs="+", default=WORDS, choices=WORDS)
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/imbalance"))
     args, passed_on = parser.parse_known_args()
@@ -53,14 +53,14 @@ def main():
     for seed in args.seeds:
         for ratio in args.ratios:
             data = args.output_dir / f"{Path(args.dataset).name}-{args.most}-{ratio}"
-            for word in args.words:
-                run = args.output_dir / f"{data.name}-{word}-s{seed}"
+            for kind in args.kinds:
+                run = args.output_dir / f"{data.name}-{kind}-s{seed}"
                 if not (run / "report.json").exists():
                     print(run.name, flush=True)
-                    words = [f"--dataset={data}", f"--imbalance={word}", f"--seed={seed}"]
+                    words = [f"--dataset={data}", f"--imbalance={kind}", f"--seed={seed}"]
                     finish_run(args.script, run, [*words, *flags])
                 if not (run / "cell.json").exists():
-                    (run / "cell.json").write_text(json.dumps(scores(run, ratio, word, seed)))
+                    (run / "cell.json").write_text(json.dumps(scores(run, ratio, kind, seed)))
             print(table(args.output_dir), flush=True)
 
 
@@ -84,7 +84,7 @@ def write_long_tailed(dataset, folder, most, ratio):
     unfinished.rename(folder)
 
 
-def scores(run, ratio, word, seed):
+def scores(run, ratio, kind, seed):
     """One finished run, as it stands in results.json; of "none" with what "after training" gives.
 
     train: {class: share of train}.
@@ -98,12 +98,12 @@ def scores(run, ratio, word, seed):
     report = json.loads((run / "report.json").read_text())
     recalls = np.array([row["accuracy"] for row in report["by_class"]])
     record = {
-        "images": Path(data.name).name.rsplit("-", 2)[0], "ratio": ratio, "word": word,
+        "images": Path(data.name).name.rsplit("-", 2)[0], "ratio": ratio, "kind": kind,
         "seed": seed, "train": len(data.train), "balanced": recalls.mean(),
         "as_train": float(recalls @ shares),
         "seconds": json.loads((run / "summary.json").read_text())["seconds"],
     }  # fmt: skip
-    if word == "none":
+    if kind == "none":
         recalls = after_training(trained, data)
         record["after"] = [recalls.mean(), float(recalls @ shares)]
     return record
@@ -118,16 +118,17 @@ def after_training(trained, data):
     from tricks.augment import normalize_batch
     from tricks.logit_adjustment import log_priors, remove_priors
 
-    look = trained.preprocessing
-    samples = decode(data.test, data.image_column, look)
+    preprocessing = trained.preprocessing
+    samples = decode(data.test, data.image_column, preprocessing)
     model = load_model(trained).eval()
+    mean, std, cpu = preprocessing.mean, preprocessing.std, torch.device("cpu")
+    logits = []
     with torch.inference_mode():
-        logits = torch.cat([
-            model(normalize_batch(samples.take(index, torch.device("cpu"))[0], look.mean, look.std))
-            for index in torch.arange(len(data.test)).split(256)
-        ])  # fmt: skip
+        for index in torch.arange(len(data.test)).split(256):
+            pixels, _ = samples.take(index, cpu)
+            logits.append(model(normalize_batch(pixels, mean, std)))
     counts = torch.from_numpy(data.train.labels).bincount(minlength=len(data.classes))
-    right = remove_priors(logits, log_priors(counts)).argmax(1) == samples.labels
+    right = remove_priors(torch.cat(logits), log_priors(counts)).argmax(1) == samples.labels
     return np.array([right[samples.labels == k].double().mean() for k in range(len(data.classes))])
 
 
@@ -143,17 +144,17 @@ def table(output_dir):
     groups = dict.fromkeys((r["images"], r["ratio"]) for r in records)
     for images, ratio in sorted(groups, key=str):
         cell = [r for r in records if (r["images"], r["ratio"]) == (images, ratio)]
-        plain = {r["seed"]: r["balanced"] for r in cell if r["word"] == "none"}
-        rows = {word: [(r["seed"], r["balanced"], r["as_train"], r["seconds"]) for r in cell
-                       if r["word"] == word] for word in WORDS}  # fmt: skip
+        plain = {r["seed"]: r["balanced"] for r in cell if r["kind"] == "none"}
+        rows = {kind: [(r["seed"], r["balanced"], r["as_train"], r["seconds"]) for r in cell
+                       if r["kind"] == kind] for kind in KINDS}  # fmt: skip
         rows["after training"] = [
             (r["seed"], *r["after"], r["seconds"]) for r in cell if "after" in r
         ]
-        for word, values in rows.items():
+        for kind, values in rows.items():
             if values:
                 gains = [b - plain[seed] for seed, b, *_ in values if seed in plain]
                 facts = [
-                    images, f"{ratio}:1", f"{cell[0]['train']:,}", word,
+                    images, f"{ratio}:1", f"{cell[0]['train']:,}", kind,
                     spread([v[1] for v in values]), spread(gains, "+"),
                     spread([v[2] for v in values]), len(values),
                     f"{statistics.median(v[3] for v in values):,.0f}",

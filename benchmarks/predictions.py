@@ -56,20 +56,23 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         run = read_trained(args.run or random_run(Path(folder), args.model, args.size))
         model = load_model(run).to(accelerator.device, memory_format=torch.channels_last)
-    look = run.preprocessing
-    network = Network(run, model, tta_views("none", look.size), 1.0, True)
+    preprocessing = run.preprocessing
+    network = Network(run, model, tta_views("none", preprocessing.size), 1.0, True)
 
     def decode():
         with ThreadPoolExecutor(threads()) as pool:
             return list(
-                pool.map(lambda k: probabilities.decode_one(images, k, [look]), range(len(images)))
+                pool.map(
+                    lambda k: probabilities.decode_one(images, k, [preprocessing]),
+                    range(len(images)),
+                )
             )
 
     pixels = torch.stack([found[0] for found in decode()])
 
     def forward():
         for index in torch.arange(len(pixels)).split(BATCH):
-            probabilities.forward(accelerator, [network], {look: pixels[index]}, index)
+            probabilities.forward(accelerator, [network], {preprocessing: pixels[index]}, index)
 
     def whole():
         bar = type("Bar", (), {"total": len(images), "n": 0, "update": lambda self, n: None})()
@@ -88,8 +91,8 @@ def main():
         Row("images/s of decoding alone", [len(images) / s for s in taken["decoding"]]),
         Row("images/s of forward passes alone", [len(images) / s for s in taken["forward"]]),
     ]  # fmt: skip
-    report(args, rows, f"{machine['device']}, {len(images):,} files, "
-           f"{run.config['architecture']} at {look.size} px, {machine['precision']}")  # fmt: skip
+    network = f"{run.config['architecture']} at {preprocessing.size} px, {machine['precision']}"
+    report(args, rows, f"{machine['device']}, {len(images):,} files, {network}")
 
 
 if __name__ == "__main__":

@@ -417,10 +417,10 @@ def data_flags(parser, dataset):
                    help="cross-validation: hold out the I-th of K stratified parts of train; "
                    "ensemble_eval.py scores K such runs as one")
     g.add_argument("--group_column", metavar="NAME",
-                   help="a column (patient, video), or folder for the name of each folder: what is "
-                   "held out shares none of its values with train")
+                   help="a column (patient, video), or folder, each image's own: images with the "
+                   "same value stay on one side of --val_fraction and --fold")
     g.add_argument("--group_pattern", metavar="REGEX",
-                   help="the same: its one group is matched in the path of each image, "
+                   help="the same by what its one group matches in the path of each image, "
                    "'/(patient[0-9]+)_'")
     bounded(g, "max_train_samples", help="images; cut for a quick look")
     bounded(g, "max_eval_samples", help="images; cut for a quick look")
@@ -525,7 +525,7 @@ def optimization_flags(parser, optimizers=("sgd", "adamw")):
             help="of the averaged weights; warmed up as min(d, (1+t)/(10+t)); 0: off")
     bounded(g, "label_smoothing", default=0.1, help="mass spread over all classes; 0: off")
     g.add_argument("--imbalance", choices=IMBALANCE, default="none",
-                   help="for classes with few and many images. logit_adjustment: the log of their "
+                   help="for uneven classes. logit_adjustment: the log of their "
                    "shares is added to the logits in the loss; class_weights: the loss is weighed "
                    "by inverse frequency; balanced: every class comes equally often; sqrt: by the "
                    "square root of its images")
@@ -594,7 +594,7 @@ def ensemble_flags(parser):
 
 def predict_flags(parser):
     g = parser.add_argument_group("networks and images")
-    g.add_argument("words", nargs="*", metavar="RUN [RUN …] PATH…",
+    g.add_argument("inputs", nargs="*", metavar="RUN [RUN …] PATH…",
                    help="folders of trained runs, then image files, folders, or patterns in quotes")
     g.add_argument("--dataset", help="instead of paths: a Hub id or a folder, as for training")
     g.add_argument("--split", help="of --dataset, by its own name; unset: the first")

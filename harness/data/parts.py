@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from harness.counters import generator
-from harness.data.listing import class_key
+from harness.data.listing import class_key, few
 from harness.errors import UserError, nearest
 
 
@@ -215,8 +215,7 @@ def grouping_note(train, groups, val, by, classes):
     words += f"; classes' shares within {100 * np.abs(shares[0] - shares[1]).max():.1f} points"
     lacking = [classes[k] for k in np.flatnonzero((there == 0) & (everywhere > 0))]
     if lacking:
-        shown = ", ".join(lacking[:5]) + (", …" if len(lacking) > 5 else "")
-        words += f"; without an image of {shown}"
+        words += f"; without an image of {few(lacking)}"
     return words
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 
 import torch
 
@@ -14,6 +12,7 @@ from harness.ensembles.comparison import notes
 from harness.files import file_name, replace_file
 from harness.reports import charts
 from harness.reports.sections import (
+    as_json,
     class_table,
     confused_words,
     interval,
@@ -61,18 +60,12 @@ def _about(member):
     return text + (f"; {member.note}" if member.note else "")
 
 
-def _on_one_line(numbers):
-    return "[" + " ".join(numbers[1].split()) + "]"
-
-
 def write(folder, report, samples):
     """report.json, report.md and the pictures.
 
     report: what report.json holds. samples: harness.data.stores.Samples of the scored images.
     """
-    text = json.dumps(report, indent=1) + "\n"
-    text = re.sub(r"\[\s+([-\d.e,\s]+?)\s+\]", _on_one_line, text)
-    replace_file(folder / "report.json", text.encode())
+    replace_file(folder / "report.json", as_json(report))
     replace_file(folder / "report.md", markdown(escaped(report)).encode())
     classes = [row["class"] for row in report["by_class"]]
     scored, best = report["scored"], report["best"]

@@ -33,9 +33,9 @@ def write_timm(trained, folder, logits, pixels):
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         config["num_features"] = model.num_features
         replace_file(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-        look = trained.preprocessing
+        preprocessing = trained.preprocessing
         with torch.inference_mode():
-            theirs = model(normalize_batch(pixels, look.mean, look.std))
+            theirs = model(normalize_batch(pixels, preprocessing.mean, preprocessing.std))
     except Exception as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(

@@ -166,17 +166,18 @@ def metadata_of(trained, temperature, sample, probabilities) -> dict:
     """
     from PIL import Image
 
-    look, file = trained.preprocessing, io.BytesIO()
+    preprocessing, file = trained.preprocessing, io.BytesIO()
     Image.fromarray(sample.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG")
+    prepared = {
+        "resize_shorter_side": preprocessing.stored_size,
+        "interpolation": preprocessing.interpolation,
+        "center_crop": preprocessing.size,
+        "layout": "uint8 RGB (N, 3, H, W), not normalised",
+    }
     return {
         "architecture": trained.config["architecture"],
         "classes": json.dumps(trained.classes),
-        "preprocessing": json.dumps(
-            {
-                "resize_shorter_side": look.stored_size, "interpolation": look.interpolation,
-                "center_crop": look.size, "layout": "uint8 RGB (N, 3, H, W), not normalised",
-            }
-        ),
+        "preprocessing": json.dumps(prepared),
         "temperature": repr(temperature),
         "weights_sha256": trained.sha256,
         "sample_input_png_base64": base64.b64encode(file.getvalue()).decode(),

@@ -25,7 +25,7 @@ class CheckImages(NamedTuple):
     batches: list[torch.Tensor]
     labels: torch.Tensor | None  # int64 (n,), of all batches
     calibration: list[torch.Tensor]  # of other images, for int8
-    words: str  # for the plan
+    source: str  # for the plan
 
     def check_drop(self, theirs, ours, precision, most):
         """Raise UserError where accuracy drops by more than `most` points; else print both.

@@ -29,24 +29,24 @@ class Images(NamedTuple):
         return len(self.names)
 
 
-def runs_and_paths(words):
-    """(the Trained of the words that are folders of finished runs, the others: paths of images).
+def runs_and_paths(inputs):
+    """(the Trained of the inputs that are folders of finished runs, the others: paths of images).
 
-    Raises UserError where the first word is no run, and for runs whose classes differ.
+    Raises UserError where the first input is no run, and for runs whose classes differ.
     """
-    runs = [read_trained(word) for word in words if _is_run(word)]
-    if not words or not _is_run(words[0]):
-        if words:
-            read_trained(words[0])  # says why it is none
+    runs = [read_trained(path) for path in inputs if _is_run(path)]
+    if not inputs or not _is_run(inputs[0]):
+        if inputs:
+            read_trained(inputs[0])  # says why it is none
         raise UserError("give the folder of a trained run, then images: predict.py runs/x photos/")
     for run in runs[1:]:
         if run.classes != runs[0].classes:
             raise UserError(f"{run.folder} has other classes than {runs[0].folder}")
-    return runs, [word for word in words if not _is_run(word)]
+    return runs, [path for path in inputs if not _is_run(path)]
 
 
-def _is_run(word):
-    folder = Path(word)
+def _is_run(path):
+    folder = Path(path)
     return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
 
 

@@ -64,13 +64,13 @@ def probabilities_of(accelerator, networks, images, keep, bar):
     """
     starts = range(0, len(images), BATCH)
     own = range(accelerator.process_index, len(starts), accelerator.num_processes)
-    looks = list(dict.fromkeys(network.trained.preprocessing for network in networks))
+    preprocessings = list(dict.fromkeys(network.trained.preprocessing for network in networks))
     found, bad = {}, {}
     with ThreadPoolExecutor(threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) as pool:
 
         def begin(batch):
             numbers = range(starts[batch], min(starts[batch] + BATCH, len(images)))
-            return [(k, pool.submit(decode_one, images, k, looks)) for k in numbers]
+            return [(k, pool.submit(decode_one, images, k, preprocessings)) for k in numbers]
 
         left = iter(own)
         ahead = deque(begin(batch) for batch in islice(left, AHEAD))
@@ -82,7 +82,8 @@ def probabilities_of(accelerator, networks, images, keep, bar):
             numbers = [k for k, pixels in done.items() if not isinstance(pixels, str)]
             if numbers:
                 stacks = {
-                    look: torch.stack([done[k][n] for k in numbers]) for n, look in enumerate(looks)
+                    preprocessing: torch.stack([done[k][n] for k in numbers])
+                    for n, preprocessing in enumerate(preprocessings)
                 }
                 index = torch.tensor(numbers)
                 mean = forward(accelerator, networks, stacks, index)
@@ -95,12 +96,15 @@ def probabilities_of(accelerator, networks, images, keep, bar):
     return [found.get(k) for k in range(len(images))], dict(sorted(bad.items()))
 
 
-def decode_one(images, k, looks):
+def decode_one(images, k, preprocessings):
     """The pixels of one image for each Preprocessing, or why they can't be had."""
     try:
         file = images.read(k)
         data = file.read() if hasattr(file, "read") else Path(file).read_bytes()
-        return [evaluation_image(io.BytesIO(data), look, images.bit_depth) for look in looks]
+        return [
+            evaluation_image(io.BytesIO(data), preprocessing, images.bit_depth)
+            for preprocessing in preprocessings
+        ]
     except Exception as error:
         return reason_of_image(error)
 
@@ -110,11 +114,11 @@ def forward(accelerator, networks, stacks, index):
     """The networks' mean probabilities, float32 (k, classes) on the CPU."""
     total = 0
     for network in networks:
-        look = network.trained.preprocessing
-        pixels = stacks[look].to(accelerator.device)
+        preprocessing = network.trained.preprocessing
+        pixels = stacks[preprocessing].to(accelerator.device)
         logits = []
         for view in network.views:
-            seen = normalize_batch(view.apply(pixels, index), look.mean, look.std)
+            seen = normalize_batch(view.apply(pixels, index), preprocessing.mean, preprocessing.std)
             with accelerator.autocast():
                 logits.append(network.model(seen).float().cpu())
         merged = logits[0].double()

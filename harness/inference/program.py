@@ -32,17 +32,17 @@ class Run(NamedTuple):
 def load_run(folder) -> Run:
     """The network of a run folder on the CPU. Raises UserError for what is no finished run."""
     trained = read_trained(folder)
-    look, known = trained.preprocessing, read_calibration(trained)
-    (view,) = tta_views("none", look.size)
+    preprocessing, known = trained.preprocessing, read_calibration(trained)
+    (view,) = tta_views("none", preprocessing.size)
 
     def preprocess(image):
         if hasattr(image, "save"):  # a PIL image
             file = io.BytesIO()
             image.save(file, "PNG" if image.mode not in ("CMYK", "YCbCr", "HSV", "LAB") else "TIFF")
             image = io.BytesIO(file.getvalue())
-        pixels = evaluation_image(image, look, trained.recipes[0].get("bit_depth"))
+        pixels = evaluation_image(image, preprocessing, trained.recipes[0].get("bit_depth"))
         seen = view.apply(pixels.unsqueeze(0), torch.zeros(1, dtype=torch.int64))
-        return normalize_batch(seen, look.mean, look.std)
+        return normalize_batch(seen, preprocessing.mean, preprocessing.std)
 
     temperature = known["temperature"] if known else 1.0
     return Run(load_model(trained), preprocess, trained.classes, temperature)

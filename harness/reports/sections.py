@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import torch
 
 from harness.cli.tables import table
@@ -9,6 +12,13 @@ from harness.pictures import drawable, save_tiles
 
 SHOWN = 10  # mistakes in a table
 MOST_CLASSES = 60  # in a table; of more, those with the lowest accuracy
+
+
+def as_json(report) -> bytes:
+    """report.json: indented, lists of numbers on one line each."""
+    text = json.dumps(report, indent=1) + "\n"
+    lists = r"\[\s+([-\d.e,\s]+?)\s+\]"
+    return re.sub(lists, lambda numbers: f"[{' '.join(numbers[1].split())}]", text).encode()
 
 
 def percent(value, digits=2):

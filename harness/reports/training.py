@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 
 import torch
 
 from harness.cli.tables import escaped, table
+from harness.data.listing import few
 from harness.data.sources import stored_rows
 from harness.files import replace_file
 from harness.metrics import METRICS, confusion, wilson_interval
@@ -23,6 +22,7 @@ from harness.reports.classes import (
     reliability,
 )
 from harness.reports.sections import (
+    as_json,
     class_table,
     confused_words,
     interval,
@@ -95,9 +95,7 @@ def write(folder, report, samples):
     """report.json, report.md, the pictures and mistakes.csv. report: of `facts`."""
     every, scored = report["mistakes"], report["scored"]
     report = report | {"mistakes": every[:MISTAKES], "wrong": len(every)}
-    text = json.dumps(report, indent=1) + "\n"
-    text = re.sub(r"\[\s+([-\d.e,\s]+?)\s+\]", lambda n: f"[{' '.join(n[1].split())}]", text)
-    replace_file(folder / "report.json", text.encode())
+    replace_file(folder / "report.json", as_json(report))
     replace_file(folder / "mistakes.csv", mistakes_csv(every))
     classes = [row["class"] for row in report["by_class"]]
     title = f"{report['name']}, {scored['images']:,} {scored['role']} images"
@@ -145,8 +143,8 @@ def markdown(report) -> str:
         table(("metric", "value"), scores),
         *_fold_parts(report.get("folds")),
         "Intervals are Wilson's, 95 %. Top-5, AUROC and average precision go by probabilities; "
-        "the last two are of one class against the rest, means over the classes of which there are "
-        "images, and others.",
+        "the last two are of one class against the rest, means over the classes that have images"
+        + _left_out_words(report["by_class"]),
         "## Classes",
         class_table(report["by_class"]),
         confused_words(report["most_confused"]),
@@ -163,6 +161,14 @@ def markdown(report) -> str:
         mistake_words(report["mistakes"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _left_out_words(rows):
+    """The end of a sentence: which classes have no image among the scored ones."""
+    without = [row["class"] for row in rows if not row["images"]]
+    if not without:
+        return "."
+    return f"; left out, without one: {len(without):,} of {len(rows):,}, {few(without)}."
 
 
 def _calibration_words(report):

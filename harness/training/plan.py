@@ -8,6 +8,7 @@ from dataclasses import fields
 import numpy as np
 
 from harness.cli.tables import facts
+from harness.data.listing import few
 from harness.data.options import DataOptions
 from harness.data.preprocessing import Preprocessing, as_given, given
 from harness.data.sources import load_data
@@ -62,6 +63,21 @@ def classes_row(data, args):
         if args.imbalance == "none":
             row += " (--imbalance logit_adjustment makes the rare ones count as much)"
     return row
+
+
+def left_out_of_means(args, data):
+    """Notes: classes without an image in a scored split, where AUROC or AP are asked for."""
+    notes, asked = [], {"auroc", "ap"} & {*(args.metrics or ()), args.select_by}
+    for split in (data.val, data.test) if asked else ():
+        there = np.unique(split.labels) if split is not None else range(len(data.classes))
+        without = [name for k, name in enumerate(data.classes) if k not in set(there)]
+        if without:
+            notes.append(
+                f"{' and '.join(sorted(asked))} leave out {len(without):,} of "
+                f"{len(data.classes):,} classes, which have no image in '{split.name}': "
+                f"{few(without)}"
+            )
+    return notes
 
 
 def choose_preprocessing(args, data, pretrained):
@@ -129,7 +145,8 @@ def describe_run(args, machine, data, model, preprocessing, total, rows):
         "precision": machine["precision"],
         "device": f"{machine['device']}, {machine['threads']} CPU threads a process",
     }
-    read = [("left out", line) for line in data.left_out] + [("note", n) for n in data.notes]
+    notes = [*data.notes, *left_out_of_means(args, data)]
+    read = [("left out", line) for line in data.left_out] + [("note", n) for n in notes]
     rest = len(data.train) % args.batch_size
     if rest > len(data.train) / 5:
         words = f"warning: every epoch leaves out {rest:,} of {len(data.train):,} train images"

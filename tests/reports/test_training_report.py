@@ -150,6 +150,26 @@ def test_a_thousand_classes_stay_readable(tmp_path):
     assert len(json.loads((tmp_path / "report.json").read_text())["by_class"]) == 1000
 
 
+def test_classes_that_a_mean_leaves_out_are_named(folder, tmp_path, capsys):
+    lines = (folder / "metadata.csv").read_text().splitlines()
+    kept = [line for line in lines if not (line.startswith("test/3") and ",bright," in line)]
+    table = tmp_path / "labels.csv"
+    table.write_text("\n".join(kept) + "\n")
+    flags = {"dataset": folder, "labels": table, "batch_size": 8, "max_train_samples": None}
+    smallruns.train(tmp_path / "out", metrics="auroc", dry_run=True, **flags)
+    said = capsys.readouterr().out
+    assert "auroc leave out 1 of 2 classes, which have no image in 'test': bright" in said
+    data, samples, logits, _ = made(folder)
+    dark = samples.labels == 1
+    some = Samples(samples.pixels, samples.rows[dark], samples.labels[dark])
+    split = data.test.__class__("test", data.test.dataset, data.test.rows[dark.numpy()],
+                                data.test.labels[dark.numpy()])  # fmt: skip
+    found = report.facts("run", "test", split, some, data.image_column, data.classes, logits[dark])
+    report.write(tmp_path, found, some)
+    assert "left out, without one: 1 of 2, bright." in (tmp_path / "report.md").read_text()
+    assert found["metrics"]["auroc"] is None
+
+
 def test_a_slice_that_is_not_there_is_named_before_any_work(folder, tmp_path):
     flags = {"dataset": folder, "batch_size": 8, "max_train_samples": None}
     with pytest.raises(UserError, match=r"--slice_by orign: .*did you mean .*origin.*brightness"):

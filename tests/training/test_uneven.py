@@ -112,6 +112,17 @@ def test_a_balanced_order_is_the_same_on_two_processes(uneven, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_resume_a_balanced_order_bit_for_bit(uneven, tmp_path):
+    flags = {**PLAIN, "dataset": uneven, "imbalance": "balanced"}
+    whole = faulty.start(tmp_path / "whole", processes=2, **flags)
+    faulty.start(tmp_path / "parts", processes=2, stop_after=5, **flags).done()
+    parts = faulty.start(
+        tmp_path / "parts", processes=2, resume_from_checkpoint="auto", **flags
+    ).done()
+    assert smallruns.digest(parts) == smallruns.digest(whole.done())
+
+
+@pytest.mark.slow
 def test_stages_have_one_each_and_kept_features_too(uneven, tmp_path):
     """Decoupled training: the whole network as the images come, then the head, balanced."""
     stages = """[

@@ -1,5 +1,6 @@
 """Tricks for uneven classes: logit adjustment, class weights, balanced orders."""
 
+import inspect
 import time
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
 
+from tricks import balanced_sampling, class_weights, logit_adjustment
 from tricks.balanced_sampling import class_shares, weighted_order
 from tricks.class_weights import (
     effective_number_weights,
@@ -173,6 +175,13 @@ def test_a_million_images_of_a_thousand_classes_take_a_second():
 
 
 # --- bad input ---
+
+
+def test_the_check_that_each_file_needs_is_the_same():
+    """A trick is copied alone, so each of the three has it."""
+    checks = {inspect.getsource(m._check_counts) for m in (
+        balanced_sampling, class_weights, logit_adjustment)}  # fmt: skip
+    assert len(checks) == 1
 
 
 @pytest.mark.parametrize(
