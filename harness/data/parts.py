@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from harness.counters import generator
-from harness.data.listing import class_key, few
+from harness.data.listing import class_key, counted, few
 from harness.errors import UserError, nearest
 
 
@@ -94,7 +94,9 @@ def read_groups(split, column, pattern, image_column, root):
             f"{nearest(column, columns)} (its columns are {', '.join(columns)}; folder is the "
             "folder of each image)"
         )
-    names = [f"\0{k}" if value in (None, "") else str(value) for k, value in enumerate(values)]
+    # NaN, which tables have for no value, is equal to nothing
+    without = [value in (None, "") or value != value for value in values]
+    names = [f"\0{k}" if without[k] else str(value) for k, value in enumerate(values)]
     known, groups = np.unique(np.array(names, object), return_inverse=True)
     return groups.astype(np.int64), list(known)
 
@@ -192,13 +194,18 @@ def _check_classes(train, flag, classes, val, groups):
             why = "too few to stratify, choose another fraction"
             if groups is not None:
                 own = len(np.unique(groups[train.labels == lacking[0]]))
-                why = f"its images are of {own} groups: it wants more, or other groups"
+                why = f"its images are of {counted(own, 'group')}: it wants more, or other groups"
             raise UserError(
                 f"{flag} holds out {len(val):,} of {len(train):,} images and leaves {side} none "
                 f"of class '{name}' (which has {have}): {why}"
             )
     if not len(val):
-        raise UserError(f"{flag} holds out none of the {len(train):,} images")
+        raise UserError(
+            f"{flag} holds out none of the {len(train):,} images: they are of "
+            f"{counted(len(np.unique(groups)), 'group')}, each too large"
+            if groups is not None
+            else f"{flag} holds out none of the {len(train):,} images"
+        )
 
 
 def grouping_note(train, groups, val, by, classes):

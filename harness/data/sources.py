@@ -15,6 +15,7 @@ from harness.data.columns import (
     find_label_column,
     read_labels,
 )
+from harness.data.listing import counted
 from harness.data.options import DataOptions, check_options
 from harness.data.parts import (
     grouping_note,
@@ -256,6 +257,9 @@ def _split_train(splits, options, classes, image_column, root, notes):
     if groups is not None:
         by = column or f"'{pattern}'"
         notes.append(grouping_note(train, groups, val, by, classes))
+        alone = sum(name.startswith("\0") for name in named["train"][1])
+        if alone:
+            notes.append(f"{counted(alone, 'image')} without {by}: each is a group of its own")
     elif options.fold:
         notes.append(f"held out: fold {options.fold} of train, {len(val):,} images")
     rest = np.setdiff1d(np.arange(len(train)), val)  # sorted, so that the pixels are read in order

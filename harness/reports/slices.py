@@ -95,7 +95,7 @@ def _groups(values):
             for number, quarter in zip(numbers, quarters.clip(max=3), strict=True)
         ]
     else:
-        keys = ["none" if value is None else str(value) for value in values]
+        keys = ["none" if value is None or value != value else str(value) for value in values]
     found = {}
     for place, key in enumerate(keys):
         found.setdefault(key, []).append(place)

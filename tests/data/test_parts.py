@@ -1,5 +1,6 @@
 """What is held out: by fraction, by fold, by whole groups, said in the plan, refused in words."""
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -109,6 +110,21 @@ def test_images_without_a_value_are_groups_of_their_own(patients, tmp_path):
     assert not with_value[0] & with_value[1]
 
 
+def test_nan_is_no_value(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string"),
+                                  "subject": datasets.Value("float64")})  # fmt: skip
+    columns = {
+        "image": [Image.new("L", (8, 8), k) for k in range(60)],
+        "label": ["ab"[k % 2] for k in range(60)],
+        "subject": [float(k // 6) if k % 6 else float("nan") for k in range(60)],
+    }
+    data = datasets.Dataset.from_dict(columns, features=features)
+    datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "data")
+    data = load_data(str(tmp_path / "data"), val_fraction=0.2, group_column="subject")
+    notes = "\n".join(data.notes)
+    assert "of 20 groups" in notes and "10 images without subject: each is a group" in notes
+
+
 def test_a_test_split_with_the_same_groups_is_warned_of(patients, tmp_path):
     root = tmp_path / "scans"
     for split, names in (("train", range(8)), ("test", range(6, 12))):
@@ -137,7 +153,10 @@ def test_a_test_split_with_the_same_groups_is_warned_of(patients, tmp_path):
         ({"fold": "1/5", "val_fraction": 0.1}, "--fold and --val_fraction both say"),
         ({"fold": "1/5", "group_column": "site"}, "there are only 3 groups"),
         ({"fold": "1/3", "group_column": "label"}, "there are only 2 groups"),
-        ({"val_fraction": 0.5, "group_column": "label"}, "its images are of 1 groups"),
+        (
+            {"val_fraction": 0.5, "group_column": "label"},
+            "its images are of 1 group:",
+        ),
         ({"fold": "1/100"}, "leaves validation none of class"),
     ],
 )
