@@ -21,7 +21,6 @@ def read_flags(argv=None):
 if __name__ == "__main__":  # before torch is imported: --help and a mistyped flag answer at once
     args = read_flags()
 
-import json
 import os
 
 import torch
@@ -29,11 +28,12 @@ import torch
 from harness.errors import UserError
 from harness.export import folders, graphs, hub
 from harness.export.images import check_images
-from harness.files import has_file, replace_file
+from harness.files import replace_file
 from harness.launch import make_accelerator, script
 from harness.models.calibration import read_calibration
 from harness.models.trained import load_model, read_trained
 from harness.processes import only_process
+from harness.reports.card import write_card
 from harness.training.folder import claim_report, report_folder
 
 WRITTEN = {"onnx": ["model.onnx"], "torch": ["model.pt2"],
@@ -84,13 +84,7 @@ def main(args):
         print(f"timm         loads the folder; its logits differ by at most {off:.1e}")
 
     # the card, and the Hub
-    about = {}
-    for name in ("summary", "report"):
-        file = trained.folder / f"{name}.json"
-        about[name] = json.loads(file.read_bytes()) if has_file(file) else {}
-    folders.write_card(
-        folder, trained, fitted, args.to, about["summary"], about["report"], args.license
-    )
+    write_card(folder, trained, fitted, args.to, args.license)
     replace_file(folder / "config.yaml", flags.to_yaml(args))
     for name in set(WRITTEN["onnx"] + WRITTEN["torch"] + WRITTEN["timm"]) - set(WRITTEN[args.to]):
         (folder / name).unlink(missing_ok=True)  # of an export of another kind before

@@ -56,12 +56,12 @@ ARROWS = {
     "cli": {""},
     "data": {"", "cli"},
     "models": {"", "cli", "data"},
-    "reports": {"", "cli", "data"},
+    "reports": {"", "cli", "data", "models"},
     "training": {"", "cli", "data", "models", "reports"},
     "ensembles": {"", "cli", "data", "models", "reports", "training"},
     "inference": {"", "cli", "data", "models", "reports", "ensembles"},
     "export": {"", "cli", "data", "models", "reports", "ensembles", "inference"},
-    "explain": {"", "cli", "data", "models", "training"},
+    "explain": {"", "cli", "data", "models", "reports", "training"},
 }
 
 

@@ -9,8 +9,10 @@ from harness.cli import flags
 from harness.cli.tables import escaped, facts, table
 from harness.explain.cams import heat_of
 from harness.explain.sheets import Strip, overlay, save_sheet
-from harness.files import file_name, replace_file, to_bytes
+from harness.files import file_name, has_file, replace_file, to_bytes
+from harness.models.trained import add_to_folder
 from harness.pictures import drawable
+from harness.reports import page
 from harness.tracking import Tracking, parse_report_to
 
 DRAWN = 8  # classes of an image with --all_classes
@@ -70,6 +72,10 @@ def write(args, accelerator, folder, network, pictures, found, colour):
     replace_file(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
     replace_file(folder / "report.md", _markdown(escaped(report), layer).encode())
     replace_file(folder / "config.yaml", flags.to_yaml(args))
+    if network.run and has_file(network.run.folder / page.FILE):
+        run, maps = network.run, folder / "sheet.png"
+        lost = f"the maps are not in {run.folder}/{page.FILE}"
+        add_to_folder(run, lambda: page.write_page(run.folder, run, maps), lost)
     tracking = Tracking(
         accelerator, parse_report_to(args.report_to), folder=folder, project=args.project,
         name=folder.name, group=args.group, job_type="gradcam", tags=[network.name],

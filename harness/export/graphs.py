@@ -2,7 +2,7 @@
 
 What goes in are uint8 RGB pixels (N, 3, S, S), resized and cropped; what comes out are
 probabilities float32 (N, classes). Resizing is left outside, since every runtime does it otherwise:
-`how_to_prepare` says it in ten lines of Pillow and numpy.
+harness.reports.card.how_to_prepare says it in ten lines of Pillow and numpy.
 """
 
 from __future__ import annotations
@@ -183,30 +183,6 @@ def metadata_of(trained, temperature, sample, probabilities) -> dict:
         "sample_input_png_base64": base64.b64encode(file.getvalue()).decode(),
         "sample_output": json.dumps([round(p, 7) for p in probabilities.tolist()]),
     }  # fmt: skip
-
-
-HOW_TO_PREPARE = """\
-import numpy as np
-from PIL import Image, ImageOps
-
-def pixels_of(path):
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    side = min(image.size)  # the largest square in the middle
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    image = image.resize(({stored}, {stored}), Image.Resampling.{filter},
-                         box=(left, top, left + side, top + side))
-    edge = round(({stored} - {size}) / 2)
-    image = image.crop((edge, edge, edge + {size}, edge + {size}))
-    return np.asarray(image).transpose(2, 0, 1)[None]  # uint8 (1, 3, {size}, {size})
-"""
-
-
-def how_to_prepare(preprocessing) -> str:
-    """Python that makes the graph's input of an image file, with Pillow and numpy alone."""
-    return HOW_TO_PREPARE.format(
-        stored=preprocessing.stored_size, size=preprocessing.size,
-        filter=preprocessing.interpolation.upper(),
-    )  # fmt: skip
 
 
 def _first_line(error):

@@ -5,13 +5,13 @@ Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, https://arxiv
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
 
 from harness.errors import UserError
 from harness.files import has_file, replace_file
+from harness.models.trained import add_to_folder
 from tricks.calibration import expected_calibration_error, fit_temperature
 
 FILE = "calibration.json"
@@ -57,12 +57,8 @@ def keep_temperature(trained, logits, labels, source):
     facts = fit_calibration(logits, labels, source)
     if facts is None or (known and known.get("images", 0) >= facts["images"]):
         return
-    try:
-        with open(trained.folder / ".lock", "ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            write_calibration(trained.folder, facts)
-    except OSError as error:
-        print(f"note         the temperature of {trained.name} is not kept: {error.strerror}")
+    lost = f"the temperature of {trained.name} is not kept"
+    add_to_folder(trained, lambda: write_calibration(trained.folder, facts), lost)
 
 
 def read_calibration(trained) -> dict | None:

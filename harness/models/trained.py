@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
@@ -89,6 +90,20 @@ def load_model(trained, state=None) -> nn.Module:
     state = load_weights(trained.folder) if state is None else state
     load_state(model, state, str(trained.folder / "model.safetensors"))
     return model.eval()
+
+
+def add_to_folder(trained, write, lost):
+    """`write()` into the folder of a finished run, under its lock: a run that goes on there wins.
+
+    A folder that can't be written gets a note on the terminal. lost: what is not there then, in
+    words.
+    """
+    try:
+        with open(trained.folder / ".lock", "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            write()
+    except OSError as error:
+        print(f"note         {lost}: {error.strerror}")
 
 
 def data_flags(recipe, **asked) -> dict:

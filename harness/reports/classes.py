@@ -6,12 +6,15 @@ import csv
 import io
 import math
 
+import torch
+
 from harness.data.pixels import encoded
 from harness.metrics import wilson_interval
 from tricks.calibration import brier, expected_calibration_error, nll, reliability_table
 
 CONFUSED = 10  # pairs of classes in a report
 MISTAKES = 32  # images in a report
+LEAST_ANSWERS = 50  # images that a threshold is chosen by
 
 
 def by_class(matrix, classes) -> list[dict]:
@@ -54,6 +57,31 @@ def most_confused(matrix, classes) -> list[dict]:
         for a, b in places
         if pairs[a, b]
     ]
+
+
+def abstain_under(probabilities, right, accuracy=0.99) -> dict | None:
+    """The lowest probability from which on answers are as often right as `accuracy` says.
+
+    probabilities: float (n,), of the predicted class. right: bool (n,). Returns that
+    {"probability", "accuracy", "answered": the share of images with at least so much}, or None:
+    for fewer than LEAST_ANSWERS images, where all answers are so good, and where none are.
+    """
+    if len(right) < LEAST_ANSWERS or right.double().mean() >= accuracy:
+        return None
+    order = probabilities.argsort(descending=True)
+    shares = right[order].double().cumsum(0) / torch.arange(1, len(right) + 1)
+    lowest = probabilities[order]
+    # an answer of the same probability as the next can't be told from it
+    ends = torch.cat([lowest[:-1] != lowest[1:], torch.ones(1, dtype=torch.bool)])
+    usable = (ends & (shares >= accuracy)).nonzero()
+    if not len(usable) or int(usable[-1]) + 1 < LEAST_ANSWERS:
+        return None
+    last = int(usable[-1])
+    return {
+        "probability": lowest[last].item(),
+        "accuracy": accuracy,
+        "answered": (last + 1) / len(right),
+    }
 
 
 def mistakes(probabilities, predicted, labels, rows, classes, paths=None) -> list[dict]:

@@ -14,6 +14,7 @@ from harness.metrics import METRICS, confusion, wilson_interval
 from harness.reports import charts
 from harness.reports.classes import (
     MISTAKES,
+    abstain_under,
     by_class,
     file_paths,
     mistakes,
@@ -52,10 +53,10 @@ def facts(
     probabilities, predicted = logits.softmax(1), logits.argmax(1)
     right, matrix = predicted == labels, confusion(predicted, labels, len(classes))
     tables = {"as it is": reliability(probabilities, labels)}
+    answers = (logits / (fitted["temperature"] if fitted else 1.0)).softmax(1)
     if fitted and role != fitted["source"]:
-        cooled = (logits / fitted["temperature"]).softmax(1)
-        tables["after the temperature"] = reliability(cooled, labels)
-        fitted = fitted | {"ece_scored": expected_calibration_error(cooled, labels)}
+        tables["after the temperature"] = reliability(answers, labels)
+        fitted = fitted | {"ece_scored": expected_calibration_error(answers, labels)}
     largest = int(matrix.sum(1).argmax())
     return {
         "name": name,
@@ -83,6 +84,7 @@ def facts(
         ),
         "confusion": matrix.tolist() if len(classes) <= MATRIX else None,
         "calibration": fitted,
+        "abstain": abstain_under(answers.amax(1), right),
         "reliability": tables,
     }  # fmt: skip
 

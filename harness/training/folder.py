@@ -30,7 +30,7 @@ MARK = ".run.json"
 WRITTEN_BY_RUN = (
     "model.safetensors", "config.json", "summary.json", "metrics.jsonl", "curves.png",
     "train_batch.png", "checkpoints", "predictions", "wandb", "tensorboard", "config.yaml",
-    "calibration.json", *report.WRITTEN,
+    "calibration.json", "README.md", "report.html", *report.WRITTEN,
 )  # fmt: skip
 FILES = (".lock", MARK, *(name for name in WRITTEN_BY_RUN if "." in name))
 OURS = re.compile(r"\.(lock|run\.json|.*\.writing)")  # beside them

@@ -16,8 +16,10 @@ from harness.launch import make_accelerator
 from harness.models import build, calibration
 from harness.models.calibration import fit_calibration
 from harness.models.names import find_model
+from harness.models.trained import read_trained
 from harness.models.weights import find_weights
 from harness.processes import in_turn
+from harness.reports import card, page
 from harness.reports import training as report
 from harness.reports.slices import check_slices
 from harness.training import plan
@@ -54,14 +56,22 @@ def decode_images(opening, verify, shard=False):
 
 
 def report_writer(opening, splits, slice_by):
-    """A function (role, logits, val_logits) that writes report and temperature into the folder.
+    """A function (role, logits, val_logits) that writes all reports into the finished run's folder.
 
     splits: {role: harness.data.stores.Samples}. slice_by: of the flag. The temperature is fitted on
-    val_logits, where val chose the weights; else None: nothing was held out to fit it on.
+    val_logits, where val chose the weights; else None: nothing was held out to fit it on. Where
+    nothing was scored, role and logits are None: only README.md and report.html are written.
     """
     data, folder = opening.data, opening.folder
 
     def write(role, logits, val_logits):
+        if role:
+            write_scores(role, logits, val_logits)
+        trained = read_trained(folder)
+        card.write_card(folder, trained, calibration.read_calibration(trained), "run")
+        page.write_page(folder, trained)
+
+    def write_scores(role, logits, val_logits):
         fitted = None
         if val_logits is not None:
             fitted = fit_calibration(val_logits, splits["val"].labels, "val")

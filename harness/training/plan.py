@@ -289,6 +289,7 @@ def closing(summary, folder, tracked):
         f"{under_probe(summary)}"
         f"result       {folder}/model.safetensors, config.json, summary.json\n"
         f"curves       {folder}/curves.png, train_batch.png, metrics.jsonl\n"
-        + (f"report       {folder}/report.md, mistakes.csv\n" if accuracy is not None else "")
+        f"report       {folder}/report.html, README.md"
+        + (", report.md, mistakes.csv\n" if accuracy is not None else "\n")
         + f"tracked run  {tracked}"
     )

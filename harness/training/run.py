@@ -24,6 +24,7 @@ from harness.files import replace_file
 from harness.processes import from_each, from_main, on_main
 from harness.training import state
 from harness.training.checkpoint import CheckpointWriter, checkpoints
+from harness.training.energy import EnergyMeter
 from harness.training.folder import note_checkpoint
 from harness.training.guard import GONE, STOP, Signals, StepGuard
 from harness.training.record import Record
@@ -105,6 +106,7 @@ class Run:
 
         resumed = self._resume() if args.resume_from_checkpoint else None
         self._threads = from_each(accelerator, torch.get_num_threads)
+        self.energy = EnergyMeter(accelerator, resumed and resumed["energy"])
         self.record.claim(args, f"{config['job_type']}.py", resumed)
         if best := self.result.best:  # the files may be of a later one, if the run was killed
             weights = self.result.best_weights
@@ -344,6 +346,7 @@ class Run:
             "unscored": self.unscored,
             "best": self.result.best,
             "seconds": self.seconds + time.perf_counter() - self._since,
+            "energy": self.energy.total(),
             "run_id": self.record.tracking.run_id,
             "metrics": self.record.state(),
             "scaler": self.accelerator.scaler and self.accelerator.scaler.state_dict(),
@@ -393,8 +396,8 @@ class Run:
         model; it is called with the result's: where val chose them for test, else for what was
         scored at the last epoch. facts: what else the summary should say. tta: a function of a
         role -> {metric: value} over several views of each image, for the scored split. report: a
-        function (role, logits, logits of val or None) that writes one into the folder, on the main
-        process.
+        function (role, logits, logits of val or None) that writes it into the folder, on the main
+        process; role and logits are None where nothing was scored.
         """
         self.record.bar.close()
         result, best = self.result, self.result.best
@@ -416,7 +419,7 @@ class Run:
         if self.main:
             replace_file(self.folder / "summary.json", as_json(summary))
             self.record.draw_curves(self.step)
-        if split and report:
+        if report:
             failure = "the report could not be written"
             on_main(self.accelerator, lambda: report(split, logits, held_out), failure)
         if self.main:
@@ -455,6 +458,7 @@ class Run:
             "nonfinite": self.nonfinite,
             "epochs": self.step / self.length.per_epoch,
             "seconds": round(self.seconds, 3),
+            **({"energy": energy} if (energy := self.energy.total()) else {}),
             "images_per_second": round(self.images_per_second, 1),
         }
 
@@ -474,6 +478,7 @@ class Run:
     def _close(self, exit_code):
         self._settle()
         self.accelerator.wait_for_everyone()  # first: a tracker may take its time
+        self.energy.close()
         self.record.close(exit_code)
         self.signals.restore()
 

@@ -123,7 +123,8 @@ def check_state(path, saved):
     Raises UserError unless it says where a run is, and for another rule of drawing.
     """
     if isinstance(saved, dict):
-        saved = {"nonfinite": [0, 0], "threads": [], "unscored": None, "draws": "by batch"} | saved
+        older = {"nonfinite": [0, 0], "threads": [], "unscored": None, "draws": "by batch"}
+        saved = older | {"energy": {}} | saved
     sums = len(SUMS) + 1
     checks = {
         "step": lambda v: type(v) is int and v >= 0,
@@ -137,6 +138,7 @@ def check_state(path, saved):
         "unscored": lambda v: v is None or list(v) == UNSCORED,
         "best": lambda v: v is None or isinstance(v["scores"], dict),
         "seconds": lambda v: isinstance(v, float) and v >= 0,
+        "energy": lambda v: isinstance(v, dict) and all(isinstance(x, float) for x in v.values()),
     }
     for name, fits in checks.items():
         try:

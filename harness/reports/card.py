@@ -1,0 +1,222 @@
+"""The model card, README.md, of a run's folder and of its exports: what it is, and how to use it.
+
+Its metadata are the Hub's: https://huggingface.co/docs/hub/model-cards
+"""
+
+from __future__ import annotations
+
+import json
+
+from harness.cli.tables import escaped
+from harness.files import has_file, replace_file
+from harness.models.trained import where
+from harness.reports.sections import class_table, interval, percent
+
+SAID = (
+    "weights", "strategy", "epochs", "batch_size", "optimizer", "lr", "augment", "mixup_alpha",
+    "cutmix_alpha", "label_smoothing", "imbalance", "ema_decay", "seed",
+)  # fmt: skip
+
+
+def read_reports(folder):
+    """(summary.json, report.json) of a run's folder, {} for what is not there."""
+    files = (folder / "summary.json", folder / "report.json")
+    return [json.loads(file.read_bytes()) if has_file(file) else {} for file in files]
+
+
+def write_card(folder, trained, fitted, kind, licence=None):
+    """README.md: the Hub's metadata, what it was trained on and how, scores, how to use it.
+
+    trained: harness.models.trained.Trained. fitted: of calibration.json, or None. kind: of
+    export.py's --to, or "run" for the card in the run's own folder. licence: only if given.
+    """
+    summary, report = read_reports(trained.folder)
+    metadata, report = _metadata(trained, kind, licence, report), escaped(report)
+    parts = [
+        f"---\n{metadata}\n---",
+        f"# {escaped(trained.name)}",
+        f"A {trained.config['architecture']} that tells {len(trained.classes):,} classes apart, "
+        f"for images of {trained.preprocessing.size} px.",
+        _score_words(report),
+        "## Training",
+        _recipe_words(trained, summary),
+        "## Classes",
+        class_table(report["by_class"])
+        if report.get("by_class")
+        else ", ".join(escaped(trained.classes)),
+        "## Limits",
+        *_limits(report, fitted),
+        "## Use",
+        _use(folder, trained, kind, fitted["temperature"] if fitted else 1.0),
+    ]
+    replace_file(folder / "README.md", ("\n\n".join(p for p in parts if p) + "\n").encode())
+
+
+def _metadata(trained, kind, licence, report):
+    """The YAML at the top."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    dataset = str(trained.config.get("dataset") or "unknown")
+    on_hub = "/" in dataset and not dataset.startswith((".", "/"))
+    weights = str((trained.config.get("flags") or {}).get("weights") or "none")
+    results = [
+        EvalResult(
+            task_type="image-classification", dataset_type="image-folder", dataset_name=dataset,
+            dataset_split=report["scored"]["split"], metric_type=name,
+            metric_value=round(report["metrics"][key], 6),
+        )
+        for name, key in (("accuracy", "acc"), ("f1", "macro_f1"))
+        if (report.get("metrics") or {}).get(key) is not None
+    ]  # fmt: skip
+    library = {"onnx": "onnx", "torch": "pytorch"}.get(kind, "timm")
+    if kind == "run" and not loads_in_timm(trained.config):
+        library = "pytorch"
+    return ModelCardData(
+        library_name=library, pipeline_tag="image-classification",
+        tags=["image-classification", library], license=licence,
+        datasets=[dataset] if on_hub else None,
+        base_model=weights.removeprefix("hf-hub:") if weights.startswith("hf-hub:") else None,
+        model_name=trained.name if results else None, eval_results=results or None,
+    ).to_yaml()  # fmt: skip
+
+
+def _score_words(report):
+    if not report:
+        return "It was not evaluated: no images were held out."
+    metrics, scored = report["metrics"], report["scored"]
+    return (
+        f"**{percent(metrics['acc'])} %** of {scored['images']:,} {scored['role']} images are "
+        f"right (95 % interval {interval(report['interval'])}); balanced accuracy "
+        f"{percent(metrics['balanced_acc'])} %, macro F1 {percent(metrics['macro_f1'])} %."
+    )
+
+
+def _recipe_words(trained, summary):
+    flags = trained.config.get("flags") or {}
+    dataset = where(trained.recipes[0]) or trained.config.get("dataset")
+    words = f"On {dataset}"
+    if splits := (trained.config.get("data") or {}).get("splits"):
+        words += f", {splits.get('train', 0):,} images"
+    if summary.get("steps"):
+        words += f", {summary['steps']:,} steps, {summary['seconds']:,.0f} s"
+    values = ", ".join(f"`{key} {flags[key]}`" for key in SAID if flags.get(key) is not None)
+    return f"{words}. {values}.{_energy_words(summary.get('energy'))}"
+
+
+def _energy_words(energy):
+    """energy: {"cpu": joules, "gpu": joules}, or None where no counter could be read."""
+    if not energy:
+        return ""
+    names = {"cpu": "its CPU packages", "gpu": "the GPUs of this run"}
+    parts = [f"{joules / 3600:,.1f} Wh by {names[key]}" for key, joules in energy.items()]
+    return f" Energy of training, whatever else ran there included: {' and '.join(parts)}."
+
+
+def _limits(report, fitted):
+    pairs = report.get("most_confused") or []
+    if pairs:
+        named = ", ".join(" and ".join(pair["classes"]) for pair in pairs[:3])
+        yield f"It confuses {named} most often."
+    if fitted:
+        yield (
+            f"Its logits are divided by a temperature of {fitted['temperature']:.3f}, fitted on "
+            f"{fitted['images']:,} held-out images: expected calibration error "
+            f"{percent(fitted['ece_before'])} % before and {percent(fitted['ece_after'])} % after."
+        )
+    else:
+        yield "Its probabilities are not calibrated: no images were held out for it."
+    if abstain := report.get("abstain"):
+        yield (
+            f"Abstain under a probability of {abstain['probability']:.2f}: the answers above it "
+            f"are {percent(abstain['accuracy'], 0)} % right, and it gives one for "
+            f"{percent(abstain['answered'], 0)} % of these images."
+        )
+    yield "Images unlike those it was trained on get an answer, too; it may be wrong and sure."
+
+
+def loads_in_timm(config) -> bool:
+    """Whether timm loads the folder of such a run as it is, by its config.json."""
+    if config.get("head") != "linear":
+        return False
+    resnet = config["architecture"].startswith(("resnet", "resnext", "wide_resnet"))
+    return config.get("library") == "timm" or (resnet and config.get("stem") == "standard")
+
+
+def _use(folder, trained, kind, temperature):
+    preprocessing = trained.preprocessing
+    if kind == "run" and loads_in_timm(trained.config):
+        kind = "run, timm"
+    return USE[kind].format(
+        prepare=how_to_prepare(preprocessing), folder=folder.name, path=folder,
+        mean=list(preprocessing.mean), std=list(preprocessing.std), temperature=temperature,
+    )  # fmt: skip
+
+
+HOW_TO_PREPARE = """\
+import numpy as np
+from PIL import Image, ImageOps
+
+def pixels_of(path):
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    side = min(image.size)  # the largest square in the middle
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    image = image.resize(({stored}, {stored}), Image.Resampling.{filter},
+                         box=(left, top, left + side, top + side))
+    edge = round(({stored} - {size}) / 2)
+    image = image.crop((edge, edge, edge + {size}, edge + {size}))
+    return np.asarray(image).transpose(2, 0, 1)[None]  # uint8 (1, 3, {size}, {size})
+"""
+
+
+def how_to_prepare(preprocessing) -> str:
+    """Python that makes the graph's input of an image file, with Pillow and numpy alone."""
+    return HOW_TO_PREPARE.format(
+        stored=preprocessing.stored_size, size=preprocessing.size,
+        filter=preprocessing.interpolation.upper(),
+    )  # fmt: skip
+
+
+USE = {
+    "onnx": """```python
+{prepare}
+import json, onnxruntime
+session = onnxruntime.InferenceSession("model.onnx")
+classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
+probabilities = session.run(None, {{"pixels": pixels_of("photo.jpg")}})[0][0]
+print(classes[probabilities.argmax()], probabilities.max())
+```""",
+    "torch": """```python
+{prepare}
+import json, torch
+extra = {{"metadata.json": ""}}
+network = torch.export.load("model.pt2", extra_files=extra).module()
+classes = json.loads(json.loads(extra["metadata.json"])["classes"])
+with torch.inference_mode():
+    probabilities = network(torch.from_numpy(pixels_of("photo.jpg")))[0]
+print(classes[probabilities.argmax()], float(probabilities.max()))
+```""",
+    "timm": """```python
+{prepare}
+import timm, torch
+network = timm.create_model("local-dir:{folder}", pretrained=True).eval()
+mean, std = (torch.tensor(v).view(3, 1, 1) for v in ({mean}, {std}))
+pixels = torch.from_numpy(pixels_of("photo.jpg"))
+with torch.inference_mode():
+    logits = network((pixels / 255 - mean) / std)
+probabilities = (logits / {temperature}).softmax(1)[0]
+classes = network.pretrained_cfg["label_names"]
+print(classes[probabilities.argmax()], float(probabilities.max()))
+```""",
+}
+USE["hub"] = USE["timm"]
+USE["run"] = """```bash
+accelerate launch predict.py {path} photo.jpg a/folder    # predictions.csv: classes, probabilities
+accelerate launch export.py {path} --to onnx             # one file for onnxruntime, as below
+accelerate launch export.py {path} --to timm             # a folder for timm.create_model
+```
+
+With ONNX, in the folder that export.py names:
+
+""" + USE["onnx"]
+# Where timm can load the folder of a run as it is
+USE["run, timm"] = USE["run"] + "\n\nWith timm, in the folder above this one:\n\n" + USE["timm"]
