@@ -1,6 +1,7 @@
 """Write tests/faults/golden/VERSION/: a checkpoint and a result of this version, to be kept.
 
 .venv/bin/python tests/faults/make_golden.py 0.2
+.venv/bin/python tests/faults/make_golden.py 0.3-packed     with photographs of its own, packed
 
 Once a release, and once a rule of drawing, never again for the same one: test_golden.py holds that
 later versions read them. 0.2 is the first that draws by sample.
@@ -14,7 +15,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 import smallruns  # noqa: E402
 from harness.models import build  # noqa: E402
@@ -25,6 +28,26 @@ FLAGS = {
     "model": "resnet18", "image_size": 16, "epochs": 2, "threads": 1, "mixed_precision": "no",
     "checkpointing_steps": 4, "logging_steps": 1,
 }  # fmt: skip
+PACKED = {"image_size": 32, "crop_scale": 0.3, "batch_size": 8, "max_train_samples": None,
+          "max_eval_samples": None, "pixels": "packed"}  # fmt: skip
+
+
+def flags_of(version):
+    """The flags of a version's run: on the digits, or on the photographs beside it."""
+    photos = version / "photos"
+    return FLAGS | ({"dataset": photos, **PACKED} if photos.is_dir() else {})
+
+
+def make_photos(folder):
+    """Two classes, 32 train and 8 test JPEGs of two sizes; kept, as encoders differ."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 16), ("test", 4)):
+        for name, size in (("wide", (96, 56)), ("tall", (48, 100))):
+            (folder / split / name).mkdir(parents=True)
+            for k in range(count):
+                small = rng.integers(0, 256, (5, 7, 3), np.uint8)
+                image = Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+                image.save(folder / split / name / f"{k}.jpg", quality=70)
 
 
 class Tiny(torch.nn.Module):
@@ -60,15 +83,19 @@ def losses(folder):
 def write(version):
     target = GOLDEN / version
     shutil.rmtree(target, ignore_errors=True)
+    if version.endswith("packed"):
+        make_photos(target / "photos")
     with tiny():
-        folder, status = smallruns.train(target, **FLAGS)
+        folder, status = smallruns.train(target, **flags_of(target))
     assert status == 0
     summary = json.loads((folder / "summary.json").read_text())
     expected = {"losses": losses(folder), "scores": summary["scores"]}
     (target / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
     shutil.rmtree(folder / "checkpoints" / "step-00000008")
-    for name in ("summary.json", "curves.png", "train_batch.png", ".lock"):
-        (folder / name).unlink(missing_ok=True)
+    kept = {"checkpoints", "config.json", "config.yaml", "metrics.jsonl", "model.safetensors"}
+    for path in folder.iterdir():
+        if path.name not in kept:
+            path.unlink()
 
 
 if __name__ == "__main__":
