@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training_runs import finish_run
 
-from harness.cli.flags import OPERATIONAL, to_recipe
+from harness.cli.flags import named, to_recipe
 from harness.errors import nearest
 from train import read_flags
 
@@ -201,7 +201,7 @@ def refuse_other_flags(folder, words):
         return
     there = yaml.safe_load((folder / "config.yaml").read_text())
     for name in sorted(flags.keys() | there.keys()):
-        if name not in OPERATIONAL and flags.get(name) != there.get(name):
+        if name not in named("operational") and flags.get(name) != there.get(name):
             sys.exit(
                 f"{folder} was run with {name} {there.get(name)}, this command has "
                 f"{flags.get(name)}: choose another --output_dir, or remove that folder"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 
-from harness.cli.bounds import fits, range_of
+from harness.cli.bounds import BOUNDS, fits, range_of
+from harness.cli.flags import named
 from harness.errors import UserError, reason_of, shortened
 from harness.files import has_file
 from harness.models.heads import HEADS
@@ -16,13 +17,8 @@ from harness.models.heads import HEADS
 MOST_BYTES = 16 * 2**20  # 21,000 classes with long names are 1 MB
 MOST_LEVELS = 20  # of objects and lists in each other; a run's have 4
 
-# Flags of a run that say which images it was trained on.
-DATA_FLAGS = (
-    "image_column", "label_column", "train_split", "val_split", "test_split", "val_fraction",
-    "max_train_samples", "seed", "bad_images", "empty_classes", "layout", "label_pattern", "labels",
-    "file_column", "classes", "bit_depth", "fold", "group_column", "group_pattern",
-)  # fmt: skip
-NUMBERS = {"val_fraction", "max_train_samples", "seed", "bit_depth"}  # of those
+DATA_FLAGS = named("data")  # of a run, which say which images it was trained on
+NUMBERS = set(DATA_FLAGS) & set(BOUNDS)
 
 
 def _number(name):

@@ -79,8 +79,9 @@ class Run:
         self.ema, self.config, self.main = ema, config, accelerator.is_main_process
         self.optimizer = getattr(optimizer, "optimizer", optimizer)
         self.module = accelerator.unwrap_model(model, keep_torch_compile=False)
+        operational = flags.named("operational")
         self.identity = {
-            **{k: v for k, v in flags.to_recipe(args).items() if k not in flags.OPERATIONAL},
+            **{k: v for k, v in flags.to_recipe(args).items() if k not in operational},
             "mixed_precision": accelerator.mixed_precision,
             **identity,
         }

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
 
-from harness.cli.flags import OPERATIONAL
+from harness.cli.flags import named
 from harness.data.batches import DRAWS
 from harness.errors import UserError
 from harness.models.weights import clean_state_dict, plain_state_dict
@@ -173,7 +173,7 @@ def check_identity(path, saved, ours, given):
     if "store" in ours:  # there was only this one before
         saved = {"store": "decoded", **saved}
     for name in [*ours, *(saved.keys() - ours.keys())]:
-        if name in OPERATIONAL or (name not in saved and name not in given):
+        if name in named("operational") or (name not in saved and name not in given):
             continue  # gradient_accumulation_steps was none of these once
         if name == "dataset" and "content" in ours and saved.get("content") == ours["content"]:
             continue  # the same images, in another place

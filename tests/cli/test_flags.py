@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from harness.cli import flags
+from harness.cli.parser import ELSEWHERE, UNNEEDED
 from harness.data.options import DataOptions
 from harness.data.pixels import FILTERS
 from smallruns import ROOT, build_parser
@@ -274,8 +275,8 @@ def test_config_yaml_repeats_the_flags_exactly(parser, read_recipe, argv):
     assert [type(v) for v in flags.to_recipe(again).values()] == [
         type(v) for v in flags.to_recipe(args).values()
     ]
-    assert again.given.keys() == args.given.keys() - flags.OF_ONE_COMMAND
-    assert flags.to_recipe(args).keys() == declared(parser).keys() - flags.OF_ONE_COMMAND
+    assert again.given.keys() == args.given.keys() - set(flags.named("one_command"))
+    assert flags.to_recipe(args).keys() == declared(parser).keys() - set(flags.named("one_command"))
 
 
 # --- the script ---
@@ -333,7 +334,7 @@ def test_every_flag_is_read_and_none_is_written(script):
 
 
 def test_what_a_resumed_run_may_change_is_flags(parser):
-    assert flags.OPERATIONAL - {"config"} <= declared(parser).keys()
+    assert set(flags.named("operational")) - {"config"} <= declared(parser).keys()
 
 
 def test_the_filters_are_pillows():
@@ -432,8 +433,8 @@ def test_flags_of_other_trainers_are_refused_with_the_right_one(parser, capsys, 
 
 def test_every_flag_that_a_hint_names_exists():
     known = declared(build_parser("train.py")).keys() | declared(build_parser("finetune.py")).keys()
-    assert set(flags.ELSEWHERE.values()) <= known
-    assert not set(flags.ELSEWHERE) & known and not set(flags.UNNEEDED) & known
+    assert set(ELSEWHERE.values()) <= known
+    assert not set(ELSEWHERE) & known and not set(UNNEEDED) & known
 
 
 def test_a_switch_takes_true_and_false(parser, capsys):

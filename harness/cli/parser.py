@@ -1,0 +1,323 @@
+"""A parser of flags and YAML recipes, whose errors name the nearest valid thing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import yaml
+
+from harness.cli.bounds import BOUNDS
+from harness.cli.strict_yaml import MOST_CHARACTERS, read_yaml
+from harness.errors import nearest, shortened
+
+SCRIPTS = Path(__file__).resolve().parents[2]  # where train.py, recipes/ and the others are
+
+
+class Switch(argparse.Action):
+    """`--name` turns on, `--no_name` turns off; `--name=true` and `--name=false` do as well."""
+
+    def __init__(self, option_strings, dest, default=False, help=None, **_):
+        names = [*option_strings, *(f"--no_{o[2:]}" for o in option_strings)]
+        super().__init__(names, dest, nargs=0, default=default, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, not option_string.startswith("--no_"))
+
+
+# Flags of other trainers -> what the flag is called here
+ELSEWHERE = {
+    "no_wandb": "report_to", "use_wandb": "report_to", "images_dir": "dataset",
+    "learning_rate": "lr", "base_lr": "lr", "wd": "weight_decay", "bs": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "train_batch_size": "batch_size", "num_epochs": "epochs", "num_train_epochs": "epochs",
+    "max_train_steps": "max_steps", "arch": "model", "model_name": "model",
+    "model_name_or_path": "model", "backbone": "model", "pretrained": "weights",
+    "dataset_name": "dataset", "data": "dataset", "data_dir": "dataset", "data_path": "dataset",
+    "train_dir": "dataset", "image_column_name": "image_column",
+    "label_column_name": "label_column", "train_val_split": "val_fraction",
+    "img_size": "image_size", "imgsz": "image_size", "resolution": "image_size",
+    "opt": "optimizer", "optim": "optimizer",
+    "sched": "schedule", "scheduler": "schedule", "lr_scheduler": "schedule",
+    "lr_scheduler_type": "schedule", "num_warmup_steps": "warmup_epochs",
+    "lr_warmup_steps": "warmup_epochs", "lr_warmup_epochs": "warmup_epochs",
+    "max_grad_norm": "clip_grad_norm", "clip_grad": "clip_grad_norm", "mixup": "mixup_alpha",
+    "cutmix": "cutmix_alpha", "smoothing": "label_smoothing", "aa": "augment",
+    "class_weights": "imbalance", "class_weight": "imbalance", "balanced_sampling": "imbalance",
+    "weighted_sampler": "imbalance",
+    "auto_augment": "augment", "reprob": "random_erasing", "random_erase": "random_erasing",
+    "model_ema_decay": "ema_decay", "use_ema": "ema_decay", "model_ema": "ema_decay",
+    "checkpoints_total_limit": "max_checkpoints", "resume": "resume_from_checkpoint",
+    "output": "output_dir", "tracker_project_name": "project", "amp": "mixed_precision",
+    "fp16": "mixed_precision", "bf16": "mixed_precision",
+    "grad_accum_steps": "gradient_accumulation_steps", "with_tracking": "report_to",
+    "eval_metric": "select_by", "metric_for_best_model": "select_by",
+    "drop": "dropout", "print_freq": "logging_steps", "log_interval": "logging_steps",
+}  # fmt: skip
+UNNEEDED = (
+    {  # flags of other trainers, and of versions before, that nothing here needs
+        "verify_resume": "it is a command of its own now: python -m harness.training.verify_resume "
+        "STEPS accelerate launch train.py [flags]",
+    }
+    | {
+        name: "images are decoded once and augmented in batches: there are no loader workers"
+        for name in (
+            "workers",
+            "num_workers",
+            "dataloader_num_workers",
+            "preprocessing_num_workers",
+        )
+    }
+    | {
+        name: "Accelerate chooses the device; accelerate launch --cpu takes the CPU"
+        for name in ("device", "gpu", "gpus", "cuda", "no_cuda", "gpu_ids")
+    }
+)
+
+
+def _hint(flag, known):
+    """What to say behind an unknown flag; known: names without dashes."""
+    name = flag.lstrip("-").replace("-", "_")
+    if name in UNNEEDED:
+        return f": {UNNEEDED[name]}"
+    if ELSEWHERE.get(name) in known:
+        return f": here it is --{ELSEWHERE[name]}"
+    dashes = "--" if flag.startswith("--") else ""
+    return nearest(flag, [f"{dashes}{name}" for name in known])
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        if action.default in (None, argparse.SUPPRESS) or isinstance(action, argparse._HelpAction):
+            return action.help
+        default = "on" if action.default is True else "off" if action.default is False else None
+        return f"{action.help} (default: {default or '%(default)s'})"
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser with `--config FILE.yaml`, dashes or underscores, and one-line errors."""
+
+    def __init__(self, description):
+        super().__init__(
+            description=description, formatter_class=_Help, allow_abbrev=False, add_help=True
+        )
+        self.where = ""  # the recipe being read, named in errors
+        words = {"help": "a recipe: flags as `name: value`; the command line wins"}
+        add(self, "config", one_command=True, metavar="FILE.yaml", **words)
+
+    def named(self, purpose) -> list[str]:
+        """The flags that were added with this purpose (see `add`), in the order of --help."""
+        return [action.dest for action in self._actions if purpose in _purposes(action)]
+
+    def error(self, message):
+        message = message.replace("argument ", "", 1)
+        message = re.sub(r"\S{300,}", lambda word: shortened(word[0]), message)
+        self.exit(2, f"{self.prog}: {self.where}{message}\n")
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(
+                action,
+                f'"{value}" is not one of {", ".join(map(str, action.choices))}'
+                f"{nearest(value, action.choices)}",
+            )
+
+    def read(self, argv=None):
+        """Parse `argv` over the recipe it names, over the defaults.
+
+        Returns the namespace; its attribute `given` maps each flag that is not at its default
+        to where it was said (a recipe's path, or "command line").
+        """
+        if sys.platform == "win32":  # no fork, flock or process signals as the run relies on
+            self.error("Windows is not supported; WSL, which is a Linux, runs it")
+        argv = [_underscored(a) for a in (sys.argv[1:] if argv is None else argv)]
+        argv = [self._switched(word) for word in argv]
+        command_line = self._said(argv)
+        recipe = argparse.Namespace()
+        if getattr(command_line, "config", None):
+            self.where = f"{command_line.config}: "
+            recipe = self._said(self._recipe_argv(command_line.config))
+            self.where = ""
+        defaults = {a.dest: a.default for a in self._actions if a.default is not argparse.SUPPRESS}
+        given = {name: command_line.config for name in vars(recipe)}
+        given |= {name: "command line" for name in vars(command_line) if name != "config"}
+        merged = defaults | vars(recipe) | vars(command_line)
+        return argparse.Namespace(
+            **merged, given={k: v for k, v in given.items() if merged[k] != defaults[k]}
+        )
+
+    def _switched(self, word):
+        """`--name=true` of a switch, as `wandb sweep` writes it, as --name or --no_name."""
+        name, equals, value = word.partition("=")
+        switches = {a.dest for a in self._actions if isinstance(a, Switch)}
+        if not equals or name[2:] not in switches:
+            return word
+        if value.lower() not in ("true", "false"):
+            self.error(f'{name}: "{value}" is not true or false')
+        return name if value.lower() == "true" else f"--no_{name[2:]}"
+
+    def _said(self, argv):
+        """Only what `argv` says: argparse fills no default where an attribute exists already."""
+        unsaid = object()
+        namespace = argparse.Namespace(**{action.dest: unsaid for action in self._actions})
+        positional = any(not action.option_strings for action in self._actions)
+        parse = self.parse_known_intermixed_args if positional else self.parse_known_args
+        namespace, unknown = parse(argv, namespace)
+        if unknown:
+            options = [o[2:] for a in self._actions for o in a.option_strings if o.startswith("--")]
+            names = [word.split("=")[0] for word in unknown if word.startswith("-")]
+            if not names:
+                self.error(f"unexpected word {unknown[0]}: a value goes behind its flag")
+            first, *others = (name + _hint(name, options) for name in dict.fromkeys(names))
+            self.error("unknown flag " + "; ".join([first, *others]))
+        # No words at all for a positional argument are said by nobody
+        said = {k: v for k, v in vars(namespace).items() if v is not unsaid and v not in ([], None)}
+        return argparse.Namespace(**said)
+
+    def _recipe_argv(self, path):
+        """The recipe as command-line words, so that one set of checks serves both."""
+        try:
+            beside = SCRIPTS / path  # from another working directory
+            file = beside if beside.is_file() and not Path(path).exists() else Path(path)
+            with file.open(encoding="utf-8") as opened:
+                flags = read_yaml(opened.read(MOST_CHARACTERS + 1)) or {}
+        except OSError as error:
+            self.error(f"cannot read the recipe: {error.strerror}")
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no path at all
+            self.error(f"is not YAML: {' '.join(str(error).split())}")
+        if not isinstance(flags, dict):
+            self.error("a recipe is lines of `flag: value`")
+        return self._argv(flags)
+
+    def _argv(self, flags):
+        """{"lr": 0.1} as command-line words; names that are no flag are refused."""
+        known = {a.dest: a for a in self._actions}
+        argv, said = [], set()
+        for key, value in flags.items():
+            action = known.get(str(key).replace("-", "_"))
+            if action is None or key in ("help", "config"):
+                self.error(
+                    f'unknown flag "{key}"{_hint(str(key), set(known) - {"help", "config"})}'
+                )
+            if action.dest in said:
+                self.error(f'{key}: it is there twice, as "{action.dest}", too')
+            said.add(action.dest)
+            if isinstance(action, Switch):
+                if not isinstance(value, bool):
+                    self.error(f'{key}: "{value}" is not true or false')
+                argv.append(f"--{'' if value else 'no_'}{action.dest}")
+            elif value is False and "no" in (action.choices or ()):
+                argv.append(f"--{action.dest}=no")  # an unquoted no is false in YAML
+            elif not action.option_strings and value is not None:  # before all that takes several
+                argv = [*map(str, value if isinstance(value, list) else [value]), *argv]
+            elif isinstance(value, list) and "commas" in _purposes(action):
+                argv.append(f"--{action.dest}={','.join(map(str, value))}")
+            elif isinstance(value, list) and action.nargs == "+":
+                argv += [f"--{action.dest}", *map(str, value)]
+            elif isinstance(value, list) and action.type == self.stages:
+                argv.append(f"--{action.dest}={json.dumps(value)}")
+            elif isinstance(value, (list, dict, bool)):
+                hint = (
+                    " (off and no are words for false in YAML: write 0)" if value is False else ""
+                )
+                self.error(f'{key}: "{_in_words(value)}" is not one value{hint}')
+            elif value is not None:
+                argv.append(f"--{action.dest}={value}")
+        return argv
+
+    def stages(self, text):
+        """An argparse type: the stages of a fine-tune, YAML (or JSON) text -> a list of dicts.
+
+        Each has "epochs" and "train" ({module prefix: learning rate}), perhaps a "name", and any
+        flag that was added with stage=True, checked as on the command line.
+        """
+        try:
+            stages = read_yaml(text)
+        except yaml.YAMLError as error:
+            raise argparse.ArgumentTypeError(f"not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(stages, list) or not stages:
+            raise argparse.ArgumentTypeError("wants a list of stages, [{epochs: …, train: …}, …]")
+        return [self._stage(n, stage) for n, stage in enumerate(stages, start=1)]
+
+    def _stage(self, n, stage):
+        own = self.named("stage")
+        known = ("name", "epochs", "train", *sorted(own))
+        if not isinstance(stage, dict):
+            raise argparse.ArgumentTypeError(f"stage {n}: wants lines of `key: value`")
+        for key in stage:
+            if key not in known:
+                raise argparse.ArgumentTypeError(
+                    f'stage {n}: unknown key "{key}"{nearest(key, known)} '
+                    f"(a stage has {', '.join(known)})"
+                )
+        missing = [key for key in ("epochs", "train") if key not in stage]
+        if missing:
+            raise argparse.ArgumentTypeError(f"stage {n}: {' and '.join(missing)} missing")
+        if not isinstance(stage["train"], dict) or not stage["train"]:
+            raise argparse.ArgumentTypeError(
+                f"stage {n}: train: wants lines of `module: learning rate`, at least one"
+            )
+        try:
+            convert, key, value = BOUNDS["epochs"], "epochs", stage["epochs"]
+            epochs = convert(str(value))
+            convert, rates = BOUNDS["lr"], {}
+            for key, value in stage["train"].items():
+                rates[str(key)] = convert(str(value))
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"stage {n}: {key}: {error}") from None
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f'stage {n}: {key}: "{value}" is not a {convert.__name__}'
+            ) from None
+        own = {key: value for key, value in stage.items() if key in own}
+        before, self.where = self.where, f"{self.where}stage {n}: "
+        own = vars(self._said(self._argv(own)))
+        self.where = before
+        name = {"name": str(stage["name"])} if stage.get("name") else {}
+        return {**name, "epochs": epochs, "train": rates, **own}
+
+
+def _in_words(value):
+    """A value of a recipe as it is written there: [0.1, 0.2], {a: 1}."""
+    if isinstance(value, list):
+        text = f"[{', '.join(map(_in_words, value))}]"
+    elif isinstance(value, dict):
+        text = f"{{{', '.join(f'{k}: {_in_words(v)}' for k, v in value.items())}}}"
+    else:
+        text = str(value)
+    return shortened(text)
+
+
+def _underscored(word):
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+PURPOSES = ("operational", "one_command", "data", "stage", "commas")
+
+
+def add(group, name, type=None, **words):
+    """Declare `--name`, a number with its line in BOUNDS where it has one, and what it is for.
+
+    operational=True: it changes where a run is written and what it tells, never what it computes,
+    so that it may differ between a checkpoint and the command that resumes it. one_command=True:
+    the same, and config.yaml leaves it out. data=True: it says which images a run sees. stage=True:
+    a stage of a fine-tune may have its own. commas=True: several values in one word. The other
+    words are argparse's.
+    """
+    purposes = {purpose for purpose in PURPOSES if words.pop(purpose, False)}
+    purposes |= {"operational"} if "one_command" in purposes else set()
+    if type is None and name in BOUNDS and "action" not in words and "choices" not in words:
+        type = BOUNDS[name]
+    if type is not None:
+        words["type"] = type
+    group.add_argument(f"--{name}", **words).purposes = purposes
+
+
+def _purposes(action):
+    return getattr(action, "purposes", ())  # --help and what stands without dashes have none
