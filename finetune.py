@@ -233,9 +233,8 @@ def train_stage(run, stage, optimizer, splits, preprocessing, classes, feature_c
             if not cached and run.wants_picture():
                 save_train_batch(run.picture, views.to_pixels(images), targets, classes)
         norm = accelerator.clip_grad_norm_(network.parameters(), args.clip_grad_norm or math.inf)
-        run.sync_step(
-            norm
-        )  # a non-finite number on any process: all stop, or skip, before the update
+        # a non-finite number on any process: all stop, or skip, before the update
+        run.sync_step(norm)
         optimizer.step()
         optimizer.zero_grad()
         if run.ema and not accelerator.optimizer_step_was_skipped:

@@ -144,9 +144,8 @@ def main(args):
             if run.wants_picture():
                 save_train_batch(run.picture, views.to_pixels(images), targets, data.classes)
         norm = accelerator.clip_grad_norm_(model.parameters(), args.clip_grad_norm or float("inf"))
-        run.sync_step(
-            norm
-        )  # a non-finite number on any process: all stop, or skip, before the update
+        # a non-finite number on any process: all stop, or skip, before the update
+        run.sync_step(norm)
         optimizer.step()
         optimizer.zero_grad()
         if ema and not accelerator.optimizer_step_was_skipped:

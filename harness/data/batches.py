@@ -30,9 +30,8 @@ SHARE_POWER = {"balanced": 0.0, "sqrt": 0.5}
 class Part(NamedTuple):
     """The slice of a step's batch that one forward pass of one process sees, on its device."""
 
-    images: (
-        torch.Tensor
-    )  # augmented and normalised (n, 3, H, W), float32; or kept features (n, ...)
+    # augmented and normalised (n, 3, H, W), float32; or kept features (n, ...)
+    images: torch.Tensor
     labels: torch.Tensor  # int64 (n,)
 
 
