@@ -93,7 +93,7 @@ def main(args):
     from_probe = args.strategy in ("auto", "feature_extraction") and loaded.head_is_new
     from_probe = from_probe and can_start_from_probe(model, preprocessing.size)
     if strategy == "auto":
-        splits = decode_images(opening, args.verify_cache)
+        splits = decode_images(opening, args)
         probe = fit(whole=False)
         strategy, reason = staging.choose_strategy(
             probe.accuracy, len(data.classes), len(data.train)
@@ -123,7 +123,7 @@ def main(args):
     accelerator.print(staging.table(model, stages, per_epoch, cached))
     if args.dry_run:
         return
-    splits = splits or decode_images(opening, args.verify_cache)
+    splits = splits or decode_images(opening, args)
     if args.prepare_data:
         accelerator.print(f"prepared     {describe_prepared(data, splits)}")
         return

@@ -91,7 +91,7 @@ def main(args):
     accelerator.print(plan.describe_run(args, machine, data, model, preprocessing, total, rows))
     if args.dry_run:
         return
-    splits = decode_images(opening, args.verify_cache, args.shard_store)
+    splits = decode_images(opening, args, args.shard_store)
     if args.prepare_data:
         accelerator.print(f"prepared     {describe_prepared(data, splits)}")
         return

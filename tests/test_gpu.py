@@ -1,17 +1,34 @@
 """What only a GPU can show. One command checks all of it: python -m pytest tests/test_gpu.py"""
 
+import io
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import finetune
 import smallruns
+from harness.data import jpegs
 from harness.training import scoring
 from harness.training.metrics_file import read_metrics
 from harness.training.run import Run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+
+@pytest.fixture
+def photo_jpegs():
+    """(JPEGs of 500×375 px, boxes)."""
+    files, boxes = [], [(0, 0, 375, 500), (10, 20, 224, 224), (100, 200, 90, 300)]
+    for k in range(3):
+        small = np.random.default_rng(k).integers(0, 256, (24, 32, 3), np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(small).resize((500, 375), Image.Resampling.BICUBIC).save(file, "JPEG")
+        files.append(file.getvalue())
+    return files, boxes
+
 
 CONFIGS = smallruns.ROOT / "accelerate_configs"
 
@@ -85,6 +102,16 @@ def test_augmentation_on_the_gpu_equals_the_cpus():
         ours = views.train(images.cuda(), draw).cpu()
         differ = (ours - views.train(images, draw)).abs() > 1e-5
         assert differ.float().mean() < 0.02, word  # ties of rotated pixels, see autoaugment.py
+
+
+def test_nvjpeg_decodes_what_the_cpu_decodes(photo_jpegs):
+    files, boxes = photo_jpegs
+    ours = torch.stack([
+        jpegs.decode_crop(file, 500, 375, box, 224) for file, box in zip(files, boxes, strict=True)
+    ])  # fmt: skip
+    theirs = jpegs.decode_crops_on(torch.device("cuda"), files, boxes, 224).cpu()
+    error = (ours.double() - theirs.double()).square().mean().sqrt()
+    assert 20 * torch.log10(255 / error) > 35  # dB
 
 
 def test_a_fused_update_is_withheld_on_the_device():

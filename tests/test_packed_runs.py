@@ -9,6 +9,9 @@ from PIL import Image
 import faulty
 import smallruns
 from harness.data import jpegs, packed, packing
+from harness.data.preprocessing import Preprocessing
+from harness.data.sources import load_data
+from harness.data.stores import choose_store
 from harness.errors import UserError
 
 FLAGS = {
@@ -48,6 +51,16 @@ def test_a_stopped_run_goes_on_bit_for_bit(photos, straight, tmp_path, capsys):
     assert "pixels       packed, " in capsys.readouterr().out
     resumed, _ = smallruns.train(tmp_path, **flags, resume_from_checkpoint="auto")
     assert smallruns.digest(resumed) == smallruns.digest(straight)
+
+
+def test_nvjpeg_is_for_packed_pixels_on_a_gpu(photos, tmp_path, monkeypatch):
+    flags = FLAGS | {"dataset": photos, "jpeg_decoder": "nvjpeg"}
+    with pytest.raises(UserError, match="--jpeg_decoder nvjpeg wants a CUDA GPU, this is cpu"):
+        smallruns.train(tmp_path, **flags)
+    args = smallruns.build_parser("train.py").read(["--jpeg_decoder=nvjpeg", "--pixels=decoded"])
+    data = load_data(str(photos), val_fraction=0.25)
+    with pytest.raises(UserError, match="--jpeg_decoder nvjpeg is for packed pixels"):
+        choose_store(args, data, Preprocessing(32, 0.875, "bilinear", (0.5,) * 3, (0.5,) * 3))
 
 
 def test_other_pixels_do_not_continue_a_run(photos, tmp_path, monkeypatch):

@@ -189,6 +189,14 @@ def data_flags(parser, dataset):
     )
     add(
         g,
+        "jpeg_decoder",
+        choices=("cpu", "nvjpeg"),
+        default="cpu",
+        help="of packed training images. nvjpeg: on the GPU, where few cores feed it; its pixels "
+        "are not the same bits on another version of CUDA",
+    )
+    add(
+        g,
         "prepare_data",
         operational=True,
         action=Switch,

@@ -11,10 +11,12 @@ import numpy as np
 import PIL
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 
 from harness.data.formats import open_image
 from harness.data.pixels import FILTERS, check_pixels, upright
+from harness.errors import UserError, reason_of
 
 try:  # half as fast again as Pillow, and the same pixels
     import simplejpeg
@@ -37,8 +39,13 @@ def packed_side(size, stored_size, crop_scale) -> int:
     return math.ceil(least / SIDE_STEP) * SIDE_STEP
 
 
-def decoder() -> str:
-    """The name and version of what decodes: another one may give other pixels."""
+def decoder(on_gpu=False) -> str:
+    """The name and version of what decodes: another one may give other pixels.
+
+    on_gpu: what decodes the crops of training.
+    """
+    if on_gpu:
+        return f"nvJPEG of CUDA {torch.version.cuda}, torchvision {torchvision.__version__}"
     if simplejpeg:
         return f"simplejpeg {simplejpeg.__version__}"
     return f"Pillow {PIL.__version__}"
@@ -127,6 +134,28 @@ def decode_crop(data, width, height, box, size):
     top, bottom, left, right = (round(x / factor) for x in (top, top + h, left, left + w))
     pixels = pixels[top:bottom, left:right].permute(2, 0, 1).unsqueeze(0)
     return F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)[0]
+
+
+def decode_crops_on(device, files, boxes, size):
+    """As decode_crop for many images at once, all on a CUDA device, by its nvJPEG decoder.
+
+    files: the JPEGs' bytes. boxes: (top, left, height, width) of each. Returns uint8
+    (n, 3, size, size) there. Nothing is reduced while decoding; the pixels depend on the versions
+    of nvJPEG and of the driver. Raises UserError for what it can't decode.
+    """
+    from torchvision.io import ImageReadMode, decode_jpeg  # "cpu" works too: for tests
+
+    data = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files]
+    batch = torch.empty(len(files), 3, size, size, dtype=torch.uint8, device=device)
+    try:
+        images = decode_jpeg(data, ImageReadMode.RGB, device=device)
+    except RuntimeError as error:
+        raise UserError(f"nvJPEG: {reason_of(error)}; --jpeg_decoder cpu decodes them") from None
+    for out, image, (top, left, h, w) in zip(batch, images, boxes, strict=True):
+        crop = image[:, top : top + h, left : left + w].unsqueeze(0).float()
+        crop = F.interpolate(crop, (size, size), mode="bilinear", antialias=True)
+        out.copy_(crop[0].round_().clamp_(0, 255))
+    return batch
 
 
 def decode_centre(data, width, height, preprocessing):

@@ -22,7 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 from harness.data.cache import reason_of_image
-from harness.data.jpegs import decode_centre, decode_crop, pack_image
+from harness.data.jpegs import decode_centre, decode_crop, decode_crops_on, pack_image
 from harness.data.making import threads
 from harness.errors import UserError
 from harness.files import replace_file
@@ -75,8 +75,10 @@ class PackedImages:
     """The images of a split, in the place of a tensor uint8 (n, 3, size, size).
 
     Any number of threads may read. Every image is checked when it is read: what is damaged in the
-    file is packed again from the data set.
+    file is packed again from the data set. on_gpu: whether `crops_on` shall be asked for crops.
     """
+
+    on_gpu = False
 
     def __init__(self, file, images, preprocessing, bit_depth, name):
         """file: the index. images: see `encoded`. The others: see `pack_split`."""
@@ -109,6 +111,12 @@ class PackedImages:
             return decode_crop(data, width, height, boxes[k], self.preprocessing.size)
 
         return self._batch(rows, one, pinned)
+
+    def crops_on(self, device, rows, boxes):
+        """As `crops`, decoded on a CUDA device and left there."""
+        entries = self.entries[rows.numpy()].tolist()
+        files = [self._read(row, *e)[0] for row, e in zip(rows.tolist(), entries, strict=True)]
+        return decode_crops_on(device, files, boxes.tolist(), self.preprocessing.size)
 
     def centres(self, rows, pinned=False):
         """What evaluation shows of the images `rows`: uint8 (n, 3, size, size) on the CPU."""

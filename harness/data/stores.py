@@ -52,6 +52,8 @@ class Samples(NamedTuple):
             images = gather(self.pixels, rows)
         elif boxes is None:
             images = self.pixels.centres(rows, pinned)
+        elif self.pixels.on_gpu:
+            return self.pixels.crops_on(device, rows, boxes), labels.to(device)
         else:
             images = self.pixels.crops(rows, boxes, pinned)
         if device.type != "cuda":  # MPS would read the host's memory after it has been freed
@@ -224,11 +226,15 @@ def choose_store(args, data, preprocessing):
         if not there and decoded_bytes > MOST_OF_DISK * free:
             kind = "packed"
             why = f"decoded they would take {_in_words(decoded_bytes)} of {_in_words(free)} free"
+    if kind == "decoded" and args.jpeg_decoder != "cpu":
+        raise UserError(f"--jpeg_decoder {args.jpeg_decoder} is for packed pixels, --pixels packed")
     if kind == "decoded":
         words = (
             f"decoded, {_in_words(decoded_bytes)} of squares {preprocessing.stored_size} px a side"
         )
         return preprocessing._replace(packed_side=0), f"{words}: {why}"
+    if args.jpeg_decoder == "nvjpeg":
+        why += "; training decodes on the GPU, not the same bits on another version of CUDA"
     side = packed_side(preprocessing.size, preprocessing.stored_size, scale)
     words = f"packed, {_packed_words(splits, data.image_column, side)}"
     return preprocessing._replace(
@@ -280,4 +286,5 @@ def store_identity(splits):
         return "decoded"
     shares = splits["train"].shares
     content = {role: samples.pixels.content for role, samples in splits.items()}
-    return {"packed": content, "decoder": decoder()} | ({"shares": len(shares)} if shares else {})
+    by = decoder(splits["train"].pixels.on_gpu)
+    return {"packed": content, "decoder": by} | ({"shares": len(shares)} if shares else {})

@@ -40,15 +40,15 @@ class Opening(NamedTuple):
     stem: str  # as resolved
 
 
-def decode_images(opening, verify, shard=False):
+def decode_images(opening, args, shard=False):
     """{role: Samples} of all splits; images of val and test that are in train, too, are named.
 
-    verify and shard: of --verify_cache and --shard_store.
+    shard: of --shard_store.
     """
     data, preprocessing, accelerator = opening.data, opening.preprocessing, opening.accelerator
-    splits = decode_splits(
-        data, preprocessing, accelerator, shard=shard, verify=verify
-    )  # fmt: skip
+    splits = decode_splits(data, preprocessing, accelerator, shard=shard, verify=args.verify_cache)
+    if args.jpeg_decoder == "nvjpeg":
+        splits["train"].pixels.on_gpu = True
     if accelerator.is_main_process:
         for line in identical_images(data, preprocessing, splits):
             print(one_line(line), flush=True)
@@ -112,6 +112,8 @@ def open_run(args, script) -> Opening:
     in_turn(accelerator, lambda: check_slices(args.slice_by, scored, data.image_column))
     pretrained = in_turn(accelerator, lambda: find_weights(args.weights, args.model, args.stem))
     preprocessing = plan.choose_preprocessing(args, data, pretrained)
+    if args.jpeg_decoder == "nvjpeg" and accelerator.device.type != "cuda":
+        raise UserError(f"--jpeg_decoder nvjpeg wants a CUDA GPU, this is {accelerator.device}")
     preprocessing, pixels = plan.choose_pixels(args, accelerator, data, preprocessing)
     stem = build.resolve_stem(args.model, pretrained.stem or args.stem, preprocessing.size)
     return Opening(accelerator, machine, folder, data, pretrained, preprocessing, pixels, stem)

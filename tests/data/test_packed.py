@@ -229,6 +229,22 @@ def test_rows_come_as_their_images_alone(tmp_path):
     assert images.shape == (9, 3, 32, 32) and len(images) == 9
 
 
+def test_the_way_of_nvjpeg_gives_what_the_cpu_gives(tmp_path):
+    """On the CPU, by torchvision's decoder of the same call: a level of rounding apart."""
+    files = photos(9)
+    samples = stores.Samples(pack(in_folder(tmp_path, *files)), torch.arange(9), torch.arange(9))
+    index, boxes = torch.tensor([8, 0, 3]), torch.tensor([[0, 0, 60, 90], [1, 2, 30, 30], [5] * 4])
+    ours, _ = samples.take(index, torch.device("cpu"), boxes)
+    before = stores.store_identity({"train": samples})["decoder"]
+    samples.pixels.on_gpu = True
+    theirs, labels = samples.take(index, torch.device("cpu"), boxes)
+    assert (ours.int() - theirs.int()).abs().max() <= 1 and labels.tolist() == [8, 0, 3]
+    assert theirs.dtype == torch.uint8 and before.startswith("simplejpeg")
+    assert stores.store_identity({"train": samples})["decoder"].startswith("nvJPEG of CUDA")
+    with pytest.raises(UserError, match=r"nvJPEG: .*; --jpeg_decoder cpu decodes them"):
+        jpegs.decode_crops_on(torch.device("cpu"), [b"no jpeg"], [(0, 0, 1, 1)], 8)
+
+
 @pytest.mark.parametrize("number", [1, 2, 5])
 def test_the_number_of_threads_changes_no_bit(number):
     images = pack(in_table(*photos(12)))
@@ -469,7 +485,7 @@ def choose(dataset, image_size=224, **flags):
     args = {"pixels": "auto", "augment": "basic", "crop_scale": 0.0, "stages": None, **flags}
     preprocessing = LOOK._replace(packed_side=0)
     preprocessing, words = stores.choose_store(
-        SimpleNamespace(**args), data_of(dataset, image_size), preprocessing
+        SimpleNamespace(jpeg_decoder="cpu", **args), data_of(dataset, image_size), preprocessing
     )
     return preprocessing.packed_side, words
 
