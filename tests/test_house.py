@@ -107,8 +107,6 @@ def test_arrows_between_rooms_run_one_way(path):
 # Functions of more statements, or signatures of more parameters, than the house allows, and why.
 # Nothing is added here: what is long comes apart
 LONG = {
-    "read_tables": "a table's columns, rows and splits are told apart in one pass; to come apart",
-    "scan": "a walk with its own stack; to come apart",
     "make_together": "one protocol of several processes, read from top to bottom",
 }
 WIDE = {  # all by keyword

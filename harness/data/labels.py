@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -95,6 +96,24 @@ def other_tables(root, tree, tables) -> list[str]:
     return [path for path in paths if os.path.abspath(Path(root) / path) not in read]
 
 
+class _Table(NamedTuple):
+    """A table of labels, its rows matched with images."""
+
+    path: str
+    files: list  # of each row, as the table names them
+    file_column: str
+    label_column: str | None
+    split_column: tuple | None  # (its name, the split of each row)
+    images: Images  # that it may be about
+    places: list  # of each row: which of the images, or None
+    labels: list  # of each row, None without one
+    columns: dict  # the other ones: {name: values}
+
+    @property
+    def name(self):
+        return Path(self.path).name
+
+
 def read_tables(root, tree, tables, file_column=None, label_column=None, by_folder=None) -> Listing:
     """The splits and labels that tables give to the images of a tree.
 
@@ -110,57 +129,22 @@ def read_tables(root, tree, tables, file_column=None, label_column=None, by_fold
     folder_splits = {} if "" in tables else folder_splits
     order = ("", "train", "validation", "test")
     for split, path in sorted(tables.items(), key=lambda item: order.index(item[0])):
-        columns = read_columns(Path(path))
         images = parts.get(split) or _others(all_images, parts) if split else all_images
-        try:
-            file, places = _match(path, columns, images, root, file_column)
-        except OtherTableError:
-            if split in parts or len(images) == len(all_images):
-                raise
-            images = all_images.where(np.ones(len(all_images), bool))
-            file, places = _match(path, columns, images, root, file_column)
-        others = {name: values for name, values in columns.items() if name != file}
-        said_split = split_column(path, others, label_column)
-        if said_split:
-            del others[said_split[0]]
-        known = _labels_by_path(by_folder)
-        label = _label_column(path, others, label_column, told, images, places, known)
-        labels = [None] * len(places)
-        if label:
-            labels = class_values(f"column '{label}' of {path}", others.pop(label))
-        elif said_split:
-            labels = [place is not None and known.get(images.paths[place]) for place in places]
-            labels = [label or None for label in labels]
-        elif by_folder and split in ("", "train"):
-            raise OtherTableError(f"{path} has no column of labels")
-        elif split in folder_splits:
+        matched = _matched(root, path, split, images, all_images, parts, file_column)
+        table = _labelled(matched, label_column, told, by_folder, split)
+        if table is None and split in folder_splits:
             listing.notes.append(f"{Path(path).name} has no column of labels: its folders say them")
             continue
-        told.append((Path(path).name, file, label))
-        if all(value is None for value in labels):
-            rows = sorted({place for place in places if place is not None})
-            paths = [images.paths[row] for row in rows]
+        table = table or matched
+        told.append((table.name, table.file_column, table.label_column))
+        if all(value is None for value in table.labels):
+            rows = sorted({place for place in table.places if place is not None})
+            paths = [table.images.paths[row] for row in rows]
             taken = with_label.union(listing.reported)
             listing.leave_unlabelled([path for path in paths if path not in taken])
             unlabelled.add(split)
-            continue
-        images.labels = _of_images(path, images, places, labels)
-        images.others = {
-            name: _of_images(path, images, places, values, check=False)
-            for name, values in others.items()
-        }
-        _tell_rows(listing, path, columns[file], labels, images, places)
-        known = np.array([value is not None for value in images.labels])
-        with_label.update(images.paths[row] for row in np.flatnonzero(known))
-        for name, rows in _splits_of(path, split, said_split, images, places, parts).items():
-            if (known & rows).any():
-                if name in listing.splits or (name != split and name in tables):
-                    raise UserError(f"{path} says split '{name}', and so does another table")
-                listing.splits[name] = images.where(known & rows)
-        _tell_no_split(listing, path, said_split, images, places, known)
-        if said_split:
-            listing.notes.append(f"splits from column {said_split[0]} of {Path(path).name}")
-            listing.has_splits = True
+        else:
+            _add_table(listing, table, split, tables, parts, with_label)
     for name, images in folder_splits.items():
         if name not in listing.splits and name not in unlabelled:
             taken = with_label.union(listing.reported)
@@ -180,6 +164,70 @@ def read_tables(root, tree, tables, file_column=None, label_column=None, by_fold
     ))  # fmt: skip
     _tell_images(listing, all_images, with_label, parts)
     return listing
+
+
+def _matched(root, path, split, images, all_images, parts, file_column) -> _Table:
+    """A table whose rows are matched with `images`, or with all images where most have no match."""
+    columns = read_columns(Path(path))
+    try:
+        file, places = _match(path, columns, images, root, file_column)
+    except OtherTableError:
+        if split in parts or len(images) == len(all_images):
+            raise
+        images = all_images.where(np.ones(len(all_images), bool))
+        file, places = _match(path, columns, images, root, file_column)
+    others = {name: values for name, values in columns.items() if name != file}
+    none = [None] * len(places)
+    return _Table(path, columns[file], file, None, None, images, places, none, others)
+
+
+def _labelled(table, label_column, told, by_folder, split) -> _Table | None:
+    """The table with its columns of splits and labels; None where it has neither.
+
+    Where it has splits alone, the labels are those of the class folders. told: of the tables
+    before. Raises OtherTableError where class folders label the images and this table does not.
+    """
+    path, columns = table.path, dict(table.columns)
+    split_of_rows = split_column(path, columns, label_column)
+    if split_of_rows:
+        del columns[split_of_rows[0]]
+    images, places, by_path = table.images, table.places, _labels_by_path(by_folder)
+    label = _label_column(path, columns, label_column, told, images, places, by_path)
+    if label:
+        labels = class_values(f"column '{label}' of {path}", columns.pop(label))
+    elif split_of_rows:
+        labels = [place is not None and by_path.get(images.paths[place]) for place in places]
+        labels = [label or None for label in labels]
+    elif by_folder and split in ("", "train"):
+        raise OtherTableError(f"{path} has no column of labels")
+    else:
+        return None
+    return table._replace(
+        label_column=label, split_column=split_of_rows, labels=labels, columns=columns
+    )
+
+
+def _add_table(listing, table, split, tables, parts, with_label):
+    """Add the splits of a table with labels to the listing, and their images to with_label."""
+    path, images, places = table.path, table.images, table.places
+    images.labels = _of_images(path, images, places, table.labels)
+    images.others = {
+        name: _of_images(path, images, places, values, check=False)
+        for name, values in table.columns.items()
+    }
+    _tell_rows(listing, path, table.files, table.labels, images, places)
+    labelled = np.array([value is not None for value in images.labels])
+    with_label.update(images.paths[row] for row in np.flatnonzero(labelled))
+    by_split = _splits_of(path, split, table.split_column, images, places, parts)
+    for name, rows in by_split.items():
+        if (labelled & rows).any():
+            if name in listing.splits or (name != split and name in tables):
+                raise UserError(f"{path} says split '{name}', and so does another table")
+            listing.splits[name] = images.where(labelled & rows)
+    _tell_no_split(listing, path, table.split_column, images, places, labelled)
+    if table.split_column:
+        listing.notes.append(f"splits from column {table.split_column[0]} of {table.name}")
+        listing.has_splits = True
 
 
 def _others(images, parts):

@@ -63,8 +63,7 @@ def scan(root) -> Folder:
     """All below `root`, links followed. Raises UserError for a link that leads in a circle."""
     suffixes = image_suffixes()
     top = Folder("", "")
-    here = os.stat(root)
-    todo = [(top, os.fspath(root), ((here.st_dev, here.st_ino),))]
+    todo = [(top, os.fspath(root), (_identity(os.stat(root)),))]
     order = []
     with tqdm(unit=" files", unit_scale=True, delay=3, leave=False, desc="listing images") as bar:
         while todo:
@@ -77,35 +76,45 @@ def scan(root) -> Folder:
                 raise UserError(f"{path}: {error.strerror}") from None
             stats, inside = [], []
             for entry in entries:
-                name = entry.name
-                if hidden(name):
+                if hidden(entry.name):
                     continue
                 kind = _kind(entry)
-                if kind not in ("folder", "file"):
-                    where = f"{folder.path}/{name}".lstrip("/")
-                    folder.skipped.setdefault(kind, []).append(where)
+                if kind == "file":
+                    _add_file(folder, entry, suffixes, stats)
                 elif kind == "folder":
-                    child = Folder(name, f"{folder.path}/{name}" if folder.path else name)
+                    child = Folder(entry.name, f"{folder.path}/{entry.name}".lstrip("/"))
                     folder.folders.append(child)
-                    status = entry.stat()
-                    key = (status.st_dev, status.st_ino) if status.st_ino else entry.path
+                    key = _identity(entry.stat()) or entry.path
                     if key in above:
                         raise UserError(f"{entry.path} is a link to a folder that it lies in")
                     inside.append((child, entry.path, (*above, key)))
-                elif (suffix := os.path.splitext(name)[1].lower()) in suffixes:
-                    status = entry.stat()
-                    folder.images.append(name)
-                    stats.append((status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino))
                 else:
-                    folder.others[suffix or "no suffix"] += 1
-                    if suffix in TABLE_SUFFIXES:
-                        folder.tables.append(name)
+                    paths = folder.skipped.setdefault(kind, [])
+                    paths.append(f"{folder.path}/{entry.name}".lstrip("/"))
             folder.stats = np.array(stats, np.int64).reshape(-1, 4)
             bar.update(len(entries))
             todo += reversed(inside)
     for folder in reversed(order):  # those below come after those above
         folder.total = len(folder.images) + sum(child.total for child in folder.folders)
     return top
+
+
+def _identity(status):
+    """What is the same for all links to a folder; None where the file system has no such number."""
+    return (status.st_dev, status.st_ino) if status.st_ino else None
+
+
+def _add_file(folder, entry, suffixes, stats):
+    """Note a file as an image, with its numbers in `stats`, or as something else."""
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if suffix in suffixes:
+        status = entry.stat()
+        folder.images.append(entry.name)
+        stats.append((status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino))
+        return
+    folder.others[suffix or "no suffix"] += 1
+    if suffix in TABLE_SUFFIXES:
+        folder.tables.append(entry.name)
 
 
 def _kind(entry):
