@@ -14,7 +14,7 @@ def read_flags(argv=None):
     parser = flags.Parser(__doc__)
     flags.shard_flag(flags.data_flags(parser, dataset="cifar10"))
     flags.model_flags(parser, model="resnet18")
-    flags.speed_flags(flags.optimization_flags(parser, ("sgd", "adamw", "muon")))
+    flags.speed_flags(flags.optimization_flags(parser, (*flags.OPTIMIZERS, "muon")))
     flags.augmentation_flags(parser)
     flags.running_flags(parser)
     flags.output_flags(parser, project="image-classification")

@@ -91,11 +91,12 @@ def test_kept_features_on_the_gpu_train_as_recomputed_ones(tmp_path):
 
 
 def test_augmentation_on_the_gpu_equals_the_cpus():
+    from harness.cli.flags import AUGMENTS
     from harness.counters import generator
     from harness.data.batches import Views
 
     images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
-    for word in ("basic", "autoaugment", "randaugment", "trivialaugment"):
+    for word in AUGMENTS:
         views = Views(32, (0.5,) * 3, (0.25,) * 3, augment=word, padding=4, flip_prob=0.5,
                       erasing=0.25, ops=2, magnitude=9)  # fmt: skip
         draw = views.draw(64, generator(0, "views", 0))

@@ -28,6 +28,7 @@ FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pil
 METRICS = ("loss", "acc", "top5", "balanced_acc", "macro_f1", "ece", "auroc", "ap")
 IMBALANCE = ("none", "logit_adjustment", "class_weights", "balanced", "sqrt")
 
+OPTIMIZERS = ("sgd", "adamw")  # of both training scripts
 AUGMENTS = ("none", "basic", "autoaugment", "randaugment", "trivialaugment")
 
 
@@ -338,7 +339,7 @@ def transfer_flags(parser):
     )
 
 
-def optimization_flags(parser, optimizers=("sgd", "adamw")):
+def optimization_flags(parser, optimizers=OPTIMIZERS):
     g = parser.add_argument_group("optimization")
     add(
         g,
@@ -765,8 +766,8 @@ def output_flags(parser, project):
         commas=True,
         type=metric_names,
         metavar="NAME,NAME,…",
-        help="what evaluations compute besides loss and acc: top5, balanced_acc, "
-        "macro_f1, ece, auroc, ap (average precision)",
+        help=f"what evaluations compute besides loss and acc: {', '.join(METRICS[2:])} (ap: average "
+        "precision)",
     )
     add(
         g,

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import smallruns
+from harness.cli.flags import AUGMENTS
 from harness.data.batches import Views
 from harness.data.pixels import decode_image
 from harness.errors import UserError
@@ -112,7 +113,7 @@ def test_recipes(script, tmp_path):
 @FEW
 @given(
     st.integers(1, 60), st.integers(1, 60), st.integers(4, 40), st.sampled_from(["L", "RGB", "P"]),
-    st.sampled_from(["none", "basic", "randaugment", "trivialaugment", "autoaugment"]),
+    st.sampled_from(AUGMENTS),
     st.sampled_from([0.0, 0.3]), st.integers(0, 5), st.integers(1, 5),
 )  # fmt: skip
 def test_image_shapes(width, height, size, mode, augment, crop_scale, padding, n):
