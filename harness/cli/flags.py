@@ -766,7 +766,7 @@ def output_flags(parser, project):
         commas=True,
         type=metric_names,
         metavar="NAME,NAME,…",
-        help=f"what evaluations compute besides loss and acc: {', '.join(METRICS[2:])} (ap: average "
+        help=f"what evaluations compute besides loss and acc: {', '.join(METRICS[2:])} (average "
         "precision)",
     )
     add(
