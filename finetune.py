@@ -169,7 +169,8 @@ def main(args):
         "trained_parameters": staging.trained_parameters(model, stages),
         **({"probe": {"accuracy": probe.accuracy, "of": probe.source}} if probe else {}),
     }
-    summary = run.finish(predict, facts, report=report_writer(opening, splits, args.slice_by))
+    report = report_writer(opening, splits, args.slice_by)
+    summary = run.finish(predict, facts, report=report, before=opening.seconds)
     accelerator.print(plan.closing(summary, opening.folder, run.record.tracking.line))
 
 

@@ -160,8 +160,8 @@ def main(args):
     summary = run.finish(
         lambda role: evaluate_result(role, whole=True),
         tta=tta_views and (lambda role: evaluate_result(role, tta_views)),
-        report=report_writer(opening, splits, args.slice_by),
-    )
+        report=report_writer(opening, splits, args.slice_by), before=opening.seconds,
+    )  # fmt: skip
     accelerator.print(plan.closing(summary, opening.folder, run.record.tracking.line))
 
 

@@ -29,7 +29,6 @@ import json
 import math
 import re
 import shlex
-import shutil
 import signal
 import statistics
 import sys
@@ -93,8 +92,6 @@ def main(argv=None, finish=finish_run):
             continue
         print(f"{count} of {len(plan)}: {folder.name}", flush=True)
         finish("train.py", folder, words, args.config_file)
-        if (folder / "summary.json").exists():  # not so with --stop_after
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         show(args, groups)
     show(args, groups)
 

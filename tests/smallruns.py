@@ -37,6 +37,7 @@ SMALL = {
     "threads": 1,
     "report_to": "none",
     "run_name": "run",
+    "keep_checkpoints": "all",
 }
 
 

@@ -802,6 +802,15 @@ def output_flags(parser, project):
     add(g, "max_checkpoints", operational=True, default=2, help="newest ones kept")
     add(
         g,
+        "keep_checkpoints",
+        operational=True,
+        choices=("final", "all"),
+        default="final",
+        help="once the run is finished and its result is on the disk. final: the result alone; "
+        "all: the newest checkpoints, too",
+    )
+    add(
+        g,
         "resume_from_checkpoint",
         one_command=True,
         metavar="auto|PATH",

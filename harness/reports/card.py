@@ -10,7 +10,7 @@ import json
 from harness.cli.tables import escaped
 from harness.files import has_file, replace_file
 from harness.models.trained import where
-from harness.reports.sections import class_table, interval, percent
+from harness.reports.sections import class_table, energy, interval, percent
 
 SAID = (
     "weights", "strategy", "epochs", "batch_size", "optimizer", "lr", "augment", "mixup_alpha",
@@ -103,12 +103,12 @@ def _recipe_words(trained, summary):
     return f"{words}. {values}.{_energy_words(summary.get('energy'))}"
 
 
-def _energy_words(energy):
-    """energy: {"cpu": joules, "gpu": joules}, or None where no counter could be read."""
-    if not energy:
+def _energy_words(used):
+    """used: {"cpu": joules, "gpu": joules}, or None where no counter could be read."""
+    if not used:
         return ""
     names = {"cpu": "its CPU packages", "gpu": "the GPUs of this run"}
-    parts = [f"{joules / 3600:,.1f} Wh by {names[key]}" for key, joules in energy.items()]
+    parts = [f"{energy(joules)} by {names[key]}" for key, joules in used.items()]
     return f" Energy of training, whatever else ran there included: {' and '.join(parts)}."
 
 

@@ -13,7 +13,7 @@ from harness.errors import shortened
 from harness.files import replace_file
 from harness.metrics import METRICS
 from harness.reports.card import read_reports
-from harness.reports.sections import interval, percent
+from harness.reports.sections import energy, interval, percent
 from harness.reports.training import headline
 
 FILE = "report.html"
@@ -60,7 +60,7 @@ def write_page(folder, trained, maps=None):
             if values.get(key) is not None
         ],
         rows=rows[:MOST_ROWS], titles=dict(CHARTS), pictures=pictures, percent=percent,
-        interval=interval, shortened=shortened,
+        interval=interval, shortened=shortened, energy=energy,
     )  # fmt: skip
     replace_file(folder / FILE, text.encode())
 

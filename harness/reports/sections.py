@@ -31,6 +31,11 @@ def interval(pair):
     return "-" if pair is None else f"{percent(pair[0])}–{percent(pair[1])}"
 
 
+def energy(joules) -> str:
+    """360 as "360 J", 7200 as "2.0 Wh"."""
+    return f"{joules:,.0f} J" if joules < 3600 else f"{joules / 3600:,.1f} Wh"
+
+
 def class_table(rows) -> str:
     """rows: of harness.reports.classes.by_class; the lowest accuracy first."""
     scored = sorted((r for r in rows if r["images"]), key=lambda row: row["accuracy"])

@@ -142,6 +142,9 @@ def check_folder(args, script):
     taken = bool(mark) and not mark.get("clearing") and (folder / "config.yaml").exists()
     _check_writable(args, folder)
     asked = args.resume_from_checkpoint
+    if taken and asked == "auto" and is_finished(folder) and not args.overwrite:
+        _check_finished(folder, args)
+        return folder
     if asked not in (None, "auto") and folder.resolve() == Path(asked).resolve():
         raise UserError(
             f"--resume_from_checkpoint {asked} is the run's folder: give auto for its newest "
@@ -159,6 +162,43 @@ def check_folder(args, script):
             "replace it with --overwrite, or choose another --run_name"
         )
     return folder
+
+
+def _check_finished(folder, args):
+    """Raise UserError where a finished run lacks its result, or had other flags than these."""
+    for name in ("model.safetensors", "config.json", "summary.json"):
+        if not (folder / name).exists():
+            raise UserError(
+                f"{folder} is of a finished run, and {name} is not there any more: bring it back, "
+                "or start anew with --overwrite"
+            )
+    before = yaml.safe_load((folder / "config.yaml").read_bytes())
+    now = yaml.safe_load(flags.to_yaml(args))
+    for name in now.keys() & before.keys() - set(flags.named("operational")):
+        if now[name] != before[name]:
+            raise UserError(
+                f"{folder} is of a finished run with --{name} {before[name]}, here it is "
+                f"{now[name]}: give another --run_name, or replace it with --overwrite"
+            )
+
+
+def is_finished(folder) -> bool:
+    """Whether a run came to its end there and its checkpoints were removed (--keep_checkpoints)."""
+    return "finished" in _read_mark(folder)
+
+
+def keep_result_alone(folder, step):
+    """Put down in the folder's mark that the run is finished, then remove its checkpoints.
+
+    To be called once the result is on the disk. Killed in between, some of them stay.
+    """
+    _write_mark(folder, _read_mark(folder) | {"finished": step})
+    place = folder / "checkpoints"
+    for path in list(place.iterdir()) if place.is_dir() else []:
+        if IN_CHECKPOINTS.fullmatch(path.name):
+            _remove(path)
+    with contextlib.suppress(OSError):  # what no run wrote is in it, or it is a link
+        place.rmdir()
 
 
 def is_cleared(folder) -> bool:
@@ -213,6 +253,7 @@ def claim_folder(folder, args, resumed_step, script, metrics=None, say=print):
         if not mark.get("clearing"):
             check_nothing_lost(folder)
     if resumed_step is None and (args.overwrite or mark.get("clearing")):
+        mark = {key: value for key, value in mark.items() if key != "finished"}
         _write_mark(folder, mark | {"clearing": True})
         _clear(folder, mark)
         mark = mark | {"checkpoint": None}

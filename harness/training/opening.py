@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 from accelerate import Accelerator
 
 from harness.console import one_line
@@ -23,7 +25,7 @@ from harness.reports import card, page
 from harness.reports import training as report
 from harness.reports.slices import check_slices
 from harness.training import plan
-from harness.training.folder import check_folder
+from harness.training.folder import check_folder, is_finished
 from harness.training.imbalance import check_flags
 
 
@@ -38,6 +40,7 @@ class Opening(NamedTuple):
     preprocessing: Preprocessing
     pixels: str  # which store they come from, in words
     stem: str  # as resolved
+    seconds: dict[str, float]  # "start": since this process began; "decoding", once it is done
 
 
 def decode_images(opening, args, shard=False):
@@ -46,12 +49,14 @@ def decode_images(opening, args, shard=False):
     shard: of --shard_store.
     """
     data, preprocessing, accelerator = opening.data, opening.preprocessing, opening.accelerator
+    began = time.perf_counter()
     splits = decode_splits(data, preprocessing, accelerator, shard=shard, verify=args.verify_cache)
     if args.jpeg_decoder == "nvjpeg":
         splits["train"].pixels.on_gpu = True
     if accelerator.is_main_process:
         for line in identical_images(data, preprocessing, splits):
             print(one_line(line), flush=True)
+    opening.seconds["decoding"] = time.perf_counter() - began
     return splits
 
 
@@ -100,6 +105,9 @@ def open_run(args, script) -> Opening:
         args.deterministic,
     )  # fmt: skip
     folder = check_folder(args, script)
+    if args.resume_from_checkpoint == "auto" and not args.overwrite and is_finished(folder):
+        accelerator.print(f"finished     {folder} has its result already: there is nothing to do")
+        raise SystemExit(0)
     # a mistyped name answers before a data set is looked for
     in_turn(accelerator, lambda: find_model(args.model))
     data = plan.load(args, accelerator)
@@ -116,4 +124,7 @@ def open_run(args, script) -> Opening:
         raise UserError(f"--jpeg_decoder nvjpeg wants a CUDA GPU, this is {accelerator.device}")
     preprocessing, pixels = plan.choose_pixels(args, accelerator, data, preprocessing)
     stem = build.resolve_stem(args.model, pretrained.stem or args.stem, preprocessing.size)
-    return Opening(accelerator, machine, folder, data, pretrained, preprocessing, pixels, stem)
+    seconds = {"start": time.time() - psutil.Process().create_time()}
+    return Opening(
+        accelerator, machine, folder, data, pretrained, preprocessing, pixels, stem, seconds
+    )

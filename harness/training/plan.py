@@ -268,6 +268,14 @@ def under_probe(summary):
     )
 
 
+def _parts_of_time(seconds):
+    """What the seconds of a run were, and those before it: {"training": 3.2, …} in words."""
+    words = {name: f"{name} {value:.0f} s" for name, value in seconds.items()}
+    before = ", ".join(words[name] for name in ("start", "decoding") if name in words)
+    during = f"{words['training']}, {words['evaluation']}"
+    return f"{during}; before that {before}" if before else during
+
+
 def closing(summary, folder, tracked):
     """The last lines: what came out, and where it is."""
     split, accuracy = summary["split"], summary["accuracy"]
@@ -285,7 +293,7 @@ def closing(summary, folder, tracked):
         score += f"; epoch {summary['best_epoch']}, the best on {splits['val']:,} val images"
     return (
         f"\n{score} ({summary['weights']} weights) after {summary['steps']:,} steps, "
-        f"{summary['seconds']:.0f} s\n"
+        f"{summary['seconds']:.0f} s ({_parts_of_time(summary['seconds_of'])})\n"
         f"{under_probe(summary)}"
         f"result       {folder}/model.safetensors, config.json, summary.json\n"
         f"curves       {folder}/curves.png, train_batch.png, metrics.jsonl\n"

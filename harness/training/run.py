@@ -25,7 +25,7 @@ from harness.processes import from_each, from_main, on_main
 from harness.training import state
 from harness.training.checkpoint import CheckpointWriter, checkpoints
 from harness.training.energy import EnergyMeter
-from harness.training.folder import note_checkpoint
+from harness.training.folder import keep_result_alone, note_checkpoint
 from harness.training.guard import GONE, STOP, Signals, StepGuard
 from harness.training.record import Record
 from harness.training.result import Result, as_json
@@ -97,6 +97,7 @@ class Run:
         self.say = self.record.say
         self.asked_to_stop = self.signals.number  # over 0 after a signal: for `interruptible` work
         self.step, self.seconds, self.images_per_second = 0, 0.0, 0.0
+        self.evaluation_seconds = 0.0  # of the seconds
         self.scores = {}
         self.nonfinite = self._in_a_row = 0  # steps skipped
         self._stop = 0  # the signal that all processes agreed on
@@ -305,7 +306,9 @@ class Run:
         record = {f"epoch/{name}": epoch[name] for name in names}
         if epoch["epoch"] % self.args.eval_epochs == 0 or self.step == self.length.total:
             self._heed_checks(0)
+            began = time.perf_counter()
             self.scores = scores = self.interruptible(evaluate)
+            self.evaluation_seconds += time.perf_counter() - began
             better = self.result.consider(epoch["epoch"], self.step, scores)
             if better and self.main and self._checkpoint_of == self.step:
                 best = self.result.best, self.result.best_weights
@@ -323,9 +326,10 @@ class Run:
 
     def _checkpoint(self, must):
         """Begin to write one, in the background; wait for it where it must be there."""
+        energy = self.energy.total()
         if self.main:
             self._settle()
-            self._start_checkpoint()
+            self._start_checkpoint(energy)
         if must:
             self._wait_for_checkpoint()
         self._checkpointed, self._checkpoint_of = time.perf_counter(), self.step
@@ -334,7 +338,7 @@ class Run:
         failure = f"the checkpoint of step {self.step} could not be written"
         on_main(self.accelerator, self._writer.wait, failure)
 
-    def _start_checkpoint(self):
+    def _start_checkpoint(self, energy):
         counters = {
             "step": self.step,
             "identity": self.identity,
@@ -347,7 +351,8 @@ class Run:
             "unscored": self.unscored,
             "best": self.result.best,
             "seconds": self.seconds + time.perf_counter() - self._since,
-            "energy": self.energy.total(),
+            "evaluation_seconds": self.evaluation_seconds,
+            "energy": energy,
             "run_id": self.record.tracking.run_id,
             "metrics": self.record.state(),
             "scaler": self.accelerator.scaler and self.accelerator.scaler.state_dict(),
@@ -390,7 +395,7 @@ class Run:
 
     # ---------------------------------------------------------------- the end
 
-    def finish(self, predict, facts=None, tta=None, report=None):
+    def finish(self, predict, facts=None, tta=None, report=None, before=None):
         """Write the result, the summary, the report and the curves; returns the summary.
 
         predict: a function of a split's role -> ({metric: value}, logits) of the weights in the
@@ -398,7 +403,8 @@ class Run:
         scored at the last epoch. facts: what else the summary should say. tta: a function of a
         role -> {metric: value} over several views of each image, for the scored split. report: a
         function (role, logits, logits of val or None) that writes it into the folder, on the main
-        process; role and logits are None where nothing was scored.
+        process; role and logits are None where nothing was scored. before: {"start", "decoding"},
+        seconds that came before the run.
         """
         self.record.bar.close()
         result, best = self.result, self.result.best
@@ -416,7 +422,8 @@ class Run:
             self.module.load_state_dict(weights)
         with result.averaged() if best is None else contextlib.nullcontext():
             final, split, logits, held_out = self._scores_of_result(predict, tta, bool(report))
-        summary = result.summarise(self.accelerator, final, self._facts() | (facts or {}))
+        facts = self._facts(before or {}) | (facts or {})
+        summary = result.summarise(self.accelerator, final, facts)
         if self.main:
             replace_file(self.folder / "summary.json", as_json(summary))
             self.record.draw_curves(self.step)
@@ -428,6 +435,8 @@ class Run:
             tracking.summary({**final, "seconds": self.seconds})
             if self.args.log_model:
                 tracking.log_model(self.folder / "model.safetensors", {"scores": final})
+        if self.args.keep_checkpoints == "final":
+            on_main(self.accelerator, lambda: keep_result_alone(self.folder, self.step))
         self._close(exit_code=0)
         return summary
 
@@ -443,7 +452,9 @@ class Run:
             final |= {f"test/{k}{result.suffix}": v for k, v in scores.items()}
         split = result.scored_split(final)
         if split and tta:
+            began = time.perf_counter()
             scores = self.interruptible(lambda: tta(split))
+            self.evaluation_seconds += time.perf_counter() - began
             final |= {f"{split}/{k}_tta": v for k, v in scores.items()}
             self.seconds += time.perf_counter() - self._since
         if split and reports and logits is None:
@@ -453,12 +464,15 @@ class Run:
             held_out = self.interruptible(lambda: predict("val"))[1]
         return final, split, logits, held_out
 
-    def _facts(self):
+    def _facts(self, before):
+        of_run = self.seconds - self.evaluation_seconds
+        parts = before | {"training": of_run, "evaluation": self.evaluation_seconds}
         return {
             "steps": self.step,
             "nonfinite": self.nonfinite,
             "epochs": self.step / self.length.per_epoch,
             "seconds": round(self.seconds, 3),
+            "seconds_of": {name: round(value, 3) for name, value in parts.items()},
             **({"energy": energy} if (energy := self.energy.total()) else {}),
             "images_per_second": round(self.images_per_second, 1),
         }
@@ -503,6 +517,7 @@ class Run:
         if self.accelerator.scaler and saved["scaler"]:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.step, self.seconds = saved["step"], saved["seconds"]
+        self.evaluation_seconds = saved["evaluation_seconds"]
         self.result.best, self.result.best_weights = saved["best"], tensors.get("best")
         self.scores, self.unscored = saved["scores"], saved["unscored"]
         self._checkpoint_of = self.step

@@ -124,7 +124,7 @@ def check_state(path, saved):
     """
     if isinstance(saved, dict):
         older = {"nonfinite": [0, 0], "threads": [], "unscored": None, "draws": "by batch"}
-        saved = older | {"energy": {}} | saved
+        saved = older | {"energy": {}, "evaluation_seconds": 0.0} | saved
     sums = len(SUMS) + 1
     checks = {
         "step": lambda v: type(v) is int and v >= 0,
@@ -138,6 +138,7 @@ def check_state(path, saved):
         "unscored": lambda v: v is None or list(v) == UNSCORED,
         "best": lambda v: v is None or isinstance(v["scores"], dict),
         "seconds": lambda v: isinstance(v, float) and v >= 0,
+        "evaluation_seconds": lambda v: isinstance(v, float) and v >= 0,
         "energy": lambda v: isinstance(v, dict) and all(isinstance(x, float) for x in v.values()),
     }
     for name, fits in checks.items():

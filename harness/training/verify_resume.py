@@ -41,6 +41,7 @@ def verify_resume(steps, command) -> str:
         command = [
             *command, "--run_name=run", "--report_to=none", "--no_log_model", "--logging_steps=1",
             f"--stop_after={steps}", f"--checkpointing_steps={steps // 2}",
+            "--keep_checkpoints=all",
         ]  # fmt: skip
         straight, killed = (Path(root) / name / "run" for name in ("straight", "killed"))
         middle = killed / "checkpoints" / f"step-{steps // 2:08d}"

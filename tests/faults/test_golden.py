@@ -43,7 +43,7 @@ def test_a_checkpoint_goes_on(version, tmp_path, monkeypatch):
     flags = make_golden.flags_of(version)
     state = json.loads((version / "run/checkpoints/step-00000004/state.json").read_text())
     if packed := state["identity"].get("store"):  # another release of simplejpeg would be refused
-        monkeypatch.setattr(stores, "decoder", lambda: packed["decoder"])
+        monkeypatch.setattr(stores, "decoder", lambda *_: packed["decoder"])
     with make_golden.tiny():
         folder, status = smallruns.train(tmp_path, **flags, resume_from_checkpoint="auto")
     assert status == 0
@@ -78,7 +78,10 @@ def test_a_checkpoint_of_an_older_rule_is_refused(version, asked, tmp_path, caps
 def test_a_checkpoint_of_a_rule_that_is_not_known_yet_is_refused():
     state = make_golden.GOLDEN / "0.2/run/checkpoints/step-00000004/state.json"
     saved = json.loads(state.read_text())
-    assert check_state("there", saved) == {"unscored": None, "energy": {}} | saved
+    assert (
+        check_state("there", saved)
+        == {"unscored": None, "energy": {}, "evaluation_seconds": 0.0} | saved
+    )
     with pytest.raises(UserError, match=r"by moonlight, .* draws it by sample: a newer version"):
         check_state("there", {**saved, "draws": "by moonlight"})
     with pytest.raises(UserError, match="no usable draws"):
