@@ -10,6 +10,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 demo: $(VENV)/demo
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train.py --config recipes/digits.yaml
+	$(BIN)/python predict.py runs/digits --dataset digits --split test
+	$(BIN)/python gradcam.py runs/digits --max_images 8 --method layercam --layer layers.1.1
+	@echo
+	@echo "The report is runs/digits/report.html. To go on with a folder of your own photos, a folder a class:"
+	@echo "  $(BIN)/python finetune.py --strategy auto --dataset PHOTOS --run_name photos --val_fraction 0.2"
+	@echo "  $(BIN)/python predict.py runs/photos NEW_PHOTO.jpg"
+	@echo "  $(BIN)/python gradcam.py runs/photos --images NEW_PHOTO.jpg"
 
 flowers: $(VENV)/demo    # feature extraction, staged, full, from scratch, over seeds: wants a GPU
 	$(BIN)/python benchmarks/transfer.py
@@ -21,7 +28,7 @@ ensemble: $(VENV)/demo   # three architectures on the digits, combined
 	for model in $(MEMBERS); do \
 	  $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train.py \
 	    --config recipes/digits.yaml --model $$model --run_name digits-$$model \
-	    --val_fraction 0.1 --batch_size 32 --epochs 12 --mixup_alpha 0 || exit 1; \
+	    --val_fraction 0.1 --batch_size 32 --epochs 12 --lr 0.05 --mixup_alpha 0 || exit 1; \
 	done
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml ensemble_eval.py \
 	  $(MEMBERS:%=runs/digits-%) --run_name digits-ensemble

@@ -1,7 +1,7 @@
 """Train an image classifier from scratch.
 
 accelerate launch train.py                                        CIFAR-10, ResNet-18, 100 epochs
-accelerate launch train.py --config recipes/digits.yaml           a minute on a laptop
+accelerate launch train.py --config recipes/digits.yaml           ten seconds on a laptop
 accelerate launch --config_file accelerate_configs/multi_gpu.yaml train.py
 accelerate launch train.py --dataset path/to/folder --model resnet50 --epochs 50
 accelerate launch train.py --resume_from_checkpoint auto          continue, bit for bit

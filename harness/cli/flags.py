@@ -88,6 +88,7 @@ def data_flags(parser, dataset):
     add(
         g,
         "dataset",
+        common=True,
         default=dataset,
         help="digits, cifar10, cifar100, flowers102, a Hub id, or a local folder "
         "(parquet, save_to_disk, class folders, or images with a table of labels)",
@@ -148,6 +149,7 @@ def data_flags(parser, dataset):
     add(
         g,
         "val_fraction",
+        common=True,
         data=True,
         default=0.0,
         help="hold out this stratified part of train, keep the epoch that is best on "
@@ -177,7 +179,7 @@ def data_flags(parser, dataset):
         help="the same by what its one group matches in the path of each image, "
         "'/(patient[0-9]+)_'",
     )
-    add(g, "max_train_samples", data=True, help="images; cut for a quick look")
+    add(g, "max_train_samples", common=True, data=True, help="images; cut for a quick look")
     add(g, "max_eval_samples", help="images; cut for a quick look")
     add(
         g,
@@ -231,8 +233,13 @@ def shard_flag(g):
 
 def model_flags(parser, model):
     g = parser.add_argument_group("model")
-    add(g, "model", default=model, help=MODEL)
-    add(g, "image_size", help="pixels a side; unset: the weights' own, else the data set's")
+    add(g, "model", common=True, default=model, help=MODEL)
+    add(
+        g,
+        "image_size",
+        common=True,
+        help="pixels a side; unset: the weights' own, else the data set's",
+    )
     add(
         g,
         "stem",
@@ -243,6 +250,7 @@ def model_flags(parser, model):
     add(
         g,
         "weights",
+        common=True,
         default="none",
         help="none, default, a torchvision weights name or timm tag, "
         "hf-hub:owner/name, a run folder, or a file (FILE:KEY for one of several "
@@ -290,6 +298,7 @@ def transfer_flags(parser):
     add(
         g,
         "strategy",
+        common=True,
         choices=STRATEGIES,
         default="staged",
         help="feature_extraction: a new head on the frozen network; staged: unfrozen "
@@ -300,6 +309,7 @@ def transfer_flags(parser):
     add(
         g,
         "head",
+        common=True,
         choices=("linear", "mlp"),
         default="linear",
         help="mlp: Dropout 0.5, Linear 256, ReLU, Dropout 0.3, Linear",
@@ -344,6 +354,7 @@ def optimization_flags(parser, optimizers=OPTIMIZERS):
     add(
         g,
         "batch_size",
+        common=True,
         default=128,
         help="images one optimizer step sees, over all processes and accumulation",
     )
@@ -354,13 +365,13 @@ def optimization_flags(parser, optimizers=OPTIMIZERS):
         default=1,
         help="parts the batch is cut into on each process; 1: off",
     )
-    add(g, "epochs", default=100, help="passes over train")
+    add(g, "epochs", common=True, default=100, help="passes over train")
     add(g, "max_steps", help="optimizer steps; overrides --epochs")
-    add(g, "optimizer", choices=optimizers, default="sgd", help="update rule")
-    add(g, "lr", default=0.1, help="peak learning rate")
+    add(g, "optimizer", common=True, choices=optimizers, default="sgd", help="update rule")
+    add(g, "lr", common=True, default=0.1, help="peak learning rate")
     add(g, "momentum", default=0.9, help="of sgd and muon; beta1 of adamw")
     add(g, "nesterov", action=Switch, default=True, help="Nesterov momentum of sgd and muon")
-    add(g, "weight_decay", default=5e-4, help="of weights; 0: off")
+    add(g, "weight_decay", common=True, default=5e-4, help="of weights; 0: off")
     add(g, "norm_weight_decay", default=0.0, help="of norms and biases; 0: off")
     add(
         g,
@@ -383,13 +394,22 @@ def optimization_flags(parser, optimizers=OPTIMIZERS):
     add(
         g,
         "ema_decay",
+        common=True,
         default=0.9999,
         help="of the averaged weights; warmed up as min(d, (1+t)/(10+t)); 0: off",
     )
-    add(g, "label_smoothing", stage=True, default=0.1, help="mass spread over all classes; 0: off")
+    add(
+        g,
+        "label_smoothing",
+        common=True,
+        stage=True,
+        default=0.1,
+        help="mass spread over all classes; 0: off",
+    )
     add(
         g,
         "imbalance",
+        common=True,
         stage=True,
         choices=IMBALANCE,
         default="none",
@@ -441,6 +461,7 @@ def augmentation_flags(parser):
     add(
         g,
         "augment",
+        common=True,
         stage=True,
         choices=AUGMENTS,
         default="randaugment",
@@ -458,6 +479,7 @@ def augmentation_flags(parser):
     add(
         g,
         "crop_scale",
+        common=True,
         stage=True,
         default=0.0,
         help="random resized crop of at least this share of the area; 0: the padded crop instead",
@@ -470,9 +492,9 @@ def augmentation_flags(parser):
     )
     add(g, "randaugment_ops", stage=True, default=2, help="operations an image")
     add(g, "randaugment_magnitude", stage=True, default=9, help="strength, 0 to 30")
-    add(g, "random_erasing", stage=True, default=0.25, help="probability; 0: off")
-    add(g, "mixup_alpha", stage=True, default=0.2, help="Beta parameter; 0: off")
-    add(g, "cutmix_alpha", stage=True, default=1.0, help="Beta parameter; 0: off")
+    add(g, "random_erasing", common=True, stage=True, default=0.25, help="probability; 0: off")
+    add(g, "mixup_alpha", common=True, stage=True, default=0.2, help="Beta parameter; 0: off")
+    add(g, "cutmix_alpha", common=True, stage=True, default=1.0, help="Beta parameter; 0: off")
     add(
         g,
         "mix_prob",
@@ -719,6 +741,7 @@ def running_flags(parser, precision=True, trains=True):
         add(
             g,
             "mixed_precision",
+            common=True,
             choices=("auto", "no", "bf16", "fp16"),
             default="auto",
             help="auto: what the launcher says, else bf16 where the device computes it",
@@ -730,20 +753,34 @@ def running_flags(parser, precision=True, trains=True):
         help="CPU threads a process; unset: all cores, shared"
         + (". A resumed run keeps its own" if trains else ""),
     )
-    add(g, "seed", data=True, default=42, help="of everything random")
-    add(g, "dry_run", one_command=True, action=Switch, help="print the plan and stop")
+    add(g, "seed", common=True, data=True, default=42, help="of everything random")
+    add(g, "dry_run", common=True, one_command=True, action=Switch, help="print the plan and stop")
 
 
 def folder_flags(parser, name):
     g = parser.add_argument_group("output")
-    add(g, "output_dir", operational=True, default="runs", help="folder that holds the runs")
-    add(g, "run_name", operational=True, type=run_name, help=f"unset: {name}")
+    add(
+        g,
+        "output_dir",
+        common=True,
+        operational=True,
+        default="runs",
+        help="folder that holds the runs",
+    )
+    add(g, "run_name", common=True, operational=True, type=run_name, help=f"unset: {name}")
     return g
 
 
 def report_flags(parser, project, name="DATASET-MODEL-sSEED"):
     g = folder_flags(parser, name)
-    add(g, "report_to", operational=True, default="wandb", help="wandb,tensorboard or none")
+    add(
+        g,
+        "report_to",
+        common=True,
+        operational=True,
+        default="wandb",
+        help="wandb,tensorboard or none",
+    )
     add(g, "project", operational=True, default=project, help="the trackers' project")
     add(g, "group", operational=True, help="the trackers' group, for runs that belong together")
     return g
@@ -751,7 +788,14 @@ def report_flags(parser, project, name="DATASET-MODEL-sSEED"):
 
 def output_flags(parser, project):
     g = report_flags(parser, project)
-    add(g, "overwrite", one_command=True, action=Switch, help="replace the run of that name")
+    add(
+        g,
+        "overwrite",
+        common=True,
+        one_command=True,
+        action=Switch,
+        help="replace the run of that name",
+    )
     add(g, "log_model", operational=True, action=Switch, help="upload the result as a W&B artifact")
     add(
         g,
@@ -812,6 +856,7 @@ def output_flags(parser, project):
     add(
         g,
         "resume_from_checkpoint",
+        common=True,
         one_command=True,
         metavar="auto|PATH",
         help="auto: continue this run from its newest valid checkpoint, or begin; a "

@@ -90,6 +90,9 @@ def _hint(flag, known):
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=28)
+
     def _get_help_string(self, action):
         if action.default in (None, argparse.SUPPRESS) or isinstance(action, argparse._HelpAction):
             return action.help
@@ -97,20 +100,49 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (default: {default or '%(default)s'})"
 
 
+class _HelpOnRequest(argparse.Action):
+    """--help and --help all."""
+
+    def __init__(self, option_strings, dest, **words):
+        super().__init__(option_strings, dest, default=argparse.SUPPRESS, **words)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(parser.format_help() if values == "all" else parser.short_help(), end="")
+        parser.exit()
+
+
 class Parser(argparse.ArgumentParser):
     """ArgumentParser with `--config FILE.yaml`, dashes or underscores, and one-line errors."""
 
     def __init__(self, description):
         super().__init__(
-            description=description, formatter_class=_Help, allow_abbrev=False, add_help=True
+            description=description, formatter_class=_Help, allow_abbrev=False, add_help=False
         )
+        words = {"nargs": "?", "choices": ("all",), "metavar": "all"}
+        words["help"] = "the flags in common use; all: every flag"
+        self.add_argument("-h", "--help", action=_HelpOnRequest, **words).purposes = {"common"}
         self.where = ""  # the recipe being read, named in errors
         words = {"help": "a recipe: flags as `name: value`; the command line wins"}
-        add(self, "config", one_command=True, metavar="FILE.yaml", **words)
+        add(self, "config", common=True, one_command=True, metavar="FILE.yaml", **words)
 
     def named(self, purpose) -> list[str]:
         """The flags that were added with this purpose (see `add`), in the order of --help."""
         return [action.dest for action in self._actions if purpose in _purposes(action)]
+
+    def short_help(self) -> str:
+        """--help without what few people need, where there are many flags."""
+        rare = [a for a in self._actions if a.option_strings and "common" not in _purposes(a)]
+        rare = rare if len(self._actions) > MANY_FLAGS else []
+        words = [action.help for action in rare]
+        for action in rare:
+            action.help = argparse.SUPPRESS
+        self.usage = "%(prog)s [--flag value …]"
+        text = self.format_help()
+        self.usage = None
+        for action, help in zip(rare, words, strict=True):
+            action.help = help
+        more = f"\n--help all has {len(rare)} more flags.\n" if rare else ""
+        return text + more
 
     def error(self, message):
         message = message.replace("argument ", "", 1)
@@ -298,12 +330,14 @@ def _underscored(word):
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-PURPOSES = ("operational", "one_command", "data", "stage", "commas")
+PURPOSES = ("common", "operational", "one_command", "data", "stage", "commas")
+MANY_FLAGS = 40  # of a script, from which on --help has the common ones alone
 
 
 def add(group, name, type=None, **words):
     """Declare `--name`, a number with its line in BOUNDS where it has one, and what it is for.
 
+    common=True: --help has it, where a script has many; --help all has every flag.
     operational=True: it changes where a run is written and what it tells, never what it computes,
     so that it may differ between a checkpoint and the command that resumes it. one_command=True:
     the same, and config.yaml leaves it out. data=True: it says which images a run sees. stage=True:
@@ -313,7 +347,7 @@ def add(group, name, type=None, **words):
     purposes = {purpose for purpose in PURPOSES if words.pop(purpose, False)}
     purposes |= {"operational"} if "one_command" in purposes else set()
     if type is None and name in BOUNDS and "action" not in words and "choices" not in words:
-        type = BOUNDS[name]
+        type, words["metavar"] = BOUNDS[name], words.get("metavar", "N")
     if type is not None:
         words["type"] = type
     group.add_argument(f"--{name}", **words).purposes = purposes

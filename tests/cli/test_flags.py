@@ -367,7 +367,11 @@ def test_help_answers_at_once_without_torch(script):
     command = [sys.executable, str(ROOT / script), "--help"]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert time.perf_counter() - start < 3 * 1.5
-    assert f"accelerate launch {script}" in run.stdout and "--threads" in run.stdout
+    assert f"accelerate launch {script}" in run.stdout and "--output_dir" in run.stdout
+    assert len(run.stdout.splitlines()) <= 100  # two screens
+    everything = subprocess.run([*command, "all"], capture_output=True, text=True, check=True)
+    for name in declared(build_parser(script)):
+        assert f"--{name}" in everything.stdout or name in ("run", "members", "inputs")
 
     program = """
 import runpy, sys
