@@ -6,7 +6,7 @@ TWO := -n 2 --dist loadfile    # files of tests at a time: most of it waits for 
 MEMBERS := resnet18 googlenet shufflenet_v2_x1_0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo flowers ablate ensemble bench screenshots test test-quick test-sweeps test-faults setup lint clean
+.PHONY: demo flowers ablate ensemble bench pictures screenshots test test-quick test-sweeps test-faults setup lint clean
 
 demo: $(VENV)/demo
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train.py --config recipes/digits.yaml
@@ -32,6 +32,9 @@ ensemble: $(VENV)/demo   # three architectures on the digits, combined
 	done
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml ensemble_eval.py \
 	  $(MEMBERS:%=runs/digits-%) --run_name digits-ensemble
+
+pictures: setup          # the README's picture, from photographs of scikit-image
+	$(BIN)/python benchmarks/pictures.py
 
 screenshots:             # report.html of RUN=runs/x in Debian's Chromium: wide, and as a phone
 	for width in 1200 400; do \
