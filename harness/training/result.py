@@ -8,6 +8,7 @@ import math
 
 import torch
 
+from harness.version import VERSION
 from harness.cli import flags
 from harness.files import DIGEST, replace_file, result_bytes
 from harness.metrics import is_better
@@ -58,6 +59,7 @@ class Result:
                 DIGEST: digest,
                 "weights": self.kind,
                 "flags": flags.to_recipe(self.args),
+                "version": VERSION,
                 "versions": versions(),
             }
             replace_file(self.folder / "model.safetensors", data)
