@@ -65,7 +65,7 @@ def test_the_launcher_knows_every_command():
 
 
 def commands(*scripts):
-    """Parameters (script, argv) of these scripts' commands: the README's, in the sweep the others'."""
+    """Parameters (script, argv) of these scripts' commands; those of docs/ in the sweep."""
     found = {}
     for name in ["README.md", *sorted(PAGES)]:
         for script, words, _ in filter(None, map(words_of, lines_of(PAGES[name]))):

@@ -8,12 +8,12 @@ import math
 
 import torch
 
-from harness.version import VERSION
 from harness.cli import flags
 from harness.files import DIGEST, replace_file, result_bytes
 from harness.metrics import is_better
 from harness.models.weights import clean_state_dict
 from harness.training.folder import git_commit, versions
+from harness.version import VERSION
 
 
 class Result:
