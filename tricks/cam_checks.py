@@ -94,7 +94,7 @@ def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
 
     first, second: (n, ...) of one shape; the result is float64 (n,), in -1 to 1, and nan where a
     map is the same everywhere, as it has no ranks. For the test with randomised weights: maps that
-    hardly change when the weights are drawn anew don't explain what the network learned.
+    hardly change when the weights are random don't explain what the network learned.
 
     >>> trained, drawn = torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[[10.0, 30.0, 20.0]]])
     >>> rank_correlation(trained, drawn)
@@ -113,7 +113,7 @@ def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
 def reinitialized_copy(
     model: nn.Module, generator: torch.Generator, names: Iterable[str] | None = None
 ) -> nn.Module:
-    """A deep copy of a network with weights drawn anew; the model itself is not touched.
+    """A deep copy of a network with random weights; the model itself is not touched.
 
     names: modules and parameters, as in `named_modules` and `named_parameters`, with all in them;
     None for everything. For the cascade of the paper, name more and more from the head down.

@@ -45,7 +45,7 @@ def aps_scores(probabilities: Tensor, uniforms: Tensor | None = None) -> Tensor:
     Sets grow on hard images, so that these are covered about as often as easy ones. Of equally
     likely classes the first goes before the others.
 
-    uniforms: floats (n,) in [0, 1], one u for each image, drawn anew for every image in calibration
+    uniforms: floats (n,) in [0, 1], one u for each image, independent of the others, in calibration
     and prediction: the paper's randomised sets, the smaller ones, which can be empty. None: u = 0,
     sets without chance: the likeliest classes until their mass exceeds the threshold. They are
     never empty, and cover more than asked for where the likeliest class alone is right so often.

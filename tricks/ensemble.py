@@ -1,7 +1,7 @@
 """Combine the predictions of several networks into one.
 
 Logits are (members, samples, classes), float of any precision; what comes back is computed in
-float64. Where only probabilities are at hand, their logarithms are logits.
+float64. Where there are only probabilities, their logarithms are logits.
 
 Averages and votes: Hansen and Salamon, "Neural Network Ensembles", 1990,
 https://doi.org/10.1109/34.58871

@@ -38,7 +38,7 @@ def bootstrap_interval(
     resamples: int = 10_000,
     generator: torch.Generator | None = None,
 ) -> tuple[float, float]:
-    """The percentile bootstrap interval of a mean: what it is if the samples are drawn anew.
+    """The percentile bootstrap interval of a mean: what it is if the samples are drawn again.
 
     values: (samples,), bool or float; `correct` gives the interval of the accuracy. Where all are
     -1, 0 or 1, the distribution of the mean is known (for 0 and 1 Binomial(n, p) / n), and its

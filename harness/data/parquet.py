@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 from pathlib import Path
@@ -13,6 +14,8 @@ from harness.data.formats import open_image
 from harness.data.listing import counted, few
 from harness.errors import UserError
 from harness.files import is_lfs_pointer
+
+LARGE = 2**30  # bytes of parquet, which take more than seconds to read
 
 
 def load_parquet(folder, config, tree, files, image_column=None):
@@ -44,13 +47,31 @@ def load_parquet(folder, config, tree, files, image_column=None):
     elif not any(map(holds_image, (folder / file for file in files))) and tree.total:
         return None
     elif card.get("dataset_info") and not tree.total:  # it may say the classes
-        return _with_images(dict(datasets.load_dataset(str(folder))), image_column), []
+        with _bars_if_large([folder / file for file in files]):
+            return _with_images(dict(datasets.load_dataset(str(folder))), image_column), []
     else:
         splits = parquet_splits(files)
     named = {split: [str(folder / file) for file in its] for split, its in splits.items()}
-    loaded = dict(datasets.load_dataset("parquet", data_files=named))
+    with _bars_if_large([Path(file) for its in named.values() for file in its]):
+        loaded = dict(datasets.load_dataset("parquet", data_files=named))
     beside = [f"{counted(tree.total, 'image')} beside the parquet files"] if tree.total else []
     return _with_images(loaded, image_column), beside
+
+
+@contextlib.contextmanager
+def _bars_if_large(files):
+    """Progress bars of `datasets`, which call local files downloads, only where it takes long."""
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    size = sum(file.stat().st_size for file in files if file.exists())
+    if size < LARGE:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def parquet_files(tree) -> list[str]:

@@ -410,8 +410,8 @@ def check(args, network, cam, random, pictures, images, classes, maps):
     """What --check measures of one class (n,) of each picture, for every method: a dict each.
 
     AUC of deletion (low is good) and insertion (high is good), of the map and of a random one; the
-    rank correlation with the map of a network drawn anew (near 0 is good); the share of heat in the
-    region, and the region's share of the image.
+    rank correlation with the map of a network with random weights (near 0 is good); the share of
+    heat in the region, and the region's share of the image.
     """
     classes, device = classes.to(images.device), images.device
     size = network.preprocessing.size

@@ -184,7 +184,7 @@ def _given(args):
 
 
 def augmentation(args):
-    """What is drawn anew for every image, in words."""
+    """What is drawn for every image in every epoch, in words."""
     words = [args.augment]
     if args.augment != "none" and args.crop_scale:
         words += [f"random resized crop from {args.crop_scale:.0%}"]

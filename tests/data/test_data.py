@@ -115,6 +115,12 @@ def test_every_kind_of_folder(kind, tmp_path):
         assert found == {start + i: label for i, label in enumerate(labels)}
 
 
+def test_local_files_are_no_downloads(tmp_path, capfd):
+    folder = make_folder("parquet", tmp_path / "named")
+    load_data(str(folder))
+    assert "Downloading" not in capfd.readouterr().err and datasets.is_progress_bar_enabled()
+
+
 def test_class_folders_may_have_the_names_of_splits(tmp_path):
     for name in ("dev", "val"):
         (tmp_path / "set" / name).mkdir(parents=True)
