@@ -81,24 +81,24 @@ def find_network(args) -> Network:
         return Network(
             trained.name, load_model(trained), trained.preprocessing, trained.classes, trained
         )
-    found = find_weights(args.weights or "default", args.model)
-    if found.state is None:
+    weights = find_weights(args.weights or "default", args.model)
+    if weights.state is None:
         raise UserError("--weights none: a network that has learned nothing has nothing to show")
-    preprocessing, words = found.preprocessing, found.origin
+    preprocessing, origin = weights.preprocessing, weights.origin
     if preprocessing is None:
-        preprocessing, words = (
+        preprocessing, origin = (
             ASSUMED,
             "assumed to be ImageNet's: nothing says how the weights want images",
         )
     preprocessing = preprocessing._replace(**given(args))
-    number = classes_of(found, args)
-    classes = found.classes or [str(k) for k in range(number)]
+    number = classes_of(weights, args)
+    classes = weights.classes or [str(k) for k in range(number)]
     if len(classes) != number:
-        raise UserError(f"{found.label}: {len(classes)} names of classes, and a head of {number}")
-    model = build_model(args.model, number, image_size=preprocessing.size, stem=found.stem)
-    loaded = load_pretrained(model, found, found.classes, args.weights_by_order)
+        raise UserError(f"{weights.label}: {len(classes)} names of classes, and a head of {number}")
+    model = build_model(args.model, number, image_size=preprocessing.size, stem=weights.stem)
+    loaded = load_pretrained(model, weights, weights.classes, args.weights_by_order)
     if loaded.head_is_new:
-        raise UserError(f"{found.label} has no head to explain: {loaded.text}")
+        raise UserError(f"{weights.label} has no head to explain: {loaded.text}")
     name = args.model.removeprefix(PREFIX).replace("/", "-")
     return Network(
         name,
@@ -106,17 +106,17 @@ def find_network(args) -> Network:
         preprocessing,
         classes,
         None,
-        f"{loaded.text}; images: {words}{as_given(args)}",
+        f"{loaded.text}; images: {origin}{as_given(args)}",
     )
 
 
-def classes_of(found, args):
+def classes_of(weights, args):
     """How many classes the head of some weights has; UserError where they have none."""
     names = [name for name, _ in heads(skeleton(find_model(args.model)))]
-    states = [value for key, value in found.state.items() if key == f"{names[0]}.weight"]
-    states = [list(found.state.values())[-1]] if args.weights_by_order else states
+    states = [value for key, value in weights.state.items() if key == f"{names[0]}.weight"]
+    states = [list(weights.state.values())[-1]] if args.weights_by_order else states
     if not states:
-        raise UserError(f"{found.label} has no head ({names[0]}): its classes are not known")
+        raise UserError(f"{weights.label} has no head ({names[0]}): its classes are not known")
     return len(states[0])
 
 
@@ -164,11 +164,13 @@ def find_pictures(args, network, accelerator) -> list[Picture]:
     if args.images:
         files = find_files(args.images, "--images ")[: args.max_images]
         depth = network.run and network.run.recipes[0].get("bit_depth")
-        found = [_picture(file, network.preprocessing, depth, args.skip_bad, say) for file in files]
-        found = [picture for picture in found if picture]
-        if not found:
+        pictures = [
+            _picture(file, network.preprocessing, depth, args.skip_bad, say) for file in files
+        ]
+        pictures = [picture for picture in pictures if picture]
+        if not pictures:
             raise UserError("none of the images could be read")
-        return _numbered(found)
+        return _numbered(pictures)
     if not network.run:
         raise UserError("--model needs --images: it was not trained on a data set that is known")
     flags = data_flags(
@@ -186,25 +188,25 @@ def find_pictures(args, network, accelerator) -> list[Picture]:
             f"--region_column {args.region_column}: there is no such column"
             f"{nearest(args.region_column, split.dataset.features)}"
         )
-    wanted = args.indices
-    if wanted and max(wanted) >= len(split):
-        raise UserError(f"--indices {max(wanted)}: split '{role}' has {len(split):,} images")
+    numbers = args.indices
+    if numbers and max(numbers) >= len(split):
+        raise UserError(f"--indices {max(numbers)}: split '{role}' has {len(split):,} images")
 
     def picture(k):
         return _row_picture(
             split, int(k), role, data.image_column, args, network.preprocessing, say
         )
 
-    if not wanted:  # one process chooses: another device might see a close call otherwise
-        wanted = from_main(
+    if not numbers:  # one process chooses: another device might see a close call otherwise
+        numbers = from_main(
             accelerator,
             lambda: _right_and_wrong(args, network, accelerator.device, len(split), picture),
         )
-    found = [one for one in map(picture, wanted) if one]
-    if not found:
+    pictures = [found for found in map(picture, numbers) if found]
+    if not pictures:
         kind = f"is {args.only}" if args.only else "could be read"
         raise UserError(f"no image of split '{role}' {kind}")
-    return _numbered(found)
+    return _numbered(pictures)
 
 
 def _numbered(pictures):
@@ -279,22 +281,22 @@ def _right_and_wrong(args, network, device, total, picture):
     number = min(args.max_images or SHOWN, total)
     kinds = (args.only,) if args.only in ("right", "wrong") else ("right", "wrong")
     share = -(-number // len(kinds))
-    found = {kind: [] for kind in kinds}
+    numbers = {kind: [] for kind in kinds}
     order = torch.randperm(total, generator=generator(args.seed, "cams")).tolist()
     for start in range(0, total, LOOKED_THROUGH):
-        some = [(k, picture(k)) for k in order[start : start + LOOKED_THROUGH]]
-        some = [(k, one) for k, one in some if one]
-        predicted = predict(network, [one for _, one in some], device).argmax(1).tolist()
-        for (k, one), label in zip(some, predicted, strict=True):
-            kind = "right" if label == one.true else "wrong"
-            if kind in found:
-                found[kind].append(k)
-        if all(len(ones) >= share for ones in found.values()):
+        batch = [(k, picture(k)) for k in order[start : start + LOOKED_THROUGH]]
+        batch = [(k, found) for k, found in batch if found]
+        predicted = predict(network, [found for _, found in batch], device).argmax(1).tolist()
+        for (k, found), label in zip(batch, predicted, strict=True):
+            kind = "right" if label == found.true else "wrong"
+            if kind in numbers:
+                numbers[kind].append(k)
+        if all(len(those) >= share for those in numbers.values()):
             break
     if len(kinds) == 1:
-        return found[kinds[0]][:number]
-    wrong = found["wrong"][: max(number // 2, number - len(found["right"]))]
-    return found["right"][: number - len(wrong)] + wrong
+        return numbers[kinds[0]][:number]
+    wrong = numbers["wrong"][: max(number // 2, number - len(numbers["right"]))]
+    return numbers["right"][: number - len(wrong)] + wrong
 
 
 def to_input(network, pictures, device):
@@ -322,23 +324,25 @@ def targets_of(args, network, pictures):
 
     Raises UserError for a class that is not known, and for the true one where nobody knows it.
     """
-    classes, known = network.classes, all(picture.true is not None for picture in pictures)
-    if (args.contrast or args.target == "true") and not known:
+    classes, all_known = network.classes, all(picture.true is not None for picture in pictures)
+    if (args.contrast or args.target == "true") and not all_known:
         raise UserError(
             "the true class of these images is not known: --target predicted, or a name"
         )
 
-    def true(some):
-        return torch.tensor([picture.true for picture in some]).unsqueeze(1)
+    def true(batch):
+        return torch.tensor([picture.true for picture in batch]).unsqueeze(1)
 
     if args.all_classes:
-        return lambda found, some: torch.arange(len(classes)).repeat(len(found), 1)
+        return lambda probabilities, batch: torch.arange(len(classes)).repeat(len(probabilities), 1)
     if args.contrast:
-        return lambda found, some: torch.cat([true(some), found.argmax(1, keepdim=True)], dim=1)
+        return lambda probabilities, batch: torch.cat(
+            [true(batch), probabilities.argmax(1, keepdim=True)], dim=1
+        )
     if args.target == "predicted":
-        return lambda found, some: found.argmax(1, keepdim=True)
+        return lambda probabilities, batch: probabilities.argmax(1, keepdim=True)
     if args.target == "true":
-        return lambda found, some: true(some)
+        return lambda probabilities, batch: true(batch)
     if args.target in classes:
         number = classes.index(args.target)
     elif re.fullmatch(r"\d+", args.target) and int(args.target) < len(classes):
@@ -347,7 +351,7 @@ def targets_of(args, network, pictures):
         near = None if args.target.isdecimal() else nearest(args.target, classes)
         hint = near or f" (numbers are 0 to {len(classes) - 1})"
         raise UserError(f'--target: no class is called "{args.target}"{hint}')
-    return lambda found, some: torch.full((len(found), 1), number)
+    return lambda probabilities, batch: torch.full((len(probabilities), 1), number)
 
 
 class Explained(NamedTuple):
@@ -369,23 +373,23 @@ def explain(args, network, pictures, classes_of, methods, device, bar):
     try:
         with GradCam(network.model, args.layer) as cam:
             for start in range(0, len(pictures), BATCH):
-                some = pictures[start : start + BATCH]
-                images = to_input(network, some, device)
-                probabilities = predict(network, some, device)
-                classes = classes_of(probabilities, some)
-                seen = cam(images, classes.to(device), methods)
-                maps = {method: of_all.cpu() for method, of_all in seen.maps.items()}
-                checks = [{} for _ in some]
+                batch = pictures[start : start + BATCH]
+                images = to_input(network, batch, device)
+                probabilities = predict(network, batch, device)
+                classes = classes_of(probabilities, batch)
+                cams = cam(images, classes.to(device), methods)
+                maps = {method: of_all.cpu() for method, of_all in cams.maps.items()}
+                checks = [{} for _ in batch]
                 if args.check:
                     random = random or reinitialized_copy(
                         network.model, generator(args.seed, "randomised")
                     )
                     checked = probabilities.argmax(1) if args.all_classes else classes[:, 0]
-                    place = (classes == checked.unsqueeze(1)).int().argmax(1)
-                    of_one = {m: maps[m][torch.arange(len(some)), place] for m in methods}
-                    checks = check(args, network, cam, random, some, images, checked, of_one)
+                    column = (classes == checked.unsqueeze(1)).int().argmax(1)
+                    of_one = {m: maps[m][torch.arange(len(batch)), column] for m in methods}
+                    checks = check(args, network, cam, random, batch, images, checked, of_one)
                 parts.append((probabilities, classes, maps, checks))
-                bar.update(len(some))
+                bar.update(len(batch))
             layer = cam.layer
     except UserError:
         raise
@@ -396,8 +400,8 @@ def explain(args, network, pictures, classes_of, methods, device, bar):
     probabilities, classes, maps, checks = zip(*parts, strict=True)
     return Explained(
         layer, torch.cat(probabilities), torch.cat(classes),
-        {method: torch.cat([some[method] for some in maps]) for method in methods},
-        [one for some in checks for one in some],
+        {method: torch.cat([batch[method] for batch in maps]) for method in methods},
+        [values for batch in checks for values in batch],
     )  # fmt: skip
 
 
@@ -429,26 +433,26 @@ def check(args, network, cam, random, pictures, images, classes, maps):
     ]
     by_chance = areas(torch.stack(noise))
     methods = list(maps)
-    with GradCam(random, cam.layer) as other:
-        drawn = other(images, classes, methods).maps
-    found = [{} for _ in pictures]
+    with GradCam(random, cam.layer) as random_cam:
+        random_maps = random_cam(images, classes, methods).maps
+    checks = [{} for _ in pictures]
     for method in methods:
         heat = heat_of(maps[method], size)
-        own = areas(heat)
-        alike = rank_correlation(maps[method], drawn[method].cpu()).tolist()
+        by_map = areas(heat)
+        correlations = rank_correlation(maps[method], random_maps[method].cpu()).tolist()
         for k, picture in enumerate(pictures):
-            found[k][method] = {
-                "deletion": own[0][k],
+            checks[k][method] = {
+                "deletion": by_map[0][k],
                 "deletion_random": by_chance[0][k],
-                "insertion": own[1][k],
+                "insertion": by_map[1][k],
                 "insertion_random": by_chance[1][k],
-                "randomised": alike[k] if alike[k] == alike[k] else None,
+                "randomised": correlations[k] if correlations[k] == correlations[k] else None,
             }
             if picture.region is not None:
                 share = heat_in_mask(heat[k : k + 1], picture.region.unsqueeze(0)).item()
                 area = picture.region.double().mean().item()
-                found[k][method] |= {"heat_in_region": share, "region": area}
-    return found
+                checks[k][method] |= {"heat_in_region": share, "region": area}
+    return checks
 
 
 def merged(parts, number):
@@ -456,12 +460,12 @@ def merged(parts, number):
     parts = [part for part in parts if part]
     processes = len(parts)
     order = [k for rank in range(processes) for k in range(rank, number, processes)]
-    place = torch.tensor(order).argsort()
+    index = torch.tensor(order).argsort()
     checks = [one for part in parts for one in part.checks]
     return Explained(
         parts[0].layer,
-        torch.cat([part.probabilities for part in parts])[place],
-        torch.cat([part.classes for part in parts])[place],
-        {m: torch.cat([part.maps[m] for part in parts])[place] for m in parts[0].maps},
-        [checks[k] for k in place.tolist()],
+        torch.cat([part.probabilities for part in parts])[index],
+        torch.cat([part.classes for part in parts])[index],
+        {m: torch.cat([part.maps[m] for part in parts])[index] for m in parts[0].maps},
+        [checks[k] for k in index.tolist()],
     )
