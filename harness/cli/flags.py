@@ -105,10 +105,11 @@ def data_flags(parser, dataset):
     add(
         g,
         "label_pattern",
+        common=True,
         data=True,
         metavar="REGEX",
         help="the class is what its one group matches in the path of each image, "
-        "relative to --dataset: '/(cat|dog)[.]' for train/cat.0.jpg",
+        "under --dataset: '/(cat|dog)[.]' for cat.0.jpg and train/cat.0.jpg",
     )
     add(
         g,
@@ -253,8 +254,8 @@ def model_flags(parser, model):
         common=True,
         default="none",
         help="none, default, a torchvision weights name or timm tag, "
-        "hf-hub:owner/name, a run folder, or a file (FILE:KEY for one of several "
-        "states)",
+        "hf-hub:owner/name, a folder (of a run, or as timm has it), or a file (FILE:KEY for one of "
+        "several states)",
     )
     loading_flags(g)
     add(

@@ -21,6 +21,7 @@ from harness.data.listing import (
     class_key,
     counted,
     few,
+    search_path,
 )
 from harness.errors import UserError
 
@@ -255,15 +256,31 @@ def _tell_odd_classes(listing, parent, classes):
         listing.notes.append(f"no image that can be read in {few(empty)}: not a class")
 
 
+MOST_WORDS = 8  # that file names begin with, for a pattern that names them
+
+
 def other_ways(tree):
     """What to do where folders do not say the classes, with the table that may."""
     top = [tree, *tree.folders]
     tables = [f"{f.path}/{name}".lstrip("/") for f in top for name in f.tables]
     there = f" ({'there is' if len(tables) == 1 else 'there are'} {few(tables)})" if tables else ""
+    names = [name for folder in tree.walk() for name in folder.images]
+    pattern = _pattern_of(names)
+    example = f"'{pattern}' here" if pattern else "'/(cat|dog)[.]'"
     return (
-        "Where file names hold the class, --label_pattern reads it from them, as "
-        f"'/(cat|dog)[.]' does; where a table does, --labels FILE{there}"
+        f"Where file names hold the class, --label_pattern reads it from them, as {example}; "
+        f"where a table does, --labels FILE{there}"
     )
+
+
+def _pattern_of(names):
+    """A --label_pattern for file names that begin with few words, as cat.0.jpg; "" for others."""
+    words = Counter(match[0] for name in names if (match := re.match(r"[^\W\d_]+", name)))
+    if not 1 < len(words) <= MOST_WORDS or sum(words.values()) < len(names):
+        return ""
+    if min(words.values()) < 2:
+        return ""
+    return f"/({'|'.join(sorted(words))})[^/a-zA-Z]"
 
 
 def _no_classes(root, tree):
@@ -295,7 +312,7 @@ def read_pattern(root, tree, pattern) -> Listing:
     listing = Listing({}, "folders of the splits", f"from file names by {pattern}")
     splits = split_images(tree)
     for split, images in splits.items():
-        found = [regex.search(class_key(path)) for path in images.paths]
+        found = [search_path(regex, path) for path in images.paths]
         labels = [match and match[1] and class_key(match[1]) for match in found]
         matched = np.array([bool(label) for label in labels])
         if not matched.any():
@@ -316,7 +333,9 @@ def read_pattern(root, tree, pattern) -> Listing:
         listing.splits[split] = images.where(matched)
     if "train" not in listing.splits:
         example = few(splits["train"].paths if "train" in splits else (), 1)
-        raise UserError(f"--label_pattern {pattern} matches no image of train: {example}")
+        raise UserError(
+            f"--label_pattern {pattern} matches no train image's path under {root}: {example}"
+        )
     return listing
 
 

@@ -297,6 +297,14 @@ def class_key(name) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def search_path(regex, path):
+    """The match of a compiled pattern in a relative path, or in it with a slash in front.
+
+    So that '/(cat|dog)[.]' fits train/cat.0.jpg, and cat.0.jpg too.
+    """
+    return regex.search(class_key(path)) or regex.search(f"/{class_key(path)}")
+
+
 def find_files(paths, flag="") -> list[Path]:
     """Files, the images in folders, and what patterns match, in order and once each.
 

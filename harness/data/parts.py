@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from harness.counters import generator
-from harness.data.listing import class_key, counted, few
+from harness.data.listing import class_key, counted, few, search_path
 from harness.errors import UserError, nearest
 
 
@@ -119,9 +119,9 @@ def _paths(split, image_column, root, flag):
 
 
 def _matched(paths, pattern):
-    values = []
+    values, regex = [], re.compile(class_key(pattern))
     for path in paths:
-        match = re.search(class_key(pattern), class_key(path))
+        match = search_path(regex, path)
         if not match:
             raise UserError(f"--group_pattern {pattern} matches nothing in {path}")
         values.append(match[1])

@@ -21,6 +21,7 @@ from harness.data.stores import evaluation_image
 from harness.errors import UserError, nearest
 from harness.hub import PREFIX
 from harness.models.build import build_model, skeleton
+from harness.models.calibration import read_calibration
 from harness.models.heads import heads
 from harness.models.names import find_model
 from harness.models.trained import check_classes, data_flags, load_model, read_trained
@@ -57,6 +58,7 @@ class Network(NamedTuple):
     classes: list[str]
     run: object  # harness.models.trained.Trained, or None
     words: str = ""  # of a network that is no run's: its weights, and how it wants images
+    temperature: float = 1.0  # of its probabilities
 
 
 class Picture(NamedTuple):
@@ -78,9 +80,11 @@ def find_network(args) -> Network:
         raise UserError("give the folder of a trained run, or --model and --images")
     if args.run:
         trained = read_trained(args.run)
+        fitted = read_calibration(trained)
         return Network(
-            trained.name, load_model(trained), trained.preprocessing, trained.classes, trained
-        )
+            trained.name, load_model(trained), trained.preprocessing, trained.classes, trained,
+            temperature=fitted["temperature"] if fitted else 1.0,
+        )  # fmt: skip
     weights = find_weights(args.weights or "default", args.model)
     if weights.state is None:
         raise UserError("--weights none: a network that has learned nothing has nothing to show")
@@ -313,7 +317,7 @@ def predict(network, pictures, device):
         logits = network.model(to_input(network, pictures, device)).float()
     if not logits.isfinite().all():
         raise UserError(f"{network.name} gives logits that are not finite: its weights are damaged")
-    return logits.softmax(1).cpu()
+    return (logits / network.temperature).softmax(1).cpu()
 
 
 # -- maps ----------------------------------------------------------------------------------------

@@ -25,9 +25,10 @@ TRACKED = 64  # images in the trackers' table
 def plan(args, network, pictures, methods, machine) -> str:
     """What is about to happen, a fact a line."""
     preprocessing, note = network.preprocessing, network.run and network.run.note
+    calibrated = f"temperature {network.temperature:.3f}" if network.temperature != 1 else ""
     rows = {
         "network": f"{network.name}, {preprocessing.size} px, {len(network.classes)} classes"
-        + "".join(f"; {words}" for words in (network.words, note) if words),
+        + "".join(f"; {words}" for words in (network.words, calibrated, note) if words),
         "images": f"{len(pictures)}, {pictures[0].source} to {pictures[-1].source}",
         "methods": ", ".join(methods),
         "device": f"{machine['device']}, {machine['threads']} CPU threads a process; maps in fp32",
@@ -72,10 +73,7 @@ def write(args, accelerator, folder, network, pictures, found, colour):
     replace_file(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
     replace_file(folder / "report.md", _markdown(escaped(report), layer).encode())
     replace_file(folder / "config.yaml", flags.to_yaml(args))
-    if network.run and has_file(network.run.folder / page.FILE):
-        run, maps = network.run, folder / "sheet.png"
-        lost = f"the maps are not in {run.folder}/{page.FILE}"
-        add_to_folder(run, lambda: page.write_page(run.folder, run, maps), lost)
+    also = _shown_in_page(args, network.run, folder)
     tracking = Tracking(
         accelerator, parse_report_to(args.report_to), folder=folder, project=args.project,
         name=folder.name, group=args.group, job_type="gradcam", tags=[network.name],
@@ -90,10 +88,18 @@ def write(args, accelerator, folder, network, pictures, found, colour):
             print(f"{'no heat':<12} {row['source']}: {method} is zero everywhere")
     for method, words in _summary_words(summary).items():
         print(f"{method:<12} {words}")
-    print(
-        f"report       {folder}/sheet.png, panels/, maps.safetensors, report.md, report.json\n"
-        f"tracked run  {tracking.line}"
-    )
+    files = "sheet.png, panels/, maps.safetensors, report.md, report.json"
+    print(f"report       {folder}/{files}{also}\ntracked run  {tracking.line}")
+
+
+def _shown_in_page(args, run, folder):
+    """Put the maps into the report.html of the run whose data set they are of; words about it."""
+    if not run or args.images or not has_file(run.folder / page.FILE):
+        return ""
+    file, maps = run.folder / page.FILE, folder / "sheet.png"
+    lost = f"the maps are not in {file}"
+    add_to_folder(run, lambda: page.write_page(run.folder, run, maps), lost)
+    return f"; {file} shows them"
 
 
 def _row(k, network, picture, found):

@@ -12,6 +12,8 @@ from harness.files import has_file, replace_file
 from harness.models.trained import where
 from harness.reports.sections import class_table, energy, interval, percent
 
+SPLITS = {"val": "validation", "test": "test"}  # as the Hub calls them
+MIXING = ("mixup_alpha", "cutmix_alpha")
 SAID = (
     "weights", "strategy", "epochs", "batch_size", "optimizer", "lr", "augment", "mixup_alpha",
     "cutmix_alpha", "label_smoothing", "imbalance", "ema_decay", "seed",
@@ -62,7 +64,8 @@ def _metadata(trained, kind, licence, report):
     results = [
         EvalResult(
             task_type="image-classification", dataset_type="image-folder", dataset_name=dataset,
-            dataset_split=report["scored"]["split"], metric_type=name,
+            dataset_split=SPLITS.get(report["scored"]["role"], report["scored"]["split"]),
+            metric_type=name,
             metric_value=round(report["metrics"][key], 6),
         )
         for name, key in (("accuracy", "acc"), ("f1", "macro_f1"))
@@ -84,9 +87,10 @@ def _score_words(report):
     if not report:
         return "It was not evaluated: no images were held out."
     metrics, scored = report["metrics"], report["scored"]
+    chosen = ", by which the epoch was chosen," if scored["role"] == "val" else ""
     return (
-        f"**{percent(metrics['acc'])} %** of {scored['images']:,} {scored['role']} images are "
-        f"right (95 % interval {interval(report['interval'])}); balanced accuracy "
+        f"**{percent(metrics['acc'])} %** of {scored['images']:,} {scored['role']} images{chosen} "
+        f"are right (95 % interval {interval(report['interval'])}); balanced accuracy "
         f"{percent(metrics['balanced_acc'])} %, macro F1 {percent(metrics['macro_f1'])} %."
     )
 
@@ -99,7 +103,10 @@ def _recipe_words(trained, summary):
         words += f", {splits.get('train', 0):,} images"
     if summary.get("steps"):
         words += f", {summary['steps']:,} steps, {summary['seconds']:,.0f} s"
-    values = ", ".join(f"`{key} {flags[key]}`" for key in SAID if flags.get(key) is not None)
+    idle = () if flags.get("mix_prob", 1) else MIXING
+    values = ", ".join(
+        f"`{key} {flags[key]}`" for key in SAID if flags.get(key) is not None and key not in idle
+    )
     return f"{words}. {values}.{_energy_words(summary.get('energy'))}"
 
 

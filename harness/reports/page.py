@@ -57,7 +57,7 @@ def write_page(folder, trained, maps=None):
         metrics=[
             (metric.title, metric.text.format(values[key]))
             for key, metric in sorted(METRICS.items(), key=lambda item: item[0] != "acc")
-            if values.get(key) is not None
+            if values.get(key) is not None and not (key == "top5" and len(trained.classes) <= 5)
         ],
         rows=rows[:MOST_ROWS], titles=dict(CHARTS), pictures=pictures, percent=percent,
         interval=interval, shortened=shortened, energy=energy,

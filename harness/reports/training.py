@@ -79,7 +79,7 @@ def facts(
             by: slices(by, split, samples, image_column, right) for by in slice_by or ()
         },
         "mistakes": mistakes(
-            probabilities, predicted, labels, stored_rows(split), classes,
+            answers, predicted, labels, stored_rows(split), classes,
             lambda wrong: file_paths(split, image_column, wrong),
         ),
         "confusion": matrix.tolist() if len(classes) <= MATRIX else None,
@@ -113,8 +113,9 @@ def write(folder, report, samples):
 def headline(report) -> str:
     """The outcome in a sentence or two."""
     scored, accuracy = report["scored"], report["metrics"]["acc"]
+    chosen = ", by which the epoch was chosen," if scored["role"] == "val" else ""
     words = (
-        f"{percent(accuracy)} % of {scored['images']:,} {scored['role']} images are right "
+        f"{percent(accuracy)} % of {scored['images']:,} {scored['role']} images{chosen} are right "
         f"({interval(report['interval'])}), balanced accuracy "
         f"{percent(report['metrics']['balanced_acc'])} %."
     )
@@ -138,6 +139,7 @@ def markdown(report) -> str:
     scores = [
         (METRICS[key].title, "-" if value is None else METRICS[key].text.format(value))
         for key, value in report["metrics"].items()
+        if not (key == "top5" and len(report["by_class"]) <= 5)
     ]
     parts = [
         f"# {report['name']}",
@@ -157,7 +159,8 @@ def markdown(report) -> str:
         "![Reliability](reliability.png)",
         "## Mistakes",
         f"{report['wrong']:,} images are wrong; mistakes.csv has all of them, those first that the "
-        "network is surest of: what is labelled wrongly is often among the first."
+        "network is surest of: what is labelled wrongly is often among the first. Probabilities "
+        f"are {'after the temperature' if report.get('calibration') else 'as they are'}."
         if report["wrong"]
         else "",
         mistake_words(report["mistakes"]),

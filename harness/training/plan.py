@@ -112,7 +112,7 @@ def describe_run(args, machine, data, model, preprocessing, total, rows):
     machine: words of make_accelerator, and "weights". preprocessing: Preprocessing. total: steps.
     rows: {name: words} that only the script knows, with its "lr".
     """
-    per_epoch = len(data.train) // args.batch_size
+    per_epoch, rest = divmod(len(data.train), args.batch_size)
     about = build.describe(model)
     network = find_model(args.model)
     accumulation = args.gradient_accumulation_steps
@@ -137,7 +137,7 @@ def describe_run(args, machine, data, model, preprocessing, total, rows):
         + f"head {about['head']}; "
         + machine["weights"],
         "steps": f"{total:,} = {total / per_epoch:.4g} epochs of {per_epoch}"
-        + f" ({len(data.train) % args.batch_size} images an epoch don't fill a batch)",
+        + (f" ({rest} images an epoch don't fill a batch)" if rest else ""),
         "batch": f"{args.batch_size} = {processes} processes × {accumulation} accumulation"
         + f" × {part}",
         **rows,

@@ -56,6 +56,7 @@ class Record:
             config=flags.to_recipe(args), run_id=run_id,
         )  # fmt: skip
         self.say(f"tracking     {self.tracking.line}")
+        self._began = step, time.perf_counter()
         self.bar = tqdm(
             total=total, initial=step, unit="step", dynamic_ncols=True,
             disable=not (self.main and sys.stderr.isatty()),
@@ -76,8 +77,16 @@ class Record:
         """`add` for steps of training, with their mean loss on the bar or, now and then, a line."""
         self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if self.bar.disable and time.perf_counter() - self._said > SIGN_OF_LIFE:
-            self.say(f"step {step:>6} of {self.bar.total}  loss {loss:.4f}")
+            self.say(f"step {step:>6} of {self.bar.total}  loss {loss:.4f}  {self._left(step)}")
         return self.add(record, step)
+
+    def _left(self, step):
+        """How long the rest will take if it goes on as since `start`, in words."""
+        first, began = self._began
+        if step <= first:
+            return ""
+        seconds = (time.perf_counter() - began) / (step - first) * (self.bar.total - step)
+        return f"about {seconds / 60:,.0f} min left" if seconds >= 90 else f"{seconds:.0f} s left"
 
     def say_epoch(self, epoch, step, scores, sizes, seconds):
         """The line of an epoch. epoch: as in `state.UNSCORED`. sizes: {split: images}."""

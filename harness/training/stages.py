@@ -57,7 +57,10 @@ def choose_strategy(accuracy, classes, images):
     if skill >= good:
         why = f"the frozen features tell the classes apart ({numbers} ≥ {good}{few})"
         return "feature_extraction", why
-    return "full", f"the frozen features leave something to learn ({numbers} < {good}{few})"
+    return "full", (
+        f"the frozen features leave something to learn ({numbers} < {good}{few}; --strategy "
+        "feature_extraction takes seconds and stays about there)"
+    )
 
 
 def make_stages(args, strategy, model, blocks, per_epoch, pretrained):

@@ -1,6 +1,7 @@
 """Folders of images: every layout, what is left out, and what is refused, in a tree made here."""
 
 import os
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -242,10 +243,28 @@ def test_a_pattern_reads_the_class(tmp_path):
     assert any(t.startswith("2 images of test1/, which are unlabelled") for t in left_out)
     for pattern, words in (
         ("cat|dog", "has 0 groups"), ("(a)(b)", "has 2 groups"), ("(", "--label_pattern"),
-        ("/(zebra)", "under half"), ("/(cow)", "matches no image of train"),
+        ("/(zebra)", "under half"), ("/(cow)", "matches no train image's path under"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=words):
             load_images(tmp_path, label_pattern=pattern)
+
+
+def test_a_flat_folder_is_refused_with_a_pattern_that_reads_it(tmp_path):
+    make(tmp_path, "cat.*3.jpg", "dog_*2.jpg")
+    with pytest.raises(UserError, match="--label_pattern reads it from them") as refused:
+        load_images(tmp_path)
+    (pattern,) = re.findall(r"as '(/[^']+)' here", str(refused.value))
+    assert pattern == "/(cat|dog)[^/a-zA-Z]"
+    for regex in (pattern, "(cat|dog)[._]", "/(cat|dog)", "^(cat|dog)"):
+        counts, _, _ = found(tmp_path, label_pattern=regex)
+        assert counts == {"train": {"cat": 3, "dog": 2}}
+
+
+@pytest.mark.parametrize("names", [["a.*9.jpg"], ["1.jpg", "2.jpg"], [f"{c}.jpg" for c in "abcd"]])
+def test_no_pattern_is_made_up_where_names_say_nothing(tmp_path, names):
+    make(tmp_path, *names)
+    with pytest.raises(UserError, match=r"as '/\(cat\|dog\)\[\.\]'"):
+        load_images(tmp_path)
 
 
 # -- formats -------------------------------------------------------------------------------------

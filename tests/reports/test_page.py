@@ -95,6 +95,11 @@ def test_gradcam_adds_its_maps_and_a_folder_of_an_older_version_is_left_alone(ru
     smallruns.run("gradcam", words)
     page = page_of(copy)
     assert len(page.addresses) == before + 1 and "Class activation maps" in page.text
+    photo = tmp_path / "mine.png"  # somebody's photograph is no part of the run's report
+    Image.new("RGB", (20, 20)).save(photo)
+    page_before = (copy / FILE).read_bytes()
+    smallruns.run("gradcam", [*words[:1], *words[2:], f"--images={photo}"])
+    assert (copy / FILE).read_bytes() == page_before
     (copy / FILE).unlink()
     smallruns.run("gradcam", words)
     assert not (copy / FILE).exists()
