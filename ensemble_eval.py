@@ -100,7 +100,8 @@ def main(args):
         results += combinations.combined_results(
             names, logits, labels, args.seed, average=args.average, weights=weights
         )
-        results += combinations.soup_results(groups, soups.logits, names, labels, args.seed)
+        own = results[: len(members)]
+        results += combinations.soup_results(groups, soups.logits, own, labels, args.seed)
     if not accelerator.is_main_process:
         return
     if images.fitted:  # each member's own temperature, for predict.py and exports

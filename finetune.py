@@ -112,7 +112,7 @@ def main(args):
 
     initialised = "a linear probe of the features" if from_probe else f"init {initialised}"
     machine = opening.machine | {"weights": f"{loaded.text}; what is new: {initialised}"}
-    rows = {"prepared": plan.preprocessing_from(args, pretrained), "pixels": opening.pixels}
+    rows = {"prepared": plan.preprocessing_from(args, pretrained, data), "pixels": opening.pixels}
     rows |= {"strategy": f"{strategy}: {reason}", "lr": f"{args.optimizer}: see the stages"}
     if seen := from_local_main(accelerator, lambda: seen_before(pretrained.recipes, data)):
         rows["note"] = (

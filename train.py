@@ -86,7 +86,7 @@ def main(args):
     warmup = min(round(args.warmup_epochs * len(data.train) / args.batch_size), total // 2)
 
     machine = opening.machine | {"weights": f"init {initialised}; {loaded.text}"}
-    rows = {"prepared": plan.preprocessing_from(args, pretrained), "pixels": opening.pixels}
+    rows = {"prepared": plan.preprocessing_from(args, pretrained, data), "pixels": opening.pixels}
     rows |= {"lr": plan.rates(args, len(data.train), total, warmup)}
     accelerator.print(plan.describe_run(args, machine, data, model, preprocessing, total, rows))
     if args.dry_run:

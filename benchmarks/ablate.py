@@ -85,7 +85,7 @@ def main(argv=None, finish=finish_run):
     ]
     refuse_clashes(plan, passed_on)
     commands = [(folder, command(args, flags, passed_on)) for folder, flags in plan]
-    for folder, words in commands:
+    for folder, words in [] if args.show else commands:
         refuse_other_flags(folder, words)
     for count, (folder, words) in enumerate(commands, start=1):
         if args.show or (folder / "summary.json").exists():
@@ -245,12 +245,14 @@ def compare(base, runs):
     """A row's figures, of the summaries {seed: summary} of the base and of the variant.
 
     Accuracies and differences in points, time as a ratio; None for what is not known, an
-    interval from one pair, say.
+    interval from one pair, or from equal differences, say.
     """
     accuracies = [100 * run["accuracy"] for run in runs.values()]
     pairs = [seed for seed in runs if seed in base]
     differences = [100 * (runs[seed]["accuracy"] - base[seed]["accuracy"]) for seed in pairs]
-    low, high = t_interval(differences) if len(pairs) > 1 else (None, None)
+    # equal differences, of a few images each, happen with two seeds: an interval without width
+    varies = len(set(differences)) > 1
+    low, high = t_interval(differences) if varies else (None, None)
     ratios = [
         runs[seed]["seconds"] / base[seed]["seconds"]
         for seed in pairs
@@ -264,7 +266,7 @@ def compare(base, runs):
         "difference": statistics.mean(differences) if pairs else None,
         "low": low,
         "high": high,
-        "excludes_0": len(pairs) > 1 and (low > 0 or high < 0),
+        "excludes_0": low is not None and (low > 0 or high < 0),
         "seconds": statistics.median(run["seconds"] for run in runs.values()),
         "time": statistics.median(ratios) if ratios else None,
         "time_min": min(ratios, default=None),
@@ -387,7 +389,10 @@ def notes(tables, summaries):
         f"{images:,} {split} images: the sampling error of one accuracy is up to {error:.2f} "
         "points (one s.d.); the intervals are of seeds on these very images and leave it out"
     )
-    yield "time: training seconds; below the base as a ratio, seed by seed, median (min–max)"
+    yield (
+        "time: seconds of training and evaluation; of the rows below the base the ratio to it, "
+        "seed by seed, median (min–max)"
+    )
     if len({run["weights"] for run in summaries}) > 1:
         yield "accuracy is that of the averaged weights where EMA is on, elsewhere of the raw ones"
 

@@ -206,12 +206,15 @@ def _computes_bf16(cpu):
 
 
 def _set_threads(threads):
-    """Give each process on this machine its share of the cores, whatever the launcher exported."""
+    """Give each process on this machine its share of the cores; OMP_NUM_THREADS may say fewer.
+
+    The launcher exports 1 where it was told nothing, which does not count.
+    """
     if threads is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         exported = int(os.environ.get("OMP_NUM_THREADS", 0) or 0)
         share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        threads = max(1, min(exported, cores) if exported > 1 else share)
+        threads = max(1, min(exported, share) if exported > 1 else share)
     torch.set_num_threads(threads)
     return threads
 

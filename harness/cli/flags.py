@@ -20,7 +20,8 @@ STRATEGIES = ("feature_extraction", "staged", "full", "auto")
 NAME_BYTES = 255  # of a file or a folder, on every file system in use
 
 MODEL = (
-    "a classifier of torchvision or timm (timm/NAME.TAG where both have it), or hf-hub:owner/name"
+    "a classifier of torchvision or timm (timm/NAME.TAG where both have it), hf-hub:owner/name, or "
+    "fastnet and fastnet_small, for small images"
 )
 
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's
@@ -181,7 +182,7 @@ def data_flags(parser, dataset):
         "'/(patient[0-9]+)_'",
     )
     add(g, "max_train_samples", common=True, data=True, help="images; cut for a quick look")
-    add(g, "max_eval_samples", help="images; cut for a quick look")
+    add(g, "max_eval_samples", common=True, help="the same of val and test")
     add(
         g,
         "pixels",
@@ -372,7 +373,7 @@ def optimization_flags(parser, optimizers=OPTIMIZERS):
     add(g, "lr", common=True, default=0.1, help="peak learning rate")
     add(g, "momentum", default=0.9, help="of sgd and muon; beta1 of adamw")
     add(g, "nesterov", action=Switch, default=True, help="Nesterov momentum of sgd and muon")
-    add(g, "weight_decay", common=True, default=5e-4, help="of weights; 0: off")
+    add(g, "weight_decay", default=5e-4, help="of weights; 0: off")
     add(g, "norm_weight_decay", default=0.0, help="of norms and biases; 0: off")
     add(
         g,
@@ -493,7 +494,7 @@ def augmentation_flags(parser):
     )
     add(g, "randaugment_ops", stage=True, default=2, help="operations an image")
     add(g, "randaugment_magnitude", stage=True, default=9, help="strength, 0 to 30")
-    add(g, "random_erasing", common=True, stage=True, default=0.25, help="probability; 0: off")
+    add(g, "random_erasing", stage=True, default=0.25, help="probability; 0: off")
     add(g, "mixup_alpha", common=True, stage=True, default=0.2, help="Beta parameter; 0: off")
     add(g, "cutmix_alpha", common=True, stage=True, default=1.0, help="Beta parameter; 0: off")
     add(

@@ -99,17 +99,19 @@ def combined_results(
     ]
 
 
-def soup_results(groups, soup, names, labels, seed) -> list[Result]:
+def soup_results(groups, soup, members, labels, seed) -> list[Result]:
     """A uniform and a greedy soup of each group of members that share an architecture.
 
     groups: lists of members' numbers. soup: a function (numbers, role, whole) -> logits
     (n, classes) of the soup of these members for a role's images, averaged over all views (whole)
-    or of the first alone. Making a soup is work that the processes share: all call this.
+    or of the first alone. Making a soup is work that the processes share: all call this. members:
+    their own Results.
 
     A third Result of each group is the "control": its best member, made as a soup of one. What it
-    gains over that member is BatchNorm's doing, and no soup's.
+    gains over that member is BatchNorm's doing, and no soup's. So is a soup for which one member
+    was chosen: it combines nothing, and is a control, too.
     """
-    results = []
+    results, names, truth = [], [member.name for member in members], labels["scored"]
     for group in groups:
 
         def uniform(role, rows, group=group):
@@ -128,16 +130,16 @@ def soup_results(groups, soup, names, labels, seed) -> list[Result]:
         of = f" of {', '.join(names[number] for number in group)}" if len(groups) > 1 else ""
         for word, fit in (("uniform", uniform), ("greedy", greedy)):
             name = f"{word} soup{of}"
-            results.append(_result(name, "combination", labels, fit, predict, seed))
-        truth = labels["scored"]
-        right = [(soup([n], "scored", True).argmax(1) == truth).sum().item() for n in group]
-        best = group[right.index(max(right))]
+            result = _result(name, "combination", labels, fit, predict, seed)
+            alone = all(len(set(chosen)) == 1 for chosen in result.details["soup"])
+            results.append(result._replace(kind="control") if alone else result)
+        best = max(group, key=lambda number: (members[number].labels == truth).sum().item())
 
-        def alone(role, rows, best=best):
+        def itself(role, rows, best=best):
             return [best]
 
         name = f"{names[best]}, as a soup of one"
-        results.append(_result(name, "control", labels, alone, predict, seed))
+        results.append(_result(name, "control", labels, itself, predict, seed))
     return results
 
 

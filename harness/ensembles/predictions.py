@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import time
 
 import torch
@@ -257,7 +258,7 @@ def progress(accelerator, images):
     """A bar over images × views, on one process of each machine."""
     return tqdm(
         total=images, unit=" images", unit_scale=True, delay=1, leave=False, dynamic_ncols=True,
-        disable=not accelerator.is_local_main_process,
+        disable=not (accelerator.is_local_main_process and sys.stderr.isatty()),
     )  # fmt: skip
 
 

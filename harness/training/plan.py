@@ -12,6 +12,7 @@ from harness.data.listing import few
 from harness.data.options import DataOptions
 from harness.data.preprocessing import Preprocessing, as_given, given
 from harness.data.sources import load_data
+from harness.data.stored import IMAGENET_STATISTICS
 from harness.data.stores import choose_store, store_identity
 from harness.models import build
 from harness.models.names import find_model
@@ -98,9 +99,11 @@ def choose_pixels(args, accelerator, data, preprocessing):
     return from_main(accelerator, lambda: choose_store(args, data, preprocessing))
 
 
-def preprocessing_from(args, pretrained):
+def preprocessing_from(args, pretrained, data):
     """Where the preprocessing comes from, in words."""
-    words = pretrained.origin or "the data set's own mean and std"
+    imagenets = (data.mean, data.std) == IMAGENET_STATISTICS
+    own = "ImageNet's mean and std" if imagenets else "the data set's own mean and std"
+    words = pretrained.origin or own
     if pretrained.state and not pretrained.origin:
         words = f"assumed ({words}): nothing beside the weights says how they want images"
     return words + as_given(args)

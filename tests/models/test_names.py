@@ -12,6 +12,7 @@ from huggingface_hub import constants
 
 from harness.cli.bounds import fits
 from harness.data.preprocessing import Preprocessing
+from harness.data.stored import IMAGENET_STATISTICS
 from harness.errors import UserError
 from harness.hub import model_file
 from harness.models import build
@@ -225,17 +226,19 @@ def test_flags_override_and_the_origin_is_said(tmp_path):
     assert plan.choose_preprocessing(args, data, bare) == Preprocessing(
         32, 1.0, "bilinear", data.mean, data.std
     )
-    assert plan.preprocessing_from(args, bare).startswith(
+    assert plan.preprocessing_from(args, bare, data).startswith(
         "assumed (the data set's own mean and std)"
     )
     scratch = find_weights("none", "resnet18")
-    assert plan.preprocessing_from(args, scratch) == "the data set's own mean and std"
+    assert plan.preprocessing_from(args, scratch, data) == "the data set's own mean and std"
+    unknown = types.SimpleNamespace(mean=IMAGENET_STATISTICS[0], std=IMAGENET_STATISTICS[1])
+    assert plan.preprocessing_from(args, scratch, unknown) == "ImageNet's mean and std"
     args = flags(
         image_size=48, crop_pct=0.5, interpolation="bicubic", mean=[0.1] * 3, std=[0.3] * 3
     )
     wanted = Preprocessing(48, 0.5, "bicubic", (0.1,) * 3, (0.3,) * 3)
     assert plan.choose_preprocessing(args, data, bare) == wanted
-    words = plan.preprocessing_from(args, bare)
+    words = plan.preprocessing_from(args, bare, data)
     assert words.endswith("; --crop_pct, --interpolation, --mean, --std as given")
 
 
