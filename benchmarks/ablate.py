@@ -380,7 +380,7 @@ def notes(tables, summaries):
     if tested:
         yield (
             "*: the interval leaves out 0. Where nothing has an effect that still happens to one "
-            f"row in 20: with {tested} rows expect {tested * (1 - CONFIDENCE):.2g} such stars"
+            f"row in 20: of the {tested} tested here expect {tested * (1 - CONFIDENCE):.2g}"
         )
     split = summaries[0]["split"]
     images = summaries[0]["data"]["splits"][split]
