@@ -251,7 +251,7 @@ def compare(base, runs):
     pairs = [seed for seed in runs if seed in base]
     differences = [100 * (runs[seed]["accuracy"] - base[seed]["accuracy"]) for seed in pairs]
     # equal differences, of a few images each, happen with two seeds: an interval without width
-    varies = len(set(differences)) > 1
+    varies = len(pairs) > 1 and max(differences) - min(differences) > 1e-9
     low, high = t_interval(differences) if varies else (None, None)
     ratios = [
         runs[seed]["seconds"] / base[seed]["seconds"]
