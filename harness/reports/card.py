@@ -6,10 +6,10 @@ Its metadata are the Hub's: https://huggingface.co/docs/hub/model-cards
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from harness.cli.tables import escaped
 from harness.files import has_file, replace_file
-from harness.models.trained import where
 from harness.reports.sections import class_table, energy, interval, percent
 
 SPLITS = {"val": "validation", "test": "test"}  # as the Hub calls them
@@ -58,8 +58,7 @@ def _metadata(trained, kind, licence, report):
     """The YAML at the top."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    dataset = str(trained.config.get("dataset") or "unknown")
-    on_hub = "/" in dataset and not dataset.startswith((".", "/"))
+    dataset, on_hub = _dataset(trained)
     weights = str((trained.config.get("flags") or {}).get("weights") or "none")
     results = [
         EvalResult(
@@ -83,6 +82,15 @@ def _metadata(trained, kind, licence, report):
     ).to_yaml()  # fmt: skip
 
 
+def _dataset(trained):
+    """(the data set's name, whether it is an id of the Hub); of a folder not where it lay."""
+    name = str(trained.config.get("dataset") or "unknown")
+    source = str((trained.config.get("data") or {}).get("source") or "")
+    if Path(source).is_absolute() or name.startswith((".", "/", "~")):
+        return Path(name).name or Path(source).name, False
+    return name, "/" in name
+
+
 def _score_words(report):
     if not report:
         return "It was not evaluated: no images were held out."
@@ -97,8 +105,7 @@ def _score_words(report):
 
 def _recipe_words(trained, summary):
     flags = trained.config.get("flags") or {}
-    dataset = where(trained.recipes[0]) or trained.config.get("dataset")
-    words = f"On {dataset}"
+    words = f"On {_dataset(trained)[0]}"
     if splits := (trained.config.get("data") or {}).get("splits"):
         words += f", {splits.get('train', 0):,} images"
     if summary.get("steps"):

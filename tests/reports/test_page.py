@@ -76,6 +76,8 @@ def test_a_run_has_a_card_with_the_hubs_metadata(run):
     (result,) = metadata["model-index"][0]["results"]
     scores = {metric["type"]: metric["value"] for metric in result["metrics"]}
     assert scores["accuracy"] == pytest.approx(report["metrics"]["acc"], abs=1e-6)
+    assert str(smallruns.ROOT) not in text  # where the images lay is nobody's business
+    assert metadata["model-index"][0]["results"][0]["dataset"]["name"] == "digits"
     assert "license" not in metadata and metadata["pipeline_tag"] == "image-classification"
     assert f"predict.py {run}" in text and "--to onnx" in text and "## Limits" in text
 
