@@ -17,6 +17,7 @@ RUN = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redirect", [">&- 2>&-", ">/dev/full 2>/dev/full", "| head -n 1", ""])
 def test_training_goes_on(tmp_path, redirect):
     """With class names that no ASCII terminal has, and one that would clear the screen."""

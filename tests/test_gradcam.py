@@ -56,6 +56,7 @@ def photo(path, size=(40, 30), mode="RGB"):
     return path
 
 
+@pytest.mark.slow
 def test_a_run_gives_a_sheet_of_right_and_wrong_images(resnet18, tmp_path):
     before = (resnet18 / "model.safetensors").read_bytes()
     folder, report, maps = explain(tmp_path, resnet18, layer="layer3")

@@ -98,6 +98,7 @@ def refused(start):
 # --- real starts ---
 
 
+@pytest.mark.slow
 def test_a_plain_launch_uses_every_core_and_the_precision_of_the_device(probe):
     (seen,) = probe()
     assert seen["torch_threads"] == seen["words"]["threads"] == CORES

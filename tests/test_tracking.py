@@ -291,6 +291,7 @@ def test_closed_port_is_offline_at_once(tmp_path, monkeypatch, mode):
     assert seconds < 5
 
 
+@pytest.mark.slow
 def test_silent_server_is_offline_in_time(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:  # connects, and never answers
         online(monkeypatch, f"http://127.0.0.1:{server.getsockname()[1]}")

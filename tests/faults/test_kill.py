@@ -318,6 +318,7 @@ def killed_when_written(root, step):
     scoring.evaluate = faulty.Nth(scoring.evaluate, 2, wait)
 
 
+@pytest.mark.slow
 @pytest.mark.everyday
 def test_an_epochs_checkpoint_is_there_before_its_evaluation(whole, tmp_path):
     """Killed in the second part of the evaluation; what it told is told again."""
@@ -399,6 +400,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "what",
     [

@@ -39,6 +39,7 @@ def test_changed_images_are_named_by_their_split(tmp_path, images):
         smallruns.train(tmp_path, **again)
 
 
+@pytest.mark.slow
 def test_every_script_reads_the_same_folder(tmp_path, images, capsys):
     run, _ = smallruns.train(tmp_path, dataset=images, run_name="a", **FLAGS)
     plan = capsys.readouterr().out

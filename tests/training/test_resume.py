@@ -182,6 +182,7 @@ def test_stopped_where_it_would_stop(tmp_path, capsys):
     assert smallruns.digest(folder) == before
 
 
+@pytest.mark.slow
 def test_all_processes_are_told_of_a_checkpoint_that_is_none(tmp_path):
     run = faulty.start(tmp_path, processes=2, resume_from_checkpoint=tmp_path / "nothing")
     assert run.wait() == [2, 2]

@@ -178,6 +178,7 @@ def test_mcnemar_of_a_million():
     assert mcnemar_exact(*pair(0, 1_280_000, 0, 0)).p == 0.0
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_million_is_the_normal_ones_and_does_not_take_an_odd_transform():
     n = 1_281_167
     values = right(round(0.76 * n), n)
