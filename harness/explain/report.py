@@ -7,13 +7,14 @@ import statistics
 
 from harness.cli import flags
 from harness.cli.tables import escaped, facts, table
-from harness.explain.cams import heat_of
+from harness.explain.cams import heat_of, to_input
 from harness.explain.sheets import Strip, overlay, save_sheet
 from harness.files import file_name, has_file, replace_file, to_bytes
 from harness.models.trained import add_to_folder
 from harness.pictures import drawable
 from harness.reports import page
 from harness.tracking import Tracking, parse_report_to
+from tricks.cam import spatial_layers
 
 DRAWN = 8  # classes of an image with --all_classes
 ON_SHEET = 32  # images
@@ -82,7 +83,7 @@ def write(args, accelerator, folder, network, pictures, found, colour):
     _track(tracking, report, folder)
     print(f"{'layer':<12} {layer.removeprefix('layer ')}")
     if max(report["map_size"]) < COARSE:
-        print(f"{'':<12} coarse maps: an earlier --layer, and --method layercam for it, show more")
+        print(f"{'':<12} coarse maps{_finer_layer(network, pictures[0])}")
     for row in rows:
         for method in row["empty"]:
             print(f"{'no heat':<12} {row['source']}: {method} is zero everywhere")
@@ -90,6 +91,17 @@ def write(args, accelerator, folder, network, pictures, found, colour):
         print(f"{method:<12} {words}")
     files = "sheet.png, panels/, maps.safetensors, report.md, report.json"
     print(f"report       {folder}/{files}{also}\ntracked run  {tracking.line}")
+
+
+def _finer_layer(network, picture):
+    """Words about the last layer with twice as many places a side as are few; "" without one."""
+    images = to_input(network, [picture], next(network.model.parameters()).device)
+    finer = [
+        layer.name
+        for layer in spatial_layers(network.model, images)
+        if min(layer.height, layer.width) >= 2 * COARSE and not layer.is_pool
+    ]
+    return f": --layer {finer[-1]} --method layercam shows more" if finer else ""
 
 
 def _shown_in_page(args, run, folder):
