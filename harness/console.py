@@ -84,3 +84,12 @@ def _drop_what_cannot_be_written(streams):
         except (OSError, ValueError):
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def words_of(text) -> list[str]:
+    """The words of a list with commas, each once.
+
+    >>> words_of("acc, loss,acc")
+    ['acc', 'loss']
+    """
+    return list(dict.fromkeys(word.strip() for word in text.split(",")))

@@ -42,6 +42,11 @@ def shortened(text, most=60):
     return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
 
 
+def first_line(error):
+    """The start of the first line of an error's message; its kind where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def reason_of(error):
     """The kind of an error and the start of its first line."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"

@@ -26,6 +26,7 @@ from accelerate.utils import GradientAccumulationPlugin, set_seed
 from harness.console import printable, steady_output
 from harness.environment import check_environment, is_true, refuse_kind
 from harness.errors import UserError
+from harness.processes import cores
 
 # XLA is the launcher's word for TPUs. Where torch_xla, DeepSpeed and so on are not installed, the
 # launcher itself ends before a script begins
@@ -211,9 +212,8 @@ def _set_threads(threads):
     The launcher exports 1 where it was told nothing, which does not count.
     """
     if threads is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         exported = int(os.environ.get("OMP_NUM_THREADS", 0) or 0)
-        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         threads = max(1, min(exported, share) if exported > 1 else share)
     torch.set_num_threads(threads)
     return threads

@@ -25,6 +25,13 @@ ALONE = SimpleNamespace(  # an accelerator's place, for work that no other proce
 ASK_SECONDS = 5  # how often those who wait for another process's work ask for it
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def on_main(accelerator, action, failure=None):
     """What `action()` gives, on the main process, which does it; None on the others.
 

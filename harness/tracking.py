@@ -21,7 +21,8 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from harness.errors import UserError, nearest
+from harness.console import words_of
+from harness.errors import UserError, nearest, reason_of
 from harness.metrics import METRICS
 
 TRACKERS = ("wandb", "tensorboard")
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 def parse_report_to(value: str) -> list[str]:
     """`"wandb,tensorboard"` -> `["wandb", "tensorboard"]`; `"none"` -> `[]`."""
-    names = list(dict.fromkeys(name.strip().lower() for name in value.split(",")))
+    names = words_of(value.lower())
     if names == ["none"]:
         return []
     for name in names:
@@ -167,7 +168,7 @@ class Tracking:
             self._start(tracker, config)
             _define_metrics(tracker.run)
         except Exception as error:
-            return f"W&B did not start ({_first_line(error)}): not tracked there"
+            return f"W&B did not start ({reason_of(error)}): not tracked there"
         if mode in ("online", "shared"):
             return f"W&B: {tracker.run.url}"
         if mode == "disabled":
@@ -184,7 +185,7 @@ class Tracking:
         try:
             self._start(TensorBoardTracker("tensorboard", folder), config)
         except Exception as error:
-            return f"TensorBoard did not start ({_first_line(error)}): not tracked there"
+            return f"TensorBoard did not start ({reason_of(error)}): not tracked there"
         return f"TensorBoard: `tensorboard --logdir {_short(folder / 'tensorboard')}`"
 
     def _start(self, tracker, config: dict) -> None:
@@ -204,7 +205,7 @@ class Tracking:
                     if tracker.name not in self._warned:
                         self._warned.add(tracker.name)
                         log.warning(
-                            f"{tracker.name}: {_first_line(error)}; training goes on, "
+                            f"{tracker.name}: {reason_of(error)}; training goes on, "
                             "metrics.jsonl is complete, more of this is not shown"
                         )
 
@@ -235,7 +236,7 @@ def decide_wandb_mode() -> tuple[str, str]:
     except TypeError:  # before there was `prompt`
         found = bool(wandb.api.api_key)
     except wandb.Error as error:
-        return "offline", f"credentials not usable: {_first_line(error)}"
+        return "offline", f"credentials not usable: {reason_of(error)}"
     if not found:
         return "offline", "no credentials"
     if not answers(settings.base_url):
@@ -346,10 +347,6 @@ def _finish(tracker, exit_code: int) -> None:
         tracker.run.finish(exit_code=exit_code)  # Accelerate's finish() knows no exit code
     else:
         tracker.finish()
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _short(path: Path) -> str:

@@ -13,6 +13,7 @@ import yaml
 
 from harness.cli.bounds import BOUNDS, MANY, whole
 from harness.cli.parser import Parser, Switch, add
+from harness.console import words_of
 from harness.errors import nearest, shortened
 
 STRATEGIES = ("feature_extraction", "staged", "full", "auto")
@@ -713,14 +714,9 @@ def numbers(text):
     return [BOUNDS["indices"](word) for word in text.split(",")]
 
 
-def names(text):
-    """An argparse type: words with commas, each once."""
-    return list(dict.fromkeys(word.strip() for word in text.split(",")))
-
-
 def metric_names(text):
     """An argparse type: names of METRICS, with commas."""
-    found = names(text)
+    found = words_of(text)
     for name in found:
         if name not in METRICS:
             raise argparse.ArgumentTypeError(
@@ -827,7 +823,7 @@ def output_flags(parser, project):
         "slice_by",
         operational=True,
         commas=True,
-        type=names,
+        type=words_of,
         metavar="NAME,NAME,…",
         help="the report has the accuracy by group: columns of the data set, or "
         "brightness, size, aspect of the images",

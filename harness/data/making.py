@@ -7,7 +7,7 @@ import os
 from filelock import FileLock, Timeout
 
 from harness.errors import UserError
-from harness.processes import from_each, from_local_main
+from harness.processes import cores, from_each, from_local_main
 
 WAIT_SILENTLY_S = 10
 
@@ -118,8 +118,6 @@ def lock_of(file, wait=True):
 
 def threads(processes=1):
     """As many as this process has cores, where that many processes share a machine's."""
-    everywhere = os.cpu_count() or 1
-    if not hasattr(os, "sched_getaffinity"):
-        return -(-everywhere // processes)
-    own = len(os.sched_getaffinity(0))
-    return own if own < everywhere else -(-own // processes)  # else they are dealt out already
+    own = cores()
+    dealt_out = own < (os.cpu_count() or 1)  # already, to each process its own
+    return own if dealt_out else -(-own // processes)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from harness.console import words_of
 from harness.data.sources import Split, cut, load_data, stored_rows
 from harness.ensembles.combinations import LEAST_FITTED
 from harness.errors import UserError
@@ -52,7 +53,7 @@ def read_members(paths):
 
 def view_sets(tta, sizes, seed) -> dict:
     """{kind: {size: list of tricks.tta.View}} of the kinds in `--tta`, and of "none"."""
-    kinds = dict.fromkeys([*(word.strip() for word in tta.split(",")), "none"])
+    kinds = dict.fromkeys([*words_of(tta), "none"])
     try:
         return {kind: {size: tta_views(kind, size, seed) for size in sizes} for kind in kinds}
     except ValueError as error:

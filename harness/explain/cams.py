@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
+from harness.console import words_of
 from harness.counters import generator
 from harness.data.cache import reason_of_image
 from harness.data.listing import find_files
@@ -151,7 +152,7 @@ def check_flags(args):
 
 def known_words(text, known, flag) -> list[str]:
     """The words of a list with commas; UserError, with the nearest, for one that is not known."""
-    words = list(dict.fromkeys(word.strip() for word in text.split(",")))
+    words = words_of(text)
     for word in words:
         if word not in known:
             near = nearest(word, known) or f": there are {', '.join(known)}"

@@ -7,7 +7,7 @@ import shutil
 
 import torch
 
-from harness.errors import UserError
+from harness.errors import UserError, first_line
 from harness.files import replace_file
 from tricks.augment import normalize_batch
 
@@ -34,10 +34,10 @@ def write_timm(trained, folder, logits, pixels):
         with torch.inference_mode():
             theirs = model(normalize_batch(pixels, preprocessing.mean, preprocessing.std))
     except Exception as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"timm can't load {trained.config['architecture']} from this run: {why} (networks of "
-            "timm, and torchvision's ResNets with their standard stem and a linear head, it can)"
+            f"timm can't load {trained.config['architecture']} from this run: {first_line(error)} "
+            "(networks of timm, and torchvision's ResNets with their standard stem and a linear "
+            "head, it can)"
         ) from None
     off = (theirs - logits).abs().max().item()
     if not off < 1e-3:

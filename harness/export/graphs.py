@@ -19,7 +19,7 @@ import warnings
 import torch
 from torch import nn
 
-from harness.errors import UserError
+from harness.errors import UserError, first_line
 
 OPSET = 20
 TOLERANCE = 1e-4  # of a probability, between the export and the run's network, both in fp32
@@ -72,7 +72,7 @@ def write_onnx(classifier, size, path, metadata):
                 dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1)}}, verbose=False,
             )  # fmt: skip
         except Exception as error:
-            raise UserError(f"this network can't be exported: {_first_line(error)}") from error
+            raise UserError(f"this network can't be exported: {first_line(error)}") from error
     proto = program.model_proto
     for name, text in metadata.items():
         entry = proto.metadata_props.add()
@@ -90,7 +90,7 @@ def write_torch(classifier, size, path, metadata):
                 dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1)}},
             )  # fmt: skip
         except Exception as error:
-            raise UserError(f"this network can't be exported: {_first_line(error)}") from error
+            raise UserError(f"this network can't be exported: {first_line(error)}") from error
         torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})
 
 
@@ -183,10 +183,6 @@ def metadata_of(trained, temperature, sample, probabilities) -> dict:
         "sample_input_png_base64": base64.b64encode(file.getvalue()).decode(),
         "sample_output": json.dumps([round(p, 7) for p in probabilities.tolist()]),
     }  # fmt: skip
-
-
-def _first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 @contextlib.contextmanager

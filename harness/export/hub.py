@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 
-from harness.errors import UserError
+from harness.errors import UserError, first_line
 
 FILES = ("model.safetensors", "config.json", "README.md")
 
@@ -38,7 +38,7 @@ def push(folder, name, private=True) -> str:
     except UserError:
         raise
     except Exception as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        why = first_line(error)
         raise UserError(
             f"the Hub did not take {name}: {why}; the folder is whole: hf upload {name} {folder} ."
         ) from None

@@ -223,7 +223,7 @@ def test_ranges(parser, refused, flag, low, high):
         assert f"--{flag}: {outside} is not" in refused(parser.read, [f"--{flag}={outside}"])
 
 
-NO_NUMBERS = (None, flags.run_name, flags.names, flags.metric_names)
+NO_NUMBERS = (None, flags.run_name, flags.words_of, flags.metric_names)
 
 
 def test_no_number_may_be_nan_infinite_or_a_word(parser, refused):
