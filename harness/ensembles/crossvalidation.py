@@ -13,7 +13,7 @@ from harness.data.sources import Split, load_data, stored_rows
 from harness.data.stores import Samples
 from harness.errors import UserError
 from harness.metrics import wilson_interval
-from harness.models.trained import check_classes, data_flags, where
+from harness.models.trained import check_classes, data_flags, dataset_path
 from harness.reports import training as report
 
 # What must be the same in all runs, or their parts would not be those of one split
@@ -72,7 +72,10 @@ def find_folds(members, args) -> list[Fold]:
     for member, data in zip(members, loaded, strict=True):
         check_classes(member, data.classes, data.source)
         own, *before = member.recipes
-        if any("unknown" not in recipe and where(recipe) == where(own) for recipe in before):
+        if any(
+            "unknown" not in recipe and dataset_path(recipe) == dataset_path(own)
+            for recipe in before
+        ):
             raise UserError(
                 f"{member.name} started from a run on the same images, which has seen what this "
                 "one held out"

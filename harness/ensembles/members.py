@@ -11,7 +11,7 @@ from harness.console import words_of
 from harness.data.sources import Split, cut, load_data, stored_rows
 from harness.ensembles.combinations import LEAST_FITTED
 from harness.errors import UserError
-from harness.models.trained import check_classes, data_flags, read_trained, where
+from harness.models.trained import check_classes, data_flags, dataset_path, read_trained
 from tricks.tta import tta_views
 
 COMBINATIONS = {"average", "vote", "weighted", "greedy", "uniform soup", "greedy soup"}
@@ -69,7 +69,7 @@ def find_images(members, args) -> Images:
     is nothing to score, and where a member was trained on images that would be scored.
     """
     own = [member.recipes[0] for member in members]
-    places = {where(recipe) for recipe in own}
+    places = {dataset_path(recipe) for recipe in own}
     if len(places) > 1 and not args.dataset:
         raise UserError(
             f"the members were trained on {' and '.join(sorted(places))}: say with --dataset what "
@@ -78,7 +78,7 @@ def find_images(members, args) -> Images:
     loaded = {}
     trained, held_out = {}, {}  # stored split -> (its data set, labels by row, -1: not seen)
     for recipe in [recipe for member in members for recipe in member.recipes]:
-        if "unknown" in recipe or where(recipe) not in places:
+        if "unknown" in recipe or dataset_path(recipe) not in places:
             continue  # a network that a member came from has seen other images
         flags = data_flags(
             recipe, dataset=args.dataset, image_column=args.image_column,

@@ -111,7 +111,7 @@ def data_flags(recipe, **asked) -> dict:
     flags = {name: recipe[name] for name in DATA_FLAGS if name in recipe}
     if flags.get("test_split") == "none":  # training did without, which is no reason to
         del flags["test_split"]
-    flags |= {"dataset": where(recipe)}
+    flags |= {"dataset": dataset_path(recipe)}
     flags |= {name: value for name, value in asked.items() if value is not None}
     if not flags["dataset"]:
         raise UserError("a run does not say what it was trained on: add --dataset")
@@ -132,7 +132,7 @@ def seen_before(recipes, data) -> int:
     return 0 if data.val is None else int(np.isin(stored_rows(data.val), seen).sum())
 
 
-def where(recipe) -> str:
+def dataset_path(recipe) -> str:
     """The data set of a recipe: its name, or the folder it really was where the name was a path."""
     name, source = recipe.get("dataset", ""), recipe.get("source", "")
     found = name not in BUILT_IN and Path(source).is_absolute() and Path(source).is_dir()
