@@ -280,7 +280,8 @@ def _pattern_of(names):
         return ""
     if min(words.values()) < 2:
         return ""
-    return f"/({'|'.join(sorted(words))})[^/a-zA-Z]"
+    longest_first = sorted(words, key=lambda word: (-len(word), word))
+    return f"/({'|'.join(longest_first)})(?![^\\W\\d_])"
 
 
 def _no_classes(root, tree):

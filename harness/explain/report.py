@@ -106,12 +106,12 @@ def _finer_layer(network, picture):
 
 def _shown_in_page(args, run, folder):
     """Put the maps into the report.html of the run whose data set they are of; words about it."""
-    if not run or args.images or not has_file(run.folder / page.FILE):
+    if not run or args.images or args.dataset or not has_file(run.folder / page.FILE):
         return ""
     file, maps = run.folder / page.FILE, folder / "sheet.png"
     lost = f"the maps are not in {file}"
-    add_to_folder(run, lambda: page.write_page(run.folder, run, maps), lost)
-    return f"; {file} shows them"
+    shown = add_to_folder(run, lambda: page.write_page(run.folder, run, maps), lost)
+    return f"; {file} shows them" if shown else ""
 
 
 def _row(k, network, picture, found):

@@ -95,15 +95,21 @@ def load_model(trained, state=None) -> nn.Module:
 def add_to_folder(trained, write, lost):
     """`write()` into the folder of a finished run, under its lock: a run that goes on there wins.
 
-    A folder that can't be written gets a note on the terminal. lost: what is not there then, in
-    words.
+    Returns whether it is there; where the folder can't be written, or is in use, or has a damaged
+    file, a note on the terminal says so. lost: what is not there then, in words.
     """
     try:
         with open(trained.folder / ".lock", "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             write()
+        return True
+    except BlockingIOError:
+        print(f"note         {lost}: another process is using the folder")
     except OSError as error:
         print(f"note         {lost}: {error.strerror}")
+    except UserError as error:
+        print(f"note         {lost}: {error}")
+    return False
 
 
 def data_flags(recipe, **asked) -> dict:

@@ -6,9 +6,11 @@ Its metadata are the Hub's: https://huggingface.co/docs/hub/model-cards
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 from harness.cli.tables import escaped
+from harness.errors import UserError
 from harness.files import has_file, replace_file
 from harness.reports.sections import class_table, energy, interval, percent
 
@@ -21,9 +23,17 @@ SAID = (
 
 
 def read_reports(folder):
-    """(summary.json, report.json) of a run's folder, {} for what is not there."""
-    files = (folder / "summary.json", folder / "report.json")
-    return [json.loads(file.read_bytes()) if has_file(file) else {} for file in files]
+    """(summary.json, report.json) of a run's folder, {} for what is not there.
+
+    Raises UserError for a file that is damaged.
+    """
+    reports = []
+    for file in (folder / "summary.json", folder / "report.json"):
+        try:
+            reports.append(json.loads(file.read_bytes()) if has_file(file) else {})
+        except ValueError:
+            raise UserError(f"{file} is damaged: it is not JSON") from None
+    return reports
 
 
 def write_card(folder, trained, fitted, kind, licence=None):
@@ -87,7 +97,7 @@ def _dataset(trained):
     name = str(trained.config.get("dataset") or "unknown")
     source = str((trained.config.get("data") or {}).get("source") or "")
     if Path(source).is_absolute() or name.startswith((".", "/", "~")):
-        return Path(name).name or Path(source).name, False
+        return Path(source).name or Path(name).name, False
     return name, "/" in name
 
 
@@ -105,7 +115,7 @@ def _score_words(report):
 
 def _recipe_words(trained, summary):
     flags = trained.config.get("flags") or {}
-    words = f"On {_dataset(trained)[0]}"
+    words = f"On {escaped(_dataset(trained)[0])}"
     if splits := (trained.config.get("data") or {}).get("splits"):
         words += f", {splits.get('train', 0):,} images"
     if summary.get("steps"):
@@ -161,7 +171,7 @@ def _use(folder, trained, kind, temperature):
     if kind == "run" and loads_in_timm(trained.config):
         kind = "run, timm"
     return USE[kind].format(
-        prepare=how_to_prepare(preprocessing), folder=folder.name, path=folder,
+        prepare=how_to_prepare(preprocessing), folder=folder.name, path=shlex.quote(str(folder)),
         mean=list(preprocessing.mean), std=list(preprocessing.std), temperature=temperature,
     )  # fmt: skip
 

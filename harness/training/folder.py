@@ -18,6 +18,7 @@ import yaml
 from harness.cli import flags
 from harness.errors import UserError
 from harness.files import file_name, has_file, replace_file
+from harness.models.reading import load_weights
 from harness.reports import training as report
 from harness.tracking import parse_report_to, require_tensorboard
 from harness.training.checkpoint import checkpoints
@@ -172,10 +173,18 @@ def _check_finished(folder, args):
                 f"{folder} is of a finished run, and {name} is not there any more: bring it back, "
                 "or start anew with --overwrite"
             )
-    before = yaml.safe_load((folder / "config.yaml").read_bytes())
+    load_weights(folder)  # are they what was written?
+    try:
+        before = yaml.safe_load((folder / "config.yaml").read_bytes())
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        before = None
+    if not isinstance(before, dict):
+        raise UserError(f"{folder} is of a finished run whose config.yaml can't be read")
     now = yaml.safe_load(flags.to_yaml(args))
-    for name in now.keys() & before.keys() - set(flags.named("operational")):
-        if now[name] != before[name]:
+    names = now.keys() & before.keys() - {*flags.named("operational"), "mixed_precision"}
+    for name in sorted(names):
+        moved = name == "dataset" and all(os.sep in str(v) for v in (now[name], before[name]))
+        if now[name] != before[name] and not moved:
             raise UserError(
                 f"{folder} is of a finished run with --{name} {before[name]}, here it is "
                 f"{now[name]}: give another --run_name, or replace it with --overwrite"
@@ -190,13 +199,17 @@ def is_finished(folder) -> bool:
 def keep_result_alone(folder, step):
     """Put down in the folder's mark that the run is finished, then remove its checkpoints.
 
-    To be called once the result is on the disk. Killed in between, some of them stay.
+    To be called once the result is on the disk. Killed in between, some of them stay. What can't be
+    removed is named.
     """
     _write_mark(folder, _read_mark(folder) | {"finished": step})
     place = folder / "checkpoints"
     for path in list(place.iterdir()) if place.is_dir() else []:
-        if IN_CHECKPOINTS.fullmatch(path.name):
-            _remove(path)
+        try:
+            if IN_CHECKPOINTS.fullmatch(path.name):
+                _remove(path)
+        except OSError as error:
+            print(f"note         {path} could not be removed: {error.strerror}", flush=True)
     with contextlib.suppress(OSError):  # what no run wrote is in it, or it is a link
         place.rmdir()
 
@@ -237,6 +250,7 @@ def claim_folder(folder, args, resumed_step, script, metrics=None, say=print):
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
     mark = _read_mark(folder) or {"script": script, "written": WRITTEN_BY_RUN, "checkpoint": None}
+    mark = {key: value for key, value in mark.items() if key != "finished"}  # it goes on, or anew
     # A run of an older version wrote fewer files: what has such a name is somebody's own
     for name in set(WRITTEN_BY_RUN) - set(mark.get("written") or WRITTEN_BY_RUN):
         if (folder / name).exists():
@@ -253,7 +267,6 @@ def claim_folder(folder, args, resumed_step, script, metrics=None, say=print):
         if not mark.get("clearing"):
             check_nothing_lost(folder)
     if resumed_step is None and (args.overwrite or mark.get("clearing")):
-        mark = {key: value for key, value in mark.items() if key != "finished"}
         _write_mark(folder, mark | {"clearing": True})
         _clear(folder, mark)
         mark = mark | {"checkpoint": None}

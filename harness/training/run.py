@@ -447,21 +447,21 @@ class Run:
         """
         result, best = self.result, self.result.best
         final, logits = dict(best["scores"] if best else self.scores), None
+        began = time.perf_counter()
         if best is not None and "test" in self.config["data"]["splits"]:
             scores, logits = self.interruptible(lambda: predict("test"))
             final |= {f"test/{k}{result.suffix}": v for k, v in scores.items()}
         split = result.scored_split(final)
         if split and tta:
-            began = time.perf_counter()
             scores = self.interruptible(lambda: tta(split))
-            self.evaluation_seconds += time.perf_counter() - began
             final |= {f"{split}/{k}_tta": v for k, v in scores.items()}
-            self.seconds += time.perf_counter() - self._since
         if split and reports and logits is None:
             logits = self.interruptible(lambda: predict(split))[1]
         held_out = logits if split == "val" else None
         if best is not None and reports and held_out is None:
             held_out = self.interruptible(lambda: predict("val"))[1]
+        took = time.perf_counter() - began
+        self.seconds, self.evaluation_seconds = self.seconds + took, self.evaluation_seconds + took
         return final, split, logits, held_out
 
     def _facts(self, before):

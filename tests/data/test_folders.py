@@ -254,10 +254,19 @@ def test_a_flat_folder_is_refused_with_a_pattern_that_reads_it(tmp_path):
     with pytest.raises(UserError, match="--label_pattern reads it from them") as refused:
         load_images(tmp_path)
     (pattern,) = re.findall(r"as '(/[^']+)' here", str(refused.value))
-    assert pattern == "/(cat|dog)[^/a-zA-Z]"
+    assert pattern == r"/(cat|dog)(?![^\W\d_])"
     for regex in (pattern, "(cat|dog)[._]", "/(cat|dog)", "^(cat|dog)"):
         counts, _, _ = found(tmp_path, label_pattern=regex)
         assert counts == {"train": {"cat": 3, "dog": 2}}
+
+
+def test_the_pattern_tells_words_apart_that_begin_alike(tmp_path):
+    make(tmp_path, "狗*3.png", "狗熊*2.png", "café*4.png", "caf*5.png")
+    with pytest.raises(UserError) as refused:
+        load_images(tmp_path)
+    (pattern,) = re.findall(r"as '(/[^']+)' here", str(refused.value))
+    counts, _, _ = found(tmp_path, label_pattern=pattern)
+    assert counts == {"train": {"狗": 3, "狗熊": 2, "café": 4, "caf": 5}}
 
 
 @pytest.mark.parametrize("names", [["a.*9.jpg"], ["1.jpg", "2.jpg"], [f"{c}.jpg" for c in "abcd"]])

@@ -1,6 +1,7 @@
 """A finished run keeps its result and not its checkpoints, and is not begun again by mistake."""
 
 import hashlib
+import shutil
 
 import pytest
 
@@ -72,6 +73,44 @@ def test_killed_while_checkpoints_go(tmp_path, after, monkeypatch):
     before = contents(tmp_path / "run")
     _, status = smallruns.train(tmp_path, **flags, **AUTO)
     assert status == 0 and contents(tmp_path / "run") == before
+
+
+def test_a_run_that_goes_back_is_not_finished(tmp_path, capsys):
+    flags = FLAGS | {"checkpointing_steps": 2, "max_checkpoints": 9}
+    folder, _ = smallruns.train(tmp_path, **flags, stop_after=6)
+    shutil.copytree(folder / "checkpoints", tmp_path / "kept")
+    smallruns.train(tmp_path, **flags, **AUTO)
+    before = contents(folder)
+    shutil.copytree(tmp_path / "kept", folder / "checkpoints")
+    older = folder / "checkpoints" / "step-00000004"
+    smallruns.train(tmp_path, **flags, resume_from_checkpoint=older, stop_after=5)
+    assert not run_folder.is_finished(folder)
+    smallruns.train(tmp_path, **flags, **AUTO)
+    after = contents(folder)
+    weights = folder / "model.safetensors"
+    assert run_folder.is_finished(folder) and after[weights] == before[weights]
+
+
+def test_damage_is_one_line(finished, tmp_path):
+    good = (finished / "config.yaml").read_bytes()
+    for damage in (b"", b"a: ["):
+        (finished / "config.yaml").write_bytes(damage)
+        with pytest.raises(UserError, match="config.yaml can't be read"):
+            smallruns.train(tmp_path, **FLAGS, **AUTO)
+    (finished / "config.yaml").write_bytes(good)
+    (finished / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"model.safetensors"):
+        smallruns.train(tmp_path, **FLAGS, **AUTO)
+
+
+def test_what_can_not_be_removed_is_named(tmp_path, monkeypatch, capsys):
+    def refuse(path):
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(run_folder, "_remove", refuse)
+    folder, status = smallruns.train(tmp_path, **FLAGS)
+    assert status == 0 and (folder / "summary.json").exists()
+    assert "could not be removed: Operation not permitted" in capsys.readouterr().out
 
 
 def test_what_no_run_wrote_stays(tmp_path):
