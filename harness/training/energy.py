@@ -31,7 +31,7 @@ class EnergyMeter:
         self._cpu = PackageCounters(packages) if packages else None
         self._gpu = _gpu_counter(accelerator.device)
         self._gpu_start = self._gpu() if self._gpu else None
-        self._keys = list(self._before)
+        self._keys = list(self._before)  # first all that may be known, then what can be read
         self._keys = list(self.total())
 
     def _of_process(self):

@@ -157,6 +157,11 @@ def check_folder(args, script):
             f"--resume_from_checkpoint {asked} is not of {folder}, which holds another run: "
             "choose another --run_name, or replace that run with --overwrite"
         )
+    if taken and not asked and not args.overwrite and is_finished(folder):
+        raise UserError(
+            f"{folder} holds a finished run: replace it with --overwrite, or choose another "
+            "--run_name"
+        )
     if taken and not asked and not args.overwrite:
         raise UserError(
             f"{folder} holds a run already: continue it with --resume_from_checkpoint auto, "

@@ -37,7 +37,7 @@ def test_resumed_it_says_so_and_changes_nothing(finished, tmp_path, capsys):
 def test_other_flags_are_another_run(finished, tmp_path):
     with pytest.raises(UserError, match=r"finished run with --epochs 1, here it is 2: give anothe"):
         smallruns.train(tmp_path, **FLAGS | {"epochs": 2}, **AUTO)
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="holds a finished run: replace it with --overwrite"):
         smallruns.train(tmp_path, **FLAGS)
 
 
