@@ -16,7 +16,7 @@ from harness.reports.sections import class_table, energy, interval, percent
 
 SPLITS = {"val": "validation", "test": "test"}  # as the Hub calls them
 MIXING = ("mixup_alpha", "cutmix_alpha")
-SAID = (
+SHOWN_FLAGS = (
     "weights", "strategy", "epochs", "batch_size", "optimizer", "lr", "augment", "mixup_alpha",
     "cutmix_alpha", "label_smoothing", "imbalance", "ema_decay", "seed",
 )  # fmt: skip
@@ -122,7 +122,9 @@ def _recipe_words(trained, summary):
         words += f", {summary['steps']:,} steps, {summary['seconds']:,.0f} s"
     idle = () if flags.get("mix_prob", 1) else MIXING
     values = ", ".join(
-        f"`{key} {flags[key]}`" for key in SAID if flags.get(key) is not None and key not in idle
+        f"`{key} {flags[key]}`"
+        for key in SHOWN_FLAGS
+        if flags.get(key) is not None and key not in idle
     )
     return f"{words}. {values}.{_energy_words(summary.get('energy'))}"
 
