@@ -101,7 +101,7 @@ def phases(data, batch, steps):
     for phase, (owner, name) in PHASES.items():
         replace(owner, name, clocks.around(phase, getattr(owner, name)))
     replace(Run, "count", clocks.around("check (Run.count, sync_step)", Run.count))
-    draw, build = train.draw_mixing, train.models.build_model
+    draw, build = train.draw_mixing, train.build.build_model
 
     def draw_mixing(*args):
         return clocks.around("mix", clocks.around("mix", draw)(*args))
@@ -112,7 +112,7 @@ def phases(data, batch, steps):
         return model
 
     replace(train, "draw_mixing", draw_mixing)
-    replace(train.models, "build_model", build_model)
+    replace(train.build, "build_model", build_model)
     # The rate is set once, before everything else that a step does
     replace(train, "set_lr", clocks.step(train.set_lr))
     with tempfile.TemporaryDirectory() as output:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -200,22 +201,41 @@ def _shares(split, preprocessing, accelerator):
     return deal(split.rows, number)
 
 
-def choose_store(args, data, preprocessing):
+@dataclass(frozen=True)
+class StoreOptions:
+    """Which store of pixels is asked for, and the random crops that it must serve."""
+
+    pixels: str
+    jpeg_decoder: str
+    augment: str
+    crop_scale: float
+    stages: list[dict] | None = None  # of a fine-tune, which may have crops of their own
+
+    def least_crop_scale(self) -> float:
+        """The least share of the area that a random crop takes in any stage; 0 for none."""
+        whole = {"augment": self.augment, "crop_scale": self.crop_scale}
+        stages = [whole, *(whole | stage for stage in self.stages or [])]
+        scales = [stage["crop_scale"] for stage in stages if stage["augment"] != "none"]
+        return min((scale for scale in scales if scale), default=0.0)
+
+
+def choose_store(options, data, preprocessing):
     """(`preprocessing` with the packed_side of the store that is used, what it is and why).
 
-    By `--pixels`; auto: decoded where images are small squares, or where no resized crop is on and
-    the decoded pixels are there already or fit a quarter of the free disk; else packed.
+    options: StoreOptions. By `--pixels`; auto: decoded where images are small squares, or where no
+    resized crop is on and the decoded pixels are there already or fit a quarter of the free disk;
+    else packed.
     """
     splits = [split for split in (data.train, data.val, data.test) if split]
     splits = list({id(split.dataset): split for split in splits}.values())
-    scale = _least_crop_scale(args)
+    scale, jpeg_decoder = options.least_crop_scale(), options.jpeg_decoder
     decoded_files = [
         cached(split.dataset, data.image_column, preprocessing.stored_size,
                preprocessing.interpolation, split.bit_depth)
         for split in splits
     ]  # fmt: skip
     decoded_bytes = sum(len(split.dataset) for split in splits) * 3 * preprocessing.stored_size**2
-    kind, why = args.pixels, "as asked"
+    kind, why = options.pixels, "as asked"
     if kind == "auto" and data.image_size <= SMALL_SQUARE:
         kind, why = "decoded", "the images are small squares"
     elif kind == "auto" and scale:
@@ -226,30 +246,20 @@ def choose_store(args, data, preprocessing):
         if not there and decoded_bytes > MOST_OF_DISK * free:
             kind = "packed"
             why = f"decoded they would take {_in_words(decoded_bytes)} of {_in_words(free)} free"
-    if kind == "decoded" and args.jpeg_decoder != "cpu":
-        raise UserError(f"--jpeg_decoder {args.jpeg_decoder} is for packed pixels, --pixels packed")
+    if kind == "decoded" and jpeg_decoder != "cpu":
+        raise UserError(f"--jpeg_decoder {jpeg_decoder} is for packed pixels, --pixels packed")
     if kind == "decoded":
         words = (
             f"decoded, {_in_words(decoded_bytes)} of squares {preprocessing.stored_size} px a side"
         )
         return preprocessing._replace(packed_side=0), f"{words}: {why}"
-    if args.jpeg_decoder == "nvjpeg":
+    if jpeg_decoder == "nvjpeg":
         why += "; training decodes on the GPU, not the same bits on another version of CUDA"
     side = packed_side(preprocessing.size, preprocessing.stored_size, scale)
     words = f"packed, {_packed_words(splits, data.image_column, side)}"
     return preprocessing._replace(
         packed_side=side
     ), f"{words} of JPEGs, shorter side up to {side} px: {why}"
-
-
-def _least_crop_scale(args):
-    """The least share of the area that a random resized crop takes in any stage; 0 for none."""
-    stages = [
-        vars(args),
-        *({**vars(args), **stage} for stage in getattr(args, "stages", None) or []),
-    ]
-    scales = [stage["crop_scale"] for stage in stages if stage["augment"] != "none"]
-    return min((scale for scale in scales if scale), default=0.0)
 
 
 def _packed_words(splits, image_column, side):

@@ -29,21 +29,21 @@ class Fold(NamedTuple):
     image_column: str
 
 
-def find_folds(members, args) -> list[Fold]:
+def find_folds(members, options) -> list[Fold]:
     """The folds of members that are a cross-validation, in order; [] where they are none.
 
-    They are where each was trained with a --fold, unless `--split test` is asked for, or some are
-    missing and there is a test split to compare them on. Raises UserError for folds that are
-    missing, there twice or of other splits.
+    options: SplitOptions. They are where each was trained with a --fold, unless `--split test` is
+    asked for, or some are missing and there is a test split to compare them on. Raises UserError
+    for folds that are missing, there twice or of other splits.
     """
     recipes = [member.recipes[0] for member in members]
-    if not all(recipe.get("fold") for recipe in recipes) or args.split == "test":
+    if not all(recipe.get("fold") for recipe in recipes) or options.split == "test":
         return []
     loaded = [
         load_data(
             **data_flags(
-                recipe, dataset=args.dataset, image_column=args.image_column,
-                label_column=args.label_column,
+                recipe, dataset=options.dataset, image_column=options.image_column,
+                label_column=options.label_column,
             )
         )
         for recipe in recipes
@@ -51,11 +51,11 @@ def find_folds(members, args) -> list[Fold]:
     numbers = [parse_fold(recipe["fold"]) for recipe in recipes]
     folds = max(count for _, count in numbers)
     missing = sorted(set(range(folds)) - {number for number, _ in numbers})
-    if missing and args.split is None and loaded[0].test is not None:
+    if missing and options.split is None and loaded[0].test is not None:
         return []
     for name in SHARED:
         values = [recipe.get(name) for recipe in recipes]
-        if len(set(map(str, values))) > 1 and not (name == "dataset" and args.dataset):
+        if len(set(map(str, values))) > 1 and not (name == "dataset" and options.dataset):
             raise UserError(
                 f"these runs are folds of different splits: {name} is {values[0]} in "
                 f"{members[0].name}, other in another"

@@ -60,17 +60,18 @@ def view_sets(tta, sizes, seed) -> dict:
         raise UserError(f"--tta: {error}") from None
 
 
-def find_images(members, args) -> Images:
+def find_images(members, options) -> Images:
     """The images that the members are scored on, and those that anything may be fitted on.
 
-    Test is scored where there is one (or what --split says). Fitted on is what some member has
-    held out for validation and no member, nor a network it came from, was trained on, unless it is
-    too little: members of different seeds hold out different images. Raises UserError where there
-    is nothing to score, and where a member was trained on images that would be scored.
+    options: SplitOptions. Test is scored where there is one (or what --split says). Fitted on is
+    what some member has held out for validation and no member, nor a network it came from, was
+    trained on, unless it is too little: members of different seeds hold out different images.
+    Raises UserError where there is nothing to score, and where a member was trained on images that
+    would be scored.
     """
     own = [member.recipes[0] for member in members]
     places = {dataset_path(recipe) for recipe in own}
-    if len(places) > 1 and not args.dataset:
+    if len(places) > 1 and not options.dataset:
         raise UserError(
             f"the members were trained on {' and '.join(sorted(places))}: say with --dataset what "
             "to compare them on"
@@ -81,12 +82,12 @@ def find_images(members, args) -> Images:
         if "unknown" in recipe or dataset_path(recipe) not in places:
             continue  # a network that a member came from has seen other images
         flags = data_flags(
-            recipe, dataset=args.dataset, image_column=args.image_column,
-            label_column=args.label_column,
+            recipe, dataset=options.dataset, image_column=options.image_column,
+            label_column=options.label_column,
         )  # fmt: skip
         key = repr(sorted(flags.items()))
         if key not in loaded:
-            loaded[key] = _load(flags, args.dataset)
+            loaded[key] = _load(flags, options.dataset)
         _note(trained, loaded[key].train)
         _note(held_out, loaded[key].val)
     first = next(iter(loaded.values()))
@@ -99,7 +100,7 @@ def find_images(members, args) -> Images:
     for member in members:
         check_classes(member, first.classes, first.source)
     test = next((data.test for data in loaded.values() if data.test is not None), None)
-    role = args.split or ("test" if test is not None else "val")
+    role = options.split or ("test" if test is not None else "val")
     if role == "test" and test is not None:
         if test.name in trained:  # --train_split test, of a member's own
             raise UserError(f"a member was trained on split '{test.name}', which is to be scored")
@@ -118,8 +119,8 @@ def find_images(members, args) -> Images:
             f"{first.source} has no images that no member was trained on (nor a split 'test'): "
             "train with --val_fraction"
         )  # fmt: skip
-    limit = args.max_eval_samples
-    scored, fitted = cut(scored, limit, args.seed), cut(fitted, limit, args.seed)
+    limit, seed = options.max_eval_samples, options.seed
+    scored, fitted = cut(scored, limit, seed), cut(fitted, limit, seed)
     if len(scored) < 2 and fitted is None:
         raise UserError("one image is scored, and none is left to fit anything on")
     return Images(scored, role, fitted, first.train, first.image_column, first.source)

@@ -127,10 +127,21 @@ def evaluate_epoch(run, network, splits, prepare):
     def once():
         return evaluate(
             run.accelerator, network, splits[split], prepare, stop=run.asked_to_stop,
-            metrics=computed(run.args),
+            metrics=computed(run.options.metrics, run.options.select_by),
         )  # fmt: skip
 
     return {f"{split}/{name}": value for name, value in score(run.module, run.ema, once).items()}
+
+
+def evaluate_result(run, split, prepare, tta_views=None):
+    """({metric: value}, logits) of the weights in the run's network: see `Run.finish`.
+
+    split: Samples. prepare, tta_views: as for `evaluate`.
+    """
+    return evaluate(
+        run.accelerator, run.module, split, prepare, tta_views, run.asked_to_stop,
+        metrics=computed(run.options.metrics, run.options.select_by), whole=True,
+    )  # fmt: skip
 
 
 def score(model, ema, evaluate):

@@ -482,10 +482,12 @@ def data_of(dataset, image_size=224):
 
 
 def choose(dataset, image_size=224, **flags):
-    args = {"pixels": "auto", "augment": "basic", "crop_scale": 0.0, "stages": None, **flags}
+    values = {"pixels": "auto", "augment": "basic", "crop_scale": 0.0, **flags}
     preprocessing = LOOK._replace(packed_side=0)
     preprocessing, words = stores.choose_store(
-        SimpleNamespace(jpeg_decoder="cpu", **args), data_of(dataset, image_size), preprocessing
+        stores.StoreOptions(jpeg_decoder="cpu", **values),
+        data_of(dataset, image_size),
+        preprocessing,
     )
     return preprocessing.packed_side, words
 

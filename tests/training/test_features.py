@@ -7,6 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
+from harness.cli.flags import pick
 from harness.counters import SampleStreams, generator
 from harness.data.batches import Views
 from harness.data.pixels import epoch_order
@@ -172,7 +173,8 @@ def test_features_are_kept_until_another_part_trains():
 
     def kept(*argv):
         args = build_parser("finetune.py").read([text, *argv])
-        made = stages.make_stages(args, "staged", model, blocks, 9, pretrained=True)
+        options = [pick(kind, args) for kind in (stages.StrategyOptions, stages.StageOptions)]
+        made = stages.make_stages(*options, "staged", model, blocks, 9, pretrained=True)
         return features.cacheable_stages(made, model, SIZE)
 
     assert kept() == ["1 head", "2 head"]
