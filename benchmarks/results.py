@@ -84,11 +84,14 @@ def spread(row: dict) -> str:
     if digits is None:
         digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 else 3
 
-    def between(low, high):
-        return f"{low:,.{digits}f}{' to ' if low < 0 else '–'}{high:,.{digits}f}"
+    def shown(value):
+        return f"{round(value, digits) + 0.0:,.{digits}f}"  # + 0.0: no -0.0
 
-    text = f"{'mean ' if 'mean' in row and row['n'] > 1 else ''}{middle(row):,.{digits}f}"
-    text += f" ± {row['sd']:.{digits}f}" if "sd" in row else ""
+    def between(low, high):
+        return f"{shown(low)}{' to ' if low < 0 else '–'}{shown(high)}"
+
+    text = f"{'mean ' if 'mean' in row and row['n'] > 1 else ''}{shown(middle(row))}"
+    text += f" ± {shown(row['sd'])}" if "sd" in row else ""
     text += f" ({between(row['min'], row['max'])})" if "min" in row and row["n"] > 1 else ""
     return text + (f", 95 %: {between(*row['interval'])}" if "interval" in row else "")
 

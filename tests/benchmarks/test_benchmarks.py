@@ -53,7 +53,7 @@ def test_on_paper_every_process_draws_and_gathers_its_part():
     ("parts", "figures"),
     [
         pytest.param(["mix"], 1, marks=pytest.mark.slow),
-        pytest.param(["ema", "mix", "resume"], 6, marks=pytest.mark.sweep),
+        pytest.param(["ema", "mix", "draws", "bookkeeping", "resume"], 20, marks=pytest.mark.sweep),
     ],
     ids=["one part", "several parts"],
 )
