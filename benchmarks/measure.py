@@ -152,14 +152,22 @@ def measurement(rows: list[Row], setting: str, notes: list[str] = ()) -> dict:
 
 
 def command(argv: list[str]) -> str:
-    """`python benchmarks/NAME.py …` without --json and --note; of paths their last name alone."""
+    """`python benchmarks/NAME.py …` without --json, --note and the folders of this machine."""
     left = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     json_flags(left)
     words = [f"benchmarks/{Path(argv[0]).name}"]
     for word in left.parse_known_args(argv[1:])[1]:
         flag, equals, value = word.rpartition("=")
-        words.append(f"{flag}{equals}{Path(value).name if Path(value).exists() else value}")
+        words.append(f"{flag}{equals}{without_folders(value)}")
     return f"python {shlex.join(words)}"
+
+
+def without_folders(word: str) -> str:
+    """Of a path on this machine its last name; of one in the repository the path from there."""
+    path = Path(word).resolve()
+    if not path.exists():
+        return word
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name or word
 
 
 def file_name(made: dict, folder: Path) -> str:

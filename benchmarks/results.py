@@ -82,7 +82,8 @@ def spread(row: dict) -> str:
     """`median (min–max)`, with `mean` before it where it is one; of one value that value."""
     size, digits = abs(middle(row)), row.get("digits")
     if digits is None:
-        digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 else 3
+        whole = size >= 100 or (row.get("min") == row.get("max") == 0)
+        digits = 0 if whole else 1 if size >= 10 else 2 if size >= 0.1 else 3
 
     def shown(value):
         return f"{round(value, digits) + 0.0:,.{digits}f}"  # + 0.0: no -0.0

@@ -110,6 +110,9 @@ def test_a_command_names_no_folder_of_this_machine(tmp_path):
     assert measure.command(argv) == (
         f"python benchmarks/mix.py --data {tmp_path.name} --out={tmp_path.name}"
     )
+    recipe = ROOT / "recipes" / "digits.yaml"
+    assert measure.without_folders(str(recipe)) == "recipes/digits.yaml"
+    assert measure.without_folders("4") == "4" and measure.without_folders("/") == "/"
 
 
 def test_a_file_is_named_by_benchmark_date_and_machine_and_never_replaced(tmp_path):
@@ -174,6 +177,7 @@ def test_the_page_lists_what_was_missed():
         ({}, "2.00 (1.00–3.00)"),
         ({"n": 1}, "2.00"),
         ({"digits": 0}, "2 (1–3)"),
+        ({"min": 0, "median": 0, "max": 0}, "0 (0–0)"),
         ({"min": -1.0}, "2.00 (-1.00 to 3.00)"),
         ({"median": 20.0, "max": 1234.0}, "20.0 (1.0–1,234.0)"),
         ({"min": -0.3, "median": -0.01, "digits": 1}, "0.0 (-0.3 to 3.0)"),
@@ -246,17 +250,21 @@ PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "benc
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_a_paragraph_that_links_to_results_takes_its_figures_from_there(page):
-    """Numbers with a decimal point, also those of the table that follows the paragraph."""
+    """Numbers with a decimal point; also those of the table that follows the paragraph.
+
+    A row of a table that links to results is a paragraph of its own.
+    """
     if page == results.PAGE:
         return
+    decimal = r"(?<![\w.])\d[\d,]*\.\d+(?![\w]|\.\d)"
     blocks = re.split(r"\n\s*\n", page.read_text())
     for block, following in zip(blocks, [*blocks[1:], ""], strict=True):
-        names = re.findall(LINK, block)
-        if names and not block.startswith("|"):
+        table = block.lstrip().startswith("|")
+        follows = "" if table or not following.lstrip().startswith("|") else following
+        for text in block.splitlines() if table else [block]:
+            names = re.findall(LINK, text)
             assert set(names) <= CURRENT.keys(), names
-            text = block + (following if following.lstrip().startswith("|") else "")
-            decimal = r"(?<![\w.])\d[\d,]*\.\d+(?![\w]|\.\d)"
-            assert not list(unknown(text, names, decimal)), block
+            assert not names or not list(unknown(text + follows, names, decimal)), text
 
 
 def test_a_number_that_is_in_no_measurement_is_seen():
