@@ -188,11 +188,12 @@ def main():
             rounds.append(seconds)
             line = json.dumps({k: round(v, 2) for k, v in seconds.items()})
             print(number + 1, line, file=sys.stderr, flush=True)
+    new_pair = "kept predictions, a new pair of members"
     figures = {  # at most, or the usual evaluations' at least
         "ensemble: ours / bare forward passes": (lambda r: r["ours"] / r["bare"], 1.1),
         "ensemble: usual evaluations / ours": (lambda r: r["plain"] / r["ours"], 2.5),
-        "kept predictions, a new pair of members, to the answer, s": (lambda r: r["answer"], 5),
-        "the same, to the end of the process, s": (lambda r: r["kept"], None),
+        f"{new_pair}, to the answer, s": (lambda r: r["answer"], 5),
+        f"{new_pair}, to the end of the process, s": (lambda r: r["kept"], None),
     }
     rows = []
     for name, (figure, wanted) in figures.items():

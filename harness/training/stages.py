@@ -28,7 +28,7 @@ STAGED_LR = (1e-5, 1e-5, 5e-5, 1e-4)  # of the quarters of the network, from the
 # What `auto` goes by. From this skill of the probe on, training every layer has at most 2 points to
 # gain, at fifteen to fifty times the cost; below it, full fine-tuning won with 5 to 500 images a
 # class. With a handful of images it has points to lose where the probe does well
-# (benchmarks/RESULTS.md, Fine-tuning against peers)
+# (docs/results.md, finetune_peers and transfer)
 GOOD_PROBE = 0.98
 FEW, GOOD_FOR_FEW = 100, 0.85  # train images, and what is good enough with fewer
 

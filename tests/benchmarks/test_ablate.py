@@ -234,6 +234,14 @@ def test_what_was_killed_goes_on_and_what_is_finished_stays(tmp_path, capsys):
     capsys.readouterr()
     ablate.main([*argv, "--show"], finish=None)
     assert capsys.readouterr().out == (tmp_path / "table.md").read_text()
+    ablate.main([*argv, "--show", "--json", str(tmp_path / "ablate.json")], finish=None)
+    rows = {
+        row["figure"]: row for row in json.loads((tmp_path / "ablate.json").read_text())["rows"]
+    }
+    mixup = rows["+ mixup, difference to basic, points"]
+    assert mixup["n"] == 3 and mixup["mean"] == pytest.approx(2)
+    assert rows["basic: test accuracy, %"]["mean"] == pytest.approx(81.0333)
+    assert rows["+ mixup: training time over that of basic"]["median"] == pytest.approx(1.02)
 
 
 @pytest.mark.parametrize(
