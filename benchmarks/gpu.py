@@ -229,7 +229,7 @@ def run_airbench(images, output, file):
     splits, folder = decode_packed(data, preprocessing, progress=False), Path(output) / "cifar10"
     folder.mkdir()
     for name, split in splits.items():
-        pixels = split.pixels[split.rows].permute(0, 2, 3, 1).contiguous()
+        pixels = split.stored[split.rows].permute(0, 2, 3, 1).contiguous()
         stored = {"images": pixels, "labels": split.labels, "classes": data.classes}
         torch.save(stored, folder / f"{name}.pt")
     command = [sys.executable, str(HERE / "fast.py"), "--airbench", file, "--peer", "--full"]

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 from harness.console import words_of
 from harness.errors import UserError, nearest, reason_of
+from harness.hub import answered_within
 from harness.metrics import METRICS
 
 TRACKERS = ("wandb", "tensorboard")
@@ -266,24 +267,18 @@ def answers(base_url: str, seconds: float = PROBE_SECONDS) -> bool:
     # Nothing secret is sent, and Python may lack a certificate that W&B's own core has.
     insecure = urllib.request.HTTPSHandler(context=ssl._create_unverified_context())
     opener = urllib.request.build_opener(insecure)
-    answered = threading.Event()
 
     def ask():
         try:
             with opener.open(query, timeout=seconds) as response:
                 json.load(response)
-            answered.set()
         except urllib.error.HTTPError as error:
-            if error.code in (400, 401, 403, 405):
-                answered.set()
+            return error.code in (400, 401, 403, 405)
         except (OSError, ValueError, http.client.HTTPException):
-            pass  # no name, no route, no connection, no JSON: no answer
+            return False  # no name, no route, no connection, no JSON
+        return True
 
-    # In a thread of its own, as a name look-up has no timeout and hangs for long on some clusters.
-    thread = threading.Thread(target=ask, name="probe", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return answered.is_set()
+    return answered_within(seconds, ask)
 
 
 def _define_metrics(run) -> None:

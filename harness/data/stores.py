@@ -25,23 +25,23 @@ SAMPLED = 16  # images that are packed for an estimate
 
 
 class Samples(NamedTuple):
-    """A split's images and labels: sample i is pixels[rows[i]] with labels[i].
+    """A split's images and labels: sample i is stored[rows[i]] with labels[i].
 
     harness.training.features keeps features (N, views, ...) in the place of the pixels.
     """
 
-    pixels: torch.Tensor | PackedImages  # uint8 (N, 3, H, W), memory-mapped, or what stands for it
+    stored: torch.Tensor | PackedImages  # uint8 (N, 3, H, W), memory-mapped, or what stands for it
     rows: torch.Tensor  # int64 (n,)
     labels: torch.Tensor  # int64 (n,)
     shares: tuple = ()  # what each machine stores, if not all: int64 arrays of sample numbers
 
     def sizes(self, index):
         """Heights and widths, int64 (k,) each, of packed samples; None where all are squares."""
-        return self.pixels.sizes(self.rows[index]) if self.packed else None
+        return self.stored.sizes(self.rows[index]) if self.packed else None
 
     @property
     def packed(self) -> bool:
-        return isinstance(self.pixels, PackedImages)
+        return isinstance(self.stored, PackedImages)
 
     def take(self, index, device, boxes=None):
         """The samples at `index` (int64, CPU) on `device`: images (k, 3, H, W), labels (k,).
@@ -50,13 +50,13 @@ class Samples(NamedTuple):
         """
         rows, labels, pinned = self.rows[index], self.labels[index], device.type == "cuda"
         if not self.packed:
-            images = gather(self.pixels, rows)
+            images = gather(self.stored, rows)
         elif boxes is None:
-            images = self.pixels.centres(rows, pinned)
-        elif self.pixels.on_gpu:
-            return self.pixels.crops_on(device, rows, boxes), labels.to(device)
+            images = self.stored.centres(rows, pinned)
+        elif self.stored.on_gpu:
+            return self.stored.crops_on(device, rows, boxes), labels.to(device)
         else:
-            images = self.pixels.crops(rows, boxes, pinned)
+            images = self.stored.crops(rows, boxes, pinned)
         if device.type != "cuda":  # MPS would read the host's memory after it has been freed
             return images.to(device), labels.to(device)
         images, labels = images.pin_memory(), labels.pin_memory()
@@ -83,8 +83,8 @@ def decode_splits(data, preprocessing, accelerator=ALONE, shard=False, **options
             )
     if shares:  # all machines speak of the same pixels of train: of all shares
         train = splits["train"]._replace(shares=tuple(shares))
-        train.pixels.content = "+".join(
-            sorted(set(from_each(accelerator, lambda: train.pixels.content)))
+        train.stored.content = "+".join(
+            sorted(set(from_each(accelerator, lambda: train.stored.content)))
         )
         splits["train"] = train
     return splits
@@ -165,7 +165,7 @@ def _image_keys(data, role, preprocessing, samples):
     if samples.shares:
         return None
     if samples.packed:
-        entries = samples.pixels.entries[split.rows]
+        entries = samples.stored.entries[split.rows]
         sides = entries["width"].astype("u8") * 65_537 + entries["height"]
         mixed = entries["length"].astype("u8") * np.uint64(2_654_435_761) + sides
         return (entries["crc"].astype("u8") << np.uint64(32)) ^ mixed
@@ -179,7 +179,7 @@ def _image_keys(data, role, preprocessing, samples):
 def describe_prepared(data, splits):
     """What `--prepare_data` says of the files that `decode_splits` made or found."""
     files = {
-        samples.pixels.blob if samples.packed else id(getattr(data, role).dataset): samples.pixels
+        samples.stored.blob if samples.packed else id(getattr(data, role).dataset): samples.stored
         for role, samples in splits.items()
     }
     sizes = [
@@ -295,6 +295,6 @@ def store_identity(splits):
     if not any(samples.packed for samples in splits.values()):
         return "decoded"
     shares = splits["train"].shares
-    content = {role: samples.pixels.content for role, samples in splits.items()}
-    by = decoder(splits["train"].pixels.on_gpu)
+    content = {role: samples.stored.content for role, samples in splits.items()}
+    by = decoder(splits["train"].stored.on_gpu)
     return {"packed": content, "decoder": by} | ({"shares": len(shares)} if shares else {})

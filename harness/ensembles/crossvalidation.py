@@ -103,7 +103,7 @@ def facts(name, folds, samples, logits, classes):
     """(what report.json says, Samples of all). samples and logits: of each fold, by its member."""
     split = joined(folds)
     together = Samples(
-        samples[0].pixels, torch.from_numpy(split.rows), torch.from_numpy(split.labels)
+        samples[0].stored, torch.from_numpy(split.rows), torch.from_numpy(split.labels)
     )
     found = report.facts(
         name, "out-of-fold", split, together, folds[0].image_column, classes, torch.cat(logits)

@@ -17,6 +17,7 @@ from harness.counters import generator
 from harness.data.cache import reason_of_image
 from harness.data.listing import find_files
 from harness.data.options import SplitOptions
+from harness.data.pixels import image_file
 from harness.data.preprocessing import Preprocessing, PreprocessingOptions
 from harness.data.sources import load_data
 from harness.data.stored import IMAGENET_STATISTICS
@@ -288,10 +289,9 @@ def _row_picture(split, k, role, column, options, preprocessing, say):
     cell = columns[int(split.rows[k]) : int(split.rows[k]) + 1][column].to_pylist()[0]
     source = f"{role} {k}"
     try:
-        if cell is None:
-            raise ValueError("the cell is empty")
-        file = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
-        pixels = _seen(evaluation_image(file, preprocessing, split.bit_depth), preprocessing)
+        pixels = _seen(
+            evaluation_image(image_file(cell), preprocessing, split.bit_depth), preprocessing
+        )
         region = None
         if row is not None:
             region = _region(row[options.region_column], row[column].size, preprocessing)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import torch
 from harness.data.columns import find_image_column
 from harness.data.listing import find_files
 from harness.data.options import DataOptions
+from harness.data.pixels import image_file
 from harness.data.stored import BUILT_IN, find_stored
 from harness.errors import UserError, nearest
 from harness.models.trained import read_trained
@@ -92,9 +92,7 @@ def of_dataset(dataset, image_column, rows, labels, source, bit_depth=None) -> I
 
     def read(k):
         cell = cells[rows[k] : rows[k] + 1][image_column].to_pylist()[0]
-        if cell is None:
-            raise ValueError("the cell is empty")
-        return io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
+        return image_file(cell)
 
     names = [path or f"row {row}" for path, row in zip(paths, rows, strict=True)]
     return Images(names, read, labels, source, bit_depth)

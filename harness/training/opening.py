@@ -88,7 +88,7 @@ def decode_images(opening, verify, shard=False):
     began = time.perf_counter()
     splits = decode_splits(data, preprocessing, accelerator, shard=shard, verify=verify)
     if opening.on_gpu:
-        splits["train"].pixels.on_gpu = True
+        splits["train"].stored.on_gpu = True
     if accelerator.is_main_process:
         for line in identical_images(data, preprocessing, splits):
             print(one_line(line), flush=True)

@@ -15,7 +15,7 @@ BATCH_PIXELS = 2**21  # and between them as many as have so many pixels
 
 def batch_starts(split) -> range:
     """Where the evaluation batches of Samples start; the same however many processes share them."""
-    pixels = split.pixels.shape[1:].numel() // 3
+    pixels = split.stored.shape[1:].numel() // 3
     step = min(max(BATCH_PIXELS // max(pixels, 1), BATCH[0]), BATCH[1])
     return range(0, len(split.labels), step)
 

@@ -236,7 +236,7 @@ def test_the_way_of_nvjpeg_gives_what_the_cpu_gives(tmp_path):
     index, boxes = torch.tensor([8, 0, 3]), torch.tensor([[0, 0, 60, 90], [1, 2, 30, 30], [5] * 4])
     ours, _ = samples.take(index, torch.device("cpu"), boxes)
     before = stores.store_identity({"train": samples})["decoder"]
-    samples.pixels.on_gpu = True
+    samples.stored.on_gpu = True
     theirs, labels = samples.take(index, torch.device("cpu"), boxes)
     assert (ours.int() - theirs.int()).abs().max() <= 1 and labels.tolist() == [8, 0, 3]
     assert theirs.dtype == torch.uint8 and before.startswith("simplejpeg")
