@@ -15,6 +15,7 @@ import errno
 import os
 import signal
 import sys
+import warnings
 
 import psutil
 import torch
@@ -61,7 +62,8 @@ def make_accelerator(
     if world == 1 and asked.isdecimal() and int(asked) > 1:
         raise UserError(
             f"the launcher was asked for {asked} processes but started one (as it "
-            "does for --cpu and MULTI_CPU): use --config_file accelerate_configs/cpu_2proc.yaml"
+            "does for --cpu and MULTI_CPU): use --config_file accelerate_configs/cpu_2proc.yaml, "
+            "with --num_machines and --machine_rank behind it where there are several"
         )
     # With several processes the launcher hands use_cpu on to nobody
     cpu = (
@@ -78,12 +80,14 @@ def make_accelerator(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
     torch.use_deterministic_algorithms(deterministic)
     _meet_after_a_restart(cpu)
+    # torch says it of the argument that Accelerate hands on
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.* is deprecated")
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=precision,
         # Not the argument, which ACCELERATE_GRADIENT_ACCUMULATION_STEPS would overrule
         gradient_accumulation_plugin=GradientAccumulationPlugin(gradient_accumulation_steps),
-        # Buffers are averaged over the processes every step (Run.agree) instead of taking rank 0's
+        # Buffers are averaged over the processes every step (Run.sync_step), not rank 0's taken
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if accelerator.distributed_type in UNSUPPORTED_TYPES:  # torch_xla takes over by itself

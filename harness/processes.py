@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import socket
 import tempfile
 import threading
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from harness.errors import RunStopped, UserError
+from harness.errors import RunStopped, UserError, shortened
 
 ALONE = SimpleNamespace(  # an accelerator's place, for work that no other process shares
     num_processes=1, process_index=0, local_process_index=0, is_main_process=True,
@@ -110,6 +111,25 @@ def only_process(accelerator, script):
         raise UserError(f"{script} is the work of one process: python {script} RUN")
 
 
+def check_same(accelerator, facts):
+    """Raise UserError, on all, unless all processes have the same {name: value}.
+
+    "dataset", a path perhaps, may differ where "content" says that the images are the same.
+    """
+    texts = {name: repr(value) for name, value in facts.items()}
+    if "content" in texts:
+        texts.pop("dataset", None)
+    (first_host, first), *others = from_each(accelerator, lambda: (socket.gethostname(), texts))
+    for rank, (host, theirs) in enumerate(others, start=1):
+        for name in first:
+            if theirs.get(name) != first[name]:
+                here, there = shortened(first[name]), shortened(str(theirs.get(name)))
+                raise UserError(
+                    f"process {rank} on {host} has {name} {there}, process 0 on {first_host} has "
+                    f"{here}: all need the same flags and the same data"
+                )
+
+
 def machines(accelerator) -> tuple[int, int, int]:
     """(which machine this is, how many there are, how many processes it has)."""
     own = accelerator.process_index - accelerator.local_process_index
@@ -148,10 +168,15 @@ def _attempt(action, failure=None):
 
 
 def _raise_on_all(accelerator, error):
-    errors = gather_object([error]) if accelerator.num_processes > 1 else [error]
-    for one in errors:
-        if one is not None:
-            raise one
+    if accelerator.num_processes == 1:
+        errors = [(None, error)]
+    else:
+        errors = gather_object([(socket.gethostname(), error)])
+    for host, error in errors:
+        if type(error) is UserError and host not in (None, socket.gethostname()):
+            raise UserError(f"{error} (on {host})")
+        if error is not None:
+            raise error
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from harness.data.parts import (
     shared_groups_note,
     stratified_order,
 )
-from harness.data.pixels import gray_depth_note, native_size
+from harness.data.pixels import content_of, gray_depth_note, native_size
 from harness.data.stored import (
     BUILT_IN,
     IMAGENET_STATISTICS,
@@ -76,7 +76,8 @@ class Data:
     labels_from: str = ""  # what says the labels, for the plan
     notes: list[str] = field(default_factory=list)  # what the plan says of how it was read
     left_out: list[str] = field(default_factory=list)  # what lies there and was not taken
-    content: dict[str, list] = field(default_factory=dict)  # see harness.data.images
+    # split -> [images, sha256], of a folder's files or of harness.data.pixels.content_of
+    content: dict[str, list] = field(default_factory=dict)
 
 
 def load_data(dataset, **options) -> Data:
@@ -151,8 +152,18 @@ def load_data(dataset, **options) -> Data:
         labels_from=found.labels_from or f"in column {label_column}",
         notes=notes,
         left_out=found.left_out + unused,
-        content={name: found.content[name] for name in chosen.values() if name in found.content},
+        content=_content(found, chosen, image_column),
     )
+
+
+def _content(found, chosen, image_column):
+    """{split: [images, sha256]} of those chosen: see `Data.content`."""
+    content = {
+        name: found.content.get(name) or content_of(found.splits[name], image_column)
+        for name in chosen.values()
+        if name is not None
+    }
+    return content if all(content.values()) else {}
 
 
 def _labelled(stored, chosen, image_column, label_column, values, bit_depth):

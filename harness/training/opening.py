@@ -26,7 +26,7 @@ from harness.models.heads import start_heads
 from harness.models.names import find_model
 from harness.models.trained import read_trained
 from harness.models.weights import find_weights, load_pretrained
-from harness.processes import from_main, in_turn
+from harness.processes import check_same, from_main, in_turn
 from harness.reports import card, page
 from harness.reports import training as report
 from harness.reports.slices import check_slices
@@ -146,6 +146,11 @@ def open_run(args, script) -> Opening:
     if args.resume_from_checkpoint == "auto" and not args.overwrite and is_finished(folder):
         accelerator.print(f"finished     {folder} has its result already: there is nothing to do")
         raise SystemExit(0)
+    recipe, operational = flags.to_recipe(args), flags.named("operational")
+    check_same(
+        accelerator,
+        {name: recipe[name] for name in recipe if name not in (*operational, "dataset")},
+    )
     # a mistyped name answers before a data set is looked for
     in_turn(accelerator, lambda: find_model(args.model))
     data = plan.load(args.dataset, flags.pick(DataOptions, args), accelerator)
@@ -165,6 +170,9 @@ def open_run(args, script) -> Opening:
         raise UserError(f"--jpeg_decoder nvjpeg wants a CUDA GPU, this is {accelerator.device}")
     store = flags.pick(StoreOptions, args)
     preprocessing, pixels = from_main(accelerator, lambda: choose_store(store, data, preprocessing))
+    # before anything is made of it: networks with other heads would wait for each other for ever
+    facts = {"classes": data.classes, "split_sizes": plan.sizes(data), "dataset": args.dataset}
+    check_same(accelerator, {**facts, **plan.data_identity(data, preprocessing)})
     rows = {"prepared": plan.preprocessing_from(asked, pretrained, data), "pixels": pixels}
     stem = build.resolve_stem(args.model, pretrained.stem or args.stem, preprocessing.size)
     seconds = {"start": time.time() - psutil.Process().create_time()}

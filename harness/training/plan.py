@@ -248,6 +248,11 @@ def identity(data, preprocessing, splits):
 
     preprocessing: Preprocessing. splits: {role: Samples}.
     """
+    return {**data_identity(data, preprocessing), "store": store_identity(splits)}
+
+
+def data_identity(data, preprocessing):
+    """Those of them that are known before the images are decoded."""
     labels = hashlib.sha256()
     for split in (data.train, data.val, data.test):
         if split is not None:
@@ -256,7 +261,6 @@ def identity(data, preprocessing, splits):
         **({"content": data.content} if data.content else {}),  # first: it says the most
         "data_sha256": labels.hexdigest(),
         "pixels": preprocessing._replace(packed_side=0).as_list(),
-        "store": store_identity(splits),
         "split_sizes": sizes(data),
     }
 
@@ -286,7 +290,10 @@ def _parts_of_time(seconds):
 
 
 def closing(summary, folder, tracked):
-    """The last lines: what came out, and where it is."""
+    """The last lines: what came out, and where it is.
+
+    tracked: where the run is tracked; "" on other machines than the first, which have no files.
+    """
     split, accuracy = summary["split"], summary["accuracy"]
     score = (
         f"nothing was evaluated ({NOTHING_HELD_OUT})"
@@ -300,11 +307,15 @@ def closing(summary, folder, tracked):
     score += f"; {averaged:.2%} over several views" if averaged is not None else ""
     if summary["best_epoch"]:
         score += f"; epoch {summary['best_epoch']}, the best on {splits['val']:,} val images"
-    return (
+    text = (
         f"\n{score} ({summary['weights']} weights) after {summary['steps']:,} steps, "
         f"{summary['seconds']:.0f} s ({_parts_of_time(summary['seconds_of'])})\n"
         f"{under_probe(summary)}"
-        f"result       {folder}/model.safetensors, config.json, summary.json\n"
+    )
+    if not tracked:
+        return f"{text}result       on the first machine, in its {folder}"
+    return (
+        f"{text}result       {folder}/model.safetensors, config.json, summary.json\n"
         f"curves       {folder}/curves.png, train_batch.png, metrics.jsonl\n"
         f"report       {folder}/report.html, README.md"
         + (", report.md, mistakes.csv\n" if accuracy is not None else "\n")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
-import socket
 import time
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from harness.counters import seed_of
 from harness.data.batches import DRAWS
 from harness.errors import RunStopped, StopAsked, UserError
 from harness.files import replace_file
-from harness.processes import from_each, from_main, on_main
+from harness.processes import check_same, from_each, from_main, on_main
 from harness.tracking import TrackingOptions
 from harness.training import state
 from harness.training.checkpoint import CheckpointWriter, checkpoints
@@ -110,7 +109,7 @@ class Run:
             "mixed_precision": accelerator.mixed_precision,
             **identity,
         }
-        _check_same(accelerator, self.identity)
+        check_same(accelerator, self.identity)
         self._skips = options.nonfinite == "skip"
         self.signals = Signals()
         self.guard = StepGuard(
@@ -567,17 +566,3 @@ class Run:
         if len(saved) == self.accelerator.num_processes and saved[rank] != now:
             torch.set_num_threads(saved[rank])
             self.say(f"threads      {saved[rank]} as before, not {now}: so the bits stay the same")
-
-
-def _check_same(accelerator, identity):
-    """Raise UserError unless all processes have the same flags and the same data."""
-    text = {name: repr(value) for name, value in identity.items()}
-    every = from_each(accelerator, lambda: (socket.gethostname(), text))
-    host, first = every[0]
-    for rank, (other, theirs) in enumerate(every):
-        for name in first:
-            if theirs.get(name) != first[name]:
-                raise UserError(
-                    f"process {rank} on {other} has {name} {theirs.get(name)}, process 0 on {host} "
-                    f"has {first[name]}: all need the same flags and the same data"
-                )

@@ -20,6 +20,7 @@ from harness import hub
 from harness.data import stored
 from harness.data.cache import decode_split
 from harness.data.parts import stratified_order
+from harness.data.pixels import content_of
 from harness.data.sources import load_data
 from harness.data.stored import BUILT_IN, BuiltIn
 from harness.errors import UserError
@@ -38,6 +39,20 @@ def png(value):
     buffer = io.BytesIO()
     Image.new("L", (6, 6), value).save(buffer, format="png")
     return buffer.getvalue()
+
+
+def test_a_copy_elsewhere_has_the_same_content_and_other_images_have_not(tmp_path):
+    rows = make([0, 1, 2] * 4)
+    rows.to_parquet(tmp_path / "a" / "train-00000-of-00001.parquet")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    DatasetDict({"train": rows}).save_to_disk(tmp_path / "saved")
+    first, copy, saved = (load_data(tmp_path / name).content for name in ("a", "b", "saved"))
+    assert first == copy == saved and first["train"][0] == 12
+    others = rows.select([*range(11), 0])
+    assert content_of(others, "picture") != content_of(rows, "picture")
+    images = {"picture": [{"bytes": None, "path": "/a.png"}]}
+    paths = Dataset.from_dict(images, features=Features({"picture": datasets.Image()}))
+    assert content_of(paths, "picture") is None
 
 
 def make(labels, *, start=0, label_type=None, **more):

@@ -14,6 +14,8 @@ import yaml
 
 import faulty
 import smallruns
+from harness import processes
+from harness.errors import UserError
 from harness.training.checkpoint import newest_valid
 
 FLAGS = {
@@ -90,6 +92,34 @@ def test_launched_with_multi_node_yaml(one_host, hosts, tmp_path):
     outputs = [process.communicate(timeout=180)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
     assert smallruns.digest(tmp_path / "run") == smallruns.digest(one_host)
+
+
+@pytest.mark.parametrize(
+    ("changes", "differs"),
+    [
+        ({"dataset": "/mnt/b/photos"}, None),
+        ({"dataset": "/mnt/b/photos", "content": {"train": [9, "other"]}}, "content"),
+        ({"lr": 0.2}, "lr"),
+    ],
+)
+def test_the_same_images_may_lie_elsewhere_on_another_machine(monkeypatch, changes, differs):
+    identity = {"content": {"train": [9, "ab"]}, "dataset": "/mnt/a/photos", "lr": 0.1}
+
+    def from_each(accelerator, work):
+        host, first = work()
+        del host
+        there = {name: repr(value) for name, value in (identity | changes).items()}
+        return [("a", first), ("b", {name: there[name] for name in first})]
+
+    monkeypatch.setattr(processes, "from_each", from_each)
+    if differs is None:
+        processes.check_same(None, identity)
+    else:
+        with pytest.raises(UserError, match=f"process 1 on b has {differs} "):
+            processes.check_same(None, identity)
+    without = {name: value for name, value in identity.items() if name != "content"}
+    with pytest.raises(UserError, match=r"process 1 on b has (dataset|lr) "):
+        processes.check_same(None, without)
 
 
 def impatient(timeout_s=TIMEOUT_S):
