@@ -162,6 +162,11 @@ def command(argv: list[str]) -> str:
     return f"python {shlex.join(words)}"
 
 
+def shown(words: list[str]) -> str:
+    """Flags and their values in a line, without the folders of this machine."""
+    return shlex.join(without_folders(word) for word in words)
+
+
 def without_folders(word: str) -> str:
     """Of a path on this machine its last name; of one in the repository the path from there."""
     path = Path(word).resolve()

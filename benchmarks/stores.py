@@ -15,7 +15,7 @@ import statistics
 from itertools import product
 from pathlib import Path
 
-from measure import Row, json_flags, write_measurement
+from measure import Row, json_flags, shown, write_measurement
 from training_runs import finish_run
 
 
@@ -48,7 +48,7 @@ def main():
             finish_run("finetune.py", run, words)
             table(folder, args)
     print(table(folder, args))
-    write_measurement(args, list(rows_of(folder, args)), f"flags of every run: {' '.join(others)}")
+    write_measurement(args, list(rows_of(folder, args)), f"flags of every run: {shown(others)}")
 
 
 def accuracies(folder, size, scale, args):

@@ -21,7 +21,7 @@ import statistics
 from itertools import product
 from pathlib import Path
 
-from measure import Row, json_flags, write_measurement
+from measure import Row, json_flags, shown, write_measurement
 from training_runs import finish_run
 
 # All layers at one rate, as nothing in it is worth preserving
@@ -71,7 +71,7 @@ def main():
             show(args.output_dir, cells)
     print(show(args.output_dir, cells))
     rows = rows_of({cell: runs for cell, runs in by_cell(args.output_dir, cells).items() if runs})
-    write_measurement(args, rows, f"flags of every run: {' '.join(passed_on) or 'none'}")
+    write_measurement(args, rows, f"flags of every run: {shown(passed_on) or 'none'}")
 
 
 def run_name(record):
