@@ -25,25 +25,25 @@ def _figure(path, size, names):
         save_picture(path, lambda file: figure.savefig(file, format="png"))
 
 
-def _short(text, most):
-    return text if len(text) <= most else f"{text[: most - 1].rstrip()}…"
+def _short(text, limit):
+    return text if len(text) <= limit else f"{text[: limit - 1].rstrip()}…"
 
 
 def save_accuracies(path, rows, title):
-    """Accuracy of every member and combination with its interval, the best of each at a line.
+    """Accuracy of every member and combination with its interval; a line at the best member's.
 
     rows: of harness.ensembles.comparison.compare.
     """
     names = [_short(drawable(row["name"], n), 40) for n, row in enumerate(rows)]
     with _figure(path, (8, 1.6 + 0.36 * len(rows)), names) as figure:
         ax = figure.subplots()
-        for place, row in enumerate(rows):
+        for y, row in enumerate(rows):
             colour = GREY if row["kind"] == "member" else BLUE
             low, high = (100 * value for value in row["interval"])
             centre = 100 * row["accuracy"]
-            ax.plot([low, high], [place, place], color=colour, linewidth=2.5, solid_capstyle="butt")
-            ax.plot([centre], [place], "o", color=colour, markersize=6)
-            ax.annotate(f"{centre:.2f}", (centre, place), (0, 6), textcoords="offset points",
+            ax.plot([low, high], [y, y], color=colour, linewidth=2.5, solid_capstyle="butt")
+            ax.plot([centre], [y], "o", color=colour, markersize=6)
+            ax.annotate(f"{centre:.2f}", (centre, y), (0, 6), textcoords="offset points",
                         ha="center", fontsize=8, color=colour)  # fmt: skip
         best = max(row["accuracy"] for row in rows if row["kind"] == "member")
         ax.axvline(100 * best, color=GREY, linestyle=":", linewidth=1)
@@ -80,9 +80,9 @@ def save_reliability(path, tables, title):
         ax.legend(frameon=False, fontsize=9, loc="upper left")
         below.set_ylabel("images")
         below.set_xlabel("confidence: probability of the predicted class")
-        for one in (ax, below):
-            one.grid(alpha=0.25)
-            one.spines[["top", "right"]].set_visible(False)
+        for axes in (ax, below):
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
 
 
 def save_confusion(path, matrix, classes, title):

@@ -1,6 +1,6 @@
-"""report.html of a run's folder: one file with its pictures in it, for a browser without a network.
+"""report.html of a run's folder: one file that contains its pictures and needs no network.
 
-It is made of the folder's report.json, summary.json, config.json and pictures.
+It is made from the folder's report.json, summary.json, config.json and pictures.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from harness.reports.training import headline
 
 FILE = "report.html"
 MOST_ROWS = 500  # classes in the table, the lowest accuracies first
-MOST_BYTES = 320_000  # of a picture: six in base64 stay under the 3 MB of a report
+MOST_BYTES = 320_000  # of a picture: six of them in base64 stay under the 3 MB of a report
 WIDEST = 1600  # pixels of a picture
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 CHARTS = (
@@ -66,7 +66,7 @@ def write_page(folder, trained, maps=None):
 
 
 def _embedded(path):
-    """A picture as a data: address, made smaller where it is large; None where there is none."""
+    """A picture as a data: address, shrunk where it is large; None where there is none."""
     if not path.exists():
         return None
     data, kind, side = path.read_bytes(), "png", WIDEST
