@@ -19,30 +19,30 @@ def hub_answers(endpoint):
     """Whether something listens at the Hub, or at the proxy before it; at most 3 s."""
     hub = urlsplit(endpoint)
     proxy = urllib.request.getproxies().get(hub.scheme)
-    bypassed = not proxy or urllib.request.proxy_bypass(hub.hostname)
-    at = hub if bypassed else urlsplit(proxy if "//" in proxy else f"//{proxy}")
-    port = at.port or (443 if at.scheme == "https" else 80)
-    answers = []
+    direct = not proxy or urllib.request.proxy_bypass(hub.hostname)
+    address = hub if direct else urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    port = address.port or (443 if address.scheme == "https" else 80)
+    connections = []
 
     def connect():
         try:
-            socket.create_connection((at.hostname, port), timeout=TIMEOUT_S).close()
-            answers.append(True)
+            socket.create_connection((address.hostname, port), timeout=TIMEOUT_S).close()
+            connections.append(True)
         except OSError:
             pass
 
-    # In a thread, because looking up the host's address knows no timeout.
+    # In a thread, because looking up the host's address has no timeout.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(TIMEOUT_S)
-    return bool(answers)
+    return bool(connections)
 
 
 @contextmanager
 def reachable_or_cached():
-    """Within, the Hub's libraries look into their cache alone where the Hub does not answer.
+    """While the block runs, the Hub's libraries use only their cache if the Hub does not answer.
 
-    Otherwise they would try again and again for half a minute.
+    Otherwise they would retry for half a minute.
     """
     from huggingface_hub import constants
 
@@ -64,19 +64,19 @@ def model_file(spec, *names) -> Path:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     repo, _, revision = spec.removeprefix(PREFIX).partition("@")
-    missing = None
+    cache_error = None
     with reachable_or_cached():
         for name in names:
             try:
                 return Path(huggingface_hub.hf_hub_download(repo, name, revision=revision or None))
             except LocalEntryNotFoundError as error:  # another file may be there
-                missing = error
+                cache_error = error
             except EntryNotFoundError:
                 continue
             except Exception as error:  # no such model, no right to read it, no space
                 reason = str(error).strip().partition("\n")[0][:120]
                 raise UserError(f"{spec} could not be read ({reason})") from None
-    if missing is None:
+    if cache_error is None:
         raise UserError(f"{spec} has no {' or '.join(names)}")
     at = f" --revision {revision}" if revision else ""
     raise UserError(
