@@ -78,8 +78,9 @@ def model_file(spec, *names) -> Path:
                 raise UserError(f"{spec} could not be read ({reason})") from None
     if cache_error is None:
         raise UserError(f"{spec} has no {' or '.join(names)}")
-    at = f" --revision {revision}" if revision else ""
+    revision_flag = f" --revision {revision}" if revision else ""
+    cache = huggingface_hub.constants.HF_HUB_CACHE
     raise UserError(
         f"{spec}: {names[0]} is not in the cache and the Hub is out of reach; where there is a "
-        f"network, hf download {repo}{at} puts it there ({huggingface_hub.constants.HF_HUB_CACHE})"
+        f"network, hf download {repo}{revision_flag} puts it there ({cache})"
     )

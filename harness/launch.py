@@ -212,9 +212,9 @@ def _set_threads(threads):
     A value of 1 does not count: the launcher exports it where no number was set.
     """
     if threads is None:
-        exported = int(os.environ.get("OMP_NUM_THREADS", 0) or 0)
+        env_threads = int(os.environ.get("OMP_NUM_THREADS", 0) or 0)
         share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        threads = max(1, min(exported, share) if exported > 1 else share)
+        threads = max(1, min(env_threads, share) if env_threads > 1 else share)
     torch.set_num_threads(threads)
     return threads
 

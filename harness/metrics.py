@@ -155,9 +155,9 @@ def scores_in_words(scores, sizes) -> str:
         names = [name for name in METRICS if name != "loss" and f"{split}/{name}" in scores]
         values = []
         for name in names:
-            value, averaged = (scores.get(f"{split}/{name}{end}") for end in ("", "_ema"))
+            value, ema_value = (scores.get(f"{split}/{name}{end}") for end in ("", "_ema"))
             text, label = METRICS[name].text, f"{name} " if len(names) > 1 else ""
-            ema = f" (ema {text.format(averaged)})" if averaged is not None else ""
+            ema = f" (ema {text.format(ema_value)})" if ema_value is not None else ""
             values.append(f"{label}{text.format(value)}{ema}")
         line += f"{split} {', '.join(values)} of {sizes[split]:,}  " if values else ""
     return line

@@ -149,20 +149,20 @@ def _shortened(name, room):
     return name.rstrip() + "…"
 
 
-def draw_line(draw, line, at, room, centred=True):
-    """Draw (text, end) on a baseline that starts at `at`, within `room` px.
+def draw_line(draw, line, start, room, centred=True):
+    """Draw (text, end) on a baseline that starts at `start`, within `room` px.
 
     The text is shortened where both don't fit; its end is not.
     """
     text, end = line
     text = _shortened(text, room - _length(end)) + end
     indent = (room - _length(text)) / 2 if centred else 0
-    _draw_text(draw, (at[0] + indent, at[1]), text)
+    _draw_text(draw, (start[0] + indent, start[1]), text)
 
 
-def _draw_text(draw, at, text):
-    """Draw with the baseline's left end at `at`."""
-    x, y = at
+def _draw_text(draw, start, text):
+    """Draw with the baseline's left end at `start`."""
+    x, y = start
     for font, run in _runs(text):
         draw.text((x, y), run, fill="black", font=font, anchor="ls")
         x += font.getlength(run)

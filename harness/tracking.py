@@ -339,9 +339,9 @@ def _log_model(tracker, path: Path, metadata: dict) -> None:
     for file in (path, path.with_name("config.json")):
         if file == path or file.exists():
             artifact.add_file(str(file))
-    logged = tracker.run.log_artifact(artifact, aliases=["latest"])
+    upload = tracker.run.log_artifact(artifact, aliases=["latest"])
     if not tracker.run.offline:
-        logged.wait(timeout=int(MODEL_SECONDS))  # here, as finish() has less patience
+        upload.wait(timeout=int(MODEL_SECONDS))  # here, as finish() has less patience
 
 
 def _finish(tracker, exit_code: int) -> None:

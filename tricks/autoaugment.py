@@ -345,15 +345,15 @@ def _shift(
     images: torch.Tensor, names: list[str], magnitudes: list[float], fill: int
 ) -> torch.Tensor:
     """`_move` for translations only, image by image: faster on a CPU."""
-    moved = torch.full_like(images, fill)
-    for image, target, name, m in zip(images, moved, names, magnitudes, strict=True):
+    outputs = torch.full_like(images, fill)
+    for image, target, name, m in zip(images, outputs, names, magnitudes, strict=True):
         side = -1 if name == "TranslateX" else -2
         length = image.shape[side]
         offset = max(-length, min(length, int(m)))
         overlap = length - abs(offset)
         source = image.narrow(side, max(-offset, 0), overlap)
         target.narrow(side, max(offset, 0), overlap).copy_(source)
-    return moved
+    return outputs
 
 
 # The functions below take uint8 images (n, C, H, W) and magnitudes m (n, 1, 1, 1), and return an

@@ -147,10 +147,10 @@ def reliability_table(probabilities: Tensor, labels: Tensor, bins: int = 15) -> 
     # Edges are rounded as the probabilities are: 0.6 in float32 is above 0.6, yet it is on the edge
     bin_index = torch.bucketize(confidence, edges[1:-1].to(probabilities.dtype).double())
     counts = bin_index.bincount(minlength=bins)
-    filled = counts.clamp(min=1)
+    divisors = counts.clamp(min=1)
     right = (predicted == labels).double()
     sums = [bin_index.bincount(values, minlength=bins) for values in (confidence, right)]
-    return Reliability(counts, sums[0] / filled, sums[1] / filled)
+    return Reliability(counts, sums[0] / divisors, sums[1] / divisors)
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:

@@ -182,8 +182,8 @@ def score_cam(
     for index in torch.arange(n * channels, device=images.device).split(batch_size):
         masks = upsample_maps(activations.flatten(0, 1)[index], images.shape[2:])
         samples = index // channels
-        masked = images[samples] * normalize_maps(masks).unsqueeze(1).to(images.dtype)
-        scores.append(score(masked, samples).float())
+        masked_images = images[samples] * normalize_maps(masks).unsqueeze(1).to(images.dtype)
+        scores.append(score(masked_images, samples).float())
     scores = torch.cat(scores)
     weights = scores.view(n, channels, *scores.shape[1:]).softmax(1)
     if weights.ndim == 2:
@@ -302,12 +302,12 @@ def spatial_layers(model: nn.Module, images: Tensor) -> list[SpatialLayer]:
         _check_logits(model, logits, 1)
         pools = [any(isinstance(member.module, POOLS) for member in group) for group in groups]
         groups = [[member for member in group if calls[member.name] == 1] for group in groups]
-        listed = [
+        entries = [
             (min(group, key=lambda member: member.name.count(".")), is_pool)
             for group, is_pool in zip(groups, pools, strict=True)
             if group
         ]
-        outputs = [member.output for member, _ in listed]
+        outputs = [member.output for member, _ in entries]
         gradients = _gradients(logits.amax(), outputs)
         if head_input is not None and not any(g is not None and g.any() for g in gradients):
             # The head is zero, as new ones are: a direction in its input takes the logit's place
@@ -315,7 +315,7 @@ def spatial_layers(model: nn.Module, images: Tensor) -> list[SpatialLayer]:
             gradients = _gradients((head_input.flatten() * direction).sum(), outputs)
 
     layers, width = [], None
-    for (member, is_pool), gradient in reversed(list(zip(listed, gradients, strict=True))):
+    for (member, is_pool), gradient in reversed(list(zip(entries, gradients, strict=True))):
         name, module, output, grid = member
         if output.ndim == 3:
             width = width or (None if isinstance(module, nn.Linear) else output.shape[2])
@@ -520,21 +520,21 @@ class GradCam:
                 shape = tuple(output.shape)
                 raise ValueError(f"layer {self.layer!r} gives {shape}, which has no positions")
             classes = logits.argmax(1) if classes is None else classes.to(logits.device)
-            explained = _explained(classes, against, logits)
-            maps = self._gradient_maps(output, explained(logits), grid, methods)
+            explain = _explainer(classes, against, logits)
+            maps = self._gradient_maps(output, explain(logits), grid, methods)
             activations = _to_grid(output.detach(), grid)
             if "eigencam" in methods:
-                of_all = eigen_cam(activations).unsqueeze(1)
-                maps["eigencam"] = of_all.repeat(1, explained(logits).shape[1], 1, 1)
+                eigen_maps = eigen_cam(activations).unsqueeze(1)
+                maps["eigencam"] = eigen_maps.repeat(1, explain(logits).shape[1], 1, 1)
             if "scorecam" in methods:
                 maps["scorecam"] = score_cam(
                     activations,
                     images,
-                    lambda masked, samples: explained(self.model(masked).float(), samples),
+                    lambda masked, samples: explain(self.model(masked).float(), samples),
                     batch_size,
                 )
         if classes.ndim == 1:
-            maps = {method: of_one.squeeze(1) for method, of_one in maps.items()}
+            maps = {method: class_maps.squeeze(1) for method, class_maps in maps.items()}
         return Cams({method: maps[method] for method in methods}, logits.detach(), classes)
 
     def _forward(self, images: Tensor, with_graph: bool) -> tuple[Tensor, Tensor]:
@@ -587,7 +587,7 @@ class GradCam:
         return {name: torch.stack(class_maps, dim=1) for name, class_maps in maps.items()}
 
 
-def _explained(classes: Tensor, against: Tensor | None, logits: Tensor) -> Callable[..., Tensor]:
+def _explainer(classes: Tensor, against: Tensor | None, logits: Tensor) -> Callable[..., Tensor]:
     """A function of logits and their images' numbers that returns the explained ones (m, k)."""
     n, count = logits.shape
     for name, value in (("classes", classes), ("against", against)):
@@ -610,13 +610,13 @@ def _explained(classes: Tensor, against: Tensor | None, logits: Tensor) -> Calla
     class_columns = classes.view(n, -1)
     against_columns = None if against is None else against.to(logits.device).view(n, -1)
 
-    def explained(logits: Tensor, samples: Tensor | slice = slice(None)) -> Tensor:
+    def explain(logits: Tensor, samples: Tensor | slice = slice(None)) -> Tensor:
         difference = logits.gather(1, class_columns[samples])
         if against_columns is not None:
             difference = difference - logits.gather(1, against_columns[samples])
         return difference
 
-    return explained
+    return explain
 
 
 def _layer_name(model: nn.Module, layer: str | nn.Module) -> str:
@@ -624,8 +624,8 @@ def _layer_name(model: nn.Module, layer: str | nn.Module) -> str:
     if isinstance(layer, str):
         if layer in modules:
             return layer
-        near = difflib.get_close_matches(layer, modules, n=5, cutoff=0.0)
-        raise ValueError(f"no layer is named {layer!r}; the nearest are {', '.join(near)}")
+        matches = difflib.get_close_matches(layer, modules, n=5, cutoff=0.0)
+        raise ValueError(f"no layer is named {layer!r}; the nearest are {', '.join(matches)}")
     for name, module in modules.items():
         if module is layer:
             return name
@@ -687,8 +687,12 @@ def _check_methods(methods: Sequence[str]) -> None:
         raise ValueError(f"methods must be a list of names, got {methods!r}")
     for method in methods:
         if method not in CAM_METHODS:
-            near = difflib.get_close_matches(method, CAM_METHODS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(CAM_METHODS)}"
+            matches = difflib.get_close_matches(method, CAM_METHODS, n=1)
+            hint = (
+                f"did you mean {matches[0]!r}?"
+                if matches
+                else f"there are {', '.join(CAM_METHODS)}"
+            )
             raise ValueError(f"no method is named {method!r}; {hint}")
 
 

@@ -141,8 +141,8 @@ def reinitialized_copy(
     model_names = [name for name, _ in (*model.named_modules(), *model.named_parameters()) if name]
     for name in names or ():
         if name not in model_names:
-            near = ", ".join(difflib.get_close_matches(name, model_names, n=3, cutoff=0.0))
-            raise ValueError(f"nothing in the model is named {name!r}; the nearest are {near}")
+            matches = ", ".join(difflib.get_close_matches(name, model_names, n=3, cutoff=0.0))
+            raise ValueError(f"nothing in the model is named {name!r}; the nearest are {matches}")
     seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device).item()
     device = next((parameter.device for parameter in model.parameters()), "cpu")
     model.cpu()
@@ -208,8 +208,10 @@ def _check_maps(maps: Tensor, shape: tuple[int, ...]) -> None:
 def _mean_ranks(values: Tensor) -> Tensor:
     """Each value's rank in its row, from 0, float64; equal ones have the mean of their ranks."""
     values = values.double()
-    ordered = values.sort(dim=1).values
-    smaller, upto = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
+    sorted_values = values.sort(dim=1).values
+    smaller, upto = (
+        torch.searchsorted(sorted_values, values, right=right) for right in (False, True)
+    )
     return (smaller + upto - 1).double() / 2
 
 

@@ -62,8 +62,8 @@ def aps_scores(probabilities: Tensor, uniforms: Tensor | None = None) -> Tensor:
     tensor([[0.7500, 0.3125, 0.9375]])
     """
     _check_probabilities(probabilities)
-    ordered, classes = _wide(probabilities).sort(dim=1, descending=True, stable=True)
-    likelier = ordered.cumsum(1).roll(1, 1)
+    sorted_values, classes = _wide(probabilities).sort(dim=1, descending=True, stable=True)
+    likelier = sorted_values.cumsum(1).roll(1, 1)
     likelier[:, 0] = 0
     if uniforms is not None:
         if uniforms.shape != probabilities.shape[:1] or not uniforms.is_floating_point():
@@ -73,7 +73,7 @@ def aps_scores(probabilities: Tensor, uniforms: Tensor | None = None) -> Tensor:
             )
         if not ((uniforms >= 0) & (uniforms <= 1)).all():
             raise ValueError("uniforms must be in [0, 1]")
-        likelier = likelier + uniforms.to(ordered.dtype).unsqueeze(1) * ordered
+        likelier = likelier + uniforms.to(sorted_values.dtype).unsqueeze(1) * sorted_values
     return torch.empty_like(likelier).scatter_(1, classes, likelier)
 
 

@@ -211,9 +211,9 @@ def _check_logits(logits: Tensor) -> None:
         )
     for index, member in enumerate(logits):
         if not member.isfinite().all():
-            wrong = int((~member.isfinite()).any(1).sum())
+            count = int((~member.isfinite()).any(1).sum())
             raise ValueError(
-                f"the logits of member {index} are not finite for {wrong} of {len(member)} samples"
+                f"the logits of member {index} are not finite for {count} of {len(member)} samples"
             )
 
 

@@ -81,16 +81,16 @@ def freeze_except(model: nn.Module, trained: Iterable[str], norm_mode: str = "au
             parameter.requires_grad_(False)
             parameter.grad = None
     placements = list(_placements(model, prefixes))
-    live = {
+    train_modules = {
         module for module, frozen in placements if not frozen
     }  # a shared module may also be frozen
-    pinned = {module for module, frozen in placements if frozen} - live
+    eval_modules = {module for module, frozen in placements if frozen} - train_modules
     norms = {module for module in model.modules() if isinstance(module, BatchNorm)}
     if norm_mode == "eval":
-        pinned |= norms
+        eval_modules |= norms
     elif norm_mode == "train":
-        pinned -= norms
-    for module in pinned:
+        eval_modules -= norms
+    for module in eval_modules:
         # A partial, not a closure: it can be copied and pickled with its module.
         module.train = partial(_stay_in_eval, module)
     model.train()
@@ -172,9 +172,9 @@ def _check_prefixes(model: nn.Module, prefixes: list[str]) -> None:
     ]
     for prefix in prefixes:
         if prefix not in modules and prefix not in names:
-            near = difflib.get_close_matches(prefix, names, n=1)
+            matches = difflib.get_close_matches(prefix, names, n=1)
             children = ", ".join(dict.fromkeys(name for name in names if "." not in name))
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {children}"
+            hint = f"did you mean {matches[0]!r}?" if matches else f"it has {children}"
             raise ValueError(f"nothing in the model is named {prefix!r}; {hint}")
     for a, b in combinations(prefixes, 2):
         if _under(a, b) or _under(b, a):

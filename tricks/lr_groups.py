@@ -178,13 +178,13 @@ def check_groups(model: nn.Module, groups: Iterable[dict[str, Any]]) -> None:
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    grouped = [parameter for group in groups for parameter in group["params"]]
-    count = Counter(map(id, grouped))
+    group_params = [parameter for group in groups for parameter in group["params"]]
+    count = Counter(map(id, group_params))
     strays = {
         "missing": [n for key, n in names.items() if key in trainable and key not in count],
         "repeated": [n for key, n in names.items() if count[key] > 1],
         "frozen": [n for key, n in names.items() if key in count and key not in trainable],
-        "not the model's": [str(tuple(p.shape)) for p in grouped if id(p) not in names],
+        "not the model's": [str(tuple(p.shape)) for p in group_params if id(p) not in names],
     }
     if any(strays.values()):
         lines = [
@@ -229,9 +229,9 @@ def _check_prefixes(model: nn.Module, prefixes: Iterable[str]) -> None:
     names = [path for name in parameters for path in accumulate(name.split("."), "{}.{}".format)]
     for prefix in prefixes:
         if prefix not in names:
-            near = difflib.get_close_matches(prefix, names, n=1)
+            matches = difflib.get_close_matches(prefix, names, n=1)
             children = ", ".join(dict.fromkeys(name for name in names if "." not in name))
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {children}"
+            hint = f"did you mean {matches[0]!r}?" if matches else f"it has {children}"
             raise ValueError(f"no parameter of the model is in {prefix!r}; {hint}")
         if not any(p.requires_grad for name, p in parameters.items() if _under(name, prefix)):
             raise ValueError(f"{prefix!r} has a rate, and all of its parameters are frozen")

@@ -87,8 +87,8 @@ class Muon(Optimizer):
         orthogonal: bool | None = None,
     ) -> None:
         params = list(params)
-        grouped = any(isinstance(group, dict) and "orthogonal" in group for group in params)
-        if params and orthogonal is None and not grouped:
+        has_key = any(isinstance(group, dict) and "orthogonal" in group for group in params)
+        if params and orthogonal is None and not has_key:
             raise ValueError(
                 "Muon is not told which parameters to orthogonalise: give it the groups of "
                 "muon_groups([{'params': model.parameters()}], head), or orthogonal=True or False "

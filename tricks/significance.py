@@ -74,9 +74,9 @@ def bootstrap_interval(
         shares = torch.zeros(size, dtype=torch.float64)
         shares[[-1, 0, 1]] = torch.stack([(values == v).double().mean() for v in (-1, 0, 1)])
         chances = torch.fft.irfft(torch.fft.rfft(shares) ** n, size).clamp(min=0)
-        below = torch.cat((chances[-n:], chances[: n + 1])).cumsum(0)
+        cumulative = torch.cat((chances[-n:], chances[: n + 1])).cumsum(0)
         # Where a tail holds exactly the quantile's share, rounding must not decide
-        sums = torch.searchsorted(below / below[-1], tails - 1e-12)
+        sums = torch.searchsorted(cumulative / cumulative[-1], tails - 1e-12)
         low, high = ((sums - n).double() / n).tolist()
         return low, high
     means = []
@@ -165,12 +165,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
     for p in p_values:
         if not 0 <= p <= 1:
             raise ValueError(f"p values must be in [0, 1], got {p}")
-    corrected, least = [0.0] * len(p_values), 0.0
+    results, least = [0.0] * len(p_values), 0.0
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     for rank, index in enumerate(order):
         least = max(least, min(1.0, (len(p_values) - rank) * p_values[index]))
-        corrected[index] = least
-    return corrected
+        results[index] = least
+    return results
 
 
 def disagreement(labels: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ def _checked(correct: Tensor, dims: int) -> Tensor:
     shape = ("samples",) if dims == 1 else ("members", "samples")
     if correct.ndim != dims or 0 in correct.shape:
         raise ValueError(f"correct must be ({', '.join(shape)}), got {tuple(correct.shape)}")
-    odd = (correct != 0) & (correct != 1)
-    if odd.any():
-        raise ValueError(f"correct must be 0 and 1, got {correct[odd][0].item()}")
+    invalid = (correct != 0) & (correct != 1)
+    if invalid.any():
+        raise ValueError(f"correct must be 0 and 1, got {correct[invalid][0].item()}")
     return correct.bool()

@@ -91,9 +91,9 @@ def greedy_ingredients(count: int, score: Callable[[list[int]], float]) -> list[
         return value
 
     scores = [score_of([index]) for index in range(count)]
-    ranked = sorted(range(count), key=lambda index: -scores[index])
-    ingredients, best = ranked[:1], scores[ranked[0]]
-    for index in ranked[1:]:
+    order = sorted(range(count), key=lambda index: -scores[index])
+    ingredients, best = order[:1], scores[order[0]]
+    for index in order[1:]:
         value = score_of([*ingredients, index])
         if value >= best:
             ingredients, best = [*ingredients, index], value

@@ -96,8 +96,8 @@ def tta_views(kind: str, size: int, seed: int = 0) -> list[View]:
             View(f"random {number}", 1 / count, partial(_random_crop, size, seed, number))
             for number in range(count)
         ]
-    near = difflib.get_close_matches(kind, EXAMPLES, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else "none, flip, shift, crops:N or random:N"
+    matches = difflib.get_close_matches(kind, EXAMPLES, n=1, cutoff=0.5)
+    hint = f"did you mean {matches[0]!r}?" if matches else "none, flip, shift, crops:N or random:N"
     raise ValueError(f"no views are named {kind!r}; {hint}")
 
 
@@ -184,10 +184,10 @@ def _window(images: Tensor, top: int, left: int, height: int, width: int) -> Ten
     """
     for dim, start, length in ((2, top, height), (3, left, width)):
         side = images.shape[dim]
-        beyond = max(-start, start + length - side)
-        if beyond >= side:
-            raise ValueError(f"a side of {side} is too small to reflect {beyond} pixels")
-        if beyond <= 0:
+        overhang = max(-start, start + length - side)
+        if overhang >= side:
+            raise ValueError(f"a side of {side} is too small to reflect {overhang} pixels")
+        if overhang <= 0:
             images = images.narrow(dim, start, length)
         else:
             position = torch.arange(start, start + length, device=images.device).abs()

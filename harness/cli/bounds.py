@@ -48,9 +48,9 @@ def number(low=None, high=math.inf, above=None, zero=False, hint=""):
 
     def convert(text):
         value = float(_in_plain_digits(text))
-        inside = math.isfinite(value) and (low is None or low <= value) and value <= high
-        inside = inside and (above is None or value > above)
-        if not inside and not (zero and value == 0):
+        in_range = math.isfinite(value) and (low is None or low <= value) and value <= high
+        in_range = in_range and (above is None or value > above)
+        if not in_range and not (zero and value == 0):
             raise argparse.ArgumentTypeError(f"{shortened(text)} is not {range_text}")
         return value
 

@@ -176,9 +176,9 @@ class Parser(argparse.ArgumentParser):
         defaults = {a.dest: a.default for a in self._actions if a.default is not argparse.SUPPRESS}
         sources = {name: command_line.config for name in vars(recipe)}
         sources |= {name: "command line" for name in vars(command_line) if name != "config"}
-        merged = defaults | vars(recipe) | vars(command_line)
+        values = defaults | vars(recipe) | vars(command_line)
         return argparse.Namespace(
-            **merged, given={k: v for k, v in sources.items() if merged[k] != defaults[k]}
+            **values, given={k: v for k, v in sources.items() if values[k] != defaults[k]}
         )
 
     def _switched(self, argument):

@@ -73,5 +73,5 @@ def _value(node):
     return values
 
 
-def _error(problem, at):
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
+def _error(problem, node):
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)

@@ -127,19 +127,21 @@ def soup_results(groups, soup, members, labels, seed) -> list[Result]:
         def predict(numbers, role, rows):
             return soup(numbers, role, True)[rows]
 
-        of = f" of {', '.join(names[number] for number in group)}" if len(groups) > 1 else ""
+        members_text = (
+            f" of {', '.join(names[number] for number in group)}" if len(groups) > 1 else ""
+        )
         for method, fit in (("uniform", uniform), ("greedy", greedy)):
-            name = f"{method} soup{of}"
+            name = f"{method} soup{members_text}"
             result = _result(name, "combination", labels, fit, predict, seed)
-            alone = all(len(set(numbers)) == 1 for numbers in result.details["soup"])
-            results.append(result._replace(kind="control") if alone else result)
+            is_single = all(len(set(numbers)) == 1 for numbers in result.details["soup"])
+            results.append(result._replace(kind="control") if is_single else result)
         best = max(group, key=lambda number: (members[number].labels == truth).sum().item())
 
-        def itself(role, rows, best=best):
+        def best_member(role, rows, best=best):
             return [best]
 
         name = f"{names[best]}, as a soup of one"
-        results.append(_result(name, "control", labels, itself, predict, seed))
+        results.append(_result(name, "control", labels, best_member, predict, seed))
     return results
 
 

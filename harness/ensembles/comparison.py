@@ -45,7 +45,7 @@ def facts(results, logits, labels, members, images, average) -> dict:
         tables["after the temperature"] = reliability(best.calibrated, labels)
     fitted = images.fitted
     answers = best.probabilities if best.calibrated is None else best.calibrated
-    wrong = mistakes(
+    all_mistakes = mistakes(
         answers, best.labels, labels, stored_rows(images.scored), classes,
         lambda samples: file_paths(images.scored, images.image_column, samples),
     )  # fmt: skip
@@ -72,7 +72,7 @@ def facts(results, logits, labels, members, images, average) -> dict:
         "diversity": diversity(results[: len(members)], logits, labels, average),
         "by_class": by_class(matrix, classes),
         "most_confused": most_confused(matrix, classes),
-        "mistakes": wrong[:MISTAKES],
+        "mistakes": all_mistakes[:MISTAKES],
         "confusion": matrix.tolist(),
         "reliability": tables,
     }  # fmt: skip
@@ -135,8 +135,8 @@ def compare(results, labels) -> list[dict]:
             }
         rows.append(row)
     tests = [row["against"] for row in rows if "against" in row]
-    for test, corrected in zip(tests, holm([test["p"] for test in tests]), strict=True):
-        test |= {"p_holm": corrected, "tests": len(tests)}
+    for test, p_holm in zip(tests, holm([test["p"] for test in tests]), strict=True):
+        test |= {"p_holm": p_holm, "tests": len(tests)}
     return rows
 
 

@@ -84,10 +84,10 @@ class Predictions:
             bar.set_description(f"{network.name}, {role}, {len(views)} views")
             logits, times = self._forward(network, model, samples, views, bar)
             for view, view_logits, seconds in zip(views, logits, times, strict=True):
-                odd = int((~view_logits.isfinite()).any(1).sum())
-                if odd:
+                bad_images = int((~view_logits.isfinite()).any(1).sum())
+                if bad_images:
                     raise UserError(
-                        f"{network.folder} gives logits that are not finite for {odd} of "
+                        f"{network.folder} gives logits that are not finite for {bad_images} of "
                         f"{len(view_logits)} {role} images: its weights are damaged, or the "
                         f"precision ({self.accelerator.mixed_precision}) is too low"
                     )

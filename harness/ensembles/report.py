@@ -37,10 +37,12 @@ def plan(members, images, kinds, groups, machine) -> str:
     rows = [("member", f"{_about(member)}") for member in members]
     rows.append(("scored", f"{len(images.scored):,} {images.role} images of {images.source}"))
     if images.fitted:
-        where = f"on {len(images.fitted):,} validation images that no member was trained on"
+        fit_images = f"on {len(images.fitted):,} validation images that no member was trained on"
     else:
-        where = f"cross-fitted on the {images.role} images: under {LEAST_FITTED} others are left"
-    rows.append(("fitted", where))
+        fit_images = (
+            f"cross-fitted on the {images.role} images: under {LEAST_FITTED} others are left"
+        )
+    rows.append(("fitted", fit_images))
     rows.append(("views", ", ".join(kinds)))
     for group in groups:
         rows.append(("soup", " + ".join(members[number].name for number in group)))
@@ -69,13 +71,15 @@ def write(folder, report, samples):
     replace_file(folder / "report.md", markdown(escaped(report)).encode())
     classes = [row["class"] for row in report["by_class"]]
     scored, best = report["scored"], report["best"]
-    on = f"{scored['images']:,} {scored['role']} images"
+    images_text = f"{scored['images']:,} {scored['role']} images"
     charts.save_accuracies(
-        folder / "accuracy.png", report["results"], f"{on}, views: {report['views']}"
+        folder / "accuracy.png", report["results"], f"{images_text}, views: {report['views']}"
     )
-    charts.save_reliability(folder / "reliability.png", report["reliability"], f"{best}, {on}")
+    charts.save_reliability(
+        folder / "reliability.png", report["reliability"], f"{best}, {images_text}"
+    )
     matrix = torch.tensor(report["confusion"])
-    charts.save_confusion(folder / "confusion.png", matrix, classes, f"{best}, {on}")
+    charts.save_confusion(folder / "confusion.png", matrix, classes, f"{best}, {images_text}")
     save_mistakes(folder / "mistakes.png", report["mistakes"], samples, classes)
 
 
@@ -153,11 +157,11 @@ def answer(report) -> str:
     return "\n" + "\n\n".join(sections) + "\n"
 
 
-def closing(folder, tracked) -> str:
+def closing(folder, tracking_line) -> str:
     """The last lines on the terminal: where the report and the tracked run are."""
     pictures = [f"{name}.png" for name in PICTURES if (folder / f"{name}.png").exists()]
     files = ", ".join(["report.md", "report.json", *pictures])
-    return f"report       {folder}/{files}\ntracked run  {tracked}"
+    return f"report       {folder}/{files}\ntracked run  {tracking_line}"
 
 
 def headline(report) -> str:

@@ -12,7 +12,7 @@ from harness.files import replace_file
 from tricks.augment import normalize_batch
 
 
-def write_timm(trained, folder, logits, pixels):
+def write_timm(run, folder, logits, pixels):
     """Write model.safetensors and config.json; returns by how much timm's logits differ at most.
 
     logits: of the run's network in fp32 for pixels, uint8 (n, 3, S, S). Raises UserError where
@@ -20,23 +20,23 @@ def write_timm(trained, folder, logits, pixels):
     """
     import timm
 
-    config = json.loads((trained.folder / "config.json").read_text())
+    config = json.loads((run.folder / "config.json").read_text())
     keys = ("architecture", "num_classes", "label_names", "pretrained_cfg", "model_args")
     config = {name: config[name] for name in keys if name in config}
     config["num_features"] = None
-    config["label_descriptions"] = {name: name for name in trained.classes}
-    shutil.copyfile(trained.folder / "model.safetensors", folder / "model.safetensors")
+    config["label_descriptions"] = {name: name for name in run.classes}
+    shutil.copyfile(run.folder / "model.safetensors", folder / "model.safetensors")
     replace_file(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         config["num_features"] = model.num_features
         replace_file(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-        preprocessing = trained.preprocessing
+        preprocessing = run.preprocessing
         with torch.inference_mode():
             timm_logits = model(normalize_batch(pixels, preprocessing.mean, preprocessing.std))
     except Exception as error:
         raise UserError(
-            f"timm can't load {trained.config['architecture']} from this run: {first_line(error)} "
+            f"timm can't load {run.config['architecture']} from this run: {first_line(error)} "
             "(it can load timm's networks, and torchvision's ResNets with the standard stem and a "
             "linear head)"
         ) from None

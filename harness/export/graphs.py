@@ -113,17 +113,17 @@ def write_int8(fp32, path, batches):
             batch = next(self.left, None)
             return None if batch is None else {"pixels": batch.numpy()}
 
-    prepared = path.with_name(f"{path.name}.prepared")
+    prepared_file = path.with_name(f"{path.name}.prepared")
     try:
         with _quietly():
-            quant_pre_process(str(fp32), str(prepared), skip_symbolic_shape=True)
+            quant_pre_process(str(fp32), str(prepared_file), skip_symbolic_shape=True)
             quantize_static(
-                str(prepared), str(path), Reader(), quant_format=QuantFormat.QDQ,
+                str(prepared_file), str(path), Reader(), quant_format=QuantFormat.QDQ,
                 per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
                 op_types_to_quantize=["Conv", "MatMul", "Gemm"],
             )  # fmt: skip
     finally:
-        prepared.unlink(missing_ok=True)
+        prepared_file.unlink(missing_ok=True)
 
 
 def run_onnx(path, batches):
@@ -163,27 +163,27 @@ def differences(exported, reference):
     return (exported - reference).abs().max().item(), int(changed.sum())
 
 
-def metadata_of(trained, temperature, sample, probabilities) -> dict:
+def metadata_of(run, temperature, sample, probabilities) -> dict:
     """The metadata in an exported file: {name: text}, as JSON where it is not plain text.
 
     sample: uint8 pixels (3, S, S) of one image. probabilities: of it, (classes,), in fp32.
     """
     from PIL import Image
 
-    preprocessing, file = trained.preprocessing, io.BytesIO()
+    preprocessing, file = run.preprocessing, io.BytesIO()
     Image.fromarray(sample.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG")
-    prepared = {
+    steps = {
         "resize_shorter_side": preprocessing.stored_size,
         "interpolation": preprocessing.interpolation,
         "center_crop": preprocessing.size,
         "layout": "uint8 RGB (N, 3, H, W), not normalised",
     }
     return {
-        "architecture": trained.config["architecture"],
-        "classes": json.dumps(trained.classes),
-        "preprocessing": json.dumps(prepared),
+        "architecture": run.config["architecture"],
+        "classes": json.dumps(run.classes),
+        "preprocessing": json.dumps(steps),
         "temperature": repr(temperature),
-        "weights_sha256": trained.sha256,
+        "weights_sha256": run.sha256,
         "sample_input_png_base64": base64.b64encode(file.getvalue()).decode(),
         "sample_output": json.dumps([round(p, 7) for p in probabilities.tolist()]),
     }  # fmt: skip

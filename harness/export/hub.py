@@ -38,9 +38,10 @@ def push(folder, name, private=True) -> str:
     except UserError:
         raise
     except Exception as error:
-        why = first_line(error)
+        reason = first_line(error)
         raise UserError(
-            f"the Hub did not take {name}: {why}; the folder is whole: hf upload {name} {folder} ."
+            f"the Hub did not take {name}: {reason}; the folder is complete: "
+            f"hf upload {name} {folder} ."
         ) from None
     kind = "private" if private else "public"
     return f"pushed       https://huggingface.co/{name} ({kind}); read back, it is the same"

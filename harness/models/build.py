@@ -261,26 +261,26 @@ def _parents(name):
     return [".".join(path[:n]) for n in range(1, len(path))]
 
 
-def initialise(model, how="auto", generator=None) -> str:
-    """Initialise the weights by the method `how`; returns the method that "auto" chose.
+def initialise(model, method="auto", generator=None) -> str:
+    """Initialise the weights by a method; returns the method that "auto" chose.
 
     "kaiming": tricks.init.kaiming_normal_. "own": the weights that the constructor drew stay.
     "auto": kaiming for networks with BatchNorm2d and without LayerNorm (not transformers, ConvNeXt,
     plain vgg), except for FastNet, whose constructor starts its filters in another way.
     """
-    if how == "auto" and isinstance(model, fastnet.FastNet):
-        how = "own"
-    elif how == "auto":
+    if method == "auto" and isinstance(model, fastnet.FastNet):
+        method = "own"
+    elif method == "auto":
         batch_norm, layer_norm = (
             any(isinstance(module, kind) for module in model.modules())
             for kind in (nn.BatchNorm2d, nn.LayerNorm)
         )
-        how = "kaiming" if batch_norm and not layer_norm else "own"
-    if how == "kaiming":
+        method = "kaiming" if batch_norm and not layer_norm else "own"
+    if method == "kaiming":
         from tricks.init import kaiming_normal_
 
         kaiming_normal_(model, generator)
-    return how
+    return method
 
 
 def whiten(model, images):
@@ -451,20 +451,21 @@ def _timm_heads(name, arguments):
         model = timm.create_model(name, pretrained=False, num_classes=7, **arguments)
         if not hasattr(model, "reset_classifier"):
             return []  # an encoder without a head, refused later: it returns no logits
-        old = list(model.parameters())  # kept, so that no new one has the id of an old one
+        # Kept, so that no new parameter has the id of an old one
+        old_parameters = list(model.parameters())
         classifier_names = model.pretrained_cfg.get("classifier") or ()
         if isinstance(classifier_names, str):
             classifier_names = [classifier_names]
         layers = dict(model.named_modules())
         classifier_names = [name for name in classifier_names if _has_outputs(layers.get(name), 7)]
         model.reset_classifier(7)
-    old = {id(parameter) for parameter in old}
-    replaced = [
+    old_ids = {id(parameter) for parameter in old_parameters}
+    new_names = [
         name
         for name, module in model.named_modules()
-        if _has_outputs(module, 7) and id(module.weight) not in old
+        if _has_outputs(module, 7) and id(module.weight) not in old_ids
     ]
-    return list(dict.fromkeys([*replaced, *classifier_names]))
+    return list(dict.fromkeys([*new_names, *classifier_names]))
 
 
 def _has_outputs(module, number):

@@ -47,26 +47,26 @@ def write_calibration(folder, facts):
     replace_file(folder / FILE, data.encode())
 
 
-def keep_temperature(trained, logits, labels, source):
+def keep_temperature(run, logits, labels, source):
     """Write the temperature of a finished run, unless it has one of as many held-out images.
 
     The folder is locked meanwhile: a run that goes on there keeps its own temperature. Where the
     folder can't be written, a note on the terminal says so.
     """
-    current = read_calibration(trained)
+    current = read_calibration(run)
     facts = fit_calibration(logits, labels, source)
     if facts is None or (current and current.get("images", 0) >= facts["images"]):
         return
-    failure = f"the temperature of {trained.name} is not kept"
-    add_to_folder(trained, lambda: write_calibration(trained.folder, facts), failure)
+    failure = f"the temperature of {run.name} is not kept"
+    add_to_folder(run, lambda: write_calibration(run.folder, facts), failure)
 
 
-def read_calibration(trained) -> dict | None:
+def read_calibration(run) -> dict | None:
     """What a run's calibration.json says; None for no file, or one of other weights.
 
-    trained: harness.models.trained.Trained. Raises UserError for a damaged file.
+    run: harness.models.trained.Trained. Raises UserError for a damaged file.
     """
-    file = trained.folder / FILE
+    file = run.folder / FILE
     if not has_file(file):
         return None
     try:
@@ -77,4 +77,4 @@ def read_calibration(trained) -> dict | None:
         facts, sane = {}, False
     if not sane:
         raise UserError(f"{file} holds no temperature: remove it, or restore it")
-    return facts if facts.get("weights_sha256") == trained.sha256 else None
+    return facts if facts.get("weights_sha256") == run.sha256 else None

@@ -61,7 +61,7 @@ def find_model(spec, library=None) -> Network:
     raise UserError(f'unknown model "{name}" in {library or "torchvision and timm"}{hint}')
 
 
-def check_arguments(arguments, where) -> dict:
+def check_arguments(arguments, source) -> dict:
     """The "model_args" of a config.json, checked, for timm's constructor.
 
     Raises UserError for arguments that are not the network's own, such as a file to load, which
@@ -69,12 +69,12 @@ def check_arguments(arguments, where) -> dict:
     """
     import timm
 
-    reserved = {*inspect.signature(timm.create_model).parameters, "num_classes", "in_chans"}
+    reserved_names = {*inspect.signature(timm.create_model).parameters, "num_classes", "in_chans"}
     for key, value in (arguments or {}).items():
         items = value if isinstance(value, list) else [value]
         plain = all(item is None or isinstance(item, bool | int | float | str) for item in items)
-        if key in reserved or "pretrained" in key or "features" in key or not plain:
-            raise UserError(f"{where}: model_args has {key}, which is not for a constructor")
+        if key in reserved_names or "pretrained" in key or "features" in key or not plain:
+            raise UserError(f"{source}: model_args has {key}, which is not for a constructor")
     return dict(arguments or {})
 
 

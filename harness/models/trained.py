@@ -59,8 +59,8 @@ def read_trained(path) -> Trained:
     for result_file in (file, folder / "model.safetensors"):
         if not has_file(result_file):
             has_checkpoints = (folder / "checkpoints").is_dir()
-            why = "has not finished" if has_checkpoints else "is not the folder of a run"
-            raise UserError(f"{folder} {why}: it has no {result_file.name}")
+            state = "has not finished" if has_checkpoints else "is not the folder of a run"
+            raise UserError(f"{folder} {state}: it has no {result_file.name}")
     config = read_config(file)
     classes = config.get("label_names")
     if not isinstance(classes, list) or not classes:
@@ -78,28 +78,28 @@ def read_trained(path) -> Trained:
     return Trained(folder.resolve().name, folder, config, preprocessing, classes, digest, note)
 
 
-def load_model(trained, state=None) -> nn.Module:
+def load_model(run, state=None) -> nn.Module:
     """The network of a run in eval mode, with its weights or with `state` in their place.
 
     Raises UserError that names the folder.
     """
     try:
-        model = rebuild_model(trained.config)
+        model = rebuild_model(run.config)
     except UserError as error:
-        raise UserError(f"{trained.folder}: {error}") from None
-    state = load_weights(trained.folder) if state is None else state
-    load_state(model, state, str(trained.folder / "model.safetensors"))
+        raise UserError(f"{run.folder}: {error}") from None
+    state = load_weights(run.folder) if state is None else state
+    load_state(model, state, str(run.folder / "model.safetensors"))
     return model.eval()
 
 
-def add_to_folder(trained, write, failure):
+def add_to_folder(run, write, failure):
     """Call `write()`, which adds to the folder of a finished run, under the folder's lock.
 
     Returns whether it succeeded. Where the folder can't be written, or a run is using it, or a file
     in it is damaged, a note on the terminal says so. failure: how that note begins.
     """
     try:
-        with open(trained.folder / ".lock", "ab") as lock:
+        with open(run.folder / ".lock", "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             write()
         return True
@@ -146,21 +146,21 @@ def dataset_path(recipe) -> str:
     return source if is_folder else name
 
 
-def check_classes(trained, classes, source):
+def check_classes(run, classes, source):
     """Raise UserError, with the difference, unless the network has these classes in this order."""
-    if trained.classes == classes:
+    if run.classes == classes:
         return
-    run_classes, data_classes = trained.classes, classes
+    run_classes, data_classes = run.classes, classes
     if len(run_classes) != len(data_classes):
-        why = f"{len(run_classes)} classes there, {len(data_classes)} here"
+        difference = f"{len(run_classes)} classes there, {len(data_classes)} here"
     elif sorted(run_classes) == sorted(data_classes):
         pairs = enumerate(zip(run_classes, data_classes, strict=True))
         k, (a, b) = next((k, pair) for k, pair in pairs if pair[0] != pair[1])
-        why = f"the same in another order: class {k} is {a!r} there, {b!r} here"
+        difference = f"the same in another order: class {k} is {a!r} there, {b!r} here"
     else:
         only_run, only_data = (
             ", ".join(repr(name) for name in a if name not in b)[:80]
             for a, b in ((run_classes, data_classes), (data_classes, run_classes))
         )
-        why = f"only there: {only_run or 'none'}; only here: {only_data or 'none'}"
-    raise UserError(f"{trained.folder} has other classes than {source}: {why}")
+        difference = f"only there: {only_run or 'none'}; only here: {only_data or 'none'}"
+    raise UserError(f"{run.folder} has other classes than {source}: {difference}")

@@ -181,7 +181,7 @@ def load_pretrained(model, pretrained, classes=None, by_order=False) -> Loaded:
     if by_order:
         state = _in_order(model, state, pretrained.label)
         message += "; loaded by order: shapes were checked, names were not"
-    state, converted = _as_timm_would(model, state)
+    state, conversion_note = _as_timm_would(model, state)
     names = [name for name, _ in heads(model)]
     prefixes = tuple(f"{name}." for name in names)
     file_head, model_head = (
@@ -191,7 +191,7 @@ def load_pretrained(model, pretrained, classes=None, by_order=False) -> Loaded:
     if head_reason := _head_mismatch(file_head, model_head, pretrained.classes, classes):
         state = {key: value for key, value in state.items() if key not in file_head} | model_head
         message += f"; head {' and '.join(names)} is new: {head_reason}"
-    state, resized = _resize_positions(model, state)
+    state, resize_note = _resize_positions(model, state)
     try:
         load_state(model, state, pretrained.label)
     except UserError as error:
@@ -199,15 +199,15 @@ def load_pretrained(model, pretrained, classes=None, by_order=False) -> Loaded:
             error = UserError(f"{error}. These weights need --image_size {size}")
         if pretrained.description:
             error = UserError(f"{error}. Read from the file: {pretrained.description}")
-        renamed = state.keys() != clean_state_dict(model).keys()
-        if by_order or not renamed or _in_order(model, pretrained.state) is None:
+        names_differ = state.keys() != clean_state_dict(model).keys()
+        if by_order or not names_differ or _in_order(model, pretrained.state) is None:
             raise error from None
         raise UserError(
             f"{error}. All shapes match in order under other names: --weights_by_order loads them "
             "so, and checks nothing but shapes"
         ) from None
     note = f"; {pretrained.note}" if pretrained.note else ""
-    return Loaded(message + converted + resized + note, bool(head_reason))
+    return Loaded(message + conversion_note + resize_note + note, bool(head_reason))
 
 
 def _head_mismatch(file_head, model_head, file_classes, model_classes):
@@ -533,13 +533,13 @@ def _published(spec, name):
     """The weights that torchvision publishes under a name, from its cache or the network."""
     import torchvision
 
-    published = torchvision.models.get_model_weights(name)
-    if spec != "default" and spec not in published.__members__:
-        hint = nearest(spec, published.__members__)
+    weights_enum = torchvision.models.get_model_weights(name)
+    if spec != "default" and spec not in weights_enum.__members__:
+        hint = nearest(spec, weights_enum.__members__)
         raise UserError(f"{name} has no weights {spec}{hint} (and no file is called so)")
-    weights = published.DEFAULT if spec == "default" else published[spec]
+    weights = weights_enum.DEFAULT if spec == "default" else weights_enum[spec]
     if not weights.meta.get("categories"):  # vgg16's IMAGENET1K_FEATURES: its classifier is NaN
-        complete = ", ".join(w.name for w in published if w.meta.get("categories"))
+        complete = ", ".join(w.name for w in weights_enum if w.meta.get("categories"))
         raise UserError(f"{weights} has convolutions only, no classifier: take {complete}")
     try:  # torch.hub would unpickle a cached file freely, so say weights_only here
         state = weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)

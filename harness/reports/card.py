@@ -36,30 +36,30 @@ def read_reports(folder):
     return reports
 
 
-def write_card(folder, trained, fitted, kind, licence=None):
+def write_card(folder, run, fitted, kind, licence=None):
     """Write README.md: the Hub's metadata, how it was trained and on what, its scores, its use.
 
-    trained: harness.models.trained.Trained. fitted: of calibration.json, or None. kind: of
+    run: harness.models.trained.Trained. fitted: of calibration.json, or None. kind: of
     export.py's --to, or "run" for the card in the run's own folder. licence: None leaves it out.
     """
-    summary, report = read_reports(trained.folder)
-    metadata, report = _metadata(trained, kind, licence, report), escaped(report)
+    summary, report = read_reports(run.folder)
+    metadata, report = _metadata(run, kind, licence, report), escaped(report)
     sections = [
         f"---\n{metadata}\n---",
-        f"# {escaped(trained.name)}",
-        f"A {trained.config['architecture']} that tells {len(trained.classes):,} classes apart, "
-        f"for images of {trained.preprocessing.size} px.",
+        f"# {escaped(run.name)}",
+        f"A {run.config['architecture']} that tells {len(run.classes):,} classes apart, "
+        f"for images of {run.preprocessing.size} px.",
         _score_text(report),
         "## Training",
-        _recipe_text(trained, summary),
+        _recipe_text(run, summary),
         "## Classes",
         class_table(report["by_class"])
         if report.get("by_class")
-        else ", ".join(escaped(trained.classes)),
+        else ", ".join(escaped(run.classes)),
         "## Limits",
         *_limits(report, fitted),
         "## Use",
-        _use(folder, trained, kind, fitted["temperature"] if fitted else 1.0),
+        _use(folder, run, kind, fitted["temperature"] if fitted else 1.0),
     ]
     replace_file(
         folder / "README.md",
@@ -67,12 +67,12 @@ def write_card(folder, trained, fitted, kind, licence=None):
     )
 
 
-def _metadata(trained, kind, licence, report):
+def _metadata(run, kind, licence, report):
     """The YAML at the top."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    dataset, on_hub = _dataset(trained)
-    weights = str((trained.config.get("flags") or {}).get("weights") or "none")
+    dataset, on_hub = _dataset(run)
+    weights = str((run.config.get("flags") or {}).get("weights") or "none")
     results = [
         EvalResult(
             task_type="image-classification", dataset_type="image-folder", dataset_name=dataset,
@@ -84,21 +84,21 @@ def _metadata(trained, kind, licence, report):
         if (report.get("metrics") or {}).get(key) is not None
     ]  # fmt: skip
     library = {"onnx": "onnx", "torch": "pytorch"}.get(kind, "timm")
-    if kind == "run" and not loads_in_timm(trained.config):
+    if kind == "run" and not loads_in_timm(run.config):
         library = "pytorch"
     return ModelCardData(
         library_name=library, pipeline_tag="image-classification",
         tags=["image-classification", library], license=licence,
         datasets=[dataset] if on_hub else None,
         base_model=weights.removeprefix("hf-hub:") if weights.startswith("hf-hub:") else None,
-        model_name=trained.name if results else None, eval_results=results or None,
+        model_name=run.name if results else None, eval_results=results or None,
     ).to_yaml()  # fmt: skip
 
 
-def _dataset(trained):
+def _dataset(run):
     """(the data set's name, whether it is an id of the Hub); a folder is named without its path."""
-    name = str(trained.config.get("dataset") or "unknown")
-    source = str((trained.config.get("data") or {}).get("source") or "")
+    name = str(run.config.get("dataset") or "unknown")
+    source = str((run.config.get("data") or {}).get("source") or "")
     if Path(source).is_absolute() or name.startswith((".", "/", "~")):
         return Path(source).name or Path(name).name, False
     return name, "/" in name
@@ -117,10 +117,10 @@ def _score_text(report):
     )
 
 
-def _recipe_text(trained, summary):
-    flags = trained.config.get("flags") or {}
-    text = f"On {escaped(_dataset(trained)[0])}"
-    if splits := (trained.config.get("data") or {}).get("splits"):
+def _recipe_text(run, summary):
+    flags = run.config.get("flags") or {}
+    text = f"On {escaped(_dataset(run)[0])}"
+    if splits := (run.config.get("data") or {}).get("splits"):
         text += f", {splits.get('train', 0):,} images"
     if summary.get("steps"):
         text += f", {summary['steps']:,} steps, {summary['seconds']:,.0f} s"
@@ -172,9 +172,9 @@ def loads_in_timm(config) -> bool:
     return config.get("library") == "timm" or (resnet and config.get("stem") == "standard")
 
 
-def _use(folder, trained, kind, temperature):
-    preprocessing = trained.preprocessing
-    if kind == "run" and loads_in_timm(trained.config):
+def _use(folder, run, kind, temperature):
+    preprocessing = run.preprocessing
+    if kind == "run" and loads_in_timm(run.config):
         kind = "run, timm"
     return USE[kind].format(
         prepare=how_to_prepare(preprocessing), folder=folder.name, path=shlex.quote(str(folder)),

@@ -62,25 +62,25 @@ def save_reliability(path, tables, title):
     tables: {label: harness.ensembles.comparison.reliability}. The bars show the images of a bin.
     """
     with _figure(path, (5.6, 6), [title, *tables]) as figure:
-        ax, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+        ax, count_axes = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
         ax.plot([0, 1], [0, 1], ":", color=GREY, linewidth=1)
         for (label, table), (colour, style) in zip(
             tables.items(), ((GREY, "--"), (BLUE, "-")), strict=False
         ):
-            filled = [k for k, count in enumerate(table["counts"]) if count]
-            points = [[table[key][k] for k in filled] for key in ("confidence", "accuracy")]
+            bins_in_use = [k for k, count in enumerate(table["counts"]) if count]
+            points = [[table[key][k] for k in bins_in_use] for key in ("confidence", "accuracy")]
             ax.plot(*points, style, marker="o", markersize=4, color=colour, label=label)
             bins = len(table["counts"])
             edges = [k / bins for k in range(bins + 1)]
-            below.stairs(table["counts"], edges, color=colour, linestyle=style, linewidth=1.4)
+            count_axes.stairs(table["counts"], edges, color=colour, linestyle=style, linewidth=1.4)
         ax.set_ylabel("accuracy")
         ax.set_xlim(0, 1)
         ax.set_ylim(0, 1)
         ax.set_title(_short(title, 60), loc="left", fontsize=10)
         ax.legend(frameon=False, fontsize=9, loc="upper left")
-        below.set_ylabel("images")
-        below.set_xlabel("confidence: probability of the predicted class")
-        for axes in (ax, below):
+        count_axes.set_ylabel("images")
+        count_axes.set_xlabel("confidence: probability of the predicted class")
+        for axes in (ax, count_axes):
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
 

@@ -90,20 +90,20 @@ def mistakes(probabilities, predicted, labels, rows, classes, paths=None) -> lis
     probabilities: (n, classes). predicted and labels: int64 (n,). rows: the images' numbers in the
     stored split. paths: a function of a list of samples -> a list of their files' paths or None.
     """
-    sure = probabilities.gather(1, predicted.unsqueeze(1)).squeeze(1)
-    wrong = (predicted != labels).nonzero().squeeze(1)
-    wrong = wrong[sure[wrong].argsort(descending=True, stable=True)].tolist()
+    confidence = probabilities.gather(1, predicted.unsqueeze(1)).squeeze(1)
+    samples = (predicted != labels).nonzero().squeeze(1)
+    samples = samples[confidence[samples].argsort(descending=True, stable=True)].tolist()
     entries = [
         {
             "sample": k,
             "row": int(rows[k]),
             "true": classes[labels[k]],
             "predicted": classes[predicted[k]],
-            "probability": sure[k].item(),
+            "probability": confidence[k].item(),
         }
-        for k in wrong
+        for k in samples
     ]
-    for mistake, path in zip(entries, paths(wrong) if paths else [], strict=bool(paths)):
+    for mistake, path in zip(entries, paths(samples) if paths else [], strict=bool(paths)):
         if path is not None:
             mistake["path"] = path
     return entries

@@ -30,8 +30,8 @@ CHARTS = (
 )
 
 
-def write_page(folder, trained, maps=None):
-    """Write report.html. trained: harness.models.trained.Trained, of the same folder.
+def write_page(folder, run, maps=None):
+    """Write report.html. run: harness.models.trained.Trained, of the same folder.
 
     maps: the path of a picture of class activation maps, or None.
     """
@@ -40,7 +40,7 @@ def write_page(folder, trained, maps=None):
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    summary, report = read_reports(trained.folder)
+    summary, report = read_reports(run.folder)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     pictures = {name: _embedded(folder / f"{name}.png") for name, _ in CHARTS}
     if maps:
@@ -51,13 +51,13 @@ def write_page(folder, trained, maps=None):
         key=lambda row: 2.0 if row["accuracy"] is None else row["accuracy"],
     )
     text = template.render(
-        name=trained.name, config=trained.config, flags=trained.config.get("flags") or {},
-        size=trained.preprocessing.size, classes=trained.classes, summary=summary, report=report,
+        name=run.name, config=run.config, flags=run.config.get("flags") or {},
+        size=run.preprocessing.size, classes=run.classes, summary=summary, report=report,
         headline=headline(report) if report else "It was not evaluated: no images were held out.",
         metrics=[
             (metric.title, metric.text.format(values[key]))
             for key, metric in sorted(METRICS.items(), key=lambda item: item[0] != "acc")
-            if values.get(key) is not None and not (key == "top5" and len(trained.classes) <= 5)
+            if values.get(key) is not None and not (key == "top5" and len(run.classes) <= 5)
         ],
         rows=rows[:MOST_ROWS], titles=dict(CHARTS), pictures=pictures, percent=percent,
         interval=interval, shortened=shortened, energy=energy,

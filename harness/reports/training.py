@@ -76,11 +76,11 @@ def facts(
         "by_class": by_class(matrix, classes),
         "most_confused": most_confused(matrix, classes),
         "slices": {
-            by: slices(by, split, samples, image_column, right) for by in slice_by or ()
+            key: slices(key, split, samples, image_column, right) for key in slice_by or ()
         },
         "mistakes": mistakes(
             answers, predicted, labels, stored_rows(split), classes,
-            lambda wrong: file_paths(split, image_column, wrong),
+            lambda numbers: file_paths(split, image_column, numbers),
         ),
         "confusion": matrix.tolist() if len(classes) <= MATRIX else None,
         "calibration": fitted,
