@@ -6,7 +6,7 @@ TWO := -n 2 --dist loadfile    # files of tests at a time: most of it waits for 
 MEMBERS := resnet18 googlenet shufflenet_v2_x1_0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo flowers ablate ensemble bench pictures screenshots test test-quick test-sweeps test-faults setup lint clean
+.PHONY: demo flowers ablate ensemble bench results pictures screenshots test test-quick test-sweeps test-faults setup lint clean
 
 demo: $(VENV)/demo
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train.py --config recipes/digits.yaml
@@ -42,8 +42,11 @@ screenshots:             # report.html of RUN=runs/x in Debian's Chromium: wide,
 	    --screenshot=$(abspath $(RUN))-$$width.png file://$(abspath $(RUN))/report.html || exit 1; \
 	done
 
-bench: setup             # ours against the peers, long: DATA=folder, QUICK=1
-	$(BIN)/python benchmarks/bench.py $(if $(DATA),--data $(DATA)) $(if $(QUICK),--quick)
+bench: setup             # ours against the peers, long: DATA=folder, QUICK=1, JSON=1 (to benchmarks/results)
+	$(BIN)/python benchmarks/bench.py $(if $(DATA),--data $(DATA)) $(if $(QUICK),--quick) $(if $(JSON),--json)
+
+results:                 # docs/results.md from benchmarks/results
+	$(PYTHON) benchmarks/results.py
 
 test: setup              # all but the sweeps: what CI runs
 	$(BIN)/python -m pytest $(TWO)

@@ -24,6 +24,7 @@ if __name__ == "__main__":  # before torch is imported: --help and a mistyped fl
 
 import torch
 
+from harness.data.options import SplitOptions
 from harness.ensembles import combinations, comparison, crossvalidation, report
 from harness.ensembles.crossvalidation import find_folds
 from harness.ensembles.members import find_images, read_members, view_sets
@@ -36,8 +37,8 @@ from harness.models.calibration import keep_temperature
 from harness.models.trained import load_model
 from harness.processes import from_local_main, in_turn
 from harness.reports import training as training_report
-from harness.tracking import Tracking, parse_report_to
-from harness.training.folder import claim_report, report_folder
+from harness.tracking import Tracking, TrackingOptions
+from harness.training.folder import FolderOptions, claim_report, report_folder
 from tricks.ensemble import average_logits, average_probabilities
 
 
@@ -47,16 +48,18 @@ def main(args):
     # members, views, images: all that can be refused is, before any long work
     members = in_turn(accelerator, lambda: read_members(args.members))
     names = [member.name for member in members]
-    folder = report_folder(args, report.default_name(names), "ensemble_eval.py")
+    folder_options = flags.pick(FolderOptions, args)
+    folder = report_folder(folder_options, report.default_name(names), "ensemble_eval.py")
     weights = args.member_weights
     if weights and len(weights) != len(members):
         raise UserError(f"--member_weights has {len(weights)} for {len(members)} members")
     sizes = {member.preprocessing.size for member in members}
-    folds = from_local_main(accelerator, lambda: find_folds(members, args))
+    split = flags.pick(SplitOptions, args)
+    folds = from_local_main(accelerator, lambda: find_folds(members, split))
     if folds:
         return score_folds(args, accelerator, machine, folder, folds)
     views = view_sets(args.tta, sizes, args.seed)  # {kind: {size: views}}; the first is combined
-    images = from_local_main(accelerator, lambda: find_images(members, args))
+    images = from_local_main(accelerator, lambda: find_images(members, split))
     groups = groups_of(members) if args.soup else []
     accelerator.print(report.plan(members, images, list(views), groups, machine))
     if args.dry_run:
@@ -133,12 +136,11 @@ def main(args):
     print(report.answer(found), flush=True)
     claim_report(folder, "ensemble_eval.py")
     report.write(folder, found, predictions.samples("scored", members[0].preprocessing))
-    replace_file(folder / "config.yaml", flags.to_yaml(args))
+    replace_file(folder / "config.yaml", flags.to_yaml(flags.to_recipe(args)))
     soups.save_all(results)
     tracking = Tracking(
-        accelerator, parse_report_to(args.report_to), folder=folder, project=args.project,
-        name=folder.name, group=args.group, job_type="ensemble", tags=report.tags(members),
-        config=flags.to_recipe(args), run_id=None,
+        accelerator, flags.pick(TrackingOptions, args), folder=folder, job_type="ensemble",
+        tags=report.tags(members),
     )  # fmt: skip
     report.track(tracking, found, folder)
     print(report.closing(folder, tracking.line))
@@ -177,7 +179,7 @@ def score_folds(args, accelerator, machine, folder, folds):
     found, together = crossvalidation.facts(folder.name, folds, samples, logits, classes)
     claim_report(folder, "ensemble_eval.py")
     training_report.write(folder, found, together)
-    replace_file(folder / "config.yaml", flags.to_yaml(args))
+    replace_file(folder / "config.yaml", flags.to_yaml(flags.to_recipe(args)))
     print(f"\n{training_report.headline(found)}\nreport       {folder}/report.md, mistakes.csv")
 
 

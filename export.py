@@ -34,7 +34,7 @@ from harness.models.calibration import read_calibration
 from harness.models.trained import load_model, read_trained
 from harness.processes import only_process
 from harness.reports.card import write_card
-from harness.training.folder import claim_report, report_folder
+from harness.training.folder import FolderOptions, claim_report, report_folder
 
 WRITTEN = {"onnx": ["model.onnx"], "torch": ["model.pt2"],
            "timm": ["model.safetensors", "config.json"]}  # fmt: skip
@@ -55,10 +55,11 @@ def main(args):
     if args.to == "onnx":
         graphs.need("onnx", "onnxscript", "onnxruntime")
     trained = read_trained(args.run)
-    folder = report_folder(args, f"export-{trained.name}-{args.to}", "export.py")
+    options = flags.pick(FolderOptions, args)
+    folder = report_folder(options, f"export-{trained.name}-{args.to}", "export.py")
     fitted = read_calibration(trained)
     temperature = fitted["temperature"] if fitted else 1.0
-    images = check_images(trained, args)
+    images = check_images(trained, args.dataset, args.seed, args.precision == "int8")
     print(f"network      {trained.name}: {trained.config['architecture']}, "
           f"{trained.preprocessing.size} px, {len(trained.classes):,} classes, temperature "
           f"{temperature:.3f}{'' if fitted else ' (no calibration.json)'}")  # fmt: skip
@@ -85,7 +86,7 @@ def main(args):
 
     # the card, and the Hub
     write_card(folder, trained, fitted, args.to, args.license)
-    replace_file(folder / "config.yaml", flags.to_yaml(args))
+    replace_file(folder / "config.yaml", flags.to_yaml(options.recipe))
     for name in set(WRITTEN["onnx"] + WRITTEN["torch"] + WRITTEN["timm"]) - set(WRITTEN[args.to]):
         (folder / name).unlink(missing_ok=True)  # of an export of another kind before
     print(f"exported     {folder}/{', '.join(sorted(p.name for p in folder.glob('[!.]*')))}")

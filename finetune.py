@@ -37,24 +37,27 @@ import torch
 import torch.nn.functional as F
 
 from harness.counters import generator
-from harness.data.batches import draw_mixing, make_views, mixes, row_order, train_batches
+from harness.data.batches import draw_mixing, make_views, row_order, train_batches
 from harness.data.stores import describe_prepared
 from harness.launch import script
-from harness.metrics import computed
 from harness.models import build
-from harness.models.heads import start_heads
 from harness.models.trained import seen_before
-from harness.models.weights import load_pretrained
 from harness.pictures import SHOWN, save_train_batch
 from harness.processes import from_local_main
 from harness.training import features, plan
 from harness.training import stages as staging
 from harness.training.imbalance import make_loss
-from harness.training.opening import decode_images, open_run, report_writer
-from harness.training.optimizers import make_optimizer
+from harness.training.opening import (
+    ModelOptions,
+    decode_images,
+    make_network,
+    open_run,
+    report_writer,
+)
+from harness.training.optimizers import OptimizerOptions, make_optimizer
 from harness.training.probe import can_start_from_probe, fit_probe, start_from_probe
-from harness.training.run import Length, Run, check_batch
-from harness.training.scoring import evaluate, evaluate_epoch
+from harness.training.run import Length, Run, RunOptions, check_batch
+from harness.training.scoring import evaluate_epoch, evaluate_result
 from tricks.ema import ModelEma
 from tricks.freeze import frozen_digest, unfreeze
 from tricks.label_smoothing import smooth_labels
@@ -66,25 +69,19 @@ def main(args):
     # data, and how the weights want to see it
     opening = open_run(args, "finetune.py")
     accelerator, data, pretrained = opening.accelerator, opening.data, opening.pretrained
-    preprocessing, device = opening.preprocessing, accelerator.device
-    check_batch(args, accelerator.num_processes, len(data.train), mixing=False)
+    preprocessing = opening.preprocessing
+    cut = args.batch_size, args.gradient_accumulation_steps, accelerator.num_processes
+    check_batch(*cut, len(data.train), mixing=False)
     per_epoch = len(data.train) // args.batch_size
+    of_run = flags.pick(staging.StageOptions, args)
 
     # model: a new head on loaded weights
-    model = build.build_model(
-        args.model, len(data.classes), image_size=preprocessing.size, stem=opening.stem,
-        dropout=args.dropout, head=args.head,
-    )  # fmt: skip
-    how = "own" if args.init == "auto" and pretrained.state else args.init
-    initialised = build.initialise(model, how, generator(args.seed, "init"))
-    loaded = load_pretrained(model, pretrained, data.classes, args.weights_by_order)
-    if loaded.head_is_new and pretrained.state:
-        initialised = start_heads(model, preprocessing.size, generator(args.seed, "head"))
-    model.to(device, memory_format=torch.channels_last)
+    init = "own" if args.init == "auto" and pretrained.state else args.init
+    model, loaded, initialised = make_network(opening, flags.pick(ModelOptions, args), init)
 
     # strategy: a list of stages, each a function of the optimizer step
     def fit(whole):
-        views = make_views(args, preprocessing)
+        views = make_views(of_run, preprocessing)
         return fit_probe(
             accelerator, model, splits, views, len(data.classes), args.seed, feature_cache, whole
         )
@@ -93,27 +90,30 @@ def main(args):
     from_probe = args.strategy in ("auto", "feature_extraction") and loaded.head_is_new
     from_probe = from_probe and can_start_from_probe(model, preprocessing.size)
     if strategy == "auto":
-        splits = decode_images(opening, args)
+        splits = decode_images(opening, args.verify_cache)
         probe = fit(whole=False)
         strategy, reason = staging.choose_strategy(
             probe.accuracy, len(data.classes), len(data.train)
         )
     blocks = build.blocks(model, args.model)
     stages = staging.make_stages(
-        args, strategy, model, blocks, per_epoch, pretrained.state is not None
-    )
+        flags.pick(staging.StrategyOptions, args), of_run, strategy, model, blocks, per_epoch,
+        pretrained.state is not None,
+    )  # fmt: skip
     total = stages[-1].end
     for stage in stages:
-        part = check_batch(args, accelerator.num_processes, len(data.train), mixes(stage.args))
+        part = check_batch(*cut, len(data.train), stage.options.mixes())
     build.check_part(model, part, preprocessing.size)
     cached = features.cacheable_stages(stages, model, preprocessing.size)
-    idle = staging.idle_flags(args, strategy)
+    idle = staging.idle_flags(args.given, strategy)
     reason += f"; {', '.join(idle)} not used" if idle else ""
 
     initialised = "a linear probe of the features" if from_probe else f"init {initialised}"
     machine = opening.machine | {"weights": f"{loaded.text}; what is new: {initialised}"}
-    rows = {"prepared": plan.preprocessing_from(args, pretrained, data), "pixels": opening.pixels}
-    rows |= {"strategy": f"{strategy}: {reason}", "lr": f"{args.optimizer}: see the stages"}
+    rows = opening.rows | {
+        "strategy": f"{strategy}: {reason}",
+        "lr": f"{args.optimizer}: see the stages",
+    }
     if seen := from_local_main(accelerator, lambda: seen_before(pretrained.recipes, data)):
         rows["note"] = (
             f"{seen:,} of {len(data.val):,} val images were trained on by {args.weights}: the same "
@@ -123,7 +123,7 @@ def main(args):
     accelerator.print(staging.table(model, stages, per_epoch, cached))
     if args.dry_run:
         return
-    splits = splits or decode_images(opening, args)
+    splits = splits or decode_images(opening, args.verify_cache)
     if args.prepare_data:
         accelerator.print(f"prepared     {describe_prepared(data, splits)}")
         return
@@ -135,16 +135,20 @@ def main(args):
 
     # one optimizer for all stages: each gives it other groups
     unfreeze(model)
-    optimizer = make_optimizer(args, model.parameters(), accelerator, lr=1.0)
+    optimizer = make_optimizer(
+        flags.pick(OptimizerOptions, args), model.parameters(), accelerator, lr=1.0
+    )
     optimizer = accelerator.prepare(optimizer)
     identity = plan.identity(data, preprocessing, splits) | {
         "strategy": strategy,
-        "stages": [[s.name, s.rates, s.start, s.end, s.args.bn_mode] for s in stages],
+        "stages": [[s.name, s.rates, s.start, s.end, s.options.bn_mode] for s in stages],
     }  # fmt: skip
     run = Run(
-        args, accelerator, opening.folder, model, optimizer, ema, Length(total, per_epoch),
+        flags.pick(RunOptions, args), accelerator, opening.folder, model, optimizer, ema,
+        Length(total, per_epoch),
         config=plan.result_config(
-            args, data, preprocessing, opening.stem, "finetune", pretrained, args.head
+            args.model, args.dropout, data, preprocessing, opening.stem, "finetune", pretrained,
+            args.head,
         ),
         identity=identity,
     )  # fmt: skip
@@ -154,14 +158,10 @@ def main(args):
             feature_cache.clear()  # no later stage wants the features
         if run.step < stage.end or (run.step == stage.end and run.unscored):
             kept = feature_cache if stage.name in cached else None
-            train_stage(run, stage, optimizer, splits, preprocessing, data.classes, kept)
+            train_stage(args, run, stage, optimizer, splits, preprocessing, data.classes, kept)
 
     def predict(role):
-        views = make_views(args, preprocessing)
-        return evaluate(
-            accelerator, run.module, splits[role], views.evaluation, stop=run.asked_to_stop,
-            metrics=computed(args), whole=True,
-        )  # fmt: skip
+        return evaluate_result(run, splits[role], make_views(of_run, preprocessing).evaluation)
 
     facts = {
         "strategy": strategy,
@@ -174,31 +174,32 @@ def main(args):
     accelerator.print(plan.closing(summary, opening.folder, run.record.tracking.line))
 
 
-def train_stage(run, stage, optimizer, splits, preprocessing, classes, feature_cache):
+def train_stage(args, run, stage, optimizer, splits, preprocessing, classes, feature_cache):
     """Train what the stage trains, on images (feature_cache: None) or a head on kept features.
 
     feature_cache: the features kept so far, which this adds to.
     """
-    accelerator, args, model = run.accelerator, stage.args, run.module
+    accelerator, options, model = run.accelerator, stage.options, run.module
     run.record.stage = stage.name
     staging.set_groups(optimizer.optimizer, staging.apply_stage(model, stage))
     check_groups(model, optimizer.param_groups)
     frozen = frozen_digest(model)
-    views, network, changing = make_views(args, preprocessing), model, None
+    views, network, changing = make_views(options, preprocessing), model, None
     cached = feature_cache is not None
     if cached:
         if run.wants_picture():
-            view = min(1, args.views - 1)
+            view = min(1, options.views - 1)
             number = min(args.batch_size, SHOWN)
-            rows = row_order(splits["train"].labels, args.seed, 0, args.imbalance)[:number]
+            rows = row_order(splits["train"].labels, args.seed, 0, options.imbalance)[:number]
             images, labels = features.view_batch(splits["train"], views, rows, view, args.seed)
             targets = F.one_hot(labels, len(classes))
             save_train_batch(run.picture, views.to_pixels(images), targets, classes)
         network = features.cut_at_head(model).tail
         splits = run.interruptible(lambda: features.extract_splits(
-            accelerator, model, splits, views, args, feature_cache, run.asked_to_stop
+            accelerator, model, splits, views, options.views, args.seed, feature_cache,
+            run.asked_to_stop,
         ))  # fmt: skip
-        views = features.CachedViews(args.views)
+        views = features.CachedViews(options.views)
         changing = {name for name, p in model.named_parameters() if p.requires_grad}
     # DDP looks at what requires a gradient when it wraps, so every stage wraps anew. In a shell,
     # because Accelerate marks what it has prepared and passes it by the next time
@@ -206,28 +207,24 @@ def train_stage(run, stage, optimizer, splits, preprocessing, classes, feature_c
     batches = train_batches(
         splits["train"], views, accelerator, batch_size=args.batch_size, seed=args.seed,
         accumulation=args.gradient_accumulation_steps, total_steps=stage.end,
-        imbalance=args.imbalance,
+        imbalance=options.imbalance,
     )  # fmt: skip
 
-    loss_of, shares = make_loss(
-        args.imbalance, args.imbalance_tau, splits["train"].labels, len(classes), accelerator.device
-    )
+    loss_of, shares = make_loss(options, splits["train"].labels, len(classes), accelerator.device)
 
     def epoch_scores():
         return evaluate_epoch(run, network, splits, views.evaluation)
 
     for step, batch in run.steps(batches, epoch_scores, spacing=30 if cached else 0):
         set_lr(optimizer, warmup_cosine(step - stage.start, stage.end - stage.start, stage.warmup))
-        mix = draw_mixing(
-            args.mixup_alpha, args.cutmix_alpha, args.mix_prob, preprocessing.size,
-            generator(args.seed, "mixing", step),
-        )  # fmt: skip
+        rng = generator(args.seed, "mixing", step)
+        mix = draw_mixing(options, preprocessing.size, rng)
         for part in batch:  # one, unless gradients are accumulated
             with accelerator.accumulate(wrapped):
                 targets = F.one_hot(part.labels, len(classes)).float()
                 images, targets = mix(part.images, targets)
                 logits = wrapped(images)
-                loss = loss_of(logits, smooth_labels(targets, args.label_smoothing, shares))
+                loss = loss_of(logits, smooth_labels(targets, options.label_smoothing, shares))
                 accelerator.backward(loss)
             # how much of its target each prediction hits: accuracy weighted by λ
             run.count(loss, targets.gather(1, logits.argmax(1, keepdim=True)).mean())

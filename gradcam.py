@@ -29,7 +29,7 @@ from harness.explain import cams, report
 from harness.explain.sheets import colours
 from harness.launch import make_accelerator, script
 from harness.processes import from_each, in_turn
-from harness.training.folder import claim_report, report_folder
+from harness.training.folder import FolderOptions, claim_report, report_folder
 from tricks.cam import CAM_METHODS
 
 
@@ -43,13 +43,18 @@ def main(args):
     # network and images: all that can be refused is, before any long work
     methods = cams.known_words(args.method, CAM_METHODS, "--method")
     colour = colours(args.colormap)
-    cams.check_flags(args)
-    network = in_turn(accelerator, lambda: cams.find_network(args))
-    folder = report_folder(args, f"gradcam-{network.name}", "gradcam.py")
+    asked, chosen, maps = (
+        flags.pick(kind, args)
+        for kind in (cams.NetworkOptions, cams.PictureOptions, cams.MapOptions)
+    )
+    cams.check_flags(asked, chosen, maps)
+    network = in_turn(accelerator, lambda: cams.find_network(asked))
+    folder_options = flags.pick(FolderOptions, args)
+    folder = report_folder(folder_options, f"gradcam-{network.name}", "gradcam.py")
     network.model.to(device)
-    pictures = cams.find_pictures(args, network, accelerator)
-    classes_of = cams.targets_of(args, network, pictures)
-    accelerator.print(report.plan(args, network, pictures, methods, machine))
+    pictures = cams.find_pictures(chosen, network, accelerator)
+    classes_of = cams.targets_of(maps, network, pictures)
+    accelerator.print(report.plan(network, pictures, methods, machine))
     if args.dry_run:
         return
 
@@ -58,14 +63,16 @@ def main(args):
     with progress(accelerator, len(mine)) as bar:
         parts = from_each(
             accelerator,
-            lambda: cams.explain(args, network, mine, classes_of, methods, device, bar),
+            lambda: cams.explain(maps, network, mine, classes_of, methods, device, bar),
         )
     found = cams.merged(parts, len(pictures))
 
     # report
     if accelerator.is_main_process:
         claim_report(folder, "gradcam.py")
-        report.write(args, accelerator, folder, network, pictures, found, colour)
+        of_data_set = bool(args.run) and not args.images and not args.dataset
+        options = flags.pick(report.SheetOptions, args)
+        report.write(options, accelerator, folder, network, pictures, found, colour, of_data_set)
 
 
 if __name__ == "__main__":

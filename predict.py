@@ -21,6 +21,7 @@ def read_flags(argv=None):
 if __name__ == "__main__":  # before torch is imported: --help and a mistyped flag answer at once
     args = read_flags()
 
+from harness.data.options import SplitOptions
 from harness.ensembles.members import view_sets
 from harness.ensembles.predictions import progress
 from harness.ensembles.report import default_name
@@ -32,7 +33,7 @@ from harness.inference.probabilities import load_networks, probabilities_of
 from harness.inference.sets import fit_sets
 from harness.launch import make_accelerator, script
 from harness.processes import from_local_main, in_turn
-from harness.training.folder import claim_report, report_folder
+from harness.training.folder import FolderOptions, claim_report, report_folder
 
 
 def main(args):
@@ -41,16 +42,21 @@ def main(args):
     # networks and images: all that can be refused is, before any long work
     runs, paths = in_turn(accelerator, lambda: runs_and_paths(args.inputs or []))
     name = default_name([run.name for run in runs]).replace("ensemble-", "predict-", 1)
-    folder = report_folder(args, name, "predict.py")
+    folder_options = flags.pick(FolderOptions, args)
+    folder = report_folder(folder_options, name, "predict.py")
     views = view_sets(args.tta, {run.preprocessing.size for run in runs}, args.seed)
-    images = from_local_main(accelerator, lambda: find_images(paths, args, runs[0]))
+    split = flags.pick(SplitOptions, args)
+    images = from_local_main(accelerator, lambda: find_images(paths, split, runs[0]))
     networks = load_networks(runs, next(iter(views.values())), accelerator.device)
 
     def bar(count):
         return progress(accelerator, count)
 
-    sets = fit_sets(accelerator, networks, runs, args, bar) if args.coverage else None
-    accelerator.print(report.plan(images, networks, sets, args, machine))
+    sets = None
+    if args.coverage:
+        sets = fit_sets(accelerator, networks, runs, args.sets, args.coverage, args.seed, bar)
+    options = flags.pick(report.PredictionOptions, args)
+    accelerator.print(report.plan(images, networks, sets, options, machine))
     if args.dry_run:
         return
 
@@ -66,14 +72,14 @@ def main(args):
 
     # what came out: the answer first
     classes = runs[0].classes
-    rows = list(report.rows_of(images, predictions, bad, classes, args))
-    summary = report.summarise(images, predictions, bad, networks, sets, args)
-    for line in report.lines_of(rows, args):
+    rows = list(report.rows_of(images, predictions, bad, classes, options))
+    summary = report.summarise(images, predictions, bad, networks, sets, options)
+    for line in report.lines_of(rows, options):
         print(line)
     claim_report(folder, "predict.py")
-    report.write(folder, rows, images, predictions, classes, runs, args, summary)
-    replace_file(folder / "config.yaml", flags.to_yaml(args))
-    print(report.closing(folder, summary, args))
+    report.write(folder, rows, images, predictions, classes, runs, options, summary)
+    replace_file(folder / "config.yaml", flags.to_yaml(folder_options.recipe))
+    print(report.closing(folder, summary, options))
 
 
 if __name__ == "__main__":

@@ -28,20 +28,29 @@ import torch
 import torch.nn.functional as F
 
 from harness.counters import generator
-from harness.data.batches import draw_mixing, make_views, mixes, scored_views, train_batches
+from harness.data.batches import (
+    BatchOptions,
+    draw_mixing,
+    make_views,
+    scored_views,
+    train_batches,
+)
 from harness.data.stores import describe_prepared
 from harness.launch import script
-from harness.metrics import computed
 from harness.models import build
-from harness.models.heads import start_heads
-from harness.models.weights import load_pretrained
 from harness.pictures import save_train_batch
 from harness.training import plan
 from harness.training.imbalance import make_loss
-from harness.training.opening import decode_images, open_run, report_writer
-from harness.training.optimizers import make_groups, make_optimizer
-from harness.training.run import Length, Run, check_batch
-from harness.training.scoring import evaluate, evaluate_epoch
+from harness.training.opening import (
+    ModelOptions,
+    decode_images,
+    make_network,
+    open_run,
+    report_writer,
+)
+from harness.training.optimizers import OptimizerOptions, make_groups, make_optimizer
+from harness.training.run import Length, Run, RunOptions, check_batch
+from harness.training.scoring import evaluate_epoch, evaluate_result
 from tricks.ema import ModelEma
 from tricks.label_smoothing import smooth_labels
 from tricks.lr_groups import check_groups
@@ -55,49 +64,40 @@ def main(args):
     accelerator, data, pretrained = opening.accelerator, opening.data, opening.pretrained
     preprocessing, device = opening.preprocessing, accelerator.device
     tta_views = scored_views(args.tta, preprocessing.size, args.seed)
-    part = check_batch(args, accelerator.num_processes, len(data.train), mixes(args))
+    batch_options = flags.pick(BatchOptions, args)
+    part = check_batch(
+        args.batch_size, args.gradient_accumulation_steps, accelerator.num_processes,
+        len(data.train), batch_options.mixes(),
+    )  # fmt: skip
     per_epoch = len(data.train) // args.batch_size  # the images that don't fill a batch are left
     total = args.max_steps or args.epochs * per_epoch
 
     # model
-    model = build.build_model(
-        args.model,
-        len(data.classes),
-        image_size=preprocessing.size,
-        stem=opening.stem,
-        dropout=args.dropout,
-    )
-    initialised = build.initialise(model, args.init, generator(args.seed, "init"))
-    loaded = load_pretrained(model, pretrained, data.classes, args.weights_by_order)
-    if loaded.head_is_new and pretrained.state:
-        initialised = start_heads(model, preprocessing.size, generator(args.seed, "head"))
+    model, loaded, initialised = make_network(opening, flags.pick(ModelOptions, args), args.init)
     start_size = build.check_start_size(model, args.model, args.start_size, preprocessing.size)
     build.check_part(model, part, start_size)
-    model.to(device, memory_format=torch.channels_last)
 
     # optimizer and schedule: the learning rate is a function of the step, nothing to save
-    groups = make_groups(
-        model, args.lr, args.head_lr, args.bias_lr, args.weight_decay, args.norm_weight_decay,
-        muon=args.optimizer == "muon",
-    )  # fmt: skip
-    optimizer = make_optimizer(args, groups, accelerator, args.lr)
+    optimizer_options = flags.pick(OptimizerOptions, args)
+    groups = make_groups(model, optimizer_options)
+    optimizer = make_optimizer(optimizer_options, groups, accelerator, args.lr)
     check_groups(model, optimizer.param_groups)
     schedule = plan.SCHEDULES[args.schedule]
-    warmup = min(round(args.warmup_epochs * len(data.train) / args.batch_size), total // 2)
+    steps_per_epoch = len(data.train) / args.batch_size
+    warmup = min(round(args.warmup_epochs * steps_per_epoch), total // 2)
 
     machine = opening.machine | {"weights": f"init {initialised}; {loaded.text}"}
-    rows = {"prepared": plan.preprocessing_from(args, pretrained, data), "pixels": opening.pixels}
-    rows |= {"lr": plan.rates(args, len(data.train), total, warmup)}
+    rows = opening.rows | {"lr": plan.rates(optimizer_options, steps_per_epoch, total, warmup)}
     accelerator.print(plan.describe_run(args, machine, data, model, preprocessing, total, rows))
     if args.dry_run:
         return
-    splits = decode_images(opening, args, args.shard_store)
+    splits = decode_images(opening, args.verify_cache, args.shard_store)
     if args.prepare_data:
         accelerator.print(f"prepared     {describe_prepared(data, splits)}")
         return
 
     # tricks
-    views = make_views(args, preprocessing)
+    views = make_views(batch_options, preprocessing)
 
     def some(n):
         return views.evaluation(splits["train"].take(torch.arange(len(data.train))[:n], device)[0])
@@ -108,8 +108,11 @@ def main(args):
 
     model, optimizer = accelerator.prepare(model, optimizer)
     run = Run(
-        args, accelerator, opening.folder, model, optimizer, ema, Length(total, per_epoch),
-        config=plan.result_config(args, data, preprocessing, opening.stem, "train", pretrained),
+        flags.pick(RunOptions, args), accelerator, opening.folder, model, optimizer, ema,
+        Length(total, per_epoch),
+        config=plan.result_config(
+            args.model, args.dropout, data, preprocessing, opening.stem, "train", pretrained
+        ),
         identity=plan.identity(data, preprocessing, splits),
     )  # fmt: skip
     batches = train_batches(
@@ -118,9 +121,7 @@ def main(args):
         imbalance=args.imbalance,
     )  # fmt: skip
 
-    loss_of, shares = make_loss(
-        args.imbalance, args.imbalance_tau, data.train.labels, len(data.classes), device
-    )
+    loss_of, shares = make_loss(batch_options, data.train.labels, len(data.classes), device)
 
     def epoch_scores():
         return evaluate_epoch(run, run.module, splits, views.evaluation)
@@ -128,10 +129,8 @@ def main(args):
     for step, batch in run.steps(batches, epoch_scores):
         set_lr(optimizer, schedule(step, total, warmup))
         size = progressive_size(step, total, start_size, preprocessing.size)
-        mix = draw_mixing(
-            args.mixup_alpha, args.cutmix_alpha, args.mix_prob, preprocessing.size,
-            generator(args.seed, "mixing", step),
-        )  # fmt: skip
+        rng = generator(args.seed, "mixing", step)
+        mix = draw_mixing(batch_options, preprocessing.size, rng)
         for part in batch:  # one, unless gradients are accumulated
             with accelerator.accumulate(model):
                 targets = F.one_hot(part.labels, len(data.classes)).float()
@@ -151,15 +150,11 @@ def main(args):
         if ema and not accelerator.optimizer_step_was_skipped:
             ema.update(run.module, step)
 
-    def evaluate_result(role, views_of_each=None, whole=False):
-        return evaluate(
-            accelerator, run.module, splits[role], views.evaluation, views_of_each,
-            run.asked_to_stop, metrics=computed(args), whole=whole,
-        )  # fmt: skip
+    def predict(role, views_of_each=None):
+        return evaluate_result(run, splits[role], views.evaluation, views_of_each)
 
     summary = run.finish(
-        lambda role: evaluate_result(role, whole=True),
-        tta=tta_views and (lambda role: evaluate_result(role, tta_views)),
+        predict, tta=tta_views and (lambda role: predict(role, tta_views)[0]),
         report=report_writer(opening, splits, args.slice_by), before=opening.seconds,
     )  # fmt: skip
     accelerator.print(plan.closing(summary, opening.folder, run.record.tracking.line))

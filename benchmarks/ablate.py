@@ -38,6 +38,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from measure import Row, json_flags, write_measurement
 from training_runs import finish_run
 
 from harness.cli.flags import named, to_recipe
@@ -94,6 +95,10 @@ def main(argv=None, finish=finish_run):
         finish("train.py", folder, words, args.config_file)
         show(args, groups)
     show(args, groups)
+    tables, summaries = finished_rows(args, groups)
+    if summaries:
+        rows = measured(tables, summaries[0]["split"])
+        write_measurement(args, list(rows), heading(args, summaries))
 
 
 def parse_args(argv):
@@ -113,6 +118,7 @@ def parse_args(argv):
     parser.add_argument("--output_dir", type=Path, default=Path("runs/ablate"))
     parser.add_argument("--config_file", help="of the launcher; unset: one process on all there is")
     parser.add_argument("--show", action="store_true", help="run nothing")
+    json_flags(parser)
     return parser.parse_known_args(argv)
 
 
@@ -274,6 +280,7 @@ def compare(base, runs):
         "seeds": list(runs),
         "accuracies": accuracies,
         "differences": differences,
+        "times": ratios,
     }
 
 
@@ -289,16 +296,7 @@ def machine(run):
 
 def show(args, groups):
     """Write and print the table of the runs that are finished, and draw it."""
-    tables = []
-    for rows in groups:
-        done = [(*row, finished(args, row[0])) for row in rows]
-        base = done[0][3]
-        tables.append([
-            {"recipe": name, "label": label, "base": rows[0][0], **compare(base, runs),
-             "flags": " ".join(flag_words(changed(flags, rows[0][2])))}
-            for name, label, flags, runs in done if runs
-        ])  # fmt: skip
-    summaries = [run for rows in groups for row in rows for run in finished(args, row[0]).values()]
+    tables, summaries = finished_rows(args, groups)
     if not summaries:
         print(f"no run is finished in {args.output_dir}")
         return
@@ -309,6 +307,35 @@ def show(args, groups):
     write_csv(args.output_dir / "table.csv", tables)
     print(text, flush=True)
     draw(args.output_dir / "ablate.png", tables, title, summaries[0]["split"])
+
+
+def finished_rows(args, groups):
+    """The rows of each table, of the runs that are finished, and those runs' summaries."""
+    tables = []
+    for rows in groups:
+        done = [(*row, finished(args, row[0])) for row in rows]
+        base = done[0][3]
+        tables.append([
+            {"recipe": name, "label": label, "base": rows[0][0], **compare(base, runs),
+             "flags": " ".join(flag_words(changed(flags, rows[0][2])))}
+            for name, label, flags, runs in done if runs
+        ])  # fmt: skip
+    summaries = [run for rows in groups for row in rows for run in finished(args, row[0]).values()]
+    return tables, summaries
+
+
+def measured(tables, split):
+    """The rows of a results file."""
+    for rows in tables:
+        for row in rows:
+            label = row["label"]
+            yield Row(f"{label}: {split} accuracy, %", row["accuracies"], mean=True, digits=2)
+            if row["recipe"] != row["base"] and row["differences"]:
+                name = f"{label}, difference to {row['base']}, points"
+                interval = None if row["low"] is None else (row["low"], row["high"])
+                yield Row(name, row["differences"], mean=True, digits=2, interval=interval)
+            if row["recipe"] != row["base"] and row["times"]:
+                yield Row(f"{label}: training time over that of {row['base']}", row["times"])
 
 
 def changed(flags, base):

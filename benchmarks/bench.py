@@ -2,7 +2,7 @@
 
     make bench                       or with DATA=folder, QUICK=1
     python benchmarks/bench.py --only ema mix
-    python benchmarks/bench.py --data FOLDER --json all.json
+    python benchmarks/bench.py --data FOLDER --json         a results file for each part
 
 Each part prints its own report as it ends; the table of all figures is printed at the end. A part
 that fails is named there, and the exit status is then 1. The images of --data (a folder of parquet
@@ -10,15 +10,16 @@ files in the Hub's layout, as of CIFAR-10) are decoded once for all parts, in a 
 """
 
 import argparse
-import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from measure import ROOT, machine, read_rows, table
+import results
+from measure import ROOT, machine
 
 # part: (its flags, whether it takes --data)
 PARTS = {
@@ -50,16 +51,21 @@ def main():
                       help=f"some of: {', '.join(PARTS)}")  # fmt: skip
     made.add_argument("--data", default="", help="folder of images; unset: smooth noise")
     made.add_argument("--quick", action="store_true", help="does everything run?")
-    made.add_argument("--json", metavar="FILE", help="write the rows there, too")
+    made.add_argument("--json", nargs="?", const=str(results.FOLDER), metavar="FOLDER",
+                      help="of the results files; without FOLDER benchmarks/results")  # fmt: skip
     args = made.parse_args()
+    if args.json and args.quick and Path(args.json).resolve() == results.FOLDER:
+        made.error("--quick --json wants another FOLDER: its figures mean nothing")
     rows, failed = [], []
     with tempfile.TemporaryDirectory() as temporary:
         cache = os.environ.get("HF_DATASETS_CACHE", f"{temporary}/cache")
         environment = {**os.environ, "HF_DATASETS_CACHE": cache, "HF_HUB_OFFLINE": "1"}
         for part in args.only:
             flags, takes_data = PARTS[part]
-            file = Path(temporary) / f"{part}.json"
-            command = [sys.executable, str(ROOT / "benchmarks" / f"{part}.py"), "--json", str(file)]
+            written = Path(temporary) / part
+            written.mkdir()
+            command = [sys.executable, str(ROOT / "benchmarks" / f"{part}.py")]
+            command += ["--json", str(written)]
             command += ["--quick"] if args.quick else flags
             command += ["--data", args.data] if args.data and takes_data else []
             command += FEATURES if part == "cached_features" else []
@@ -70,10 +76,12 @@ def main():
             if status:
                 failed.append(part)
             else:
-                rows += read_rows(file)
-    print(f"\n## All\n\n{machine()}\n\n{table(rows)}")
-    if args.json:
-        Path(args.json).write_text(json.dumps([row._asdict() for row in rows], indent=1))
+                (file,) = written.glob("*.json")
+                rows += results.read(written)[0]["rows"]
+                if args.json:
+                    Path(args.json).mkdir(parents=True, exist_ok=True)
+                    shutil.copy(file, args.json)
+    print(f"\n## All\n\n{machine()}\n\n{results.table(rows)}")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

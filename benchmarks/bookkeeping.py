@@ -55,7 +55,8 @@ def main():
             "BatchNorm statistics of ResNet-50 written back: a loop / one call",
             over(written["loop"], written["one call"]), 1.0,
         ),
-        Row("the same in one call, ms", [1000 * s / repeats for s in written["one call"]]),
+        Row("BatchNorm statistics of ResNet-50 written back in one call, ms",
+            [1000 * s / repeats for s in written["one call"]]),
     ]  # fmt: skip
     report(args, rows, f"{device.type}, {torch.get_num_threads()} threads, {len(buffers)} buffers")
 

@@ -8,7 +8,6 @@ round. Whatever this script does not know goes to both.
 """
 
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -61,12 +60,10 @@ def main():
         Row("an epoch of the head, recomputed / kept", epoch, 20),
         Row("training time, recomputed / kept with the extraction", total, 5),
     ]
-    report(args, rows, f"{' '.join(passed_on)}; {args.epochs} epochs")
-    print("\n| side | test accuracy, mean ± s.d. |\n|---|---|")
     for side, runs in found.items():
-        values = [100 * r["accuracy"] for r in runs]
-        deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-        print(f"| {side} | {statistics.mean(values):.2f} ± {deviation:.2f} % |")
+        values = [100 * run["accuracy"] for run in runs]
+        rows.append(Row(f"test accuracy, {side}, %", values, mean=True, digits=2))
+    report(args, rows, f"{' '.join(passed_on)}; {args.epochs} epochs")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from accelerate.state import AcceleratorState
@@ -38,6 +37,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 import ensemble_eval
+from harness.data.options import SplitOptions
 from harness.ensembles.members import find_images, read_members
 from harness.launch import make_accelerator
 from harness.models.trained import load_model
@@ -167,9 +167,7 @@ def main():
             leave = shutil.ignore_patterns("predictions", "checkpoints", "wandb")
             shutil.copytree(run, folder, ignore=leave)
         members = read_members(folders)
-        asked = SimpleNamespace(dataset=None, image_column=None, label_column=None, split=None,
-                                max_eval_samples=args.max_eval_samples, seed=42)  # fmt: skip
-        images = find_images(members, asked)
+        images = find_images(members, SplitOptions(max_eval_samples=args.max_eval_samples))
         splits = [split for split in (images.scored, images.fitted) if split]
         fast = [load_model(m).to(accelerator.device, memory_format=torch.channels_last)
                 for m in members]  # fmt: skip
@@ -190,11 +188,12 @@ def main():
             rounds.append(seconds)
             line = json.dumps({k: round(v, 2) for k, v in seconds.items()})
             print(number + 1, line, file=sys.stderr, flush=True)
+    new_pair = "kept predictions, a new pair of members"
     figures = {  # at most, or the usual evaluations' at least
         "ensemble: ours / bare forward passes": (lambda r: r["ours"] / r["bare"], 1.1),
         "ensemble: usual evaluations / ours": (lambda r: r["plain"] / r["ours"], 2.5),
-        "kept predictions, a new pair of members, to the answer, s": (lambda r: r["answer"], 5),
-        "the same, to the end of the process, s": (lambda r: r["kept"], None),
+        f"{new_pair}, to the answer, s": (lambda r: r["answer"], 5),
+        f"{new_pair}, to the end of the process, s": (lambda r: r["kept"], None),
     }
     rows = []
     for name, (figure, wanted) in figures.items():

@@ -28,6 +28,8 @@ import sys
 import time
 from pathlib import Path
 
+from measure import Row, json_flags, write_measurement
+
 OURS = ("full", "auto", "staged", "feature_extraction")
 SIDES = (*OURS, "fastai", "timm", "scikit-learn")
 TIMM_FLAGS = "--opt adamw --lr 5e-4 --weight-decay 0.01 --warmup-epochs 1 --smoothing 0.1"
@@ -48,6 +50,7 @@ def parse_args():
     parser.add_argument("--timm_flags", default=TIMM_FLAGS)
     parser.add_argument("--fastai_python", default=sys.executable)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/finetune_peers"))
+    json_flags(parser)
     parser.add_argument("--only", choices=("fastai", "scikit-learn"), help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -75,12 +78,12 @@ def main():
                 facts = {"side": side, "size": args.size, "epochs": args.epochs, "seed": seed}
                 record.write_text(json.dumps(facts | {"accuracy": accuracy, "seconds": seconds}))
         print(table(args.output_dir), flush=True)
+    setting = f"batches of {args.batch_size}, {args.threads} thread(s) a side; last weights"
+    write_measurement(args, list(rows_of(args)), setting)
 
 
 def write_images(dataset, folder):
     """The encoded bytes of train and test, as FOLDER/SPLIT/CLASS/ROW.jpg (or .png)."""
-    import measure  # noqa: F401 - so that the harness is found
-
     from harness.data.sources import load_data
 
     data, unfinished = load_data(dataset), folder.with_name("images.part")
@@ -209,22 +212,36 @@ def scikit_learn(args, images):
     return probe.fit(*features("train")).score(*features("test"))
 
 
-def table(folder):
-    """Write table.md; a row for each side, size and number of epochs."""
-    rows = {}
+def by_cell(folder):
+    """{(size, epochs, side): its runs' records}, in the order of the table."""
+    cells = {}
     for file in sorted(folder.glob("*-s*.json")):
         record = json.loads(file.read_text())
         key = (record["size"], record["epochs"], SIDES.index(record["side"]))
-        rows.setdefault(key, []).append(record)
+        cells.setdefault(key, []).append(record)
+    return {(size, epochs, SIDES[k]): cells[size, epochs, k] for size, epochs, k in sorted(cells)}
+
+
+def rows_of(args):
+    for (size, epochs, side), records in by_cell(args.output_dir).items():
+        images = Path(args.dataset).name
+        cell = f"{images}, {args.model}, {size} px, {epochs} epochs, {side}"
+        hits = [100 * record["accuracy"] for record in records]
+        yield Row(f"{cell}: test accuracy, %", hits, mean=True, digits=1)
+        yield Row(f"{cell}: the whole command, s", [record["seconds"] for record in records])
+
+
+def table(folder):
+    """Write table.md; a row for each side, size and number of epochs."""
     lines = [
         "| pixels | epochs | side | test accuracy, mean (min–max), n | s, median (min–max) |",
         "|---|---|---|---|---|",
     ]
-    for (size, epochs, side), records in sorted(rows.items()):
+    for (size, epochs, side), records in by_cell(folder).items():
         hits = [100 * record["accuracy"] for record in records]
         taken = [record["seconds"] for record in records]
         lines.append(
-            f"| {size} | {epochs} | {SIDES[side]} | {statistics.mean(hits):.1f} "
+            f"| {size} | {epochs} | {side} | {statistics.mean(hits):.1f} "
             f"({min(hits):.1f}–{max(hits):.1f}), {len(hits)} | {statistics.median(taken):,.0f} "
             f"({min(taken):,.0f}–{max(taken):,.0f}) |"
         )

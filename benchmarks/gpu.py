@@ -16,7 +16,8 @@ tests/test_gpu.py as well. Each part is train.py itself, everything on, in a pro
 - the fast recipe to its end, with six views; airbench94 beside it (--airbench FILE of a clone).
 
 What could not run (no fp16 on a CPU, no time left) is listed with the reason. gpu.json is written
-after every part, so that nothing is lost where the card is taken away.
+after every part, so that nothing is lost where the card is taken away; it is a results file, as
+results.py describes it, with what was not run, and what tests/test_gpu.py said, beside the rows.
 """
 
 import argparse
@@ -25,7 +26,6 @@ import importlib.util
 import io
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,7 +36,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measure import ROOT, Row, machine, over, parser, read, synchronize, table
+from measure import (
+    ROOT,
+    Row,
+    machine,
+    measurement,
+    over,
+    parser,
+    read,
+    synchronize,
+    table,
+    write_measurement,
+)
+from results import write as write_file
 
 from harness.errors import UserError
 from harness.models.build import build_model
@@ -217,7 +229,7 @@ def run_airbench(images, output, file):
     splits, folder = decode_packed(data, preprocessing, progress=False), Path(output) / "cifar10"
     folder.mkdir()
     for name, split in splits.items():
-        pixels = split.pixels[split.rows].permute(0, 2, 3, 1).contiguous()
+        pixels = split.stored[split.rows].permute(0, 2, 3, 1).contiguous()
         stored = {"images": pixels, "labels": split.labels, "classes": data.classes}
         torch.save(stored, folder / f"{name}.pt")
     command = [sys.executable, str(HERE / "fast.py"), "--airbench", file, "--peer", "--full"]
@@ -335,20 +347,14 @@ def write(args, results, not_run, began):
         text += f"\ntests/test_gpu.py: {results['tests']['outcome']}\n"
         text += "".join(f"- {line}\n" for line in results["tests"]["failed"])
     text += "".join(f"\nnot run: {name}: {why}\n" for name, why in not_run.items())
-    found = {
-        "card": card, "machine": machine(), "commit": git_commit(), "quick": args.quick,
-        "seconds": time.time() - began, "tests": results.get("tests"), "not_run": not_run,
-        "rows": [
-            row._asdict() | {
-                "n": len(row.values), "min": min(row.values), "max": max(row.values),
-                "median": statistics.median(row.values),
-            }
-            for row in rows
-        ],
+    found = measurement(rows, f"images of {Path(args.images).name}", args.note)
+    found |= {
+        "card": card, "quick": args.quick, "seconds": time.time() - began,
+        "tests": results.get("tests"), "not_run": not_run,
     }  # fmt: skip
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "gpu.json").write_text(json.dumps(found, indent=1))
+    write_file(folder / "gpu.json", found)
     (folder / "gpu.md").write_text(text)
     return text
 
@@ -416,6 +422,7 @@ def main():
             print(f"{time.time() - began:4.0f} s  {name}  {not_run.get(name, 'done')}", flush=True)
             text = write(args, results, not_run, began)
     print(f"\n{text}")
+    write_measurement(args, rows_of(results), f"images of {Path(args.images).name}")
     return int(any(why.startswith("failed") for why in not_run.values()))
 
 

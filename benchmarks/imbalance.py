@@ -17,8 +17,8 @@ import json
 import statistics
 from pathlib import Path
 
-import measure  # noqa: F401 - so that the harness is found
 import numpy as np
+from measure import Row, json_flags, write_measurement
 from training_runs import finish_run
 
 KINDS = ("none", "logit_adjustment", "class_weights", "balanced", "sqrt")
@@ -40,6 +40,7 @@ def main():
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/imbalance"))
+    json_flags(parser)
     args, passed_on = parser.parse_known_args()
     args.output_dir = args.output_dir.resolve()
     own = FAST if args.script == "train.py" else {}
@@ -62,6 +63,7 @@ def main():
                 if not (run / "cell.json").exists():
                     (run / "cell.json").write_text(json.dumps(scores(run, ratio, kind, seed)))
             print(table(args.output_dir), flush=True)
+    write_measurement(args, list(rows_of(args.output_dir)), f"{args.script} {' '.join(flags)}")
 
 
 def write_long_tailed(dataset, folder, most, ratio):
@@ -132,6 +134,41 @@ def after_training(trained, data):
     return np.array([right[samples.labels == k].double().mean() for k in range(len(data.classes))])
 
 
+def by_cell(output_dir):
+    """(images, ratio, train images, kind, its runs) of the finished runs.
+
+    A run: balanced accuracy, what it gained over the run of "none" with its seed (None where that
+    is not there), accuracy on test as uneven as train, seconds.
+    """
+    records = [json.loads(file.read_text()) for file in sorted(output_dir.glob("*/cell.json"))]
+    for images, ratio in sorted({(r["images"], r["ratio"]) for r in records}, key=str):
+        cell = [r for r in records if (r["images"], r["ratio"]) == (images, ratio)]
+        plain = {r["seed"]: r["balanced"] for r in cell if r["kind"] == "none"}
+        rows = {kind: [(r["seed"], r["balanced"], r["as_train"], r["seconds"]) for r in cell
+                       if r["kind"] == kind] for kind in KINDS}  # fmt: skip
+        rows["after training"] = [
+            (r["seed"], *r["after"], r["seconds"]) for r in cell if "after" in r
+        ]
+        for kind, values in rows.items():
+            runs = [(b, b - plain[seed] if seed in plain else None, *more)
+                    for seed, b, *more in values]  # fmt: skip
+            if runs:
+                yield images, ratio, cell[0]["train"], kind, runs
+
+
+def rows_of(output_dir):
+    titles = {
+        "balanced accuracy, %": 100, "gain over none, points": 100,
+        "accuracy were test as uneven as train, %": 100, "training, s": 1,
+    }  # fmt: skip
+    for images, ratio, _, kind, runs in by_cell(output_dir):
+        for (title, unit), values in zip(titles.items(), zip(*runs, strict=True), strict=True):
+            values = [unit * value for value in values if value is not None]
+            if values and not (kind == "none" and "gain" in title):
+                shown = {"mean": True, "digits": 1} if unit == 100 else {}
+                yield Row(f"{images}, {ratio}:1, {kind}: {title}", values, **shown)
+
+
 def table(output_dir):
     """Write results.json and table.md of the finished runs; returns the table."""
     records = [json.loads(file.read_text()) for file in sorted(output_dir.glob("*/cell.json"))]
@@ -141,25 +178,14 @@ def table(output_dir):
         "as uneven as train | n | s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    groups = dict.fromkeys((r["images"], r["ratio"]) for r in records)
-    for images, ratio in sorted(groups, key=str):
-        cell = [r for r in records if (r["images"], r["ratio"]) == (images, ratio)]
-        plain = {r["seed"]: r["balanced"] for r in cell if r["kind"] == "none"}
-        rows = {kind: [(r["seed"], r["balanced"], r["as_train"], r["seconds"]) for r in cell
-                       if r["kind"] == kind] for kind in KINDS}  # fmt: skip
-        rows["after training"] = [
-            (r["seed"], *r["after"], r["seconds"]) for r in cell if "after" in r
-        ]
-        for kind, values in rows.items():
-            if values:
-                gains = [b - plain[seed] for seed, b, *_ in values if seed in plain]
-                facts = [
-                    images, f"{ratio}:1", f"{cell[0]['train']:,}", kind,
-                    spread([v[1] for v in values]), spread(gains, "+"),
-                    spread([v[2] for v in values]), len(values),
-                    f"{statistics.median(v[3] for v in values):,.0f}",
-                ]  # fmt: skip
-                lines.append(f"| {' | '.join(map(str, facts))} |")
+    for images, ratio, train, kind, runs in by_cell(output_dir):
+        balanced, gains, as_train, seconds = zip(*runs, strict=True)
+        facts = [
+            images, f"{ratio}:1", f"{train:,}", kind, spread(balanced),
+            spread([gain for gain in gains if gain is not None], "+"), spread(as_train),
+            len(runs), f"{statistics.median(seconds):,.0f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, facts))} |")
     text = "\n".join(lines)
     (output_dir / "table.md").write_text(text + "\n")
     return text

@@ -1,18 +1,20 @@
-"""What every benchmark does: sides in turns, rows with what is wanted of them, their table."""
+"""What every benchmark does: sides in turns, rows with what is wanted of them, their record."""
 
 import argparse
-import json
 import os
 import platform
 import re
+import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+import results
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,10 +28,31 @@ class Row(NamedTuple):
     values: list[float]
     wanted: float | None = None  # None: shown for what it is
     at_most: bool = False
+    mean: bool = False  # of trainings with several seeds the mean counts, else the median
+    digits: int | None = None  # decimals shown; None: by the size of the number
+    interval: tuple[float, float] | None = None  # of 95 %
+
+    def summary(self) -> dict:
+        """The row as it stands in a results file: see results.py."""
+        name, centre = ("mean", statistics.mean) if self.mean else ("median", statistics.median)
+        numbers = {"min": min(self.values), name: centre(self.values), "max": max(self.values)}
+        row = {"figure": self.figure, "n": len(self.values)}
+        row |= {key: float(f"{number:.6g}") for key, number in numbers.items()}
+        row |= {"interval": list(self.interval)} if self.interval else {}
+        row |= {} if self.wanted is None else {"wanted": self.wanted}
+        row |= {"at_most": True} if self.wanted is not None and self.at_most else {}
+        return row | ({} if self.digits is None else {"digits": self.digits})
 
     def met(self) -> bool:
-        median = statistics.median(self.values)
-        return median <= self.wanted if self.at_most else median >= self.wanted
+        return results.met(self.summary())
+
+
+# Whose versions are written down: of peers where they were imported
+PACKAGES = {
+    "torch": "torch", "torchvision": "torchvision", "accelerate": "accelerate", "timm": "timm",
+    "kornia": "kornia", "grad-cam": "pytorch_grad_cam", "torchmetrics": "torchmetrics",
+    "simplejpeg": "simplejpeg", "datasets": "datasets",
+}  # fmt: skip
 
 
 def parser(doc: str, rounds: int) -> argparse.ArgumentParser:
@@ -37,8 +60,19 @@ def parser(doc: str, rounds: int) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=doc.splitlines()[0])
     made.add_argument("--rounds", type=int, default=rounds, help="times that each side is timed")
     made.add_argument("--quick", action="store_true", help="one small round: does it run?")
-    made.add_argument("--json", metavar="FILE", help="write the rows there, too")
+    json_flags(made)
     return made
+
+
+def json_flags(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "--json", nargs="?", const=str(results.FOLDER), metavar="FILE",
+        help="write the measurement there, too; a folder, or without FILE benchmarks/results: "
+        "with a name that says benchmark, date and machine",
+    )  # fmt: skip
+    made.add_argument(
+        "--note", action="append", default=[], help="for the measurement: what shared the machine …"
+    )
 
 
 def data_flag(made: argparse.ArgumentParser) -> None:
@@ -82,46 +116,93 @@ def over(above: list[float], below: list[float]) -> list[float]:
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
-def spread(values: list[float], digits: int | None = None) -> str:
-    """`median (min–max) | n`, two cells of a table."""
-    if digits is None:
-        middle = abs(statistics.median(values))
-        digits = 0 if middle >= 100 else 1 if middle >= 10 else 2 if middle >= 0.1 else 3
-    low, middle, high = (
-        f"{value:,.{digits}f}" for value in (min(values), statistics.median(values), max(values))
-    )
-    return f"{middle} ({low}–{high}) | {len(values)}"
-
-
 def table(rows: list[Row]) -> str:
-    lines = ["| figure | median (min–max) | n | wanted | met |", "|---|---|---|---|---|"]
-    for row in rows:
-        wanted, met = "", ""
-        if row.wanted is not None:
-            wanted = f"{'≤' if row.at_most else '≥'} {row.wanted:g}"
-            met = "yes" if row.met() else "**no**"
-        lines.append(f"| {row.figure} | {spread(row.values)} | {wanted} | {met} |")
-    return "\n".join(lines)
+    return results.table([row.summary() for row in rows])
 
 
 def report(args: argparse.Namespace, rows: list[Row], setting: str) -> None:
-    """Print machine, setting and rows; write the rows as JSON where --json asks for it."""
+    """Print machine, setting and rows; write the measurement where --json asks for it."""
     print(f"{machine()}\n{setting}\n\n{table(rows)}", flush=True)
+    write_measurement(args, rows, setting)
+
+
+def write_measurement(args: argparse.Namespace, rows: list[Row], setting: str) -> None:
+    """Where --json asks for it."""
     if args.json:
-        Path(args.json).write_text(json.dumps([row._asdict() for row in rows], indent=1))
+        made = measurement(rows, setting, args.note)
+        file = Path(args.json)
+        if file.is_dir():
+            if file.resolve() == results.FOLDER and getattr(args, "quick", False):
+                sys.exit("--quick --json wants a FILE: its figures mean nothing")
+            file = file / file_name(made, file)
+        results.write(file, made)
+        print(f"written to {file}", file=sys.stderr)
 
 
-def read_rows(file: Path) -> list[Row]:
-    return [Row(**row) for row in json.loads(file.read_text())]
+def measurement(rows: list[Row], setting: str, notes: list[str] = ()) -> dict:
+    """What a results file holds, of the script that runs."""
+    from harness.training.folder import git_commit
+
+    return {
+        "benchmark": Path(sys.argv[0]).stem, "command": command(sys.argv),
+        "date": date.today().isoformat(), "machine": processor(), "versions": versions(),
+        "commit": git_commit(), "setting": setting, "rows": [row.summary() for row in rows],
+        "notes": list(notes),
+    }  # fmt: skip
+
+
+def command(argv: list[str]) -> str:
+    """`python benchmarks/NAME.py …` without --json, --note and the folders of this machine."""
+    left = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    json_flags(left)
+    words = [f"benchmarks/{Path(argv[0]).name}"]
+    for word in left.parse_known_args(argv[1:])[1]:
+        flag, equals, value = word.rpartition("=")
+        words.append(f"{flag}{equals}{without_folders(value)}")
+    return f"python {shlex.join(words)}"
+
+
+def without_folders(word: str) -> str:
+    """Of a path on this machine its last name; of one in the repository the path from there."""
+    path = Path(word).resolve()
+    if not path.exists():
+        return word
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name or word
+
+
+def file_name(made: dict, folder: Path) -> str:
+    """benchmark-date-machine.json, with a number where there is such a file."""
+    facts = made["machine"]
+    maker = r"\(\w+\)|@.*|\b(amd|intel|nvidia|processor|cpu|core|\d+-core)\b"
+    words = re.sub(maker, " ", (facts["gpu"] or facts["processor"]).lower())
+    stem = "-".join([made["benchmark"], made["date"], *re.findall(r"[\w.]+", words)])
+    numbered = [f"{stem}.json", *(f"{stem}-{k}.json" for k in range(2, 100))]
+    return next(name for name in numbered if not (folder / name).exists())
+
+
+def processor() -> dict:
+    """The machine, as a results file names it."""
+    from harness.launch import computes_bf16
+
+    cpuinfo = Path("/proc/cpuinfo")
+    named = cpuinfo.exists() and re.search(r"model name\s*: (.+)", cpuinfo.read_text())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "processor": named[1] if named else platform.processor(), "cores": cores,
+        "bf16": computes_bf16(not torch.cuda.is_available()),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }  # fmt: skip
+
+
+def versions() -> dict:
+    there = {name: version(name) for name, module in PACKAGES.items() if module in sys.modules}
+    return {"Python": platform.python_version(), **there}
 
 
 def machine() -> str:
     """The processor and the versions, in a line."""
-    cpuinfo = Path("/proc/cpuinfo")
-    named = cpuinfo.exists() and re.search(r"model name\s*: (.+)", cpuinfo.read_text())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    words = [f"{named[1] if named else platform.processor()}, {cores} cores"]
-    if torch.cuda.is_available():
-        words.append(torch.cuda.get_device_name())
+    facts = processor()
+    words = [f"{facts['processor']}, {facts['cores']} cores"]
+    words += [facts["gpu"]] if facts["gpu"] else []
     words += [f"{name} {version(name)}" for name in ("torch", "torchvision", "accelerate")]
     return "; ".join([*words, f"Python {platform.python_version()}"])

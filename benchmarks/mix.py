@@ -16,7 +16,7 @@ from measure import Row, over, parser, read, report, seconds_in_turns
 from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
-from harness.data.batches import draw_mixing
+from harness.data.batches import Mixing, draw_mixing
 from harness.launch import keep_freed_memory
 
 CLASSES, PIXELS, ALPHA = 10, 32, 1.0
@@ -45,8 +45,8 @@ def main():
             x, y = own_batch, marks
             if gathered:
                 x, y = images.index_select(0, rows), labels[rows]
-            alphas = (ALPHA, 0) if step % 2 else (0, ALPHA)
-            draw_mixing(*alphas, 1.0, PIXELS, rng)(x, F.one_hot(y, CLASSES).float())
+            mixing = Mixing(ALPHA, 0, 1.0) if step % 2 else Mixing(0, ALPHA, 1.0)
+            draw_mixing(mixing, PIXELS, rng)(x, F.one_hot(y, CLASSES).float())
 
     def peer(collated):
         for step in range(steps):

@@ -84,15 +84,16 @@ def main():
     halves = zip(taken["decoding"], taken["forward"], strict=True)
     alone = [a + b if accelerator.device.type == "cpu" else max(a, b) for a, b in halves]
     what = "their sum" if accelerator.device.type == "cpu" else "the larger"
-    rows = [
-        Row(f"predict.py / decoding and forward passes alone, {what}",
-            over(taken["whole"], alone), 1.1, at_most=True),
-        Row("images/s of predict.py", [len(images) / s for s in taken["whole"]]),
-        Row("images/s of decoding alone", [len(images) / s for s in taken["decoding"]]),
-        Row("images/s of forward passes alone", [len(images) / s for s in taken["forward"]]),
-    ]  # fmt: skip
     network = f"{run.config['architecture']} at {preprocessing.size} px, {machine['precision']}"
-    report(args, rows, f"{machine['device']}, {len(images):,} files, {network}")
+    rows = [
+        Row(f"{network}: predict.py / decoding and forward passes alone, {what}",
+            over(taken["whole"], alone), 1.1, at_most=True),
+        Row(f"{network}: images/s of predict.py", [len(images) / s for s in taken["whole"]]),
+        Row(f"{network}: images/s of decoding alone", [len(images) / s for s in taken["decoding"]]),
+        Row(f"{network}: images/s of forward passes alone",
+            [len(images) / s for s in taken["forward"]]),
+    ]  # fmt: skip
+    report(args, rows, f"{machine['device']}, {len(images):,} files")
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def main() -> None:
         Row(f"{second}, --report_to none, s", taken["ours"], 12, at_most=True),
         Row(f"{second}, --report_to wandb, s", taken["ours, wandb"], 12, at_most=True),
         Row(f"{sum(sizes.values()):,} images found and decoded once, s", whole, 30, at_most=True),
-        Row("of which decoding, s", [d["decode"] for d in decodes]),
+        Row("decoding alone, of the same images, s", [d["decode"] for d in decodes]),
         Row("train.py --help, s", helps, 1.5, at_most=True),
     ]  # fmt: skip
     report(args, rows, f"images: {args.data or 'smooth noise'}")

@@ -159,7 +159,7 @@ def weigh(args, data: str, cache: str, arrays: list[str]) -> list[Row]:
         ours_mib.append(ours.pss / 2**20)
     return [
         Row("peak memory (PSS): train.py / usual script", kinds["pss"], 1.0, at_most=True),
-        Row("of it without files: train.py / usual script", kinds["anonymous"]),
+        Row("peak memory without files: train.py / usual script", kinds["anonymous"]),
         Row("peak memory of train.py, MiB", ours_mib),
     ]
 

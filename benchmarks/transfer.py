@@ -21,6 +21,7 @@ import statistics
 from itertools import product
 from pathlib import Path
 
+from measure import Row, json_flags, write_measurement
 from training_runs import finish_run
 
 # All layers at one rate, as nothing in it is worth preserving
@@ -43,6 +44,7 @@ def parse_args():
     parser.add_argument("--output_dir", type=Path, default=Path("runs/transfer"))
     parser.add_argument("--config_file", help="of the launcher; unset: one process on all there is")
     parser.add_argument("--show", action="store_true", help="run nothing")
+    json_flags(parser)
     args, passed_on = parser.parse_known_args()
     args.output_dir = args.output_dir.resolve()
     return args, passed_on
@@ -68,6 +70,8 @@ def main():
         if not (finished or args.show):
             show(args.output_dir, cells)
     print(show(args.output_dir, cells))
+    rows = rows_of({cell: runs for cell, runs in by_cell(args.output_dir, cells).items() if runs})
+    write_measurement(args, rows, f"flags of every run: {' '.join(passed_on) or 'none'}")
 
 
 def run_name(record):
@@ -92,11 +96,9 @@ def flags_of(record, args, passed_on):
 def show(output_dir, cells):
     """Write results.json, table.md and transfer.png of the finished runs, `cells` and others'."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    results = [read(file) for file in sorted(output_dir.glob("*/cell.json"))]
-    (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    rows = {tuple(cell[key] for key in CELL): [] for cell in cells}
-    for result in results:
-        rows.setdefault(tuple(result[key] for key in CELL), []).append(result)
+    rows = by_cell(output_dir, cells)
+    records = [record for done in rows.values() for record in done]
+    (output_dir / "results.json").write_text(json.dumps(records, indent=1) + "\n")
     lines = [
         "| images | network | pixels | epochs | strategy | accuracy, mean (min–max), n | of | s |",
         "|---|---|---|---|---|---|---|---|",
@@ -111,6 +113,22 @@ def show(output_dir, cells):
     (output_dir / "table.md").write_text(text + "\n")
     draw(output_dir / "transfer.png", {cell: done for cell, done in rows.items() if done})
     return text
+
+
+def by_cell(output_dir, cells):
+    """{cell: the records of its finished runs}, of `cells` and of others that are there."""
+    rows = {tuple(cell[key] for key in CELL): [] for cell in cells}
+    for file in sorted(output_dir.glob("*/cell.json")):
+        result = read(file)
+        rows.setdefault(tuple(result[key] for key in CELL), []).append(result)
+    return rows
+
+
+def rows_of(cells):
+    for (dataset, model, size, epochs, strategy), done in cells.items():
+        cell = f"{dataset}, {model}, {size} px, {epochs} epochs, {strategy}"
+        yield Row(f"{cell}: {done[0]['split']} accuracy, %", accuracies(done), mean=True, digits=1)
+        yield Row(f"{cell}: training, s", [run["seconds"] for run in done])
 
 
 def read(file):

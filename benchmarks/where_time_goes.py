@@ -25,7 +25,7 @@ from collections import defaultdict
 import accelerate.optimizer
 import torch
 from accelerate import Accelerator
-from measure import Row, data_flag, machine, parser, read, report, synchronize
+from measure import Row, data_flag, parser, read, report, synchronize
 from processes import folder_of
 from torch.profiler import ProfilerActivity, profile
 from train_speed import BATCH, bare
@@ -101,7 +101,7 @@ def phases(data, batch, steps):
     for phase, (owner, name) in PHASES.items():
         replace(owner, name, clocks.around(phase, getattr(owner, name)))
     replace(Run, "count", clocks.around("check (Run.count, sync_step)", Run.count))
-    draw, build = train.draw_mixing, train.models.build_model
+    draw, build = train.draw_mixing, train.build.build_model
 
     def draw_mixing(*args):
         return clocks.around("mix", clocks.around("mix", draw)(*args))
@@ -112,7 +112,7 @@ def phases(data, batch, steps):
         return model
 
     replace(train, "draw_mixing", draw_mixing)
-    replace(train.models, "build_model", build_model)
+    replace(train.build, "build_model", build_model)
     # The rate is set once, before everything else that a step does
     replace(train, "set_lr", clocks.step(train.set_lr))
     with tempfile.TemporaryDirectory() as output:
@@ -174,15 +174,18 @@ def milliseconds(layer, dtype, memory_format):
     return 1000 * min(taken)
 
 
-def print_operators():
+def operators():
+    """Print what the operators take of a step; returns a row a kind of convolution."""
     keep_freed_memory()
     profile_steps()
-    print("\n| convolution | bf16 channels_last, ms | fp32 NCHW, ms | ratio |\n|---|---|---|---|")
+    rows = []
     for layer in LAYERS:
         ours = milliseconds(layer, torch.bfloat16, torch.channels_last)
         theirs = milliseconds(layer, torch.float32, torch.contiguous_format)
-        name = "{}→{}, {} px, {}×{}/{}".format(*layer[:4], layer[3], layer[4])
-        print(f"| {name} | {ours:.1f} | {theirs:.1f} | {theirs / ours:.2f} |")
+        name = "convolution {}→{}, {} px, {}×{}/{}".format(*layer[:4], layer[3], layer[4])
+        rows.append(Row(f"{name}: fp32 NCHW / bf16 channels_last", [theirs / ours]))
+        rows.append(Row(f"{name}: bf16 channels_last, ms", [ours]))
+    return rows
 
 
 def main():
@@ -204,12 +207,11 @@ def main():
         sum(step.get(name, 0.0) for name in ("forward", "backward")) / step["step"]
         for step in found
     ]  # fmt: skip
-    row = Row("forward and backward, share of a step of train.py", share)
-    report(args, [row], f"ResNet-18, batch {batch}, {words}, {torch.get_num_threads()} threads")
+    rows = [Row("forward and backward, share of a step of train.py", share)]
     print_phases(found)
     if not (args.phases or args.quick or on_gpu):
-        print_operators()
-        print(machine())
+        rows += operators()
+    report(args, rows, f"ResNet-18, batch {batch}, {words}, {torch.get_num_threads()} threads")
 
 
 if __name__ == "__main__":

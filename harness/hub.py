@@ -15,6 +15,18 @@ TIMEOUT_S = 3.0
 PREFIX = "hf-hub:"  # of the name of a model on the Hub, as timm has it
 
 
+def answered_within(seconds, ask) -> bool:
+    """Whether `ask()` is true before so many seconds are over.
+
+    In a thread, because looking up a host's address knows no timeout, and hangs on some clusters.
+    """
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(ask()), name="probe", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers == [True]
+
+
 def hub_answers(endpoint):
     """Whether something listens at the Hub, or at the proxy before it; at most 3 s."""
     hub = urlsplit(endpoint)
@@ -22,20 +34,15 @@ def hub_answers(endpoint):
     direct = not proxy or urllib.request.proxy_bypass(hub.hostname)
     address = hub if direct else urlsplit(proxy if "//" in proxy else f"//{proxy}")
     port = address.port or (443 if address.scheme == "https" else 80)
-    connections = []
 
-    def connect():
+    def connects():
         try:
             socket.create_connection((address.hostname, port), timeout=TIMEOUT_S).close()
-            connections.append(True)
         except OSError:
-            pass
+            return False
+        return True
 
-    # In a thread, because looking up the host's address has no timeout.
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(TIMEOUT_S)
-    return bool(connections)
+    return answered_within(TIMEOUT_S, connects)
 
 
 @contextmanager

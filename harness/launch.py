@@ -192,12 +192,13 @@ def _precision(flag, settings, cpu):
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if launcher != "no" or "mixed_precision" in settings:
         return launcher, "the launcher"
-    if _computes_bf16(cpu):
+    if computes_bf16(cpu):
         return "bf16", "auto: this device computes it natively"
     return "no", "auto: this device has no native bf16"
 
 
-def _computes_bf16(cpu):
+def computes_bf16(cpu):
+    """Whether this device (the processor, with cpu) computes bf16 natively."""
     if not cpu and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if not cpu:

@@ -119,9 +119,12 @@ METRICS = {
 ALWAYS = ("loss", "acc")  # besides what `--metrics` and `--select_by` name
 
 
-def computed(args) -> list[str]:
-    """The names that a run computes at each evaluation, in the order of the table."""
-    return [name for name in METRICS if name in {*ALWAYS, *(args.metrics or ()), args.select_by}]
+def computed(metrics, select_by) -> list[str]:
+    """The names that a run computes at each evaluation, in the order of the table.
+
+    metrics: of the flag, or None. select_by: of the flag.
+    """
+    return [name for name in METRICS if name in {*ALWAYS, *(metrics or ()), select_by}]
 
 
 def is_better(name, value, than) -> bool:

@@ -17,12 +17,14 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from harness.console import words_of
 from harness.errors import UserError, nearest, reason_of
+from harness.hub import answered_within
 from harness.metrics import METRICS
 
 TRACKERS = ("wandb", "tensorboard")
@@ -63,8 +65,18 @@ def flatten(config: dict, prefix: str = "") -> dict[str, int | float | str | boo
     return flat
 
 
+@dataclass(frozen=True)
+class TrackingOptions:
+    """Where a run is tracked, and as what. Each is a flag's name but `recipe`, all flags."""
+
+    report_to: str
+    project: str
+    group: str | None
+    recipe: dict
+
+
 class Tracking:
-    """The run as the trackers of `report_to` show it; only the main process has any.
+    """The run as the trackers of `--report_to` show it; only the main process has any.
 
     Everything after the start goes through one daemon thread: a tracker that hangs holds up the
     end of the run by a bounded time, never a step, and one that raises is warned about once.
@@ -77,17 +89,14 @@ class Tracking:
     def __init__(
         self,
         accelerator,
-        report_to: list[str],
+        options: TrackingOptions,
         *,
         folder: Path,
-        project: str,
-        name: str,
-        group: str | None,
         job_type: str,
         tags: list[str],
-        config: dict,
-        run_id: str | None,
+        run_id: str | None = None,
     ):
+        report_to, config = parse_report_to(options.report_to), flatten(options.recipe)
         # A sweep's agent hands its id over in the environment. Ours exists before wandb.init does.
         self.run_id = run_id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
         self.line = ""
@@ -99,14 +108,15 @@ class Tracking:
         if not accelerator.is_main_process:
             return
 
+        about = {"project": options.project, "name": Path(folder).name, "group": options.group}
         folder = Path(folder).resolve()
         lines = []
         if "wandb" in report_to:
-            about = {"project": project, "name": name, "group": group, "job_type": job_type}
+            about |= {"job_type": job_type}
             about |= {"tags": [tag[:64] for tag in tags if tag]}  # W&B's limit
-            lines.append(self._start_wandb(folder, flatten(config), about))
+            lines.append(self._start_wandb(folder, config, about))
         if "tensorboard" in report_to:
-            lines.append(self._start_tensorboard(folder, flatten(config)))
+            lines.append(self._start_tensorboard(folder, config))
         self.line = " · ".join(lines) or "not tracked (--report_to none)"
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
@@ -259,24 +269,18 @@ def answers(base_url: str, seconds: float = PROBE_SECONDS) -> bool:
     # Nothing secret is sent, and Python may lack a certificate that W&B's own core has.
     insecure = urllib.request.HTTPSHandler(context=ssl._create_unverified_context())
     opener = urllib.request.build_opener(insecure)
-    answer_event = threading.Event()
 
     def send_query():
         try:
             with opener.open(query, timeout=seconds) as response:
                 json.load(response)
-            answer_event.set()
         except urllib.error.HTTPError as error:
-            if error.code in (400, 401, 403, 405):
-                answer_event.set()
+            return error.code in (400, 401, 403, 405)
         except (OSError, ValueError, http.client.HTTPException):
-            pass  # no name, no route, no connection, no JSON: no answer
+            return False  # no name, no route, no connection, no JSON
+        return True
 
-    # In a thread of its own, as a name look-up has no timeout and hangs for long on some clusters.
-    thread = threading.Thread(target=send_query, name="probe", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return answer_event.is_set()
+    return answered_within(seconds, send_query)
 
 
 def _define_metrics(run) -> None:

@@ -208,11 +208,11 @@ def test_what_was_kept_is_freed_after_its_stage(tmp_path, monkeypatch):
 
     kept, train_stage = [], finetune.train_stage
 
-    def train(run, stage, optimizer, splits, preprocessing, classes, known):
+    def train(args, run, stage, optimizer, splits, preprocessing, classes, known):
         kept.append(known)
         if known is None:
             assert kept[0] == {}
-        train_stage(run, stage, optimizer, splits, preprocessing, classes, known)
+        train_stage(args, run, stage, optimizer, splits, preprocessing, classes, known)
         assert known is None or known
 
     monkeypatch.setattr(finetune, "train_stage", train)

@@ -114,7 +114,6 @@ WIDE = {  # all by keyword
     "decode_split": "how one split is decoded",
     "pack_split": "how one split is packed",
     "model_config": "what config.json says of a network, a key each",
-    "Tracking.__init__": "what trackers are told of a run",
 }
 
 
@@ -145,6 +144,24 @@ def test_functions_are_short_and_signatures_narrow():
             wide |= {name} if parameters(node) > 9 else set()
     assert long == set(LONG)
     assert wide == set(WIDE)
+
+
+WHOLE_FLAGS = {
+    "open_run": "it is the first half of both training scripts",
+    "describe_run": "the plan tells every flag that is not at its default",
+}
+
+
+def test_all_flags_at_once_stay_in_the_scripts():
+    """Below them a function takes those that it needs: see harness.cli.flags.pick."""
+    taking = {
+        name
+        for path in HARNESS
+        for name, node in functions(path)
+        if "args" in {arg.arg for arg in ast.walk(node.args) if isinstance(arg, ast.arg)}
+        if path.parent.name != "cli"
+    }
+    assert taking == set(WHOLE_FLAGS)
 
 
 def test_a_scripts_main_is_read_in_one_sitting():

@@ -103,7 +103,7 @@ def test_a_plain_launch_uses_every_core_and_the_precision_of_the_device(probe):
     (seen,) = probe()
     assert seen["torch_threads"] == seen["words"]["threads"] == CORES
     assert (seen["device"], seen["words"]["processes"]) == ("cpu", 1)
-    assert seen["mixed_precision"] == ("bf16" if launch._computes_bf16(True) else "no")
+    assert seen["mixed_precision"] == ("bf16" if launch.computes_bf16(True) else "no")
     assert "auto: " in seen["words"]["precision"]
 
 
@@ -161,7 +161,7 @@ def shell(monkeypatch, tmp_path):
     threads = torch.get_num_threads()
     monkeypatch.setattr(launch, "_follow_launcher", lambda: None)  # pytest has another parent
     monkeypatch.setattr(launch, "default_config_file", str(tmp_path / "default_config.yaml"))
-    monkeypatch.setattr(launch, "_computes_bf16", lambda cpu: True)
+    monkeypatch.setattr(launch, "computes_bf16", lambda cpu: True)
     for name in [*os.environ]:
         if name.startswith(("ACCELERATE_", "OMP_", "MASTER_", "WORLD_SIZE", "RANK", "LOCAL_")):
             monkeypatch.delenv(name)

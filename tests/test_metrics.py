@@ -112,7 +112,7 @@ def test_an_evaluation_gives_what_was_asked_for_and_its_logits():
     scores, logits = evaluate(Alone(), network, split, prepare, metrics=names, whole=True)
     assert list(scores) == names and logits.shape == (513, 3)
     with torch.inference_mode():
-        plain = network(prepare(split.pixels[split.rows]))
+        plain = network(prepare(split.stored[split.rows]))
     torch.testing.assert_close(logits, plain)
     for name in names:
         assert scores[name] == pytest.approx(value(name, logits.double(), split.labels), rel=1e-5)

@@ -189,7 +189,8 @@ def test_linked_files_exist():
 
 
 def headings(text):
-    return {
+    """What a link can name after its #: headings, and ids as those of docs/results.md."""
+    return set(re.findall(r'<a id="([\w.-]+)">', text)) | {
         re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-")
         for line in text.splitlines()
         if line.startswith("#")

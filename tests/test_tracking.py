@@ -1,6 +1,5 @@
 """Trackers show what was logged, and nothing they do stops or holds up training."""
 
-import functools
 import json
 import logging
 import math
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
@@ -19,20 +17,13 @@ from accelerate.tracking import GeneralTracker
 
 from harness import tracking
 from harness.errors import UserError
-from harness.tracking import Tracking, answers, flatten, parse_report_to
-from harness.training.folder import check_folder, report_folder
+from harness.tracking import Tracking, TrackingOptions, answers, flatten, parse_report_to
+from harness.training.folder import FolderOptions, check_folder, report_folder
 
 wandb = pytest.importorskip("wandb")
 
-ABOUT = {
-    "project": "tests",
-    "name": "digits-resnet18-s42",
-    "group": "digits",
-    "job_type": "train",
-    "tags": ["digits", "resnet18", "x" * 70],
-    "config": {"lr": 0.1, "steps": 7, "nesterov": True, "stem": None, "decay": {"norm": 0.0}},
-    "run_id": None,
-}
+ABOUT = {"job_type": "train", "tags": ["digits", "resnet18", "x" * 70], "run_id": None}
+RECIPE = {"lr": 0.1, "steps": 7, "nesterov": True, "stem": None, "decay": {"norm": 0.0}}
 RECORDS = [
     {"step": 10, "epoch": 0.5, "train/loss": 2.25, "train/lr": 0.1},
     {"step": 20, "epoch": 1.0, "train/loss": 1.125, "train/lr": 0.05},
@@ -60,7 +51,11 @@ def fresh(tmp_path, monkeypatch):
 
 
 def start(folder, report_to=("wandb",), **about):
-    return Tracking(Accelerator(cpu=True), list(report_to), folder=folder, **ABOUT | about)
+    return Tracking(Accelerator(cpu=True), options(report_to), folder=folder, **ABOUT | about)
+
+
+def options(report_to):
+    return TrackingOptions(",".join(report_to) or "none", "tests", "digits", RECIPE)
 
 
 def read_wandb(folder):
@@ -134,13 +129,13 @@ def test_wandb_offline_run_reads_back(tmp_path):
     about = next(record["run"] for record in records if record["type"] == "run")
     assert about["run_id"] == run.run_id
     shown = [about[key] for key in ("project", "display_name", "run_group", "job_type")]
-    assert shown == ["tests", "digits-resnet18-s42", "digits", "train"]
+    assert shown == ["tests", "x", "digits", "train"]
     assert about["tags"] == ["digits", "resnet18", "x" * 64]
     config = {}
     for record in records:
         config |= record.get("config", {}).get("update", {})
     config.pop("_wandb", None)
-    assert config == flatten(ABOUT["config"])
+    assert config == flatten(RECIPE)
     metrics = [record["metric"] for record in records if record["type"] == "metric"]
     axes = {m.get("name") or m["glob_name"]: m.get("step_metric") for m in metrics}
     assert axes["train/*"] == "step"
@@ -218,7 +213,7 @@ def test_nothing_asked_for_and_other_processes(tmp_path, monkeypatch):
     run.finish()
     accelerator = Accelerator(cpu=True)
     monkeypatch.setattr(type(accelerator), "is_main_process", False)
-    run = Tracking(accelerator, ["wandb", "tensorboard"], folder=tmp_path, **ABOUT)
+    run = Tracking(accelerator, options(["wandb", "tensorboard"]), folder=tmp_path, **ABOUT)
     run.log({"a": 1}, 1)
     run.finish()
     assert run.line == "" and not list(tmp_path.iterdir()) and not accelerator.trackers
@@ -231,10 +226,10 @@ def test_missing_packages(tmp_path, monkeypatch):
     assert "pip install wandb" in run.line
     run.log({"a": 1}, 1)
     run.finish()
-    args = SimpleNamespace(report_to="tensorboard")
-    for folder_of in (check_folder, functools.partial(report_folder, name="report")):
+    options = FolderOptions("runs", None, {}, report_to="tensorboard")
+    for folder_of in (check_folder, report_folder):
         with pytest.raises(UserError, match="pip install tensorboard"):  # before any work
-            folder_of(args, script="train.py")
+            folder_of(options, "a", "train.py")
 
 
 def test_a_start_that_fails_spares_the_other_tracker(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import fields
 from functools import lru_cache
 
 import yaml
@@ -68,9 +69,19 @@ def to_recipe(args):
     return {k: v for k, v in sorted(vars(args).items()) if k not in left_out}
 
 
-def to_yaml(args) -> bytes:
-    """config.yaml: `to_recipe` as YAML."""
-    return yaml.safe_dump(to_recipe(args), sort_keys=True, allow_unicode=True).encode()
+def to_yaml(recipe) -> bytes:
+    """config.yaml, as bytes. recipe: of `to_recipe`."""
+    return yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True).encode()
+
+
+def pick(kind, args):
+    """The flags of one concern: what a function below the scripts takes instead of all of them.
+
+    kind: a frozen dataclass whose fields are names of flags; "given" and "recipe" are what
+    Parser.read and `to_recipe` give. A flag that the script has not keeps the field's default.
+    """
+    values = {**vars(args), "recipe": to_recipe(args)}
+    return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
 
 
 def verify_cache(group):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice, starmap
 from typing import NamedTuple
 
@@ -139,16 +140,52 @@ class Views:
         return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def make_views(args, preprocessing):
-    """The Views of these flags, for images prepared as a Preprocessing says."""
+@dataclass(frozen=True)
+class Augmentation:
+    """What is drawn for every image in every epoch. Each is a flag's name."""
+
+    augment: str
+    flip: str
+    flip_prob: float
+    crop_padding: int | None
+    crop_scale: float
+    randaugment_ops: int
+    randaugment_magnitude: int
+    random_erasing: float
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How images of a batch are mixed. Each is a flag's name."""
+
+    mixup_alpha: float
+    cutmix_alpha: float
+    mix_prob: float
+
+    def mixes(self) -> bool:
+        """Whether images are mixed at all."""
+        return self.mix_prob > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
+
+
+@dataclass(frozen=True)
+class BatchOptions(Augmentation, Mixing):
+    """What makes a batch, its targets and their weights of the images. Each is a flag's name."""
+
+    label_smoothing: float
+    imbalance: str
+    imbalance_tau: float
+
+
+def make_views(options, preprocessing):
+    """The Views of an Augmentation, for images prepared as a Preprocessing says."""
+    padding = preprocessing.size // 8 if options.crop_padding is None else options.crop_padding
     return Views(
         preprocessing.size, preprocessing.mean, preprocessing.std,
-        augment=args.augment, flip_prob=args.flip_prob,
-        padding=preprocessing.size // 8 if args.crop_padding is None else args.crop_padding,
-        erasing=args.random_erasing, ops=args.randaugment_ops,
-        magnitude=args.randaugment_magnitude, crop_scale=args.crop_scale,
+        augment=options.augment, flip_prob=options.flip_prob, padding=padding,
+        erasing=options.random_erasing, ops=options.randaugment_ops,
+        magnitude=options.randaugment_magnitude, crop_scale=options.crop_scale,
         stored=preprocessing.stored_size,
-        alternating=args.flip == "alternating", packed=bool(preprocessing.packed_side),
+        alternating=options.flip == "alternating", packed=bool(preprocessing.packed_side),
     )  # fmt: skip
 
 
@@ -162,24 +199,19 @@ def scored_views(kind, size, seed):
         raise UserError(f"--tta: {error}") from None
 
 
-def mixes(args):
-    """Whether these flags mix images at all."""
-    return args.mix_prob > 0 and (args.mixup_alpha > 0 or args.cutmix_alpha > 0)
-
-
-def draw_mixing(mixup_alpha, cutmix_alpha, prob, size, rng):
+def draw_mixing(options, size, rng):
     """This step's mixing, as a function (images, targets) -> (images, targets).
 
-    With probability `prob` the step mixes, by mixup or CutMix at even odds where both alphas are
-    above 0. One draw a step; who is mixed with whom is a matter of neighbours in the batch.
+    options: Mixing. With probability `mix_prob` the step mixes, by mixup or CutMix at even odds
+    where both alphas are above 0. One draw a step; neighbours in the batch are mixed.
     """
     mixes, cuts = torch.rand(2, generator=rng).tolist()
-    if mixes >= prob or not (mixup_alpha or cutmix_alpha):
+    if mixes >= options.mix_prob or not options.mixes():
         return lambda images, targets: (images, targets)
-    if cutmix_alpha and (not mixup_alpha or cuts < 0.5):
-        box, _ = draw_cutmix(cutmix_alpha, size, size, rng)
+    if options.cutmix_alpha and (not options.mixup_alpha or cuts < 0.5):
+        box, _ = draw_cutmix(options.cutmix_alpha, size, size, rng)
         return lambda x, y: cutmix_batch(x, y, box, neighbour_pairs(len(x)))[:2]
-    lam = draw_mixup(mixup_alpha, rng)
+    lam = draw_mixup(options.mixup_alpha, rng)
     return lambda x, y: mixup_batch(x, y, lam, neighbour_pairs(len(x)))
 
 

@@ -27,7 +27,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from harness.data.making import lock_of, make_together, threads
-from harness.data.pixels import FILTERS, decode_image, encoded, source
+from harness.data.pixels import FILTERS, decode_image, encoded, image_file
 from harness.errors import UserError, nearest
 from harness.files import has_file, replace_file
 from harness.processes import ALONE
@@ -330,7 +330,7 @@ def _decode(job, keep, place=0, processes=1, wanted=lambda: True, pixels=None):
         block = job.images[start : start + BLOCK][column].to_pylist()
         for row, image in enumerate(block, start):
             try:
-                decoded = job.decode(source(image))
+                decoded = job.decode(image_file(image))
             except Exception as error:  # Pillow's readers raise a dozen types for a bad file
                 job.refuse({row: reason_of_image(error)})
                 share.bad[row] = reason_of_image(error)

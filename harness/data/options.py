@@ -55,6 +55,18 @@ class DataOptions:
         return _choose_splits(names, wanted)
 
 
+@dataclass(frozen=True)
+class SplitOptions:
+    """Which images of the data set of a finished run are asked about. Each is a flag's name."""
+
+    dataset: str | None = None  # None: the one that the run was trained on
+    split: str | None = None  # "train", "val" or "test"; None: what there is to score
+    image_column: str | None = None
+    label_column: str | None = None
+    max_eval_samples: int | None = None
+    seed: int = 42  # decides which samples are kept
+
+
 DEFAULT_OF_FOLDERS = DataOptions().of_folders()
 
 

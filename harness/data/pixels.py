@@ -78,7 +78,7 @@ def native_size(dataset, image_column):
     sizes = set()
     for image in encoded(head, image_column)[:][image_column].to_pylist():
         try:
-            with open_image(source(image)) as opened:
+            with open_image(image_file(image)) as opened:
                 sizes.add(opened.size)
         except Exception:  # Pillow's readers raise a dozen types, a bomb's among them
             continue
@@ -96,7 +96,7 @@ def gray_depth_note(dataset, image_column):
     head, deepest = dataset.select(range(min(32, len(dataset)))), None
     for image in encoded(head, image_column)[:][image_column].to_pylist():
         try:
-            with open_image(source(image)) as opened:
+            with open_image(image_file(image)) as opened:
                 if not opened.mode.startswith("I"):
                     continue
                 if _file_depth(opened):
@@ -172,7 +172,7 @@ def encoded(dataset, image_column):
     return dataset.select_columns(image_column).with_format("arrow")
 
 
-def source(image):
+def image_file(image):
     """What Pillow can open: the struct's bytes, or the path where there are none."""
     if image is None:
         raise ValueError("the cell is empty")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from harness.cli.bounds import fits, range_of
@@ -36,21 +37,29 @@ class Preprocessing(NamedTuple):
         return round(self.size / self.crop_pct)
 
 
-def given(args) -> dict:
-    """What flags say of the preprocessing, by the names of Preprocessing."""
-    flags = {
-        "crop_pct": args.crop_pct,
-        "interpolation": args.interpolation,
-        "mean": args.mean and tuple(args.mean),
-        "std": args.std and tuple(args.std),
-    }
-    return {name: value for name, value in flags.items() if value is not None}
+@dataclass(frozen=True)
+class PreprocessingOptions:
+    """What flags say of the preprocessing; None for what they leave to the weights."""
 
+    crop_pct: float | None = None
+    interpolation: str | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
 
-def as_given(args) -> str:
-    """The same in words."""
-    flags = ", ".join(f"--{name}" for name in given(args))
-    return f"; {flags} as given" if flags else ""
+    def given(self) -> dict:
+        """Those that are not None, by the names of Preprocessing."""
+        values = {
+            "crop_pct": self.crop_pct,
+            "interpolation": self.interpolation,
+            "mean": self.mean and tuple(self.mean),
+            "std": self.std and tuple(self.std),
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    def as_text(self) -> str:
+        """`; --mean, --std as given`, or nothing."""
+        flags = ", ".join(f"--{name}" for name in self.given())
+        return f"; {flags} as given" if flags else ""
 
 
 def preprocessing_of(cfg, file) -> Preprocessing | None:

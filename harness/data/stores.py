@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -24,23 +25,23 @@ SAMPLED = 16  # images that are packed for an estimate
 
 
 class Samples(NamedTuple):
-    """A split's images and labels: sample i is pixels[rows[i]] with labels[i].
+    """A split's images and labels: sample i is stored[rows[i]] with labels[i].
 
     harness.training.features keeps features (N, views, ...) in the place of the pixels.
     """
 
-    pixels: torch.Tensor | PackedImages  # uint8 (N, 3, H, W), memory-mapped, or what stands for it
+    stored: torch.Tensor | PackedImages  # uint8 (N, 3, H, W), memory-mapped, or what stands for it
     rows: torch.Tensor  # int64 (n,)
     labels: torch.Tensor  # int64 (n,)
     shares: tuple = ()  # what each machine stores, if not all: int64 arrays of sample numbers
 
     def sizes(self, index):
         """Heights and widths, int64 (k,) each, of packed samples; None where all are squares."""
-        return self.pixels.sizes(self.rows[index]) if self.packed else None
+        return self.stored.sizes(self.rows[index]) if self.packed else None
 
     @property
     def packed(self) -> bool:
-        return isinstance(self.pixels, PackedImages)
+        return isinstance(self.stored, PackedImages)
 
     def take(self, index, device, boxes=None):
         """The samples at `index` (int64, CPU) on `device`: images (k, 3, H, W), labels (k,).
@@ -49,13 +50,13 @@ class Samples(NamedTuple):
         """
         rows, labels, pinned = self.rows[index], self.labels[index], device.type == "cuda"
         if not self.packed:
-            images = gather(self.pixels, rows)
+            images = gather(self.stored, rows)
         elif boxes is None:
-            images = self.pixels.centres(rows, pinned)
-        elif self.pixels.on_gpu:
-            return self.pixels.crops_on(device, rows, boxes), labels.to(device)
+            images = self.stored.centres(rows, pinned)
+        elif self.stored.on_gpu:
+            return self.stored.crops_on(device, rows, boxes), labels.to(device)
         else:
-            images = self.pixels.crops(rows, boxes, pinned)
+            images = self.stored.crops(rows, boxes, pinned)
         if device.type != "cuda":  # MPS would read the host's memory after it has been freed
             return images.to(device), labels.to(device)
         images, labels = images.pin_memory(), labels.pin_memory()
@@ -82,8 +83,8 @@ def decode_splits(data, preprocessing, accelerator=ALONE, shard=False, **options
             )
     if shares:  # all machines speak of the same pixels of train: of all shares
         train = splits["train"]._replace(shares=tuple(shares))
-        train.pixels.content = "+".join(
-            sorted(set(from_each(accelerator, lambda: train.pixels.content)))
+        train.stored.content = "+".join(
+            sorted(set(from_each(accelerator, lambda: train.stored.content)))
         )
         splits["train"] = train
     return splits
@@ -164,7 +165,7 @@ def _image_keys(data, role, preprocessing, samples):
     if samples.shares:
         return None
     if samples.packed:
-        entries = samples.pixels.entries[split.rows]
+        entries = samples.stored.entries[split.rows]
         sides = entries["width"].astype("u8") * 65_537 + entries["height"]
         mixed = entries["length"].astype("u8") * np.uint64(2_654_435_761) + sides
         return (entries["crc"].astype("u8") << np.uint64(32)) ^ mixed
@@ -178,7 +179,7 @@ def _image_keys(data, role, preprocessing, samples):
 def describe_prepared(data, splits):
     """What `--prepare_data` says of the files that `decode_splits` made or found."""
     files = {
-        samples.pixels.blob if samples.packed else id(getattr(data, role).dataset): samples.pixels
+        samples.stored.blob if samples.packed else id(getattr(data, role).dataset): samples.stored
         for role, samples in splits.items()
     }
     sizes = [
@@ -200,22 +201,41 @@ def _shares(split, preprocessing, accelerator):
     return deal(split.rows, number)
 
 
-def choose_store(args, data, preprocessing):
+@dataclass(frozen=True)
+class StoreOptions:
+    """Which store of pixels is asked for, and the random crops that it must serve."""
+
+    pixels: str
+    jpeg_decoder: str
+    augment: str
+    crop_scale: float
+    stages: list[dict] | None = None  # of a fine-tune, which may have crops of their own
+
+    def least_crop_scale(self) -> float:
+        """The least share of the area that a random crop takes in any stage; 0 for none."""
+        whole = {"augment": self.augment, "crop_scale": self.crop_scale}
+        stages = [whole, *(whole | stage for stage in self.stages or [])]
+        scales = [stage["crop_scale"] for stage in stages if stage["augment"] != "none"]
+        return min((scale for scale in scales if scale), default=0.0)
+
+
+def choose_store(options, data, preprocessing):
     """(`preprocessing` with the packed_side of the store that is used, what it is and why).
 
-    By `--pixels`; auto: decoded where images are small squares, or where no resized crop is on and
-    the decoded pixels are there already or fit a quarter of the free disk; else packed.
+    options: StoreOptions. By `--pixels`; auto: decoded where images are small squares, or where no
+    resized crop is on and the decoded pixels are there already or fit a quarter of the free disk;
+    else packed.
     """
     splits = [split for split in (data.train, data.val, data.test) if split]
     splits = list({id(split.dataset): split for split in splits}.values())
-    scale = _least_crop_scale(args)
+    scale, jpeg_decoder = options.least_crop_scale(), options.jpeg_decoder
     decoded_files = [
         cached(split.dataset, data.image_column, preprocessing.stored_size,
                preprocessing.interpolation, split.bit_depth)
         for split in splits
     ]  # fmt: skip
     decoded_bytes = sum(len(split.dataset) for split in splits) * 3 * preprocessing.stored_size**2
-    kind, why = args.pixels, "as asked"
+    kind, why = options.pixels, "as asked"
     if kind == "auto" and data.image_size <= SMALL_SQUARE:
         kind, why = "decoded", "the images are small squares"
     elif kind == "auto" and scale:
@@ -226,30 +246,20 @@ def choose_store(args, data, preprocessing):
         if not there and decoded_bytes > MOST_OF_DISK * free:
             kind = "packed"
             why = f"decoded they would take {_in_words(decoded_bytes)} of {_in_words(free)} free"
-    if kind == "decoded" and args.jpeg_decoder != "cpu":
-        raise UserError(f"--jpeg_decoder {args.jpeg_decoder} is for packed pixels, --pixels packed")
+    if kind == "decoded" and jpeg_decoder != "cpu":
+        raise UserError(f"--jpeg_decoder {jpeg_decoder} is for packed pixels, --pixels packed")
     if kind == "decoded":
         words = (
             f"decoded, {_in_words(decoded_bytes)} of squares {preprocessing.stored_size} px a side"
         )
         return preprocessing._replace(packed_side=0), f"{words}: {why}"
-    if args.jpeg_decoder == "nvjpeg":
+    if jpeg_decoder == "nvjpeg":
         why += "; training decodes on the GPU, not the same bits on another version of CUDA"
     side = packed_side(preprocessing.size, preprocessing.stored_size, scale)
     words = f"packed, {_packed_words(splits, data.image_column, side)}"
     return preprocessing._replace(
         packed_side=side
     ), f"{words} of JPEGs, shorter side up to {side} px: {why}"
-
-
-def _least_crop_scale(args):
-    """The least share of the area that a random resized crop takes in any stage; 0 for none."""
-    stages = [
-        vars(args),
-        *({**vars(args), **stage} for stage in getattr(args, "stages", None) or []),
-    ]
-    scales = [stage["crop_scale"] for stage in stages if stage["augment"] != "none"]
-    return min((scale for scale in scales if scale), default=0.0)
 
 
 def _packed_words(splits, image_column, side):
@@ -285,6 +295,6 @@ def store_identity(splits):
     if not any(samples.packed for samples in splits.values()):
         return "decoded"
     shares = splits["train"].shares
-    content = {role: samples.pixels.content for role, samples in splits.items()}
-    by = decoder(splits["train"].pixels.on_gpu)
+    content = {role: samples.stored.content for role, samples in splits.items()}
+    by = decoder(splits["train"].stored.on_gpu)
     return {"packed": content, "decoder": by} | ({"shares": len(shares)} if shares else {})

@@ -29,33 +29,33 @@ class Fold(NamedTuple):
     image_column: str
 
 
-def find_folds(members, args) -> list[Fold]:
+def find_folds(members, options) -> list[Fold]:
     """The folds of members that form a cross-validation, in order; [] where they form none.
 
-    They form one where each was trained with a --fold, unless --split is test, or some folds are
-    missing and there is a test split to compare the members on. Raises UserError for folds that are
-    missing, given twice or of different splits.
+    options: SplitOptions. They form one where each was trained with a --fold, unless --split is
+    test, or some folds are missing and there is a test split to compare the members on. Raises
+    UserError for folds that are missing, given twice or of different splits.
     """
     recipes = [member.recipes[0] for member in members]
-    if not all(recipe.get("fold") for recipe in recipes) or args.split == "test":
+    if not all(recipe.get("fold") for recipe in recipes) or options.split == "test":
         return []
-    loaded = [
+    data_sets = [
         load_data(
             **data_flags(
-                recipe, dataset=args.dataset, image_column=args.image_column,
-                label_column=args.label_column,
+                recipe, dataset=options.dataset, image_column=options.image_column,
+                label_column=options.label_column,
             )
         )
         for recipe in recipes
     ]  # fmt: skip
     numbers = [parse_fold(recipe["fold"]) for recipe in recipes]
     folds = max(count for _, count in numbers)
-    missing = sorted(set(range(folds)) - {number for number, _ in numbers})
-    if missing and args.split is None and loaded[0].test is not None:
+    absent = sorted(set(range(folds)) - {number for number, _ in numbers})
+    if absent and options.split is None and data_sets[0].test is not None:
         return []
     for name in SHARED:
         values = [recipe.get(name) for recipe in recipes]
-        if len(set(map(str, values))) > 1 and not (name == "dataset" and args.dataset):
+        if len(set(map(str, values))) > 1 and not (name == "dataset" and options.dataset):
             raise UserError(
                 f"these runs are folds of different splits: {name} is {values[0]} in "
                 f"{members[0].name}, other in another"
@@ -63,28 +63,28 @@ def find_folds(members, args) -> list[Fold]:
     if len({count for _, count in numbers}) > 1:
         counts = sorted({count for _, count in numbers})
         raise UserError(f"these runs are folds of {' and of '.join(map(str, counts))}")
-    if missing or len(numbers) > folds:
-        words = ", ".join(f"{k + 1}/{folds}" for k in missing)
+    if absent or len(numbers) > folds:
+        fractions = ", ".join(f"{k + 1}/{folds}" for k in absent)
         raise UserError(
-            f"a cross-validation wants each fold once: {words or 'one is there twice'}"
-            f"{' is missing' if missing else ''}"
+            f"a cross-validation needs each fold once: {fractions or 'one was given twice'}"
+            f"{' is missing' if absent else ''}"
         )
-    for member, data in zip(members, loaded, strict=True):
+    for member, data in zip(members, data_sets, strict=True):
         check_classes(member, data.classes, data.source)
-        own, *before = member.recipes
+        recipe_of_run, *ancestors = member.recipes
         if any(
-            "unknown" not in recipe and dataset_path(recipe) == dataset_path(own)
-            for recipe in before
+            "unknown" not in recipe and dataset_path(recipe) == dataset_path(recipe_of_run)
+            for recipe in ancestors
         ):
             raise UserError(
                 f"{member.name} started from a run on the same images, which has seen what this "
                 "one held out"
             )
-    found = [
+    unsorted = [
         Fold(number + 1, member, data.val, data.image_column)
-        for (number, _), member, data in zip(numbers, members, loaded, strict=True)
+        for (number, _), member, data in zip(numbers, members, data_sets, strict=True)
     ]
-    return sorted(found, key=lambda fold: fold.number)
+    return sorted(unsorted, key=lambda fold: fold.number)
 
 
 def joined(folds) -> Split:
@@ -103,7 +103,7 @@ def facts(name, folds, samples, logits, classes):
     """(the content of report.json, Samples of all folds). samples, logits: one of each fold."""
     split = joined(folds)
     all_samples = Samples(
-        samples[0].pixels, torch.from_numpy(split.rows), torch.from_numpy(split.labels)
+        samples[0].stored, torch.from_numpy(split.rows), torch.from_numpy(split.labels)
     )
     report_facts = report.facts(
         name, "out-of-fold", split, all_samples, folds[0].image_column, classes, torch.cat(logits)

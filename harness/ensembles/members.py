@@ -60,70 +60,70 @@ def view_sets(tta, sizes, seed) -> dict:
         raise UserError(f"--tta: {error}") from None
 
 
-def find_images(members, args) -> Images:
+def find_images(members, options) -> Images:
     """The images that the members are scored on, and those that weights may be fitted on.
 
-    The test split is scored, or without one (or with --split val) validation images. Fitting uses
-    the images that some member held out for validation and that no member, nor a network it
-    started from, was trained on; none if they are too few, as members of different seeds hold out
-    different images. Raises UserError where there is nothing to score, and where a member was
-    trained on images that would be scored.
+    options: SplitOptions. The test split is scored, or without one (or with --split val) validation
+    images. Fitting uses the images that some member held out for validation and that no member, nor
+    a network it started from, was trained on; none if they are too few, as members of different
+    seeds hold out different images. Raises UserError where there is nothing to score, and where a
+    member was trained on images that would be scored.
     """
-    own = [member.recipes[0] for member in members]
-    places = {dataset_path(recipe) for recipe in own}
-    if len(places) > 1 and not args.dataset:
+    recipes = [member.recipes[0] for member in members]
+    sources = {dataset_path(recipe) for recipe in recipes}
+    if len(sources) > 1 and not options.dataset:
         raise UserError(
-            f"the members were trained on {' and '.join(sorted(places))}: say with --dataset what "
+            f"the members were trained on {' and '.join(sorted(sources))}: say with --dataset what "
             "to compare them on"
         )
-    loaded = {}
+    data_by_flags = {}
     trained, held_out = {}, {}  # stored split -> (its data set, labels by row, -1: not seen)
     for recipe in [recipe for member in members for recipe in member.recipes]:
-        if "unknown" in recipe or dataset_path(recipe) not in places:
+        if "unknown" in recipe or dataset_path(recipe) not in sources:
             continue  # a network that a member came from has seen other images
         flags = data_flags(
-            recipe, dataset=args.dataset, image_column=args.image_column,
-            label_column=args.label_column,
+            recipe, dataset=options.dataset, image_column=options.image_column,
+            label_column=options.label_column,
         )  # fmt: skip
         key = repr(sorted(flags.items()))
-        if key not in loaded:
-            loaded[key] = _load(flags, args.dataset)
-        _note(trained, loaded[key].train)
-        _note(held_out, loaded[key].val)
-    first = next(iter(loaded.values()))
-    for data in loaded.values():
-        if (data.image_column, data.label_column) != (first.image_column, first.label_column):
+        if key not in data_by_flags:
+            data_by_flags[key] = _load(flags, options.dataset)
+        _note(trained, data_by_flags[key].train)
+        _note(held_out, data_by_flags[key].val)
+    base = next(iter(data_by_flags.values()))
+    for data in data_by_flags.values():
+        if (data.image_column, data.label_column) != (base.image_column, base.label_column):
             raise UserError(
                 "the members were trained on other columns of the data set: name those to compare "
                 "them on, --image_column and --label_column"
             )
     for member in members:
-        check_classes(member, first.classes, first.source)
-    test = next((data.test for data in loaded.values() if data.test is not None), None)
-    role = args.split or ("test" if test is not None else "val")
+        check_classes(member, base.classes, base.source)
+    test = next((data.test for data in data_by_flags.values() if data.test is not None), None)
+    role = options.split or ("test" if test is not None else "val")
     if role == "test" and test is not None:
         if test.name in trained:  # --train_split test, of a member's own
             raise UserError(f"a member was trained on split '{test.name}', which is to be scored")
         held_out.pop(test.name, None)
-        scored, fitted = test, _common_val_split(held_out, trained, first.train.bit_depth)
+        scored, fitted = test, _common_val_split(held_out, trained, base.train.bit_depth)
         if fitted and len(fitted) < min(LEAST_FITTED, len(test) / 2):
             fitted = None
     else:
         scored, fitted = (
-            None if role == "test" else _common_val_split(held_out, trained, first.train.bit_depth),
+            None if role == "test" else _common_val_split(held_out, trained, base.train.bit_depth),
             None,
         )
     if scored is None:
         raise UserError(
-            f"{first.source} has no split 'test': --split val" if role == "test" else
-            f"{first.source} has no images that no member was trained on (nor a split 'test'): "
+            f"{base.source} has no split 'test': --split val" if role == "test" else
+            f"{base.source} has no images that no member was trained on (nor a split 'test'): "
             "train with --val_fraction"
         )  # fmt: skip
-    limit = args.max_eval_samples
-    scored, fitted = cut(scored, limit, args.seed), cut(fitted, limit, args.seed)
+    limit, seed = options.max_eval_samples, options.seed
+    scored, fitted = cut(scored, limit, seed), cut(fitted, limit, seed)
     if len(scored) < 2 and fitted is None:
         raise UserError("one image is scored, and none is left to fit anything on")
-    return Images(scored, role, fitted, first.train, first.image_column, first.source)
+    return Images(scored, role, fitted, base.train, base.image_column, base.source)
 
 
 def _load(flags, other_dataset):

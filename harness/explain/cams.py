@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,9 @@ from harness.console import words_of
 from harness.counters import generator
 from harness.data.cache import reason_of_image
 from harness.data.listing import find_files
-from harness.data.preprocessing import Preprocessing, as_given, given
+from harness.data.options import SplitOptions
+from harness.data.pixels import image_file
+from harness.data.preprocessing import Preprocessing, PreprocessingOptions
 from harness.data.sources import load_data
 from harness.data.stored import IMAGENET_STATISTICS
 from harness.data.stores import evaluation_image
@@ -50,6 +53,40 @@ OF_SPLITS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class NetworkOptions(PreprocessingOptions):
+    """Which network is explained: a run's, or that of --model and --weights. Flags' names."""
+
+    run: str | None = None
+    model: str | None = None
+    weights: str | None = None
+    weights_by_order: bool = False
+
+
+@dataclass(frozen=True)
+class PictureOptions(SplitOptions):
+    """Which images are explained: files, or of a split of the run's data set. Flags' names."""
+
+    images: list[str] | None = None
+    indices: list[int] | None = None
+    only: str | None = None  # "right", "wrong" or "all"
+    max_images: int | None = None
+    region_column: str | None = None
+    skip_bad: bool = False
+
+
+@dataclass(frozen=True)
+class MapOptions:
+    """Which maps are made, and how they are checked. Flags' names."""
+
+    layer: str | None = None
+    target: str = "predicted"
+    contrast: bool = False
+    all_classes: bool = False
+    check: bool = False
+    seed: int = 42
+
+
 class Network(NamedTuple):
     """A classifier in eval mode, and how it wants its images."""
 
@@ -75,18 +112,21 @@ class Picture(NamedTuple):
 # -- network -------------------------------------------------------------------------------------
 
 
-def find_network(args) -> Network:
-    """The network of the run, or the one that --model and --weights name."""
-    if bool(args.run) == bool(args.model):
+def find_network(options) -> Network:
+    """The network of the run, or the one that --model and --weights name.
+
+    options: NetworkOptions.
+    """
+    if bool(options.run) == bool(options.model):
         raise UserError("give the folder of a trained run, or --model and --images")
-    if args.run:
-        trained = read_trained(args.run)
+    if options.run:
+        trained = read_trained(options.run)
         fitted = read_calibration(trained)
         return Network(
             trained.name, load_model(trained), trained.preprocessing, trained.classes, trained,
             temperature=fitted["temperature"] if fitted else 1.0,
         )  # fmt: skip
-    weights = find_weights(args.weights or "default", args.model)
+    weights = find_weights(options.weights or "default", options.model)
     if weights.state is None:
         raise UserError("--weights none: a network that has learned nothing has nothing to show")
     preprocessing, origin = weights.preprocessing, weights.origin
@@ -95,58 +135,58 @@ def find_network(args) -> Network:
             ASSUMED,
             "assumed to be ImageNet's: nothing says how the weights want images",
         )
-    preprocessing = preprocessing._replace(**given(args))
-    number = classes_of(weights, args)
+    preprocessing = preprocessing._replace(**options.given())
+    number = classes_of(weights, options.model, options.weights_by_order)
     classes = weights.classes or [str(k) for k in range(number)]
     if len(classes) != number:
         raise UserError(f"{weights.label}: {len(classes)} names of classes, and a head of {number}")
-    model = build_model(args.model, number, image_size=preprocessing.size, stem=weights.stem)
-    loaded = load_pretrained(model, weights, weights.classes, args.weights_by_order)
+    model = build_model(options.model, number, image_size=preprocessing.size, stem=weights.stem)
+    loaded = load_pretrained(model, weights, weights.classes, options.weights_by_order)
     if loaded.head_is_new:
         raise UserError(f"{weights.label} has no head to explain: {loaded.text}")
-    name = args.model.removeprefix(PREFIX).replace("/", "-")
+    name = options.model.removeprefix(PREFIX).replace("/", "-")
     return Network(
         name,
         model.eval(),
         preprocessing,
         classes,
         None,
-        f"{loaded.text}; images: {origin}{as_given(args)}",
+        f"{loaded.text}; images: {origin}{options.as_text()}",
     )
 
 
-def classes_of(weights, args):
-    """How many classes the head of some weights has; UserError where they have none."""
-    names = [name for name, _ in heads(skeleton(find_model(args.model)))]
+def classes_of(weights, model, by_order):
+    """How many classes the head of some weights has; UserError where they have none.
+
+    model: the network's name. by_order: of --weights_by_order.
+    """
+    names = [name for name, _ in heads(skeleton(find_model(model)))]
     states = [value for key, value in weights.state.items() if key == f"{names[0]}.weight"]
-    states = [list(weights.state.values())[-1]] if args.weights_by_order else states
+    states = [list(weights.state.values())[-1]] if by_order else states
     if not states:
         raise UserError(f"{weights.label} has no head ({names[0]}): its classes are not known")
     return len(states[0])
 
 
-def check_flags(args):
-    """Raise UserError for flags that would have no effect."""
+def check_flags(network, pictures, maps):
+    """Raise UserError for flags that would have no effect.
+
+    network: NetworkOptions. pictures: PictureOptions. maps: MapOptions.
+    """
+    target = maps.target != "predicted"
+    values = vars(network) | vars(pictures) | vars(maps)
     checks = [
-        *((n, args.run, "a run has its own") for n in OF_WEIGHTS),
-        ("only", args.indices, "--indices names the images"),
-        ("max_images", args.indices, "--indices names the images"),
-        ("contrast", args.all_classes, "--all_classes shows every class"),
-        (
-            "target",
-            args.contrast and args.target != "predicted",
-            "--contrast shows the true and the predicted class",
-        ),
-        (
-            "target",
-            args.all_classes and args.target != "predicted",
-            "--all_classes shows every class",
-        ),
-        ("region_column", not args.check, "--check measures the heat in it"),
-        *((name, args.images, "--images names the images") for name in OF_SPLITS),
+        *((name, network.run, "a run has its own") for name in OF_WEIGHTS),
+        ("only", pictures.indices, "--indices names the images"),
+        ("max_images", pictures.indices, "--indices names the images"),
+        ("contrast", maps.all_classes, "--all_classes shows every class"),
+        ("target", maps.contrast and target, "--contrast shows the true and the predicted class"),
+        ("target", maps.all_classes and target, "--all_classes shows every class"),
+        ("region_column", not maps.check, "--check measures the heat in it"),
+        *((name, pictures.images, "--images names the images") for name in OF_SPLITS),
     ]
     for name, idle, why in checks:
-        if idle and getattr(args, name):
+        if idle and values[name]:
             raise UserError(f"--{name} has no effect here: {why}")
 
 
@@ -163,14 +203,17 @@ def known_words(text, known, flag) -> list[str]:
 # -- images --------------------------------------------------------------------------------------
 
 
-def find_pictures(args, network, accelerator) -> list[Picture]:
-    """The images to explain: --images, or of the run's data set; the same on all processes."""
+def find_pictures(options, network, accelerator) -> list[Picture]:
+    """The images to explain: --images, or of the run's data set; the same on all processes.
+
+    options: PictureOptions.
+    """
     say = accelerator.print
-    if args.images:
-        files = find_files(args.images, "--images ")[: args.max_images]
+    if options.images:
+        files = find_files(options.images, "--images ")[: options.max_images]
         depth = network.run and network.run.recipes[0].get("bit_depth")
         pictures = [
-            _picture(file, network.preprocessing, depth, args.skip_bad, say) for file in files
+            _picture(file, network.preprocessing, depth, options.skip_bad, say) for file in files
         ]
         pictures = [picture for picture in pictures if picture]
         if not pictures:
@@ -179,37 +222,38 @@ def find_pictures(args, network, accelerator) -> list[Picture]:
     if not network.run:
         raise UserError("--model needs --images: it was not trained on a data set that is known")
     flags = data_flags(
-        network.run.recipes[0], dataset=args.dataset, image_column=args.image_column,
-        label_column=args.label_column,
+        network.run.recipes[0], dataset=options.dataset, image_column=options.image_column,
+        label_column=options.label_column,
     )  # fmt: skip
     data = from_local_main(accelerator, lambda: load_data(**flags))
     check_classes(network.run, data.classes, data.source)
-    role = args.split or ("val" if data.val is not None else "test")
+    role = options.split or ("val" if data.val is not None else "test")
     split = getattr(data, role)
     if split is None:
         raise UserError(f"{data.source} has no split '{role}' for this run: another --split")
-    if args.region_column and args.region_column not in split.dataset.features:
+    region_column = options.region_column
+    if region_column and region_column not in split.dataset.features:
         raise UserError(
-            f"--region_column {args.region_column}: there is no such column"
-            f"{nearest(args.region_column, split.dataset.features)}"
+            f"--region_column {region_column}: there is no such column"
+            f"{nearest(region_column, split.dataset.features)}"
         )
-    numbers = args.indices
+    numbers = options.indices
     if numbers and max(numbers) >= len(split):
         raise UserError(f"--indices {max(numbers)}: split '{role}' has {len(split):,} images")
 
     def picture(k):
         return _row_picture(
-            split, int(k), role, data.image_column, args, network.preprocessing, say
+            split, int(k), role, data.image_column, options, network.preprocessing, say
         )
 
     if not numbers:  # one process chooses: another device might see a close call otherwise
         numbers = from_main(
             accelerator,
-            lambda: _right_and_wrong(args, network, accelerator.device, len(split), picture),
+            lambda: _right_and_wrong(options, network, accelerator.device, len(split), picture),
         )
     pictures = [found for found in map(picture, numbers) if found]
     if not pictures:
-        kind = f"is {args.only}" if args.only else "could be read"
+        kind = f"is {options.only}" if options.only else "could be read"
         raise UserError(f"no image of split '{role}' {kind}")
     return _numbered(pictures)
 
@@ -239,23 +283,22 @@ def _seen(pixels, preprocessing):
     return view.apply(pixels.unsqueeze(0), torch.zeros(1, dtype=torch.int64))[0].contiguous()
 
 
-def _row_picture(split, k, role, column, args, preprocessing, say):
-    row = split.dataset[int(split.rows[k])] if args.region_column else None
+def _row_picture(split, k, role, column, options, preprocessing, say):
+    row = split.dataset[int(split.rows[k])] if options.region_column else None
     columns = split.dataset.select_columns(column).with_format("arrow")
     cell = columns[int(split.rows[k]) : int(split.rows[k]) + 1][column].to_pylist()[0]
     source = f"{role} {k}"
     try:
-        if cell is None:
-            raise ValueError("the cell is empty")
-        file = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
-        pixels = _seen(evaluation_image(file, preprocessing, split.bit_depth), preprocessing)
+        pixels = _seen(
+            evaluation_image(image_file(cell), preprocessing, split.bit_depth), preprocessing
+        )
         region = None
         if row is not None:
-            region = _region(row[args.region_column], row[column].size, preprocessing)
+            region = _region(row[options.region_column], row[column].size, preprocessing)
     except UserError:
         raise
     except Exception as error:
-        return _bad(f"image {k} of split '{role}'", error, args.skip_bad, say)
+        return _bad(f"image {k} of split '{role}'", error, options.skip_bad, say)
     return Picture(pixels, source, int(split.labels[k]), region)
 
 
@@ -278,16 +321,16 @@ def _region(value, size, preprocessing):
 
 
 @torch.inference_mode()
-def _right_and_wrong(args, network, device, total, picture):
+def _right_and_wrong(options, network, device, total, picture):
     """Numbers of images, in a seeded order: half right and half wrong where there are, or one kind.
 
     total: images of the split. picture: a number -> Picture, or None for a bad one.
     """
-    number = min(args.max_images or SHOWN, total)
-    kinds = (args.only,) if args.only in ("right", "wrong") else ("right", "wrong")
+    number = min(options.max_images or SHOWN, total)
+    kinds = (options.only,) if options.only in ("right", "wrong") else ("right", "wrong")
     share = -(-number // len(kinds))
     numbers = {kind: [] for kind in kinds}
-    order = torch.randperm(total, generator=generator(args.seed, "cams")).tolist()
+    order = torch.randperm(total, generator=generator(options.seed, "cams")).tolist()
     for start in range(0, total, LOOKED_THROUGH):
         batch = [(k, picture(k)) for k in order[start : start + LOOKED_THROUGH]]
         batch = [(k, found) for k, found in batch if found]
@@ -324,13 +367,15 @@ def predict(network, pictures, device):
 # -- maps ----------------------------------------------------------------------------------------
 
 
-def targets_of(args, network, pictures):
+def targets_of(options, network, pictures):
     """A function (probabilities (n, classes), pictures) -> the classes to explain (n, k), int64.
 
-    Raises UserError for a class that is not known, and for the true one where nobody knows it.
+    options: MapOptions. Raises UserError for a class that is not known, and for the true one where
+    nobody knows it.
     """
-    classes, all_known = network.classes, all(picture.true is not None for picture in pictures)
-    if (args.contrast or args.target == "true") and not all_known:
+    classes, target = network.classes, options.target
+    all_known = all(picture.true is not None for picture in pictures)
+    if (options.contrast or target == "true") and not all_known:
         raise UserError(
             "the true class of these images is not known: --target predicted, or a name"
         )
@@ -338,24 +383,24 @@ def targets_of(args, network, pictures):
     def true(batch):
         return torch.tensor([picture.true for picture in batch]).unsqueeze(1)
 
-    if args.all_classes:
+    if options.all_classes:
         return lambda probabilities, batch: torch.arange(len(classes)).repeat(len(probabilities), 1)
-    if args.contrast:
+    if options.contrast:
         return lambda probabilities, batch: torch.cat(
             [true(batch), probabilities.argmax(1, keepdim=True)], dim=1
         )
-    if args.target == "predicted":
+    if target == "predicted":
         return lambda probabilities, batch: probabilities.argmax(1, keepdim=True)
-    if args.target == "true":
+    if target == "true":
         return lambda probabilities, batch: true(batch)
-    if args.target in classes:
-        number = classes.index(args.target)
-    elif re.fullmatch(r"\d+", args.target) and int(args.target) < len(classes):
-        number = int(args.target)
+    if target in classes:
+        number = classes.index(target)
+    elif re.fullmatch(r"\d+", target) and int(target) < len(classes):
+        number = int(target)
     else:
-        near = None if args.target.isdecimal() else nearest(args.target, classes)
+        near = None if target.isdecimal() else nearest(target, classes)
         hint = near or f" (numbers are 0 to {len(classes) - 1})"
-        raise UserError(f'--target: no class is called "{args.target}"{hint}')
+        raise UserError(f'--target: no class is called "{target}"{hint}')
     return lambda probabilities, batch: torch.full((len(probabilities), 1), number)
 
 
@@ -369,14 +414,14 @@ class Explained(NamedTuple):
     checks: list  # of each picture a dict
 
 
-def explain(args, network, pictures, classes_of, methods, device, bar):
+def explain(options, network, pictures, classes_of, methods, device, bar):
     """Explained of a process's share of the pictures; None where it has none.
 
-    Raises UserError: a layer that is none, a network without positions.
+    options: MapOptions. Raises UserError: a layer that is none, a network without positions.
     """
     random, parts = None, []
     try:
-        with GradCam(network.model, args.layer) as cam:
+        with GradCam(network.model, options.layer) as cam:
             for start in range(0, len(pictures), BATCH):
                 batch = pictures[start : start + BATCH]
                 images = to_input(network, batch, device)
@@ -385,14 +430,16 @@ def explain(args, network, pictures, classes_of, methods, device, bar):
                 cams = cam(images, classes.to(device), methods)
                 maps = {method: of_all.cpu() for method, of_all in cams.maps.items()}
                 checks = [{} for _ in batch]
-                if args.check:
+                if options.check:
                     random = random or reinitialized_copy(
-                        network.model, generator(args.seed, "randomised")
+                        network.model, generator(options.seed, "randomised")
                     )
-                    checked = probabilities.argmax(1) if args.all_classes else classes[:, 0]
+                    checked = probabilities.argmax(1) if options.all_classes else classes[:, 0]
                     column = (classes == checked.unsqueeze(1)).int().argmax(1)
                     of_one = {m: maps[m][torch.arange(len(batch)), column] for m in methods}
-                    checks = check(args, network, cam, random, batch, images, checked, of_one)
+                    checks = check(
+                        options.seed, network, cam, random, batch, images, checked, of_one
+                    )
                 parts.append((probabilities, classes, maps, checks))
                 bar.update(len(batch))
             layer = cam.layer
@@ -415,7 +462,7 @@ def heat_of(maps, size):
     return upsample_maps(normalize_maps(maps.relu()), (size, size))
 
 
-def check(args, network, cam, random, pictures, images, classes, maps):
+def check(seed, network, cam, random, pictures, images, classes, maps):
     """What --check measures of one class (n,) of each picture, for every method: a dict each.
 
     AUC of deletion (low is good) and insertion (high is good), of the map and of a random one; the
@@ -433,7 +480,7 @@ def check(args, network, cam, random, pictures, images, classes, maps):
         return curves.deletion_auc.tolist(), curves.insertion_auc.tolist()
 
     noise = [
-        torch.rand(size, size, generator=generator(args.seed, "noise", picture.number))
+        torch.rand(size, size, generator=generator(seed, "noise", picture.number))
         for picture in pictures
     ]
     by_chance = areas(torch.stack(noise))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import dataclass
 
 from harness.cli import flags
 from harness.cli.tables import escaped, facts, table
@@ -13,7 +14,7 @@ from harness.files import file_name, has_file, replace_file, to_bytes
 from harness.models.trained import add_to_folder
 from harness.pictures import drawable
 from harness.reports import page
-from harness.tracking import Tracking, parse_report_to
+from harness.tracking import Tracking, TrackingOptions
 from tricks.cam import spatial_layers
 
 DRAWN = 8  # classes of an image with --all_classes
@@ -23,7 +24,7 @@ LARGE = 16  # classes an image up to which maps are kept at the image's resoluti
 TRACKED = 64  # images in the trackers' table
 
 
-def plan(args, network, pictures, methods, machine) -> str:
+def plan(network, pictures, methods, machine) -> str:
     """What is about to happen, a fact a line."""
     preprocessing, note = network.preprocessing, network.run and network.run.note
     calibrated = f"temperature {network.temperature:.3f}" if network.temperature != 1 else ""
@@ -37,15 +38,26 @@ def plan(args, network, pictures, methods, machine) -> str:
     return facts(rows.items())
 
 
-def write(args, accelerator, folder, network, pictures, found, colour):
-    """Everything of the report into its folder, and on the trackers."""
+@dataclass(frozen=True)
+class SheetOptions(TrackingOptions):
+    """How the maps are drawn, and where the report is tracked. Flags' names."""
+
+    alpha: float
+    all_classes: bool
+
+
+def write(options, accelerator, folder, network, pictures, found, colour, of_data_set):
+    """Everything of the report into its folder, and on the trackers.
+
+    options: SheetOptions. of_data_set: whether the pictures are of the run's own data set.
+    """
     (folder / "panels").mkdir(exist_ok=True)
     for old in (folder / "panels").glob("*.png"):
         old.unlink()
     size = network.preprocessing.size
     rows = [_row(k, network, picture, found) for k, picture in enumerate(pictures)]
     strips = [
-        _strip(args, network, picture, row, found, k, colour)
+        _strip(options, network, picture, row, found, k, colour)
         for k, (picture, row) in enumerate(zip(pictures, rows, strict=True))
     ]
     for strip, row in zip(strips, rows, strict=True):
@@ -73,13 +85,11 @@ def write(args, accelerator, folder, network, pictures, found, colour):
     }
     replace_file(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
     replace_file(folder / "report.md", _markdown(escaped(report), layer).encode())
-    replace_file(folder / "config.yaml", flags.to_yaml(args))
-    also = _shown_in_page(args, network.run, folder)
+    replace_file(folder / "config.yaml", flags.to_yaml(options.recipe))
+    also = _shown_in_page(network.run, folder) if of_data_set else ""
     tracking = Tracking(
-        accelerator, parse_report_to(args.report_to), folder=folder, project=args.project,
-        name=folder.name, group=args.group, job_type="gradcam", tags=[network.name],
-        config=flags.to_recipe(args), run_id=None,
-    )  # fmt: skip
+        accelerator, options, folder=folder, job_type="gradcam", tags=[network.name]
+    )
     _track(tracking, report, folder)
     print(f"{'layer':<12} {layer.removeprefix('layer ')}")
     if max(report["map_size"]) < COARSE:
@@ -104,9 +114,9 @@ def _finer_layer(network, picture):
     return f": --layer {finer[-1]} --method layercam shows more" if finer else ""
 
 
-def _shown_in_page(args, run, folder):
+def _shown_in_page(run, folder):
     """Put the maps into the report.html of the run whose data set they are of; words about it."""
-    if not run or args.images or args.dataset or not has_file(run.folder / page.FILE):
+    if not has_file(run.folder / page.FILE):
         return ""
     file, maps = run.folder / page.FILE, folder / "sheet.png"
     lost = f"the maps are not in {file}"
@@ -141,13 +151,13 @@ def _row(k, network, picture, found):
     }
 
 
-def _strip(args, network, picture, row, found, k, colour):
+def _strip(options, network, picture, row, found, k, colour):
     """An image, its heat and overlays; with one method and one class the heat alone, too."""
     pixels = picture.pixels.permute(1, 2, 0).numpy()
     panels = [(pixels, [("image", ""), ("", "")])]
     classes = found.classes[k].tolist()
     drawn = sorted(range(len(classes)), key=lambda c: -found.probabilities[k, classes[c]])[:DRAWN]
-    drawn = sorted(drawn) if not args.all_classes else drawn
+    drawn = sorted(drawn) if not options.all_classes else drawn
     alone = len(found.maps) * len(drawn) == 1
     for method, maps in found.maps.items():
         heat = heat_of(maps[k, drawn], network.preprocessing.size).numpy()
@@ -159,7 +169,7 @@ def _strip(args, network, picture, row, found, k, colour):
             if alone:
                 panels.append((colour(values), lines))
                 lines = [("overlay", ""), ("", "")]
-            panels.append((overlay(pixels, values, colour, args.alpha), lines))
+            panels.append((overlay(pixels, values, colour, options.alpha), lines))
     predicted = row["predicted_id"]
     title = [(picture.source, "")]
     if picture.true is not None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from typing import NamedTuple
 
 import torch
 
 from harness.counters import generator
+from harness.data.options import SplitOptions
 from harness.ensembles import members
 from harness.errors import UserError
 from harness.inference.images import of_dataset
@@ -52,40 +52,38 @@ class CheckImages(NamedTuple):
             )
 
 
-def check_images(trained, args) -> CheckImages:
+def check_images(trained, dataset, seed, int8) -> CheckImages:
     """Held-out images of the run, with labels, if its data set can be read; else made-up ones.
 
-    trained: harness.models.trained.Trained.
+    trained: harness.models.trained.Trained. dataset: of the flag, or None for the run's. int8:
+    whether images of train are wanted, to measure ranges on.
     """
-    asked = Namespace(
-        dataset=args.dataset, image_column=None, label_column=None, split=None,
-        max_eval_samples=CHECKED, seed=args.seed,
-    )  # fmt: skip
+    options = SplitOptions(dataset=dataset, max_eval_samples=CHECKED, seed=seed)
     try:
-        found = members.find_images([trained], asked)
+        check_set = members.find_images([trained], options)
     except (UserError, OSError) as error:
-        if args.dataset:
+        if dataset:
             raise
-        batches = _made_up(trained.preprocessing.size, args.seed)
+        batches = _made_up(trained.preprocessing.size, seed)
         count = sum(map(len, batches))
-        words = f"{count} made-up images: {str(error).splitlines()[0]}"
-        return CheckImages(batches, None, batches, words)
+        source = f"{count} made-up images: {str(error).splitlines()[0]}"
+        return CheckImages(batches, None, batches, source)
 
-    def read(split, most):
-        rows = split.rows[:most]
-        images = of_dataset(split.dataset, found.image_column, rows, None, "", split.bit_depth)
+    def read_pixels(split, limit):
+        rows = split.rows[:limit]
+        images = of_dataset(split.dataset, check_set.image_column, rows, None, "", split.bit_depth)
         return evaluation_pixels_of(images, trained.preprocessing)
 
-    pixels, kept = read(found.scored, CHECKED)
-    order = torch.randperm(len(found.train), generator=generator(args.seed, "export"))
-    some = found.train.__class__(
-        found.train.name, found.train.dataset, found.train.rows[order[:CALIBRATED].numpy()],
-        found.train.labels[order[:CALIBRATED].numpy()], bit_depth=found.train.bit_depth,
-    )  # fmt: skip
-    calibration = read(some, CALIBRATED)[0] if args.precision == "int8" else pixels
-    labels = torch.from_numpy(found.scored.labels)[kept]
-    words = f"{len(pixels):,} {found.role} images of {found.source}"
-    return CheckImages(list(pixels.split(BATCH)), labels, list(calibration.split(BATCH)), words)
+    pixels, decoded = read_pixels(check_set.scored, CHECKED)
+    train = check_set.train
+    order = torch.randperm(len(train), generator=generator(seed, "export"))[:CALIBRATED].numpy()
+    calibration_split = train.__class__(
+        train.name, train.dataset, train.rows[order], train.labels[order], bit_depth=train.bit_depth
+    )
+    calibration = read_pixels(calibration_split, CALIBRATED)[0] if int8 else pixels
+    labels = torch.from_numpy(check_set.scored.labels)[decoded]
+    source = f"{len(pixels):,} {check_set.role} images of {check_set.source}"
+    return CheckImages(list(pixels.split(BATCH)), labels, list(calibration.split(BATCH)), source)
 
 
 def _made_up(size, seed):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import torch
 from harness.data.columns import find_image_column
 from harness.data.listing import find_files
 from harness.data.options import DataOptions
+from harness.data.pixels import image_file
 from harness.data.stored import BUILT_IN, find_stored
 from harness.errors import UserError, nearest
 from harness.models.trained import read_trained
@@ -50,13 +50,16 @@ def _is_run(path):
     return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
 
 
-def find_images(paths, args, run) -> Images:
-    """The images that paths name, or a split of --dataset. run: a Trained, for its classes."""
-    if bool(paths) == bool(args.dataset):
+def find_images(paths, options, run) -> Images:
+    """The images that paths name, or a split of --dataset.
+
+    options: SplitOptions. run: a Trained, for its classes.
+    """
+    if bool(paths) == bool(options.dataset):
         raise UserError("give images (files, folders, patterns), or --dataset with --split")
-    if not args.dataset:
+    if not options.dataset:
         for flag in ("split", "image_column", "label_column"):
-            if getattr(args, flag):
+            if getattr(options, flag):
                 raise UserError(f"--{flag} has no effect here: it is for --dataset")
         files = find_files(paths)
         return Images(
@@ -64,17 +67,17 @@ def find_images(paths, args, run) -> Images:
             labels_of_folders(files, paths, run.classes), f"{len(files):,} files",
             run.recipes[0].get("bit_depth"),
         )  # fmt: skip
-    stored = find_stored(args.dataset, BUILT_IN.get(args.dataset), DataOptions())
-    name = args.split or next(iter(stored.splits))
+    stored = find_stored(options.dataset, BUILT_IN.get(options.dataset), DataOptions())
+    name = options.split or next(iter(stored.splits))
     if name not in stored.splits:
         raise UserError(
             f"--split {name}: there is no such split{nearest(name, stored.splits)} "
             f"(the splits are {', '.join(stored.splits)})"
         )
     split = stored.splits[name]
-    column = find_image_column(split.features, args.image_column)
+    column = find_image_column(split.features, options.image_column)
     return of_dataset(
-        split, column, range(len(split)), labels_of_column(split, args, run),
+        split, column, range(len(split)), labels_of_column(split, options.label_column, run),
         f"split '{name}' of {stored.source}", run.recipes[0].get("bit_depth"),
     )  # fmt: skip
 
@@ -89,9 +92,7 @@ def of_dataset(dataset, image_column, rows, labels, source, bit_depth=None) -> I
 
     def read(k):
         cell = cells[rows[k] : rows[k] + 1][image_column].to_pylist()[0]
-        if cell is None:
-            raise ValueError("the cell is empty")
-        return io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
+        return image_file(cell)
 
     names = [path or f"row {row}" for path, row in zip(paths, rows, strict=True)]
     return Images(names, read, labels, source, bit_depth)
@@ -118,9 +119,11 @@ def labels_of_folders(files, paths, classes):
     return torch.tensor(labels)
 
 
-def labels_of_column(dataset, args, run):
-    """int64 (n,) where the data set's labels are all classes of the run, else None."""
-    asked = args.label_column
+def labels_of_column(dataset, asked, run):
+    """int64 (n,) where the data set's labels are all classes of the run, else None.
+
+    asked: of --label_column, or None.
+    """
     if asked and asked not in dataset.features:
         raise UserError(
             f"--label_column {asked}: there is no such column{nearest(asked, dataset.features)}"

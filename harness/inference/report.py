@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,17 @@ from harness.reports.sections import interval, percent
 
 SHEET = 32  # images on predictions.png
 LINES = 20  # images up to which the terminal has a line each
+
+
+@dataclass(frozen=True)
+class PredictionOptions:
+    """What is told of each image. Each is a flag's name."""
+
+    top_k: int
+    min_probability: float
+    coverage: float
+    format: str
+    tta: str
 
 
 class Prediction(NamedTuple):
@@ -45,34 +57,37 @@ def keeper(top_k, sets, labels):
     return keep
 
 
-def rows_of(images, predictions, bad, classes, args):
-    """A dict an image, in order: what predictions.csv and the others hold."""
+def rows_of(images, predictions, bad, classes, options):
+    """A dict an image, in order: what predictions.csv and the others hold.
+
+    options: PredictionOptions, here and below.
+    """
     for k, (name, prediction) in enumerate(zip(images.names, predictions, strict=True)):
         row = {"image": name}
         if images.labels is not None:
             row["true"] = classes[images.labels[k]]
-        for place in range(min(args.top_k, len(classes))):
+        for place in range(min(options.top_k, len(classes))):
             label, probability = None, None
             if prediction:
                 label = classes[prediction.classes[place]]
                 probability = round(prediction.probabilities[place], 6)
             row |= {f"class_{place + 1}": label, f"probability_{place + 1}": probability}
-        if args.min_probability:
-            sure = prediction and prediction.probabilities[0] >= args.min_probability
+        if options.min_probability:
+            sure = prediction and prediction.probabilities[0] >= options.min_probability
             row["abstain"] = None if not prediction else not sure
-        if args.coverage:
+        if options.coverage:
             row["set"] = prediction and [classes[label] for label in prediction.inside]
         row["error"] = bad.get(k)
         yield row
 
 
-def write(folder, rows, images, predictions, classes, runs, args, summary):
+def write(folder, rows, images, predictions, classes, runs, options, summary):
     """predictions.csv (or .jsonl, .parquet), predictions.png and summary.json."""
-    name = f"predictions.{args.format}"
+    name = f"predictions.{options.format}"
     for other in ("csv", "jsonl", "parquet"):
-        if other != args.format:
+        if other != options.format:
             (folder / f"predictions.{other}").unlink(missing_ok=True)
-    replace_file(folder / name, WRITERS[args.format](rows))
+    replace_file(folder / name, WRITERS[options.format](rows))
     replace_file(folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     save_sheet(folder / "predictions.png", images, predictions, classes, runs[0].preprocessing)
 
@@ -127,7 +142,7 @@ def save_sheet(path, images, predictions, classes, preprocessing):
         save_tiles(path, torch.stack(tiles), captions)
 
 
-def summarise(images, predictions, bad, networks, sets, args):
+def summarise(images, predictions, bad, networks, sets, options):
     """summary.json: counts, and scores where labels are known."""
     done = [(k, p) for k, p in enumerate(predictions) if p]
     found = {
@@ -139,8 +154,8 @@ def summarise(images, predictions, bad, networks, sets, args):
             for n in networks
         ],
     }  # fmt: skip
-    sure = [(k, p) for k, p in done if p.probabilities[0] >= (args.min_probability or 0)]
-    if args.min_probability:
+    sure = [(k, p) for k, p in done if p.probabilities[0] >= (options.min_probability or 0)]
+    if options.min_probability:
         found["abstained"] = len(done) - len(sure)
     if sets:
         found["sets"] = sets._asdict() | {
@@ -149,7 +164,10 @@ def summarise(images, predictions, bad, networks, sets, args):
         }
     if images.labels is not None:
         truth = images.labels.tolist()
-        for name, some in {"all": done, **({"sure": sure} if args.min_probability else {})}.items():
+        for name, some in {
+            "all": done,
+            **({"sure": sure} if options.min_probability else {}),
+        }.items():
             hits = sum(p.classes[0] == truth[k] for k, p in some)
             found.setdefault("accuracy", {})[name] = {
                 "images": len(some), "right": hits, "accuracy": hits / max(1, len(some)),
@@ -163,7 +181,7 @@ def summarise(images, predictions, bad, networks, sets, args):
     return found
 
 
-def plan(images, networks, sets, args, machine) -> str:
+def plan(images, networks, sets, options, machine) -> str:
     rows = []
     for network in networks:
         trained = network.trained
@@ -177,8 +195,8 @@ def plan(images, networks, sets, args, machine) -> str:
         rows.append(("network", f"{trained.name}: {about}"))
     known = "not known" if images.labels is None else "known: predictions are scored"
     rows.append(("images", f"{len(images):,}: {images.source}; labels {known}"))
-    if args.tta != "none":
-        rows.append(("views", args.tta))
+    if options.tta != "none":
+        rows.append(("views", options.tta))
     if sets:
         rows.append(("sets", f"{sets.kind} sets that hold the class of at least "
                      f"{sets.coverage:.4g} of images like the {sets.images:,} {sets.source} "
@@ -188,7 +206,7 @@ def plan(images, networks, sets, args, machine) -> str:
     return facts(rows)
 
 
-def lines_of(rows, args):
+def lines_of(rows, options):
     """A line an image for few, else how many of each class."""
     if len(rows) <= LINES:
         for row in rows:
@@ -196,7 +214,7 @@ def lines_of(rows, args):
                 continue
             words = [
                 f"{row[f'class_{k}']} {row[f'probability_{k}']:.2f}"
-                for k in range(1, 1 + args.top_k)
+                for k in range(1, 1 + options.top_k)
                 if row.get(f"class_{k}") is not None
             ]
             text = f"{row['image']}   {', '.join(words)}"
@@ -217,7 +235,7 @@ def lines_of(rows, args):
         yield f"          and {len(counts) - LINES:,} other classes"
 
 
-def closing(folder, summary, args):
+def closing(folder, summary, options):
     """The last lines: what could not be read, the scores, where the files are."""
     lines = []
     bad = summary["unreadable"]
@@ -226,7 +244,9 @@ def closing(folder, summary, args):
     if len(bad) > 10:
         lines.append(f"unreadable   and {len(bad) - 10:,} others, see the column error")
     for name, score in summary.get("accuracy", {}).items():
-        word = "accuracy" if name == "all" else f"of those with at least {args.min_probability:g}"
+        word = (
+            "accuracy" if name == "all" else f"of those with at least {options.min_probability:g}"
+        )
         lines.append(
             f"{word:<12} {percent(score['accuracy'])} % of {score['images']:,} "
             f"({interval(score['interval'])})"
@@ -241,5 +261,7 @@ def closing(folder, summary, args):
             else ""
         )
         lines.append(f"sets         {sets['mean_size']:.2f} classes on average{held}")
-    lines.append(f"predictions  {folder}/predictions.{args.format}, predictions.png, summary.json")
+    lines.append(
+        f"predictions  {folder}/predictions.{options.format}, predictions.png, summary.json"
+    )
     return "\n".join(lines)

@@ -7,12 +7,12 @@ held-out images and of the image that is asked about, the set holds its class at
 from __future__ import annotations
 
 import math
-from argparse import Namespace
 from fractions import Fraction
 from typing import NamedTuple
 
 import torch
 
+from harness.data.options import SplitOptions
 from harness.ensembles import members
 from harness.errors import UserError
 from harness.inference.images import of_dataset
@@ -41,23 +41,19 @@ class Sets(NamedTuple):
         ]
 
 
-def fit_sets(accelerator, networks, runs, args, progress) -> Sets:
-    """The Sets of `--coverage` and `--sets`. progress: images -> a bar.
+def fit_sets(accelerator, networks, runs, kind, coverage, seed, progress) -> Sets:
+    """The Sets of `--sets` (kind) and `--coverage`. progress: images -> a bar.
 
     Fitted on images that no run was trained on: those held out for validation where there are
     enough, else the test split. Raises UserError where there are too few to promise so much.
     """
-    asked = Namespace(
-        dataset=None, image_column=None, label_column=None, split=None, max_eval_samples=None,
-        seed=args.seed,
-    )  # fmt: skip
-    found = members.find_images(runs, asked)
+    found = members.find_images(runs, SplitOptions(seed=seed))
     split = found.fitted or found.scored
-    alpha = 1 - Fraction(str(args.coverage))  # in floats 1 - 0.95 is a little more than 0.05
+    alpha = 1 - Fraction(str(coverage))  # in floats 1 - 0.95 is a little more than 0.05
     need = math.ceil(1 / alpha) - 1
     if len(split) < need:
         raise UserError(
-            f"--coverage {args.coverage} wants at least {need:,} held-out images, and there are "
+            f"--coverage {coverage} wants at least {need:,} held-out images, and there are "
             f"{len(split):,}"
         )
     images = of_dataset(
@@ -70,11 +66,11 @@ def fit_sets(accelerator, networks, runs, args, progress) -> Sets:
         )
     good = [k for k, row in enumerate(rows) if row is not None]
     probabilities = torch.stack([rows[k] for k in good]).double()
-    scores = SCORES[args.sets](probabilities)
+    scores = SCORES[kind](probabilities)
     threshold = calibrate_threshold(scores, images.labels[good], float(alpha))
     if math.isinf(threshold):
-        raise UserError(f"--coverage {args.coverage}: {len(good):,} held-out images are too few")
+        raise UserError(f"--coverage {coverage}: {len(good):,} held-out images are too few")
     word = (
         "held out of train" if found.fitted or found.role == "val" else f"of split '{split.name}'"
     )
-    return Sets(args.sets, args.coverage, threshold, f"images {word}", len(good))
+    return Sets(kind, coverage, threshold, f"images {word}", len(good))

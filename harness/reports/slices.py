@@ -8,7 +8,7 @@ import math
 import numpy as np
 import torch
 
-from harness.data.pixels import encoded, source
+from harness.data.pixels import encoded, image_file
 from harness.errors import UserError, nearest
 from harness.metrics import wilson_interval
 
@@ -77,7 +77,7 @@ def _sizes(split, image_column):
         table = cells.select(split.rows[start : start + 100]).with_format("arrow")[:]
         for cell in table[image_column].to_pylist():
             try:
-                with Image.open(source(cell)) as image:
+                with Image.open(image_file(cell)) as image:
                     yield image.size
             except Exception:
                 yield None

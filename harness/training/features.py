@@ -19,7 +19,6 @@ from torchvision.ops import StochasticDepth
 from tqdm.auto import tqdm
 
 from harness.counters import SampleStreams
-from harness.data.batches import mixes
 from harness.data.stores import Samples
 from harness.errors import StopAsked, UserError
 from harness.models.heads import (
@@ -115,22 +114,22 @@ def cacheable_stages(stages, model, size) -> list[str]:
     names = []
     for stage in stages:
         apply_stage(model, stage)
-        wanted = stage.args.views and not mixes(stage.args)
+        wanted = stage.options.views and not stage.options.mixes()
         if not wanted or not can_cache(model, size, cut_at_head(model)):
             break
         names.append(stage.name)
     return names
 
 
-def extract_splits(accelerator, model, splits, views, args, feature_cache, stop=None):
-    """{role: Samples of features} of train (args.views views) and what the epochs evaluate."""
+def extract_splits(accelerator, model, splits, views, number, seed, feature_cache, stop=None):
+    """{role: Samples of features} of train (`number` views) and what the epochs evaluate."""
     evaluated = "val" if "val" in splits else "test"
-    wanted = {"train": args.views, evaluated: 1}
+    wanted = {"train": number, evaluated: 1}
     return {
         role: extract(
-            accelerator, model, splits[role], views, number, args.seed, feature_cache, role, stop
+            accelerator, model, splits[role], views, count, seed, feature_cache, role, stop
         )
-        for role, number in wanted.items()
+        for role, count in wanted.items()
         if role in splits
     }
 

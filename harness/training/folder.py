@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -39,15 +40,27 @@ METRICS_BEFORE = "metrics.before-*.jsonl"
 IN_CHECKPOINTS = re.compile(r"step-\d+|set-aside-step-\d+|\.writing-.*")
 
 
-def report_folder(args, name, script):
+@dataclass(frozen=True)
+class FolderOptions:
+    """Where a run or a report is written, and over what. Each is a flag's name but `recipe`."""
+
+    output_dir: str
+    run_name: str | None
+    recipe: dict  # all flags, as config.yaml has them
+    report_to: str = "none"
+    overwrite: bool = False
+    resume_from_checkpoint: str | None = None
+
+
+def report_folder(options, name, script):
     """The folder of a report, `name` without --run_name; a report of this script is replaced.
 
-    Raises UserError where it holds anything else, or can't be written.
+    options: FolderOptions. Raises UserError where it holds anything else, or can't be written.
     """
-    _check_trackers(args)
-    folder = Path(args.output_dir) / (args.run_name or name)
-    _owner(folder, args, script)
-    _check_writable(args, folder)
+    _check_trackers(options)
+    folder = Path(options.output_dir) / (options.run_name or name)
+    _owner(folder, options.recipe, script)
+    _check_writable(folder, options.output_dir)
     return folder
 
 
@@ -64,15 +77,15 @@ def _of_sweep():
     return f"-{file_name(trial)}" if trial else ""
 
 
-def _check_trackers(args):
-    if "tensorboard" in parse_report_to(getattr(args, "report_to", "none")):
+def _check_trackers(options):
+    if "tensorboard" in parse_report_to(options.report_to):
         require_tensorboard()
 
 
-def _check_writable(args, folder):
+def _check_writable(folder, output_dir):
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"--output_dir {args.output_dir}: {parent} cannot be written to")
+        raise UserError(f"--output_dir {output_dir}: {parent} cannot be written to")
 
 
 def _read_mark(folder):
@@ -90,7 +103,7 @@ def _write_mark(folder, mark):
     replace_file(folder / MARK, json.dumps(mark).encode())
 
 
-def _owner(folder, args, script):
+def _owner(folder, recipe, script):
     """The folder's mark, {} where it is free; raises UserError where anything else lies there."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose another --run_name")
@@ -105,7 +118,7 @@ def _owner(folder, args, script):
         has_file(folder / name)
     mark = _read_mark(folder)
     others = [name for name in names if not OURS.fullmatch(name)]
-    if not mark and others and not _of_older_version(folder, args):
+    if not mark and others and not _of_older_version(folder, recipe):
         raise UserError(
             f"{folder} holds files that are not of {script}, as {others[0]}: choose another "
             "--run_name"
@@ -117,34 +130,38 @@ def _owner(folder, args, script):
     return mark
 
 
-def _of_older_version(folder, args):
+def _of_older_version(folder, recipe):
     """Whether config.yaml has this script's flags: what runs and reports wrote without a mark."""
     if not has_file(folder / "config.yaml"):
         return False
     try:
-        recipe = yaml.safe_load((folder / "config.yaml").read_bytes())
+        older = yaml.safe_load((folder / "config.yaml").read_bytes())
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return False
-    known = vars(args).keys()
-    return isinstance(recipe, dict) and len(recipe) > 8 and len(recipe.keys() - known) < 4
+    return isinstance(older, dict) and len(older) > 8 and len(older.keys() - recipe.keys()) < 4
 
 
-def check_folder(args, script):
-    """The folder of this run; raises UserError where it holds another one.
+def default_name(dataset, model, seed):
+    """The name of a run without --run_name, of these flags."""
+    dataset = re.sub(r"[^\w.-]+", "_", Path(dataset).name or dataset)
+    model = re.sub(r"[^\w.-]+", "_", model)  # timm/NAME, hf-hub:owner/name
+    return f"{dataset}-{model}-s{seed}"
 
-    Also where --report_to names no tracker: all that can be refused is, before any long work.
+
+def check_folder(options, name, script):
+    """The folder of this run, `name` without --run_name; UserError where it holds another one.
+
+    options: FolderOptions. Also where --report_to names no tracker: all that can be refused is,
+    before any long work.
     """
-    _check_trackers(args)
-    dataset = re.sub(r"[^\w.-]+", "_", Path(args.dataset).name or args.dataset)
-    model = re.sub(r"[^\w.-]+", "_", args.model)  # timm/NAME, hf-hub:owner/name
-    name = args.run_name or f"{dataset}-{model}-s{args.seed}"
-    folder = Path(args.output_dir) / (name + _of_sweep())
-    mark = _owner(folder, args, script)
+    _check_trackers(options)
+    folder = Path(options.output_dir) / ((options.run_name or name) + _of_sweep())
+    mark = _owner(folder, options.recipe, script)
     taken = bool(mark) and not mark.get("clearing") and (folder / "config.yaml").exists()
-    _check_writable(args, folder)
-    asked = args.resume_from_checkpoint
-    if taken and asked == "auto" and is_finished(folder) and not args.overwrite:
-        _check_finished(folder, args)
+    _check_writable(folder, options.output_dir)
+    asked, overwrite = options.resume_from_checkpoint, options.overwrite
+    if taken and asked == "auto" and is_finished(folder) and not overwrite:
+        _check_finished(folder, options.recipe)
         return folder
     if asked not in (None, "auto") and folder.resolve() == Path(asked).resolve():
         raise UserError(
@@ -152,17 +169,17 @@ def check_folder(args, script):
             "checkpoint, or the path of one, checkpoints/step-…"
         )
     foreign = asked not in (None, "auto") and folder.resolve() not in Path(asked).resolve().parents
-    if taken and foreign and not args.overwrite:
+    if taken and foreign and not overwrite:
         raise UserError(
             f"--resume_from_checkpoint {asked} is not of {folder}, which holds another run: "
             "choose another --run_name, or replace that run with --overwrite"
         )
-    if taken and not asked and not args.overwrite and is_finished(folder):
+    if taken and not asked and not overwrite and is_finished(folder):
         raise UserError(
             f"{folder} holds a finished run: replace it with --overwrite, or choose another "
             "--run_name"
         )
-    if taken and not asked and not args.overwrite:
+    if taken and not asked and not overwrite:
         raise UserError(
             f"{folder} holds a run already: continue it with --resume_from_checkpoint auto, "
             "replace it with --overwrite, or choose another --run_name"
@@ -170,7 +187,7 @@ def check_folder(args, script):
     return folder
 
 
-def _check_finished(folder, args):
+def _check_finished(folder, recipe):
     """Raise UserError where a finished run lacks its result, or had other flags than these."""
     for name in ("model.safetensors", "config.json", "summary.json"):
         if not (folder / name).exists():
@@ -185,7 +202,7 @@ def _check_finished(folder, args):
         before = None
     if not isinstance(before, dict):
         raise UserError(f"{folder} is of a finished run whose config.yaml can't be read")
-    now = yaml.safe_load(flags.to_yaml(args))
+    now = yaml.safe_load(flags.to_yaml(recipe))
     names = now.keys() & before.keys() - {*flags.named("operational"), "mixed_precision"}
     for name in sorted(names):
         moved = name == "dataset" and all(os.sep in str(v) for v in (now[name], before[name]))
@@ -243,14 +260,15 @@ def check_nothing_lost(folder):
         raise UserError(f"{why}: bring the checkpoints back, or start anew with --overwrite")
 
 
-def claim_folder(folder, args, resumed_step, script, metrics=None, say=print):
+def claim_folder(folder, recipe, overwrite, resumed_step, script, metrics=None, say=print):
     """Lock the folder and make it ready: cleared for a new run, cut back for a resumed one.
 
-    resumed_step: the step of the checkpoint that the run goes on from, or None for a new run.
-    metrics: what that checkpoint says of metrics.jsonl. Metrics of later steps are dropped, they
-    will be written again; checkpoints of later steps are set aside under another name. say: a
-    function of a line, for what is missing. Killed at any moment, the same command goes on.
-    Returns (the lock, which holds until it is closed or the process ends; the MetricsFile).
+    recipe: for config.yaml. overwrite: of the flag. resumed_step: the step of the checkpoint that
+    the run goes on from, or None for a new run. metrics: what that checkpoint says of
+    metrics.jsonl. Metrics of later steps are dropped, they will be written again; checkpoints of
+    later steps are set aside under another name. say: a function of a line, for what is missing.
+    Killed at any moment, the same command goes on. Returns (the lock, which holds until it is
+    closed or the process ends; the MetricsFile).
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
@@ -263,7 +281,7 @@ def claim_folder(folder, args, resumed_step, script, metrics=None, say=print):
                 f"{folder} holds {name}, which its run did not write and would replace: move it "
                 "away, or choose another --run_name"
             )
-    if resumed_step is None and not args.overwrite:
+    if resumed_step is None and not overwrite:
         if checkpoints(folder / "checkpoints"):
             raise UserError(
                 f"another process has trained in {folder} meanwhile: continue its run with "
@@ -271,7 +289,7 @@ def claim_folder(folder, args, resumed_step, script, metrics=None, say=print):
             )
         if not mark.get("clearing"):
             check_nothing_lost(folder)
-    if resumed_step is None and (args.overwrite or mark.get("clearing")):
+    if resumed_step is None and (overwrite or mark.get("clearing")):
         _write_mark(folder, mark | {"clearing": True})
         _clear(folder, mark)
         mark = mark | {"checkpoint": None}
@@ -289,7 +307,7 @@ def claim_folder(folder, args, resumed_step, script, metrics=None, say=print):
             say(f"records      of a run that had no checkpoint yet are in {aside.name}")
     elif missing := records.cut_back(resumed_step, metrics):
         say(f"warning: {missing}: the records in between are lost")
-    replace_file(folder / "config.yaml", flags.to_yaml(args))
+    replace_file(folder / "config.yaml", flags.to_yaml(recipe))
     return lock, records
 
 

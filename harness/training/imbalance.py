@@ -14,14 +14,15 @@ from tricks.label_smoothing import soft_cross_entropy
 from tricks.logit_adjustment import add_priors, log_priors
 
 
-def make_loss(kind, tau, labels, classes, device):
-    """(loss of a batch, what smoothed labels are spread over) for a word of `--imbalance`.
+def make_loss(options, labels, classes, device):
+    """(loss of a batch, what smoothed labels are spread over) by `--imbalance`.
 
     The loss is a function (logits (n, K), targets (n, K)) -> its mean, a 0-d tensor. The other is
     the `shares` of tricks.label_smoothing, float32 (K,) on the device, or None.
 
-    tau: τ of logit adjustment. labels: int64 (N,), of all train images.
+    options: BatchOptions. labels: int64 (N,), of all train images.
     """
+    kind, tau = options.imbalance, options.imbalance_tau
     if kind not in ("logit_adjustment", "class_weights"):
         return soft_cross_entropy, None
     counts = torch.as_tensor(labels).bincount(minlength=classes)
@@ -37,26 +38,29 @@ def make_loss(kind, tau, labels, classes, device):
     return adjusted, shares
 
 
-def check_flags(args):
-    """Raise UserError for a combination of flags that would have no effect or can't be had."""
-    kinds = {args.imbalance, *(s.get("imbalance") for s in getattr(args, "stages", None) or ())}
-    if "imbalance_tau" in args.given and "logit_adjustment" not in kinds:
+def check_flags(kind, stages, given, shard_store):
+    """Raise UserError for a combination of flags that would have no effect or can't be had.
+
+    kind: of `--imbalance`. stages: of `--stages`, or None. given: names of the flags that are not
+    at their defaults. shard_store: of that flag.
+    """
+    kinds = {kind, *(stage.get("imbalance") for stage in stages or ())}
+    if "imbalance_tau" in given and "logit_adjustment" not in kinds:
         raise UserError(
-            f"--imbalance_tau has no effect with --imbalance {args.imbalance}: it is for "
-            "logit_adjustment"
+            f"--imbalance_tau has no effect with --imbalance {kind}: it is for logit_adjustment"
         )
-    if getattr(args, "shard_store", False) and args.imbalance in SHARE_POWER:
+    if shard_store and kind in SHARE_POWER:
         raise UserError(
-            f"--imbalance {args.imbalance} orders all train images, with --shard_store each "
+            f"--imbalance {kind} orders all train images, with --shard_store each "
             "machine has a share: --imbalance logit_adjustment works there"
         )
 
 
-def in_words(args) -> str:
-    """What `--imbalance` does, for the plan."""
+def in_words(kind, tau) -> str:
+    """What `--imbalance` (not "none") does, for the plan. tau: of logit adjustment."""
     return {
-        "logit_adjustment": f"logit adjustment τ {args.imbalance_tau:g}",
+        "logit_adjustment": f"logit adjustment τ {tau:g}",
         "class_weights": "loss weighed by inverse class frequency",
         "balanced": "every class equally often",
         "sqrt": "classes by the square root of their images",
-    }[args.imbalance]
+    }[kind]

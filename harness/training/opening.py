@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+import torch
 from accelerate import Accelerator
 
+from harness.cli import flags
 from harness.console import one_line
-from harness.data.preprocessing import Preprocessing
+from harness.counters import generator
+from harness.data.options import DataOptions
+from harness.data.preprocessing import Preprocessing, PreprocessingOptions
 from harness.data.sources import Data
-from harness.data.stores import decode_splits, identical_images
+from harness.data.stores import StoreOptions, choose_store, decode_splits, identical_images
 from harness.errors import UserError
 from harness.launch import make_accelerator
 from harness.models import build, calibration
 from harness.models.calibration import fit_calibration
+from harness.models.heads import start_heads
 from harness.models.names import find_model
 from harness.models.trained import read_trained
-from harness.models.weights import find_weights
-from harness.processes import in_turn
+from harness.models.weights import find_weights, load_pretrained
+from harness.processes import from_main, in_turn
 from harness.reports import card, page
 from harness.reports import training as report
 from harness.reports.slices import check_slices
 from harness.training import plan
-from harness.training.folder import check_folder, is_finished
+from harness.training.folder import FolderOptions, check_folder, default_name, is_finished
 from harness.training.imbalance import check_flags
 
 
@@ -38,21 +44,51 @@ class Opening(NamedTuple):
     data: Data
     pretrained: Any  # from find_weights
     preprocessing: Preprocessing
-    pixels: str  # which store they come from, in words
+    rows: dict[str, str]  # of the plan: where the preprocessing and the pixels come from
+    on_gpu: bool  # whether JPEGs are decoded there
     stem: str  # as resolved
     seconds: dict[str, float]  # "start": since this process began; "decoding", once it is done
 
 
-def decode_images(opening, args, shard=False):
+@dataclass(frozen=True)
+class ModelOptions:
+    """The network and where its weights come from. Each is a flag's name."""
+
+    model: str
+    dropout: float
+    weights_by_order: bool
+    seed: int
+    head: str = "linear"
+
+
+def make_network(opening, options, init):
+    """(model, what was loaded, in a word how what is new was drawn) of ModelOptions.
+
+    init: of `--init`, for what `--weights` leaves. The model is on the device, channels_last.
+    """
+    size, pretrained, classes = opening.preprocessing.size, opening.pretrained, opening.data.classes
+    model = build.build_model(
+        options.model, len(classes), image_size=size, stem=opening.stem, dropout=options.dropout,
+        head=options.head,
+    )  # fmt: skip
+    drawn = build.initialise(model, init, generator(options.seed, "init"))
+    loaded = load_pretrained(model, pretrained, classes, options.weights_by_order)
+    if loaded.head_is_new and pretrained.state:
+        drawn = start_heads(model, size, generator(options.seed, "head"))
+    model.to(opening.accelerator.device, memory_format=torch.channels_last)
+    return model, loaded, drawn
+
+
+def decode_images(opening, verify, shard=False):
     """{role: Samples} of all splits; images of val and test that are in train, too, are named.
 
-    shard: of --shard_store.
+    verify: of --verify_cache. shard: of --shard_store.
     """
     data, preprocessing, accelerator = opening.data, opening.preprocessing, opening.accelerator
     began = time.perf_counter()
-    splits = decode_splits(data, preprocessing, accelerator, shard=shard, verify=args.verify_cache)
-    if args.jpeg_decoder == "nvjpeg":
-        splits["train"].pixels.on_gpu = True
+    splits = decode_splits(data, preprocessing, accelerator, shard=shard, verify=verify)
+    if opening.on_gpu:
+        splits["train"].stored.on_gpu = True
     if accelerator.is_main_process:
         for line in identical_images(data, preprocessing, splits):
             print(one_line(line), flush=True)
@@ -99,18 +135,20 @@ def open_run(args, script) -> Opening:
 
     args: the parsed flags. script: its file name. Raises UserError for what is not there.
     """
-    check_flags(args)
+    stages, shard_store = getattr(args, "stages", None), getattr(args, "shard_store", False)
+    check_flags(args.imbalance, stages, args.given, shard_store)
     accelerator, machine = make_accelerator(
         args.mixed_precision, args.gradient_accumulation_steps, args.threads, args.seed,
         args.deterministic,
     )  # fmt: skip
-    folder = check_folder(args, script)
+    name = default_name(args.dataset, args.model, args.seed)
+    folder = check_folder(flags.pick(FolderOptions, args), name, script)
     if args.resume_from_checkpoint == "auto" and not args.overwrite and is_finished(folder):
         accelerator.print(f"finished     {folder} has its result already: there is nothing to do")
         raise SystemExit(0)
     # a mistyped name answers before a data set is looked for
     in_turn(accelerator, lambda: find_model(args.model))
-    data = plan.load(args, accelerator)
+    data = plan.load(args.dataset, flags.pick(DataOptions, args), accelerator)
     if "select_by" in args.given and data.val is None:
         raise UserError(
             f"--select_by {args.select_by} chooses the best epoch on validation images, and there "
@@ -119,12 +157,26 @@ def open_run(args, script) -> Opening:
     scored = [split for split in (data.val, data.test) if split is not None]
     in_turn(accelerator, lambda: check_slices(args.slice_by, scored, data.image_column))
     pretrained = in_turn(accelerator, lambda: find_weights(args.weights, args.model, args.stem))
-    preprocessing = plan.choose_preprocessing(args, data, pretrained)
+    asked = flags.pick(PreprocessingOptions, args)
+    preprocessing = plan.choose_preprocessing(
+        asked, args.image_size, args.crop_scale, data, pretrained
+    )
     if args.jpeg_decoder == "nvjpeg" and accelerator.device.type != "cuda":
         raise UserError(f"--jpeg_decoder nvjpeg wants a CUDA GPU, this is {accelerator.device}")
-    preprocessing, pixels = plan.choose_pixels(args, accelerator, data, preprocessing)
+    store = flags.pick(StoreOptions, args)
+    preprocessing, pixels = from_main(accelerator, lambda: choose_store(store, data, preprocessing))
+    rows = {"prepared": plan.preprocessing_from(asked, pretrained, data), "pixels": pixels}
     stem = build.resolve_stem(args.model, pretrained.stem or args.stem, preprocessing.size)
     seconds = {"start": time.time() - psutil.Process().create_time()}
     return Opening(
-        accelerator, machine, folder, data, pretrained, preprocessing, pixels, stem, seconds
+        accelerator,
+        machine,
+        folder,
+        data,
+        pretrained,
+        preprocessing,
+        rows,
+        args.jpeg_decoder == "nvjpeg",
+        stem,
+        seconds,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from harness.models.heads import heads
@@ -9,39 +11,56 @@ from tricks.lr_groups import weight_decay_groups
 from tricks.muon import Muon, muon_groups
 
 
-def make_groups(model, lr, head_lr, bias_lr, weight_decay, norm_weight_decay, muon):
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """The optimizer and its numbers. Each is a flag's name."""
+
+    optimizer: str
+    lr: float | None  # peak rate; None: the stages of a fine-tune have their own
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+    norm_weight_decay: float
+    warmup_epochs: float
+    head_lr: float | None = None  # of the head's kernel; None: lr
+    bias_lr: float | None = None  # of norms and biases; None: lr
+    schedule: str = "cosine"
+
+
+def make_groups(model, options):
     """Parameter groups: kernels decay, norms and biases don't, each with a rate of its own.
 
-    head_lr: of the head's kernel, bias_lr: of norms and biases; None for lr. muon: whether what
-    it orthogonalises has a group of its own.
+    options: OptimizerOptions. What Muon orthogonalises has a group of its own.
     """
+    lr, head_lr = options.lr, options.head_lr
     last = torch.nn.ModuleList(module for _, module in heads(model))
     of_head = {id(p) for p in last.parameters()}
     groups = []
-    for group in weight_decay_groups(model, weight_decay, norm_weight_decay):
+    for group in weight_decay_groups(model, options.weight_decay, options.norm_weight_decay):
         if group["name"] == "norm_and_bias":
-            groups.append(group | {"lr": bias_lr or lr})
+            groups.append(group | {"lr": options.bias_lr or lr})
             continue
-        own = [p for p in group["params"] if head_lr and id(p) in of_head]
-        rest = [p for p in group["params"] if not head_lr or id(p) not in of_head]
-        groups += [group | {"params": rest, "lr": lr}] if rest else []
-        groups += [group | {"name": "head", "params": own, "lr": head_lr}] if own else []
-    return muon_groups(groups, last) if muon else groups
+        head = [p for p in group["params"] if head_lr and id(p) in of_head]
+        body = [p for p in group["params"] if not head_lr or id(p) not in of_head]
+        groups += [group | {"params": body, "lr": lr}] if body else []
+        groups += [group | {"name": "head", "params": head, "lr": head_lr}] if head else []
+    return muon_groups(groups, last) if options.optimizer == "muon" else groups
 
 
-def make_optimizer(args, parameters, accelerator, lr):
-    """The optimizer of these flags over parameters or groups, not yet prepared.
+def make_optimizer(options, parameters, accelerator, lr):
+    """The optimizer of OptimizerOptions over parameters or groups, not yet prepared.
 
     torch's are fused on a GPU, but where a gradient scaler has to look at the gradients first
     (fp16). lr: of the groups that have none of their own.
     """
     fused = True if accelerator.device.type == "cuda" and accelerator.scaler is None else None
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr, (args.momentum, 0.999), fused=fused)
-    nesterov = args.nesterov and args.momentum > 0
-    if args.optimizer == "muon":
-        return Muon(parameters, lr, args.momentum, nesterov)
-    return torch.optim.SGD(parameters, lr, args.momentum, nesterov=nesterov, fused=fused)
+    momentum = options.momentum
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr, (momentum, 0.999), fused=fused)
+    nesterov = options.nesterov and momentum > 0
+    if options.optimizer == "muon":
+        return Muon(parameters, lr, momentum, nesterov)
+    return torch.optim.SGD(parameters, lr, momentum, nesterov=nesterov, fused=fused)
 
 
 def withholds_on_device(optimizer, device):

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import fields
 
 import numpy as np
 
 from harness.cli.tables import facts
 from harness.data.listing import few
-from harness.data.options import DataOptions
-from harness.data.preprocessing import Preprocessing, as_given, given
+from harness.data.preprocessing import Preprocessing
 from harness.data.sources import load_data
 from harness.data.stored import IMAGENET_STATISTICS
-from harness.data.stores import choose_store, store_identity
+from harness.data.stores import store_identity
+from harness.metrics import computed
 from harness.models import build
 from harness.models.names import find_model
-from harness.processes import from_local_main, from_main
+from harness.processes import from_local_main
 from harness.training import imbalance
 from tricks.ema import decay_at, half_life
 from tricks.schedule import warmup_cosine, warmup_linear
@@ -24,10 +23,9 @@ from tricks.schedule import warmup_cosine, warmup_linear
 CROP_PCT = 0.875  # of the stored pixels, what the network sees, where random crops need more
 
 
-def load(args, accelerator):
-    """The data set that the flags name, looked through by one process of each machine."""
-    options = {option.name: getattr(args, option.name) for option in fields(DataOptions)}
-    return from_local_main(accelerator, lambda: load_data(args.dataset, **options))
+def load(dataset, options, accelerator):
+    """The data set of `--dataset` and DataOptions, looked through by one process a machine."""
+    return from_local_main(accelerator, lambda: load_data(dataset, **vars(options)))
 
 
 def sizes(data):
@@ -50,7 +48,7 @@ def left_out(data):
 UNEVEN = 10  # times the images of the smallest class in the largest: worth a word
 
 
-def classes_row(data, args):
+def classes_row(data, imbalance):
     """Which column the labels are in, the classes, and how many train images each has."""
     counts = np.bincount(data.train.labels, minlength=len(data.classes))
     names = ", ".join(data.classes[:5]) + (", …" if len(data.classes) > 5 else "")
@@ -61,14 +59,17 @@ def classes_row(data, args):
     if counts.max() >= UNEVEN * counts.min():
         row += f"; uneven: {data.classes[counts.argmax()]} has {counts.max():,}"
         row += f", {data.classes[counts.argmin()]} {counts.min():,}"
-        if args.imbalance == "none":
+        if imbalance == "none":
             row += " (--imbalance logit_adjustment makes the rare ones count as much)"
     return row
 
 
-def left_out_of_means(args, data):
-    """Notes: classes without an image in a scored split, where AUROC or AP are asked for."""
-    notes, asked = [], {"auroc", "ap"} & {*(args.metrics or ()), args.select_by}
+def left_out_of_means(metrics, data):
+    """Notes: classes without an image in a scored split, where AUROC or AP are asked for.
+
+    metrics: names of those that are computed.
+    """
+    notes, asked = [], {"auroc", "ap"} & set(metrics)
     for split in (data.val, data.test) if asked else ():
         there = np.unique(split.labels) if split is not None else range(len(data.classes))
         without = [name for k, name in enumerate(data.classes) if k not in set(there)]
@@ -81,39 +82,36 @@ def left_out_of_means(args, data):
     return notes
 
 
-def choose_preprocessing(args, data, pretrained):
+def choose_preprocessing(options, image_size, crop_scale, data, pretrained):
     """How images are prepared: as the weights say of themselves, else by the data set's facts.
 
-    pretrained: from harness.models.weights.find_weights. What flags name wins.
+    options: PreprocessingOptions. image_size, crop_scale: of the flags. pretrained: from
+    harness.models.weights.find_weights. What flags name wins.
     """
     # A random resized crop enlarges what it cuts out, so it cuts from more pixels
     preprocessing = pretrained.preprocessing or Preprocessing(
-        size=data.image_size, crop_pct=CROP_PCT if args.crop_scale else 1.0,
+        size=data.image_size, crop_pct=CROP_PCT if crop_scale else 1.0,
         interpolation="bilinear", mean=data.mean, std=data.std,
     )  # fmt: skip
-    return preprocessing._replace(size=args.image_size or preprocessing.size, **given(args))
+    return preprocessing._replace(size=image_size or preprocessing.size, **options.given())
 
 
-def choose_pixels(args, accelerator, data, preprocessing):
-    """(`preprocessing` with its store of pixels, words about it), as one process has chosen."""
-    return from_main(accelerator, lambda: choose_store(args, data, preprocessing))
-
-
-def preprocessing_from(args, pretrained, data):
-    """Where the preprocessing comes from, in words."""
+def preprocessing_from(options, pretrained, data):
+    """Where the preprocessing comes from, in words. options: PreprocessingOptions."""
     imagenets = (data.mean, data.std) == IMAGENET_STATISTICS
     own = "ImageNet's mean and std" if imagenets else "the data set's own mean and std"
     words = pretrained.origin or own
     if pretrained.state and not pretrained.origin:
         words = f"assumed ({words}): nothing beside the weights says how they want images"
-    return words + as_given(args)
+    return words + options.as_text()
 
 
 def describe_run(args, machine, data, model, preprocessing, total, rows):
     """What is about to happen, a fact a line.
 
-    machine: words of make_accelerator, and "weights". preprocessing: Preprocessing. total: steps.
-    rows: {name: words} that only the script knows, with its "lr".
+    args: all flags, since those that are not at their defaults are told. machine: words of
+    make_accelerator, and "weights". preprocessing: Preprocessing. total: steps. rows: {name: words}
+    that only the script knows, with its "lr".
     """
     per_epoch, rest = divmod(len(data.train), args.batch_size)
     about = build.describe(model)
@@ -132,7 +130,7 @@ def describe_run(args, machine, data, model, preprocessing, total, rows):
         + ", ".join(f"{n:,} {role}" for role, n in sizes(data).items())
         + f"; {len(data.classes)} classes"
         + ("" if data.val or data.test else f"; {NOTHING_HELD_OUT}"),
-        "classes": classes_row(data, args),
+        "classes": classes_row(data, args.imbalance),
         **({"left out": left_out(data)} if data.bad else {}),
         "images": f"{preprocessing.size}×{preprocessing.size}{stored} "
         + f"{preprocessing.interpolation}, {colours}; {augmentation(args)}",
@@ -144,17 +142,17 @@ def describe_run(args, machine, data, model, preprocessing, total, rows):
         "batch": f"{args.batch_size} = {processes} processes × {accumulation} accumulation"
         + f" × {part}",
         **rows,
-        "ema": _ema(args, per_epoch, total),
+        "ema": _ema(args.ema_decay, per_epoch, total),
         "precision": machine["precision"],
         "device": f"{machine['device']}, {machine['threads']} CPU threads a process",
     }
-    notes = [*data.notes, *left_out_of_means(args, data)]
+    notes = [*data.notes, *left_out_of_means(computed(args.metrics, args.select_by), data)]
     read = [("left out", line) for line in data.left_out] + [("note", n) for n in notes]
     rest = len(data.train) % args.batch_size
     if rest > len(data.train) / 5:
         words = f"warning: every epoch leaves out {rest:,} of {len(data.train):,} train images"
         read.append(("note", f"{words}, as --batch_size {args.batch_size} does not divide them"))
-    rows = [*rows.items(), *_given(args)]
+    rows = [*rows.items(), *_given(args.given, vars(args))]
     place = 2  # behind the data and its classes
     return facts([*rows[:place], *read, *rows[place:]])
 
@@ -162,66 +160,74 @@ def describe_run(args, machine, data, model, preprocessing, total, rows):
 SCHEDULES = {"cosine": warmup_cosine, "linear": warmup_linear}  # of --schedule
 
 
-def rates(args, train_size, total, warmup):
-    """The learning rate at the points of its schedule."""
-    schedule = SCHEDULES[args.schedule]
+def rates(options, steps_per_epoch, total, warmup):
+    """The learning rate at the points of its schedule.
+
+    options: OptimizerOptions. steps_per_epoch: with the fraction that doesn't fill a batch. total,
+    warmup: steps.
+    """
+    schedule = SCHEDULES[options.schedule]
     points = (0, warmup, total // 2, total * 3 // 4, total - 1)
     words = ", ".join(
-        f"{args.lr * schedule(s, total, warmup):.3g} at {s}" for s in sorted(set(points))
+        f"{options.lr * schedule(s, total, warmup):.3g} at {s}" for s in sorted(set(points))
     )
-    wanted = round(args.warmup_epochs * train_size / args.batch_size)
+    wanted = round(options.warmup_epochs * steps_per_epoch)
     if warmup < wanted:
         words += f"; warm-up cut from {wanted:,} to {warmup:,} steps, half of this short run"
-    others = {"the head": args.head_lr, "norms and biases": args.bias_lr}
+    others = {"the head": options.head_lr, "norms and biases": options.bias_lr}
     words += "".join(f"; {what} from {rate:g}" for what, rate in others.items() if rate)
-    return f"{args.optimizer}: {words}"
+    return f"{options.optimizer}: {words}"
 
 
-def _given(args):
+def _given(given, values):
     """The flags that are not at their defaults, a row for each place where they were said."""
     rows = []
-    for place in dict.fromkeys(args.given.values()):
-        said = [f"{n} {getattr(args, n)}" for n, where in args.given.items() if where == place]
-        rows.append(("flags", f"{', '.join(said)} ({place})"))
+    for source in dict.fromkeys(given.values()):
+        flags = [f"{name} {values[name]}" for name, where in given.items() if where == source]
+        rows.append(("flags", f"{', '.join(flags)} ({source})"))
     return rows or [("flags", "all at their defaults")]
 
 
-def augmentation(args):
-    """What is drawn for every image in every epoch, in words."""
-    words = [args.augment]
-    if args.augment != "none" and args.crop_scale:
-        words += [f"random resized crop from {args.crop_scale:.0%}"]
-    if args.augment != "none" and args.flip == "alternating":
-        words += ["alternating flips"]
-    words += [f"erasing {args.random_erasing:g}"] if args.random_erasing else []
-    mixed = {"mixup": args.mixup_alpha, "CutMix": args.cutmix_alpha} if args.mix_prob else {}
-    words += [f"{name} α {alpha:g}" for name, alpha in mixed.items() if alpha]
-    words += [f"smoothing {args.label_smoothing:g}"] if args.label_smoothing else []
-    words += [imbalance.in_words(args)] if args.imbalance != "none" else []
-    return ", ".join(words)
+def augmentation(options):
+    """What is drawn for every image in every epoch, in words. options: BatchOptions."""
+    facts = [options.augment]
+    if options.augment != "none" and options.crop_scale:
+        facts += [f"random resized crop from {options.crop_scale:.0%}"]
+    if options.augment != "none" and options.flip == "alternating":
+        facts += ["alternating flips"]
+    facts += [f"erasing {options.random_erasing:g}"] if options.random_erasing else []
+    mixed = {"mixup": options.mixup_alpha, "CutMix": options.cutmix_alpha}
+    if options.mix_prob:
+        facts += [f"{name} α {alpha:g}" for name, alpha in mixed.items() if alpha]
+    facts += [f"smoothing {options.label_smoothing:g}"] if options.label_smoothing else []
+    if options.imbalance != "none":
+        facts += [imbalance.in_words(options.imbalance, options.imbalance_tau)]
+    return ", ".join(facts)
 
 
-def _ema(args, steps_per_epoch, total):
-    if not args.ema_decay:
+def _ema(decay, steps_per_epoch, total):
+    if not decay:
         return "off"
-    last = decay_at(total - 1, args.ema_decay)
-    held = f", in the end {last:.4g} (warm-up)" if last < args.ema_decay else ""
+    last = decay_at(total - 1, decay)
+    held = f", in the end {last:.4g} (warm-up)" if last < decay else ""
     steps = half_life(last)
     epochs = steps / steps_per_epoch
-    return f"decay {args.ema_decay}{held}: half-life {steps:,.0f} steps = {epochs:.1f} epochs"
+    return f"decay {decay}{held}: half-life {steps:,.0f} steps = {epochs:.1f} epochs"
 
 
-def result_config(args, data, preprocessing, stem, job_type, pretrained, head="linear"):
+def result_config(
+    model, dropout, data, preprocessing, stem, job_type, pretrained, head="linear"
+):  # fmt: skip
     """config.json: all that another script needs to use the result.
 
-    preprocessing: Preprocessing. stem: as resolved. pretrained: what it started from. head:
-    "linear" or "mlp".
+    model, dropout: of the flags. preprocessing: Preprocessing. stem: as resolved. pretrained: what
+    it started from. head: "linear" or "mlp".
     """
-    network = find_model(args.model)
+    network = find_model(model)
     return {
         **build.model_config(
             network.name, data.classes, preprocessing.size, preprocessing.mean, preprocessing.std,
-            stem=stem, dropout=args.dropout, head=head,
+            stem=stem, dropout=dropout, head=head,
             library=network.library, arguments=network.arguments,
             crop_pct=preprocessing.crop_pct, interpolation=preprocessing.interpolation,
         ),

@@ -151,7 +151,7 @@ def _inputs_of_head(model):
 
     @torch.no_grad()
     def inputs(samples):
-        features = samples.pixels[samples.rows, 0].float()
+        features = samples.stored[samples.rows, 0].float()
         for layer in before:  # without parameters, on a CPU as good as on the device
             features = layer(features.clone())
         return (features.flatten(2).mean(2) if features.ndim > 2 else features).double()

@@ -7,11 +7,10 @@ import time
 
 from tqdm import tqdm
 
-from harness.cli import flags
 from harness.metrics import scores_in_words
 from harness.pictures import save_curves
 from harness.processes import on_main
-from harness.tracking import Tracking, parse_report_to
+from harness.tracking import Tracking
 from harness.training.folder import claim_folder, still_held
 from harness.training.metrics_file import read_metrics
 
@@ -38,22 +37,23 @@ class Record:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 
-    def claim(self, args, script, resumed):
+    def claim(self, recipe, overwrite, script, resumed):
         """Take the folder on the main process. resumed: a checkpoint's state.json, or None."""
         step, metrics = (resumed["step"], resumed.get("metrics")) if resumed else (None, None)
         self._lock, self._file = on_main(
             self.accelerator,
-            lambda: claim_folder(self.folder, args, step, script, metrics, self.say),
+            lambda: claim_folder(self.folder, recipe, overwrite, step, script, metrics, self.say),
             "the run's folder could not be made ready",
         ) or (None, None)
 
-    def start(self, args, config, total, step, run_id):
-        """Start the trackers and the bar. config: of the result; run_id: the trackers', or None."""
+    def start(self, options, config, total, step, run_id):
+        """Start the trackers and the bar.
+
+        options: TrackingOptions. config: of the result. run_id: the trackers', or None.
+        """
         self.tracking = Tracking(
-            self.accelerator, parse_report_to(args.report_to), folder=self.folder,
-            project=args.project, name=self.folder.name, group=args.group,
-            job_type=config["job_type"], tags=[config["dataset"], config["architecture"]],
-            config=flags.to_recipe(args), run_id=run_id,
+            self.accelerator, options, folder=self.folder, job_type=config["job_type"],
+            tags=[config["dataset"], config["architecture"]], run_id=run_id,
         )  # fmt: skip
         self.say(f"tracking     {self.tracking.line}")
         self._began = step, time.perf_counter()

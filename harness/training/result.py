@@ -8,7 +8,6 @@ import math
 
 import torch
 
-from harness.cli import flags
 from harness.files import DIGEST, replace_file, result_bytes
 from harness.metrics import is_better
 from harness.models.weights import clean_state_dict
@@ -19,12 +18,13 @@ from harness.version import VERSION
 class Result:
     """What the run would give if it ended now.
 
+    recipe: all flags, for config.json. select_by: of the flag. config: what else config.json says.
     best: {"epoch", "step", "scores"} of the best epoch on val so far, and best_weights its
     weights; None without val. The files follow the checkpoint that has the same: see `write`.
     """
 
-    def __init__(self, folder, args, config, module, ema):
-        self.folder, self.args, self.config = folder, args, config
+    def __init__(self, folder, recipe, select_by, config, module, ema):
+        self.folder, self.recipe, self.select_by, self.config = folder, recipe, select_by, config
         self.module, self.ema = module, ema
         self.suffix, self.kind = ("_ema", "ema") if ema else ("", "raw")
         self.best, self.best_weights = None, None
@@ -41,7 +41,7 @@ class Result:
 
     def consider(self, epoch, step, scores) -> bool:
         """Keep the weights of this epoch if they are the best on val so far."""
-        name = self.args.select_by
+        name = self.select_by
         key = f"val/{name}{self.suffix}"
         if key not in scores or not math.isfinite(scores[f"val/loss{self.suffix}"]):
             return False
@@ -58,7 +58,7 @@ class Result:
             config = self.config | {
                 DIGEST: digest,
                 "weights": self.kind,
-                "flags": flags.to_recipe(self.args),
+                "flags": self.recipe,
                 "version": VERSION,
                 "versions": versions(),
             }

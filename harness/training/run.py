@@ -12,6 +12,7 @@ import math
 import signal
 import socket
 import time
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from harness.data.batches import DRAWS
 from harness.errors import RunStopped, StopAsked, UserError
 from harness.files import replace_file
 from harness.processes import from_each, from_main, on_main
+from harness.tracking import TrackingOptions
 from harness.training import state
 from harness.training.checkpoint import CheckpointWriter, checkpoints
 from harness.training.energy import EnergyMeter
@@ -43,57 +45,80 @@ class Length(NamedTuple):
     per_epoch: int
 
 
-def check_batch(args, processes, train_size, mixing):
+@dataclass(frozen=True)
+class RunOptions(TrackingOptions):
+    """What a run goes by, whatever it trains. Each is a flag's name, but `given` and `recipe`."""
+
+    seed: int
+    batch_size: int
+    gradient_accumulation_steps: int
+    metrics: list[str] | None
+    select_by: str
+    eval_epochs: int
+    logging_steps: int
+    checkpointing_steps: int | str
+    max_checkpoints: int
+    keep_checkpoints: str
+    nonfinite: str
+    log_model: bool
+    stop_after: int | None
+    overwrite: bool
+    resume_from_checkpoint: str | None
+    given: dict  # see Parser.read
+
+
+def check_batch(batch_size, accumulation, processes, train_size, mixing):
     """The images of one forward pass, --batch_size over processes and accumulation steps.
 
     Raises UserError where the batch cannot be cut into equal parts, or train cannot fill it.
     """
-    parts = processes * args.gradient_accumulation_steps
-    what = f"{processes} processes × {args.gradient_accumulation_steps} accumulation steps"
-    if args.batch_size % parts:
-        raise UserError(f"--batch_size {args.batch_size} does not divide by {what} = {parts}")
-    part = args.batch_size // parts
+    parts = processes * accumulation
+    what = f"{processes} processes × {accumulation} accumulation steps"
+    if batch_size % parts:
+        raise UserError(f"--batch_size {batch_size} does not divide by {what} = {parts}")
+    part = batch_size // parts
     if mixing and parts > 1 and part % 2:
         raise UserError(
-            f"--batch_size {args.batch_size} over {what} is {part} images a part, an odd number: "
+            f"--batch_size {batch_size} over {what} is {part} images a part, an odd number: "
             "mixing pairs neighbours, so choose an even part (or --mix_prob 0)"
         )
-    if train_size < args.batch_size:
-        raise UserError(f"--batch_size {args.batch_size} is over the {train_size} train images")
+    if train_size < batch_size:
+        raise UserError(f"--batch_size {batch_size} is over the {train_size} train images")
     return part
 
 
 class Run:
     """One training run of one script.
 
-    args: the parsed flags. folder: from `check_folder`. model and optimizer: prepared or plain;
+    options: RunOptions. folder: from `check_folder`. model and optimizer: prepared or plain;
     the optimizer holds every parameter that will ever be trained. ema: a ModelEma or None.
     config: what the result is (config.json). identity: facts about the data that a resumed run
     must share.
     """
 
     def __init__(
-        self, args, accelerator, folder, model, optimizer, ema, length, config, identity
+        self, options, accelerator, folder, model, optimizer, ema, length, config, identity
     ):  # fmt: skip
-        self.args, self.accelerator, self.folder, self.length = args, accelerator, folder, length
+        self.options, self.accelerator = options, accelerator
+        self.folder, self.length = folder, length
         self.ema, self.config, self.main = ema, config, accelerator.is_main_process
         self.optimizer = getattr(optimizer, "optimizer", optimizer)
         self.module = accelerator.unwrap_model(model, keep_torch_compile=False)
         operational = flags.named("operational")
         self.identity = {
-            **{k: v for k, v in flags.to_recipe(args).items() if k not in operational},
+            **{k: v for k, v in options.recipe.items() if k not in operational},
             "mixed_precision": accelerator.mixed_precision,
             **identity,
         }
         _check_same(accelerator, self.identity)
-        self._skips = args.nonfinite == "skip"
+        self._skips = options.nonfinite == "skip"
         self.signals = Signals()
         self.guard = StepGuard(
             accelerator, self.module, self.optimizer, ema, self._skips,
-            args.gradient_accumulation_steps,
+            options.gradient_accumulation_steps,
         )  # fmt: skip
         self.record = Record(accelerator, folder, length.per_epoch)
-        self.result = Result(folder, args, config, self.module, ema)
+        self.result = Result(folder, options.recipe, options.select_by, config, self.module, ema)
         self.say = self.record.say
         self.asked_to_stop = self.signals.number  # over 0 after a signal: for `interruptible` work
         self.step, self.seconds, self.images_per_second = 0, 0.0, 0.0
@@ -106,14 +131,16 @@ class Run:
         self._shown = False
         self.picture = folder / "train_batch.png"
 
-        resumed = self._resume() if args.resume_from_checkpoint else None
+        resumed = self._resume() if options.resume_from_checkpoint else None
         self._threads = from_each(accelerator, torch.get_num_threads)
         self.energy = EnergyMeter(accelerator, resumed and resumed["energy"])
-        self.record.claim(args, f"{config['job_type']}.py", resumed)
+        script = f"{config['job_type']}.py"
+        self.record.claim(options.recipe, options.overwrite, script, resumed)
         if best := self.result.best:  # the files may be of a later one, if the run was killed
             weights = self.result.best_weights
             on_main(accelerator, lambda: self.result.write(best, weights), UNWRITTEN)
-        self.record.start(args, config, length.total, self.step, resumed and resumed["run_id"])
+        run_id = resumed and resumed["run_id"]
+        self.record.start(options, config, length.total, self.step, run_id)
         self.signals.listen()
         self._since = self._checkpointed = time.perf_counter()
 
@@ -133,13 +160,13 @@ class Run:
         for batch in batches(self.step):
             # Dropout and whatever else the step draws on the device
             torch.manual_seed(
-                seed_of(self.args.seed, "step", self.step, self.accelerator.process_index)
+                seed_of(self.options.seed, "step", self.step, self.accelerator.process_index)
             )
             self.guard.begin_step()
             yield self.step, batch
             self.guard.end_step()
             self.step += 1
-            self._epoch_images += self.args.batch_size
+            self._epoch_images += self.options.batch_size
             self.record.bar.update()
             self._after_step(evaluate)
         self._heed_checks(0)
@@ -227,23 +254,23 @@ class Run:
     # ---------------------------------------------------------------- after a step
 
     def _after_step(self, evaluate):
-        args, (total, per_epoch) = self.args, self.length
+        options, (total, per_epoch) = self.options, self.length
         if self._writer.done():
             self._settle()
         end_of_epoch = self.step % per_epoch == 0 or self.step == total
         # Once an epoch at least: the last multiple of the interval may lie before this epoch
         epoch_began = (self.step - 1) // per_epoch * per_epoch
-        logged = self.step // args.logging_steps * args.logging_steps
+        logged = self.step // options.logging_steps * options.logging_steps
         none_yet = end_of_epoch and logged <= epoch_began
         if logged == self.step or none_yet or self.step == total:
             self._log_interval()
         if end_of_epoch:
             self._end_epoch()
-        every = args.checkpointing_steps
+        every = options.checkpointing_steps
         due = every != "epoch" and self.step % every == 0
         if every == "epoch" and end_of_epoch:
             due = not self._spacing or self._long_enough()
-        stopping = self._stop or self.step == args.stop_after
+        stopping = self._stop or self.step == options.stop_after
         if due or stopping or self.step == total:
             self._heed_checks(0)
             self._checkpoint(must=bool(self._stop))
@@ -304,7 +331,7 @@ class Run:
         epoch, scores = self.unscored, {}
         names = ("loss", "mixed_acc") if epoch["steps"] else ()
         record = {f"epoch/{name}": epoch[name] for name in names}
-        if epoch["epoch"] % self.args.eval_epochs == 0 or self.step == self.length.total:
+        if epoch["epoch"] % self.options.eval_epochs == 0 or self.step == self.length.total:
             self._heed_checks(0)
             began = time.perf_counter()
             self.scores = scores = self.interruptible(evaluate)
@@ -374,7 +401,7 @@ class Run:
 
         step = self.step
         self._writer.start(
-            self.folder / "checkpoints", step, tensors, counters, self.args.max_checkpoints,
+            self.folder / "checkpoints", step, tensors, counters, self.options.max_checkpoints,
             first, then,
         )  # fmt: skip
 
@@ -433,9 +460,9 @@ class Run:
         if self.main:
             tracking = self.record.tracking
             tracking.summary({**final, "seconds": self.seconds})
-            if self.args.log_model:
+            if self.options.log_model:
                 tracking.log_model(self.folder / "model.safetensors", {"scores": final})
-        if self.args.keep_checkpoints == "final":
+        if self.options.keep_checkpoints == "final":
             on_main(self.accelerator, lambda: keep_result_alone(self.folder, self.step))
         self._close(exit_code=0)
         return summary
@@ -501,16 +528,16 @@ class Run:
 
     def _resume(self):
         """Restore the checkpoint that is asked for, if there is one; returns its state.json."""
-        say, asked = self.say, self.args.resume_from_checkpoint
+        say, asked = self.say, self.options.resume_from_checkpoint
         found = state.find_checkpoint(
-            asked, self.folder, self.accelerator, say, self.args.overwrite
+            asked, self.folder, self.accelerator, say, self.options.overwrite
         )
         if found is None:
             say(f"no checkpoint yet in {self.folder}: starting from step 0")
             return None
         path, tensors, saved = found
         saved = state.check_state(path, saved)
-        state.check_identity(path, saved["identity"], self.identity, self.args.given)
+        state.check_identity(path, saved["identity"], self.identity, self.options.given)
         state.restore_tensors(
             path, tensors, self.module, self.optimizer, self.ema, saved.get("moments")
         )
@@ -525,8 +552,8 @@ class Run:
         for sums, name in ((self.guard.interval, "interval"), (self.guard.epoch, "epoch")):
             sums += torch.tensor(saved[name], device=sums.device)
         say(f"resuming     {path}, step {self.step} of {self.length.total}")
-        if self.args.stop_after and self.args.stop_after <= self.step < self.length.total:
-            say(f"stopped already: --stop_after {self.args.stop_after}")
+        if self.options.stop_after and self.options.stop_after <= self.step < self.length.total:
+            say(f"stopped already: --stop_after {self.options.stop_after}")
             raise SystemExit(0)
         self._keep_threads(saved["threads"])
         return saved

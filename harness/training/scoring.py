@@ -15,7 +15,7 @@ BATCH_PIXELS = 2**21  # and between them as many as have so many pixels
 
 def batch_starts(split) -> range:
     """Where the evaluation batches of Samples start; the same however many processes share them."""
-    pixels = split.pixels.shape[1:].numel() // 3
+    pixels = split.stored.shape[1:].numel() // 3
     step = min(max(BATCH_PIXELS // max(pixels, 1), BATCH[0]), BATCH[1])
     return range(0, len(split.labels), step)
 
@@ -127,10 +127,21 @@ def evaluate_epoch(run, network, splits, prepare):
     def once():
         return evaluate(
             run.accelerator, network, splits[split], prepare, stop=run.asked_to_stop,
-            metrics=computed(run.args),
+            metrics=computed(run.options.metrics, run.options.select_by),
         )  # fmt: skip
 
     return {f"{split}/{name}": value for name, value in score(run.module, run.ema, once).items()}
+
+
+def evaluate_result(run, split, prepare, tta_views=None):
+    """({metric: value}, logits) of the weights in the run's network: see `Run.finish`.
+
+    split: Samples. prepare, tta_views: as for `evaluate`.
+    """
+    return evaluate(
+        run.accelerator, run.module, split, prepare, tta_views, run.asked_to_stop,
+        metrics=computed(run.options.metrics, run.options.select_by), whole=True,
+    )  # fmt: skip
 
 
 def score(model, ema, evaluate):

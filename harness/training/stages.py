@@ -6,11 +6,12 @@ of it is saved, and a run that resumes in the middle of one builds it again.
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from harness.data.batches import BatchOptions
 from harness.errors import UserError
 from harness.training.plan import augmentation
 from tricks.freeze import freeze_except
@@ -27,9 +28,33 @@ STAGED_LR = (1e-5, 1e-5, 5e-5, 1e-4)  # of the quarters of the network, from the
 # What `auto` goes by. From this skill of the probe on, training every layer has at most 2 points to
 # gain, at fifteen to fifty times the cost; below it, full fine-tuning won with 5 to 500 images a
 # class. With a handful of images it has points to lose where the probe does well
-# (benchmarks/RESULTS.md, Fine-tuning against peers)
+# (docs/results.md, finetune_peers and transfer)
 GOOD_PROBE = 0.98
 FEW, GOOD_FOR_FEW = 100, 0.85  # train images, and what is good enough with fewer
+
+
+@dataclass(frozen=True)
+class StageOptions(BatchOptions):
+    """What a stage may have otherwise than the run. Each is a flag's name."""
+
+    layer_decay: float | None  # None: FULL_DECAY with strategy "full", else 1
+    bn_mode: str
+    views: int
+    warmup_epochs: float
+    weight_decay: float  # these two are always the run's
+    norm_weight_decay: float
+
+
+@dataclass(frozen=True)
+class StrategyOptions:
+    """Which stages a fine-tune has. Each is a flag's name, but `given`: see Parser.read."""
+
+    strategy: str
+    stages: list[dict] | None
+    lr: float | None
+    epochs: float | None
+    max_steps: int | None
+    given: dict
 
 
 class Stage(NamedTuple):
@@ -37,7 +62,7 @@ class Stage(NamedTuple):
 
     name: str
     rates: dict[str, float]  # module or parameter prefix -> peak learning rate
-    args: argparse.Namespace  # the run's flags, with the stage's own in their place
+    options: StageOptions  # the run's, with the stage's own in their place
     start: int  # the first optimizer step
     end: int  # the one after the last
     warmup: int  # steps
@@ -63,53 +88,51 @@ def choose_strategy(accuracy, classes, images):
     )
 
 
-def make_stages(args, strategy, model, blocks, per_epoch, pretrained):
+def make_stages(options, of_run, strategy, model, blocks, per_epoch, pretrained):
     """The stages of a run, those without a step left out.
 
-    blocks: from harness.models.build. per_epoch: optimizer steps. pretrained: whether the network
-    has weights of another training, whose BatchNorm statistics `--bn_mode auto` keeps. --epochs
-    and --max_steps are shared out over the stages in proportion to their own epochs.
+    options: StrategyOptions. of_run: the StageOptions of stages without their own. strategy: as
+    resolved. blocks: from harness.models.build. per_epoch: optimizer steps. pretrained: whether the
+    network has weights of another training, whose BatchNorm statistics `--bn_mode auto` keeps.
+    --epochs and --max_steps are shared out over the stages in proportion to their own epochs.
 
     Raises UserError for flags that the strategy has no use for, and, naming the stage, for a
     prefix that matches nothing or lies under another one. Leaves the model in the last stage.
     """
-    idle = idle_flags(args, strategy)
-    if idle and args.strategy != "auto":  # auto could not know; the plan says it
+    idle = idle_flags(options.given, strategy)
+    if idle and options.strategy != "auto":  # auto could not know; the plan says it
         flag, why = next(iter(idle.items()))
         raise UserError(f"{flag} has no effect with --strategy {strategy}: {why}")
     if strategy == "staged":
-        wanted = args.stages or default_stages(blocks)
+        wanted = options.stages or default_stages(blocks)
     else:
         rates = {"head": PROBE_LR} if strategy == "feature_extraction" else {"all": FULL_LR}
-        rates = {prefix: args.lr or rate for prefix, rate in rates.items()}
-        wanted = [{"epochs": args.epochs or EPOCHS[strategy], "train": rates}]
-    decay = args.layer_decay or (FULL_DECAY if strategy == "full" else 1.0)
+        rates = {prefix: options.lr or rate for prefix, rate in rates.items()}
+        wanted = [{"epochs": options.epochs or EPOCHS[strategy], "train": rates}]
+    decay = of_run.layer_decay or (FULL_DECAY if strategy == "full" else 1.0)
+    of_run = replace(of_run, layer_decay=decay)
 
     own_epochs = sum(stage["epochs"] for stage in wanted)
-    total = args.max_steps or (args.epochs or own_epochs) * per_epoch
+    total = options.max_steps or (options.epochs or own_epochs) * per_epoch
     stages, passed = [], 0
     for n, stage in enumerate(wanted, start=1):
-        own = {k: v for k, v in stage.items() if k not in ("name", "epochs", "train")}
-        flags = argparse.Namespace(**{**vars(args), "layer_decay": decay, **own})
-        if flags.bn_mode == "auto":
-            flags.bn_mode = "eval" if pretrained else "train"
+        own = {f.name: stage[f.name] for f in fields(StageOptions) if f.name in stage}
+        of_stage = replace(of_run, **own)
+        if of_stage.bn_mode == "auto":
+            of_stage = replace(of_stage, bn_mode="eval" if pretrained else "train")
         name = f"{n} {stage.get('name') or _name(stage['train'])}"
         start, passed = round(total * passed / own_epochs), passed + stage["epochs"]
         end = round(total * passed / own_epochs)
         try:
-            stage = _stage(flags, name, stage["train"], (start, end), per_epoch, blocks)
+            rates = _rates(stage["train"], of_stage.layer_decay, blocks)
+            warmup = min(round(of_stage.warmup_epochs * per_epoch), (end - start) // 2)
+            stage = Stage(name, rates, of_stage, start, end, warmup)
             apply_stage(model, stage)
         except ValueError as error:
             raise UserError(f"stage {name}: {error}") from None
         if end > start:
             stages.append(stage)
     return stages
-
-
-def _stage(args, name, train, bounds, per_epoch, blocks):
-    start, end = bounds
-    warmup = min(round(args.warmup_epochs * per_epoch), (end - start) // 2)
-    return Stage(name, _rates(train, args.layer_decay, blocks), args, start, end, warmup)
 
 
 def default_stages(blocks):
@@ -138,9 +161,9 @@ def default_stages(blocks):
 
 def apply_stage(model, stage):
     """Freeze and unfreeze for a stage; returns the optimizer's groups (see prefix_groups)."""
-    args = stage.args
-    freeze_except(model, list(stage.rates), NORM_MODES[args.bn_mode])
-    return prefix_groups(model, stage.rates, args.weight_decay, args.norm_weight_decay)
+    options = stage.options
+    freeze_except(model, list(stage.rates), NORM_MODES[options.bn_mode])
+    return prefix_groups(model, stage.rates, options.weight_decay, options.norm_weight_decay)
 
 
 def set_groups(optimizer, groups):
@@ -161,10 +184,10 @@ def table(model, stages, per_epoch, cached):
     rows = []
     for stage in stages:
         groups = apply_stage(model, stage)
-        how = augmentation(stage.args)
+        how, views = augmentation(stage.options), stage.options.views
         if stage.name in cached:
-            drawn = f", the others {how}" if stage.args.views > 1 else ""
-            how = f"features kept: {stage.args.views} views an image, the first as it is{drawn}"
+            drawn = f", the others {how}" if views > 1 else ""
+            how = f"features kept: {views} views an image, the first as it is{drawn}"
         rows.append(
             f"stage {stage.name}: {(stage.end - stage.start) / per_epoch:.4g} epochs, steps "
             f"{stage.start:,} to {stage.end:,}, warm-up {stage.warmup:,}; {how}"
@@ -206,7 +229,7 @@ def _norm_mode(model, prefixes, outside=False):
     return words.get(frozenset(modes), "mixed")
 
 
-def idle_flags(args, strategy):
+def idle_flags(given, strategy):
     """{flag: why} of those that were given and that this strategy has no use for."""
     idle = {
         "staged": {"lr": "its stages have their own (train: {module: lr})"},
@@ -215,7 +238,7 @@ def idle_flags(args, strategy):
         },
         "full": {"stages": "it has one, everything", "views": "no head trains alone"},
     }  # fmt: skip
-    return {f"--{name}": why for name, why in idle[strategy].items() if name in args.given}
+    return {f"--{name}": why for name, why in idle[strategy].items() if name in given}
 
 
 def _rates(train, decay, blocks):

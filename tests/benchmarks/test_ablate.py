@@ -14,8 +14,8 @@ sys.path.append(str(smallruns.ROOT / "benchmarks"))  # last: it has a gradcam.py
 import ablate
 import training_runs
 
-from harness.cli.flags import to_yaml
-from harness.data.batches import mixes
+from harness.cli.flags import pick, to_recipe, to_yaml
+from harness.data.batches import Mixing
 from train import read_flags
 
 # ---------------------------------------------------------------- statistics
@@ -110,7 +110,7 @@ def test_a_config_cannot_take_the_effect_from_a_row(tmp_path):
     ((base, *others),) = ablate.recipes(args)
     for name, _, flags in (base, *others):
         read = read_flags(ablate.command(args, flags, passed_on))
-        assert mixes(read) == ("mixup" in name or "cutmix" in name), name
+        assert pick(Mixing, read).mixes() == ("mixup" in name or "cutmix" in name), name
 
 
 def test_a_minus_row_puts_back_the_plain_value():
@@ -188,7 +188,7 @@ class FakeRuns:
         self.names.append(folder.name)
         args = read_flags(words)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_bytes(to_yaml(args))
+        (folder / "config.yaml").write_bytes(to_yaml(to_recipe(args)))
         (folder / "checkpoints").mkdir(exist_ok=True)
         if len(self.names) == self.killed:
             raise SystemExit("killed")
@@ -234,6 +234,14 @@ def test_what_was_killed_goes_on_and_what_is_finished_stays(tmp_path, capsys):
     capsys.readouterr()
     ablate.main([*argv, "--show"], finish=None)
     assert capsys.readouterr().out == (tmp_path / "table.md").read_text()
+    ablate.main([*argv, "--show", "--json", str(tmp_path / "ablate.json")], finish=None)
+    rows = {
+        row["figure"]: row for row in json.loads((tmp_path / "ablate.json").read_text())["rows"]
+    }
+    mixup = rows["+ mixup, difference to basic, points"]
+    assert mixup["n"] == 3 and mixup["mean"] == pytest.approx(2)
+    assert rows["basic: test accuracy, %"]["mean"] == pytest.approx(81.0333)
+    assert rows["+ mixup: training time over that of basic"]["median"] == pytest.approx(1.02)
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_a_packed_file_has_the_images_as_they_lie_in_the_folder(tmp_path):
     data, whole = one_file.load_packed(str(file), max_train_samples=20), load_data("digits")
     assert (len(data.train), len(data.test)) == (20, 360) and data.classes == whole.classes
     preprocessing = Preprocessing(16, 1.0, "bilinear", (), ())
-    pixels = one_file.decode_packed(data, preprocessing, progress=False)["test"].pixels
+    pixels = one_file.decode_packed(data, preprocessing, progress=False)["test"].stored
     cell = whole.test.dataset.with_format("arrow")[7:8][whole.image_column][0].as_py()
     assert np.array_equal(pixels[7], decode_image(io.BytesIO(cell["bytes"]), 16))
     assert data.test.labels.tolist() == whole.test.labels.tolist()

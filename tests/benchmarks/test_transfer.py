@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import imagefolders
 import pytest
@@ -12,6 +13,9 @@ import smallruns
 sys.path.append(str(smallruns.ROOT / "benchmarks"))  # last: it has a gradcam.py, too
 
 import finetune_peers
+import imbalance
+import results
+import stores
 import transfer
 
 CELL = {"dataset": "flowers", "model": "resnet18", "size": 64, "epochs": 3, "strategy": "full"}
@@ -68,6 +72,61 @@ def test_the_table_has_a_row_a_cell_empty_where_nothing_ran(tmp_path):
     assert (tmp_path / "transfer.png").stat().st_size > 1000
 
 
+def test_finished_runs_are_written_as_a_measurement(tmp_path, monkeypatch, capsys):
+    made_up(tmp_path / "runs", 0.5)
+    made_up(tmp_path / "runs", 0.7, seed=2)
+    words = ["--show", f"--output_dir={tmp_path / 'runs'}", "--sizes=64", "--batch_size=8"]
+    monkeypatch.setattr(sys, "argv", ["transfer.py", *words, "--json", str(tmp_path)])
+    transfer.main()
+    (found,) = results.read(tmp_path)
+    accuracy, seconds = found["rows"]
+    assert accuracy["figure"] == "flowers, resnet18, 64 px, 3 epochs, full: val accuracy, %"
+    assert (accuracy["min"], accuracy["mean"], accuracy["max"]) == (50, 60, 70)
+    assert seconds["median"] == 9.6 and seconds["n"] == 2
+    assert found["setting"] == "flags of every run: --batch_size=8"
+    assert "--show" in found["command"] and found["benchmark"] == "transfer"
+
+
+def test_stores_are_compared_seed_by_seed(tmp_path, monkeypatch, capsys):
+    for store, seed, hits in (("packed", 1, 0.9), ("packed", 2, 0.8), ("decoded", 1, 0.7)):
+        run = tmp_path / "runs" / f"64px-0.35-{store}-seed{seed}"
+        run.mkdir(parents=True)
+        (run / "summary.json").write_text(json.dumps({"accuracy": hits}))
+    words = ["--show", f"--output_dir={tmp_path / 'runs'}", "--sizes=64", "--scales=0.35"]
+    words += ["--seeds", "1", "2", "--dataset=x/flowers", "--model=vgg11"]
+    monkeypatch.setattr(sys, "argv", ["stores.py", *words, "--json", str(tmp_path)])
+    stores.main()
+    (found,) = results.read(tmp_path)
+    cell = "flowers, vgg11, 64 px, crops from 35%, "
+    assert [(row["figure"], row["n"], row["mean"]) for row in found["rows"]] == [
+        (f"{cell}packed: accuracy, %", 2, 85),
+        (f"{cell}decoded: accuracy, %", 1, 70),
+        (f"{cell}packed minus decoded, points", 1, 20),
+    ]
+
+
+def test_uneven_classes_are_compared_with_the_run_of_the_same_seed(tmp_path):
+    for kind, seed, balanced in (("none", 1, 0.5), ("none", 2, 0.6), ("sqrt", 2, 0.7)):
+        cell = {"images": "a", "ratio": 10, "kind": kind, "seed": seed, "train": 99,
+                "balanced": balanced, "as_train": 0.8, "seconds": 3.0}  # fmt: skip
+        cell |= {"after": [balanced, 0.7]} if kind == "none" else {}
+        (tmp_path / f"{kind}{seed}").mkdir()
+        (tmp_path / f"{kind}{seed}" / "cell.json").write_text(json.dumps(cell))
+    rows = {row.figure: row.summary() for row in imbalance.rows_of(tmp_path)}
+    assert rows["a, 10:1, sqrt: gain over none, points"]["mean"] == pytest.approx(10)
+    assert rows["a, 10:1, none: balanced accuracy, %"]["mean"] == pytest.approx(55)
+    assert "a, 10:1, none: gain over none, points" not in rows
+    assert rows["a, 10:1, sqrt: training, s"]["median"] == 3
+    assert imbalance.table(tmp_path).splitlines()[2:] == [
+        "| a | 10:1 | 99 | none | 55.0 (50.0 to 60.0) | +0.0 (+0.0 to +0.0) | "
+        "80.0 (80.0 to 80.0) | 2 | 3 |",
+        "| a | 10:1 | 99 | sqrt | 70.0 (70.0 to 70.0) | +10.0 (+10.0 to +10.0) | "
+        "80.0 (80.0 to 80.0) | 1 | 3 |",
+        "| a | 10:1 | 99 | after training | 55.0 (50.0 to 60.0) | +0.0 (+0.0 to +0.0) | "
+        "70.0 (70.0 to 70.0) | 2 | 3 |",
+    ]
+
+
 def test_sides_stand_in_one_order_with_their_spread(tmp_path):
     for side, seed, hits, seconds in (("timm", 1, 0.5, 9.0), ("full", 1, 0.9, 3.0),
                                       ("full", 2, 0.7, 5.0)):  # fmt: skip
@@ -79,6 +138,10 @@ def test_sides_stand_in_one_order_with_their_spread(tmp_path):
         "| 64 | 2 | full | 80.0 (70.0–90.0), 2 | 4 (3–5) |",
         "| 64 | 2 | timm | 50.0 (50.0–50.0), 1 | 9 (9–9) |",
     ]
+    args = SimpleNamespace(output_dir=tmp_path, dataset="x/flowers", model="vgg11")
+    full, seconds, *_ = (row.summary() for row in finetune_peers.rows_of(args))
+    assert full["figure"] == "flowers, vgg11, 64 px, 2 epochs, full: test accuracy, %"
+    assert full["mean"] == pytest.approx(80) and seconds["median"] == 4
 
 
 @pytest.mark.slow

@@ -1,10 +1,12 @@
 """Flags: recipes, ranges, one-line errors, and that every flag of a script is read somewhere."""
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 
 import pytest
 import yaml
@@ -13,39 +15,17 @@ from harness.cli import flags
 from harness.cli.parser import ELSEWHERE, UNNEEDED
 from harness.data.options import DataOptions
 from harness.data.pixels import FILTERS
+from harness.explain import cams
 from smallruns import ROOT, build_parser
 
 RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.yaml") if p.stem != "sweep")  # W&B's
 
 
 SCRIPTS = sorted(p.name for p in ROOT.glob("*.py"))
-PREPROCESSING = ROOT / "harness/data/preprocessing.py"
 TRAINING = {"train.py", "finetune.py"}
-# What the others read flags in; other files of the harness have functions for training, too.
-OF_REPORTS = {
-    ROOT / file
-    for file in (
-        "ensemble_eval.py", "gradcam.py", "harness/ensembles/members.py", "harness/explain/cams.py",
-        "harness/explain/report.py",
-    )
-}  # fmt: skip
-
-
-# Of these, what else they stand on is given flags of its own
-OWN = {
-    "predict.py": ("predict.py", "images.py", "sets.py", "report.py", "inference"),
-    "export.py": ("export.py", "images.py", "export"),
-}
-
-
-def reads_flags(path, script):
-    """Whether `args` in a file are the flags of this script."""
-    if script in TRAINING:
-        return True
-    if script in OWN:
-        *files, folder = OWN[script]
-        return path.name in files and path.parent.name in (ROOT.name, folder)
-    return path in OF_REPORTS | ({PREPROCESSING} if script == "gradcam.py" else set())
+OPENING = ROOT / "harness/training/opening.py"  # the first half of both
+# What the flags that a function is given are called there, but in DataOptions' functions
+OPTIONS = {"options", "self", "of_run", "of_stage", "maps", "network", "pictures", "store"}
 
 
 def declared(parser):
@@ -297,40 +277,62 @@ def standing_on(script):
     return found
 
 
-def args_attributes(script, context):
-    """Names NAME in `args.NAME` and `self.args.NAME` of a script and what it stands on.
+PARTS_OF_OPTIONS = ("Augmentation", "Mixing")
 
-    What plan.py prints is left out: a flag that is shown must also act.
-    """
+
+def option_classes():
+    """{name: fields} of the frozen dataclasses that scripts pick flags for."""
+    classes = {}
+    for path in sorted((ROOT / "harness").rglob("*.py")):
+        module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        for name, kind in vars(module).items():
+            if is_dataclass(kind) and (name.endswith("Options") or name in PARTS_OF_OPTIONS):
+                classes[name] = [field.name for field in fields(kind)]
+    return classes
+
+
+def attributes(paths, owners, context=ast.Load):
+    """Names NAME in `OWNER.NAME` and `x.OWNER.NAME` of some files; of any of these owners."""
     names = set()
-    for path in standing_on(script):
-        if context is ast.Load and not reads_flags(path, script):
-            continue
-        body = ast.parse(path.read_text(encoding="utf-8")).body
-        if path.name == "plan.py":
-            acting = ("load", "choose_preprocessing")
-            body = [node for node in body if getattr(node, "name", None) in acting]
-            assert len(body) == len(acting)
-        for node in ast.walk(ast.Module(body, type_ignores=[])):
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, context):
                 owner = getattr(node.value, "id", None) or getattr(node.value, "attr", None)
-                names |= {node.attr} if owner == "args" else set()
+                names |= {node.attr} if owner in owners else set()
     return names
+
+
+def read_as_options(files):
+    """Names of flags that functions below the scripts read of what was picked for them."""
+    names = attributes(files, OPTIONS) | {option.name for option in fields(DataOptions)}
+    return names | {*cams.OF_WEIGHTS, *cams.OF_SPLITS, "target"}  # check_flags goes by their names
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_read_and_none_is_written(script):
     names = declared(build_parser(script)).keys()
-    read = args_attributes(script, ast.Load)
-    if script in TRAINING:
-        assert len(names) > 40 and len(read) > 40
-        read |= {option.name for option in fields(DataOptions)}  # plan.load passes all of them on
-    else:  # report_folder and make_accelerator have them
-        read |= {"output_dir", "run_name"}
-        assert len(names) > 12
+    files = [ROOT / script, *([OPENING] if script in TRAINING else [])]
+    read = attributes(files, {"args"})
+    classes, text = option_classes(), "".join(file.read_text() for file in files)
+    picked = {kind for kind in classes if re.search(rf"\b{kind}\b", text)}
+    assert len(picked) > (6 if script in TRAINING else 0) or script == "inspect_data.py"
+    below = read_as_options(standing_on(script))
+    read |= {name for kind in picked for name in classes[kind] if name in below}
     assert not names - read, "declared, but never read"
-    assert not read - names - {"given"}, "read, but not declared"
-    assert not args_attributes(script, (ast.Store, ast.Del))
+    of_args = attributes(files, {"args"})
+    assert not of_args - names - {"given"}, "read, but not declared"
+    assert not attributes(standing_on(script), {"args"}, (ast.Store, ast.Del))
+
+
+def test_what_is_picked_is_flags_and_is_read():
+    """Every field of an option class is a flag of some script, and some file reads it."""
+    flag_names = {name for script in SCRIPTS for name in declared(build_parser(script))}
+    read = read_as_options([*ROOT.glob("*.py"), *(ROOT / "harness").rglob("*.py")])
+    classes = option_classes()
+    assert len(classes) > 12
+    for kind, names in classes.items():
+        assert not set(names) - flag_names - {"given", "recipe"}, kind
+        assert not set(names) - read, kind
 
 
 def test_what_a_resumed_run_may_change_is_flags(parser):

@@ -236,7 +236,7 @@ def test_the_way_of_nvjpeg_gives_what_the_cpu_gives(tmp_path):
     index, boxes = torch.tensor([8, 0, 3]), torch.tensor([[0, 0, 60, 90], [1, 2, 30, 30], [5] * 4])
     ours, _ = samples.take(index, torch.device("cpu"), boxes)
     before = stores.store_identity({"train": samples})["decoder"]
-    samples.pixels.on_gpu = True
+    samples.stored.on_gpu = True
     theirs, labels = samples.take(index, torch.device("cpu"), boxes)
     assert (ours.int() - theirs.int()).abs().max() <= 1 and labels.tolist() == [8, 0, 3]
     assert theirs.dtype == torch.uint8 and before.startswith("simplejpeg")
@@ -482,10 +482,12 @@ def data_of(dataset, image_size=224):
 
 
 def choose(dataset, image_size=224, **flags):
-    args = {"pixels": "auto", "augment": "basic", "crop_scale": 0.0, "stages": None, **flags}
+    values = {"pixels": "auto", "augment": "basic", "crop_scale": 0.0, **flags}
     preprocessing = LOOK._replace(packed_side=0)
     preprocessing, words = stores.choose_store(
-        SimpleNamespace(jpeg_decoder="cpu", **args), data_of(dataset, image_size), preprocessing
+        stores.StoreOptions(jpeg_decoder="cpu", **values),
+        data_of(dataset, image_size),
+        preprocessing,
     )
     return preprocessing.packed_side, words
 

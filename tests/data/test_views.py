@@ -16,7 +16,7 @@ import pretend_gpu
 from harness.cli.flags import AUGMENTS
 from harness.counters import SampleStreams, generator
 from harness.data import batches
-from harness.data.batches import Views, draw_mixing, train_batches
+from harness.data.batches import Mixing, Views, draw_mixing, train_batches
 from harness.data.pixels import decode_image
 from harness.data.stores import Samples
 from harness.models.weights import find_weights
@@ -252,7 +252,7 @@ def count_mixing(mixup_alpha, cutmix_alpha, prob, steps):
     kinds = {"none": 0, "mixup": 0, "cutmix": 0}
     for step in range(steps):
         rng = generator(0, "mixing", step)
-        kinds[kind_of(draw_mixing(mixup_alpha, cutmix_alpha, prob, SIZE, rng))] += 1
+        kinds[kind_of(draw_mixing(Mixing(mixup_alpha, cutmix_alpha, prob), SIZE, rng))] += 1
     return kinds
 
 
@@ -281,7 +281,8 @@ def test_mixing_of_one_kind(mixup_alpha, cutmix_alpha, prob, only):
 def test_mixing_is_a_function_of_the_step_and_of_pairs():
     images, targets = random_images(BATCH).float(), torch.eye(BATCH)
     for step in range(8):
-        mix, again = (draw_mixing(0.2, 1.0, 1.0, SIZE, generator(1, "mixing", step)) for _ in "ab")
+        rngs = (generator(1, "mixing", step) for _ in "ab")
+        mix, again = (draw_mixing(Mixing(0.2, 1.0, 1.0), SIZE, rng) for rng in rngs)
         whole = mix(images, targets)
         assert same(whole, again(images, targets))
         for start in range(0, BATCH, 6):
@@ -409,7 +410,7 @@ def test_pairs_are_mixed_as_in_the_whole_batch(processes, accumulation):
     alone, shared = run_batches(total=4), run_batches(processes, accumulation, total=4)
     kinds = set()
     for step, (one, several) in enumerate(zip(alone, shared, strict=True)):
-        mix = draw_mixing(100, 100, 1.0, SIZE, generator(SEED, "mixing", step))
+        mix = draw_mixing(Mixing(100, 100, 1.0), SIZE, generator(SEED, "mixing", step))
         kinds.add(kind_of(mix))
         whole = mix(one[0][0].images[0].float(), one[0][0].labels.view(-1, 1).float())
         mixed = [

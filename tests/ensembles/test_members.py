@@ -1,13 +1,13 @@
 """Members of an ensemble: which images may judge them, their names, their views."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
 import smallruns
+from harness.data.options import SplitOptions
 from harness.data.sources import load_data, stored_rows
 from harness.ensembles.comparison import notes
 from harness.ensembles.members import COMBINATIONS, find_images, read_members, view_sets
@@ -15,8 +15,7 @@ from harness.errors import UserError
 from harness.models.trained import read_trained
 from smallruns import edit_json
 
-ASKED = SimpleNamespace(dataset=None, image_column=None, label_column=None, split=None,
-                        max_eval_samples=None, seed=42)  # fmt: skip
+ASKED = SplitOptions()
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +55,7 @@ def test_a_few_images_are_too_few_to_fit_on(copies):
     members = read_members([copies.a, copies.b])
     assert find_images(members, ASKED).fitted is None  # 60 of 1,437; half of test is 180
     assert len(find_images(members[:1], ASKED).fitted) == 287
-    val = find_images(members, SimpleNamespace(**vars(ASKED) | {"split": "val"}))
+    val = find_images(members, SplitOptions(split="val"))
     assert 30 < len(val.scored) < 100
 
 
@@ -92,7 +91,7 @@ def test_a_test_split_that_training_did_without_is_scored(copies):
 
 
 def test_val_is_scored_where_it_is_asked_for(runs):
-    asked = SimpleNamespace(**{**vars(ASKED), "split": "val"})
+    asked = SplitOptions(split="val")
     images = find_images(read_members([runs.a, runs.b]), asked)
     assert images.role == "val" and len(images.scored) == 287 and images.fitted is None
     with pytest.raises(UserError, match="val_fraction"):

@@ -1,7 +1,5 @@
 """What gradcam.py looks at: regions as the network sees them, and which images."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from PIL import Image
@@ -39,7 +37,7 @@ def test_right_and_wrong_are_as_many_as_there_are(monkeypatch):
         ("all", 30, (20, 10)), ("all", 8, (4, 4)), ("wrong", 30, (0, 10)), ("right", 5, (5, 0)),
         ("all", 200, (90, 10)),
     ):  # fmt: skip
-        args = SimpleNamespace(max_images=number, only=only, seed=0)
-        found = cams._right_and_wrong(args, None, None, 100, picture)
+        options = cams.PictureOptions(max_images=number, only=only, seed=0)
+        found = cams._right_and_wrong(options, None, None, 100, picture)
         wrong = sum(k < 10 for k in found)
         assert (len(found) - wrong, wrong) == expected, (only, number)

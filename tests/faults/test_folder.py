@@ -153,12 +153,14 @@ def claim_until(folder, flags, n):
     from faults.test_kill import FileSystem
 
     import train as script
-    from harness.training.folder import check_folder, claim_folder
+    from harness.cli.flags import pick
+    from harness.training.folder import FolderOptions, check_folder, claim_folder
 
     args = script.read_flags(smallruns.words(flags))
-    folder = check_folder(args, "train.py")
+    options = pick(FolderOptions, args)
+    folder = check_folder(options, "digits", "train.py")
     FileSystem(folder, functools.partial(kill_at, n), which=0)
-    claim_folder(folder, args, None, "train.py", say=lambda line: None)
+    claim_folder(folder, options.recipe, options.overwrite, None, "train.py", say=lambda line: None)
     os._exit(7)
 
 

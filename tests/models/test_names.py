@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import constants
 
 from harness.cli.bounds import fits
-from harness.data.preprocessing import Preprocessing
+from harness.data.preprocessing import Preprocessing, PreprocessingOptions
 from harness.data.stored import IMAGENET_STATISTICS
 from harness.errors import UserError
 from harness.hub import model_file
@@ -198,11 +198,6 @@ def test_weights_of_another_image_size_say_which(tmp_path, size):
 # -- preprocessing -------------------------------------------------------------------------------
 
 
-def flags(**given):
-    names = ("image_size", "crop_pct", "interpolation", "mean", "std")
-    return types.SimpleNamespace(crop_scale=0.0, **{name: given.get(name) for name in names})
-
-
 def test_a_bare_file_for_a_timm_name_takes_its_cfg(tmp_path):
     torch.save(tiny().state_dict(), tmp_path / "vit.pth")
     found = find_weights(str(tmp_path / "vit.pth"), "test_vit")
@@ -222,23 +217,21 @@ def test_flags_override_and_the_origin_is_said(tmp_path):
     data = types.SimpleNamespace(image_size=32, mean=(0.4,) * 3, std=(0.2,) * 3)
     torch.save(build.build_model("resnet18", 5, image_size=32).state_dict(), tmp_path / "a.pth")
     bare = find_weights(str(tmp_path / "a.pth"), "resnet18")
-    args = flags()
-    assert plan.choose_preprocessing(args, data, bare) == Preprocessing(
+    unset = PreprocessingOptions()
+    assert plan.choose_preprocessing(unset, None, 0.0, data, bare) == Preprocessing(
         32, 1.0, "bilinear", data.mean, data.std
     )
-    assert plan.preprocessing_from(args, bare, data).startswith(
+    assert plan.preprocessing_from(unset, bare, data).startswith(
         "assumed (the data set's own mean and std)"
     )
     scratch = find_weights("none", "resnet18")
-    assert plan.preprocessing_from(args, scratch, data) == "the data set's own mean and std"
+    assert plan.preprocessing_from(unset, scratch, data) == "the data set's own mean and std"
     unknown = types.SimpleNamespace(mean=IMAGENET_STATISTICS[0], std=IMAGENET_STATISTICS[1])
-    assert plan.preprocessing_from(args, scratch, unknown) == "ImageNet's mean and std"
-    args = flags(
-        image_size=48, crop_pct=0.5, interpolation="bicubic", mean=[0.1] * 3, std=[0.3] * 3
-    )
+    assert plan.preprocessing_from(unset, scratch, unknown) == "ImageNet's mean and std"
+    options = PreprocessingOptions(0.5, "bicubic", [0.1] * 3, [0.3] * 3)
     wanted = Preprocessing(48, 0.5, "bicubic", (0.1,) * 3, (0.3,) * 3)
-    assert plan.choose_preprocessing(args, data, bare) == wanted
-    words = plan.preprocessing_from(args, bare, data)
+    assert plan.choose_preprocessing(options, 48, 0.0, data, bare) == wanted
+    words = plan.preprocessing_from(options, bare, data)
     assert words.endswith("; --crop_pct, --interpolation, --mean, --std as given")
 
 

@@ -161,7 +161,7 @@ def test_classes_that_a_mean_leaves_out_are_named(folder, tmp_path, capsys):
     assert "auroc leave out 1 of 2 classes, which have no image in 'test': bright" in said
     data, samples, logits, _ = made(folder)
     dark = samples.labels == 1
-    some = Samples(samples.pixels, samples.rows[dark], samples.labels[dark])
+    some = Samples(samples.stored, samples.rows[dark], samples.labels[dark])
     split = data.test.__class__("test", data.test.dataset, data.test.rows[dark.numpy()],
                                 data.test.labels[dark.numpy()])  # fmt: skip
     found = report.facts("run", "test", split, some, data.image_column, data.classes, logits[dark])

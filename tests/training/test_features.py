@@ -7,6 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
+from harness.cli.flags import pick
 from harness.counters import SampleStreams, generator
 from harness.data.batches import Views
 from harness.data.pixels import epoch_order
@@ -115,20 +116,20 @@ def test_kept_features_give_the_logits_of_the_network():
     model, split, preprocessing = small(), samples(), views()
     freeze_except(model, ["fc"])
     kept = features.extract(Alone(), model, split, preprocessing, 3, 7, {}, "train")
-    assert kept.pixels.shape == (70, 3, 1024) and torch.equal(kept.labels, split.labels)
+    assert kept.stored.shape == (70, 3, 1024) and torch.equal(kept.labels, split.labels)
     every = torch.arange(70)
     tail = features.cut_at_head(model).tail
     with torch.no_grad():
         images, labels = split.take(every, torch.device("cpu"))
         expected = model(preprocessing.evaluation(images))
-        torch.testing.assert_close(tail(kept.pixels[:, 0]), expected)
+        torch.testing.assert_close(tail(kept.stored[:, 0]), expected)
         # Another view is the augmented one
         drawn, _ = features.view_batch(split, preprocessing, every, 2, 7)
-        torch.testing.assert_close(tail(kept.pixels[:, 2]), model(drawn))
-    assert not torch.equal(kept.pixels[:, 0], kept.pixels[:, 1])
-    assert not torch.equal(kept.pixels[:, 1], kept.pixels[:, 2])
+        torch.testing.assert_close(tail(kept.stored[:, 2]), model(drawn))
+    assert not torch.equal(kept.stored[:, 0], kept.stored[:, 1])
+    assert not torch.equal(kept.stored[:, 1], kept.stored[:, 2])
     taken, taken_labels = kept.take(torch.tensor([5, 3]), torch.device("cpu"))
-    assert torch.equal(taken, kept.pixels[[5, 3]]) and torch.equal(taken_labels, labels[[5, 3]])
+    assert torch.equal(taken, kept.stored[[5, 3]]) and torch.equal(taken_labels, labels[[5, 3]])
 
 
 def test_every_epoch_draws_a_view_of_every_image():
@@ -148,7 +149,7 @@ def test_nothing_is_computed_twice():
     calls = []
     handle = model.register_forward_hook(lambda *_: calls.append(1))
     kept = features.extract(Alone(), model, split, views(), 2, 7, known, "train")
-    assert len(calls) == 1 and kept.pixels.shape[1] == 2
+    assert len(calls) == 1 and kept.stored.shape[1] == 2
     features.extract(Alone(), model, split, views(), 2, 7, known, "train")
     assert len(calls) == 1
     handle.remove()
@@ -157,8 +158,8 @@ def test_nothing_is_computed_twice():
 def test_other_augmentation_is_another_view():
     """But the first view is the same whatever the augmentation is."""
     model, split, known = small().eval(), samples(8), {}
-    basic = features.extract(Alone(), model, split, views(), 2, 7, known, "train").pixels
-    none = features.extract(Alone(), model, split, views("none"), 2, 7, known, "train").pixels
+    basic = features.extract(Alone(), model, split, views(), 2, 7, known, "train").stored
+    none = features.extract(Alone(), model, split, views("none"), 2, 7, known, "train").stored
     assert torch.equal(basic[:, 0], none[:, 0]) and not torch.equal(basic[:, 1], none[:, 1])
     torch.testing.assert_close(none[:, 1], none[:, 0])
 
@@ -172,7 +173,8 @@ def test_features_are_kept_until_another_part_trains():
 
     def kept(*argv):
         args = build_parser("finetune.py").read([text, *argv])
-        made = stages.make_stages(args, "staged", model, blocks, 9, pretrained=True)
+        options = [pick(kind, args) for kind in (stages.StrategyOptions, stages.StageOptions)]
+        made = stages.make_stages(*options, "staged", model, blocks, 9, pretrained=True)
         return features.cacheable_stages(made, model, SIZE)
 
     assert kept() == ["1 head", "2 head"]
@@ -185,11 +187,11 @@ def test_the_batches_of_two_processes_are_those_of_one(monkeypatch):
     """Each computes its own, and the sum that joins them is exact."""
     model, split = small().eval(), samples(150)
     monkeypatch.setattr("harness.training.scoring.BATCH", (64, 64))
-    alone = features.extract(Alone(), model, split, views(), 2, 7, {}, "train").pixels
+    alone = features.extract(Alone(), model, split, views(), 2, 7, {}, "train").stored
     halves = []
     monkeypatch.setattr(features, "_from_all", lambda accelerator, found: found)
     for index in range(2):
-        half = features.extract(Alone(index, 2), model, split, views(), 2, 7, {}, "train").pixels
+        half = features.extract(Alone(index, 2), model, split, views(), 2, 7, {}, "train").stored
         halves.append(half)
     owners = (halves[0].abs().sum((1, 2)) > 0).int() + 2 * (halves[1].abs().sum((1, 2)) > 0).int()
     assert owners.tolist() == [1] * 64 + [2] * 64 + [1] * 22
@@ -229,4 +231,4 @@ def test_the_picture_shows_what_the_first_batch_was_computed_from():
     for view in range(2):
         images, labels = features.view_batch(split, many, order, view, 7)
         assert torch.equal(labels, split.labels[order])
-        torch.testing.assert_close(tail(kept.pixels[order, view]), model(images))
+        torch.testing.assert_close(tail(kept.stored[order, view]), model(images))

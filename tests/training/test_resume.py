@@ -17,9 +17,10 @@ import faulty
 import smallruns
 import train
 from harness import files
+from harness.cli import flags
 from harness.errors import RunStopped, UserError
 from harness.training import checkpoint
-from harness.training.folder import check_folder, claim_folder
+from harness.training.folder import FolderOptions, check_folder, claim_folder
 from harness.training.metrics_file import read_metrics
 from harness.training.record import Record
 from harness.training.run import Run
@@ -156,10 +157,10 @@ def test_a_folder_that_holds_a_run_is_refused_and_overwrite_replaces_it(straight
 def test_a_run_that_came_between_is_not_thrown_away(tmp_path):
     """Another start trains in the folder while this one decodes its images."""
     args = train.read_flags(smallruns.words({**smallruns.SMALL, "output_dir": tmp_path}))
-    folder = check_folder(args, "train.py")
+    folder = check_folder(flags.pick(FolderOptions, args), "digits", "train.py")
     smallruns.train(tmp_path, stop_after=2)
     with pytest.raises(UserError, match="another process has trained"):
-        claim_folder(folder, args, None, "train.py")
+        claim_folder(folder, flags.to_recipe(args), False, None, "train.py")
     _, status = smallruns.train(tmp_path, resume_from_checkpoint="auto")
     assert status == 0
 

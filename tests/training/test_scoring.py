@@ -86,7 +86,7 @@ def test_evaluate_equals_a_plain_loop(network, n):
     network.eval()
     loss, correct = 0.0, 0
     for row, label in zip(split.rows, split.labels, strict=True):
-        logits = network(prepare(split.pixels[row : row + 1]))
+        logits = network(prepare(split.stored[row : row + 1]))
         loss += F.cross_entropy(logits, label.view(1)).item()
         correct += logits.argmax(1).item() == label.item()
     assert got == {"acc": correct / n, "loss": pytest.approx(loss / n, rel=1e-6)}
@@ -101,7 +101,7 @@ def test_every_sample_is_seen_once(network):
 
     evaluate(Alone(), network, split, watch)
     assert [len(images) for images in seen] == [256, 256, 1]
-    assert torch.equal(torch.cat(seen), split.pixels[split.rows])
+    assert torch.equal(torch.cat(seen), split.stored[split.rows])
 
 
 @pytest.mark.parametrize("n", [1, 511, 513, 1025, 2500])

@@ -41,9 +41,13 @@ def on_meta(name, classes=7):
     return model, build.blocks(model, name)
 
 
+def options_of(args):
+    return flags.pick(stages.StrategyOptions, args), flags.pick(stages.StageOptions, args)
+
+
 def make(args, strategy="staged", name="resnet18", per_epoch=10, pretrained=False):
     model, blocks = on_meta(name)
-    made = stages.make_stages(args, strategy, model, blocks, per_epoch, pretrained)
+    made = stages.make_stages(*options_of(args), strategy, model, blocks, per_epoch, pretrained)
     return made, model, blocks
 
 
@@ -56,7 +60,7 @@ def test_batchnorm_of_pretrained_networks_keeps_its_statistics_unless_asked(
     asked, pretrained, mode
 ):
     made, model, _ = make(parse(f"--bn_mode={asked}"), pretrained=pretrained)
-    assert {stage.args.bn_mode for stage in made} == {mode}
+    assert {stage.options.bn_mode for stage in made} == {mode}
     adapts = {
         "eval": (set(), set()), "train": ({"layer4"}, {"layer1", "layer4"}),
         "all": ({"layer1", "layer4"}, {"layer1", "layer4"}),
@@ -71,7 +75,7 @@ def test_batchnorm_of_pretrained_networks_keeps_its_statistics_unless_asked(
 def test_a_stage_of_its_own_mind_about_batchnorm():
     text = "--stages=[{epochs: 1, train: {head: 1}}, {epochs: 1, train: {all: 1}, bn_mode: train}]"
     made, _, _ = make(parse(text), pretrained=True)
-    assert [stage.args.bn_mode for stage in made] == ["eval", "train"]
+    assert [stage.options.bn_mode for stage in made] == ["eval", "train"]
 
 
 def as_yaml(*train, **more):
@@ -161,8 +165,8 @@ def test_a_stage_has_its_own_augmentation_and_leaves_the_others():
     text = "--stages=[{epochs: 1, train: {fc: 1}, augment: none, mix_prob: 1}, " \
         "{epochs: 1, train: {all: 1}}]"  # fmt: skip
     first, second = make(parse(text, "--augment=basic"))[0]
-    assert (first.args.augment, first.args.mix_prob) == ("none", 1.0)
-    assert (second.args.augment, second.args.mix_prob) == ("basic", 0.0)
+    assert (first.options.augment, first.options.mix_prob) == ("none", 1.0)
+    assert (second.options.augment, second.options.mix_prob) == ("basic", 0.0)
     assert first.name == "1 fc" and second.name == "2 everything"
 
 
@@ -230,9 +234,9 @@ def test_auto_follows_the_probes_skill_and_says_its_numbers(accuracy, classes, i
 
 def test_what_auto_has_no_use_for_is_known_once_it_has_chosen():
     args = parse("--strategy=auto", "--lr=0.1", "--layer_decay=0.5")
-    assert list(stages.idle_flags(args, "staged")) == ["--lr"]
-    assert list(stages.idle_flags(args, "feature_extraction")) == ["--layer_decay"]
-    assert make(args, "staged")[0] and not stages.idle_flags(args, "full")
+    assert list(stages.idle_flags(args.given, "staged")) == ["--lr"]
+    assert list(stages.idle_flags(args.given, "feature_extraction")) == ["--layer_decay"]
+    assert make(args, "staged")[0] and not stages.idle_flags(args.given, "full")
 
 
 # --- bad input ---

@@ -1,5 +1,7 @@
 """--imbalance in runs: what it does to the loss and the order, resumed and on two processes."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -42,16 +44,20 @@ def test_orders_are_functions_of_the_seed_the_epoch_and_the_kind():
     assert torch.equal(row_order(LABELS, 1, 2, "class_weights"), epoch_order(86, 1, 2))
 
 
+def options(kind, tau):
+    return SimpleNamespace(imbalance=kind, imbalance_tau=tau)
+
+
 def test_losses():
     logits, targets = torch.randn(5, 3), torch.rand(5, 3).softmax(1)
     for kind in ("none", "balanced", "sqrt"):
-        assert make_loss(kind, 1.0, LABELS.numpy(), 3, "cpu") == (soft_cross_entropy, None)
+        assert make_loss(options(kind, 1.0), LABELS.numpy(), 3, "cpu") == (soft_cross_entropy, None)
     counts = torch.tensor([60.0, 20, 6])
-    adjusted, shares = make_loss("logit_adjustment", 0.5, LABELS.numpy(), 3, "cpu")
+    adjusted, shares = make_loss(options("logit_adjustment", 0.5), LABELS.numpy(), 3, "cpu")
     expected = soft_cross_entropy(logits + 0.5 * (counts / 86).log(), targets)
     torch.testing.assert_close(adjusted(logits, targets), expected)
     torch.testing.assert_close(shares, counts / 86)
-    weighed, shares = make_loss("class_weights", 1.0, LABELS.numpy(), 3, "cpu")
+    weighed, shares = make_loss(options("class_weights", 1.0), LABELS.numpy(), 3, "cpu")
     expected = -(targets * (86 / 3 / counts) * logits.log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(weighed(logits, targets), expected)
     torch.testing.assert_close(shares, counts / 86)
@@ -62,7 +68,7 @@ def test_smoothing_does_not_favour_rare_classes(kind):
     """What knows nothing but the frequencies answers all classes alike, smoothed or not."""
     labels = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
     for smoothing in (0.0, 0.2):
-        loss_of, shares = make_loss(kind, 1.0, labels.numpy(), 3, "cpu")
+        loss_of, shares = make_loss(options(kind, 1.0), labels.numpy(), 3, "cpu")
         bias = torch.zeros(3, requires_grad=True)
         targets = smooth_labels(torch.nn.functional.one_hot(labels, 3).float(), smoothing, shares)
         optimizer = torch.optim.LBFGS([bias], max_iter=200, line_search_fn="strong_wolfe")
