@@ -1,4 +1,4 @@
-"""What train.py, finetune.py and the other scripts share; `load_run` is for programs of yours."""
+"""The code that train.py, finetune.py and the other scripts share; `load_run` is for your own."""
 
 
 def load_run(folder):
@@ -6,6 +6,6 @@ def load_run(folder):
 
     model, preprocess, classes, temperature = load_run("runs/x")
     """
-    from harness.inference import program  # torch comes along
+    from harness.inference import program  # here, as it imports torch
 
     return program.load_run(folder)

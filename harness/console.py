@@ -1,7 +1,7 @@
-"""What a script prints reaches the terminal, or is lost, and never stops the training.
+"""Printing that never stops the training: a line reaches the terminal, or is lost.
 
 A terminal without UTF-8, a closed output (>&-), a pipe whose reader has gone (| head), a full disk
-behind a log: training goes on. Control characters, as a class's or a file's name may hold them,
+behind a log: training goes on. Control characters, which names of classes or files may contain,
 are shown as \\x1b and the like.
 """
 
@@ -26,7 +26,7 @@ def printable(text) -> str:
 
 
 def one_line(text) -> str:
-    r"""The same, with line ends and tabs written out too.
+    r"""The text as `printable` gives it, with line ends and tabs written out too.
 
     >>> one_line("two\nlines")
     'two\\nlines'
@@ -41,10 +41,10 @@ class Output:
         self._stream, self._controls = stream, controls
 
     def write(self, text):
-        shown = printable(text) if self._controls else text
+        printable_text = printable(text) if self._controls else text
         with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
             encoding = getattr(self._stream, "encoding", None) or "utf-8"
-            self._stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+            self._stream.write(printable_text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self):
@@ -63,21 +63,21 @@ class Output:
 @contextlib.contextmanager
 def steady_output():
     """Put an `Output` in front of stdout and stderr while the block runs."""
-    before = sys.stdout, sys.stderr
-    streams = [stream or open(os.devnull, "w") for stream in before]  # noqa: SIM115
-    # A bar moves the cursor of stderr by control characters
+    originals = sys.stdout, sys.stderr
+    streams = [stream or open(os.devnull, "w") for stream in originals]  # noqa: SIM115
+    # A progress bar moves the cursor of stderr by control characters
     sys.stdout, sys.stderr = Output(streams[0]), Output(streams[1], controls=False)
     try:
         yield
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        sys.stdout, sys.stderr = before
-        _drop_what_cannot_be_written(streams)
+        sys.stdout, sys.stderr = originals
+        _discard_unwritable(streams)
 
 
-def _drop_what_cannot_be_written(streams):
-    """Or Python would say at its end that it can't write it, with exit status 120."""
+def _discard_unwritable(streams):
+    """Discard output that can't be written: otherwise Python ends with exit status 120."""
     for stream in streams:
         try:
             stream.flush()
@@ -87,9 +87,9 @@ def _drop_what_cannot_be_written(streams):
 
 
 def words_of(text) -> list[str]:
-    """The words of a list with commas, each once.
+    """The items of a list with commas, each once.
 
     >>> words_of("acc, loss,acc")
     ['acc', 'loss']
     """
-    return list(dict.fromkeys(word.strip() for word in text.split(",")))
+    return list(dict.fromkeys(item.strip() for item in text.split(",")))

@@ -1,8 +1,8 @@
 """Randomness from counters: the same numbers come back for the same (seed, stream, step).
 
-No random state is ever saved: whoever needs randomness at a step makes its generator anew from the
-step, so a resumed run draws what the uninterrupted one would have drawn. What belongs to a sample
-has a stream of its own besides, so a process draws for its samples only.
+No random state is ever saved: every step makes its generators from its number, so a resumed run
+draws what the uninterrupted run would have drawn. Each sample has a stream of its own, so a process
+draws for its own samples only.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class SampleStreams:
     """Uniform random numbers for samples, each with a stream of its own.
 
     Called as (n, k): the next k numbers of each of the n samples, float64 (n, k) in [0, 1). They
-    depend on (seed, stream, counters, place of the sample) alone, and not on the other samples:
-    whoever shares a batch gets for his part of it what one process would draw.
+    depend on (seed, stream, counters, place of the sample) only, not on the other samples: several
+    processes that share a batch draw for each sample what a single process would draw.
 
     places: int64 (n,), the samples' numbers in the whole batch, 0 to 2³² - 1.
 
-    One sequence of SplitMix64, in which the stream of place p begins at number p · 2³². All views
-    of 1,024 images are so drawn in 0.6 ms; with a torch.Generator for every 128 it takes 1.7 ms.
+    One sequence of SplitMix64, in which the stream of place p begins at number p · 2³². It
+    draws all views of 1,024 images in 0.6 ms; with a torch.Generator for every 128 it takes 1.7 ms.
     """
 
     def __init__(self, seed, stream, *counters, places):

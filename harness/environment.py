@@ -1,6 +1,6 @@
 """The environment variables that launchers export, checked before anything reads them.
 
-torch and Accelerate answer junk in them with a traceback, or wait for processes that don't exist.
+For a wrong value torch and Accelerate give a traceback, or wait for processes that don't exist.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MOST_PROCESSES = 1_000_000
 BACKENDS = ("no", "eager", "aot_eager", "inductor", "cudagraphs")  # of torch.compile
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 JOINED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# What cuts a network in pieces, or runs it by other means than torch's own operations
+# What splits a network over processes, or does not run it by torch's own operations
 UNSUPPORTED = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -27,7 +27,7 @@ UNSUPPORTED = {
 }
 
 
-def _whole(low, high=MOST_PROCESSES):
+def _integer(low, high=MOST_PROCESSES):
     def fits(text):
         try:
             return low <= int(text) <= high
@@ -37,8 +37,8 @@ def _whole(low, high=MOST_PROCESSES):
     return fits, f"a whole number from {low} to {high}"
 
 
-def _one_of(*words):
-    return lambda text: text.lower() in words, f"one of {', '.join(words)}"
+def _one_of(*choices):
+    return lambda text: text.lower() in choices, f"one of {', '.join(choices)}"
 
 
 def _is_device(text):
@@ -46,19 +46,19 @@ def _is_device(text):
         kind = torch.device(text).type
     except RuntimeError:
         return False
-    here = torch.accelerator.current_accelerator(check_available=True)
-    return kind == "cpu" or (here is not None and kind == here.type)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return kind == "cpu" or (accelerator is not None and kind == accelerator.type)
 
 
 TRUTH = (lambda text: text.lower() in TRUE + FALSE, "true or false")
 
 CHECKS = {  # name -> (whether its value can be read, what it has to be)
-    "OMP_NUM_THREADS": _whole(0),
-    "WORLD_SIZE": _whole(1),
-    "LOCAL_WORLD_SIZE": _whole(1),
-    "RANK": _whole(0),
-    "LOCAL_RANK": _whole(-1),  # -1: one process
-    "MASTER_PORT": _whole(0, 65535),
+    "OMP_NUM_THREADS": _integer(0),
+    "WORLD_SIZE": _integer(1),
+    "LOCAL_WORLD_SIZE": _integer(1),
+    "RANK": _integer(0),
+    "LOCAL_RANK": _integer(-1),  # -1: one process
+    "MASTER_PORT": _integer(0, 65535),
     "FORK_LAUNCHED": TRUTH,
     "ACCELERATE_USE_CPU": TRUTH,
     "ACCELERATE_DEBUG_MODE": TRUTH,
@@ -72,43 +72,43 @@ CHECKS = {  # name -> (whether its value can be read, what it has to be)
     "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": TRUTH,
     **dict.fromkeys(UNSUPPORTED, TRUTH),
     # mpirun's, which Accelerate reads on a CPU
-    **{f"{mpi}_SIZE": _whole(1) for mpi in ("PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD")},
-    **{f"{mpi}_RANK": _whole(0) for mpi in ("PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD")},
+    **{f"{mpi}_SIZE": _integer(1) for mpi in ("PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD")},
+    **{f"{mpi}_RANK": _integer(0) for mpi in ("PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD")},
 }  # fmt: skip
 
 
 def check_environment():
-    """Raise UserError for a variable of a launcher that can't be read, names it and its value.
+    """Raise UserError, with its name and value, for a launcher's variable that can't be read.
 
-    What is set to nothing is taken out, for torch and Accelerate stumble over it.
+    Empty variables are unset, as torch and Accelerate fail on them.
     """
     env = os.environ
-    for name, (fits, wanted) in CHECKS.items():
+    for name, (fits, requirement) in CHECKS.items():
         if env.get(name) == "":
             del env[name]
         if name in env and not fits(env[name]):
             raise UserError(
                 f"the environment variable {name} is {shortened(env[name])!r}: it has to be "
-                f"{wanted}, or not set (unset {name})"
+                f"{requirement}, or not set (unset {name})"
             )
-    for name, what in UNSUPPORTED.items():
+    for name, kind in UNSUPPORTED.items():
         if is_true(name):
-            refuse_kind(what, name)
+            refuse_kind(kind, name)
     _check_processes()
 
 
 def _check_processes():
-    """Raise UserError where the variables of several processes are incomplete or contradict."""
+    """Raise UserError where the variables of several processes are incomplete or contradictory."""
     env = os.environ
     world = int(env.get("WORLD_SIZE", 1))
     several = world > 1 or int(env.get("LOCAL_RANK", -1)) >= 0
-    missing = [name for name in JOINED if name not in env]
-    if several and missing:
-        known = next(name for name in ("WORLD_SIZE", "LOCAL_RANK") if name in env)
+    names = [name for name in JOINED if name not in env]
+    if several and names:
+        variable = next(name for name in ("WORLD_SIZE", "LOCAL_RANK") if name in env)
         raise UserError(
-            f"the environment variable {known} is {env[known]} but {', '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} not set: start with accelerate launch or "
-            f"torchrun, or unset {known}"
+            f"the environment variable {variable} is {env[variable]} but {', '.join(names)} "
+            f"{'is' if len(names) == 1 else 'are'} not set: start with accelerate launch or "
+            f"torchrun, or unset {variable}"
         )
     for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         processes = int(env.get(size, world))
@@ -120,13 +120,14 @@ def _check_processes():
 
 
 def is_true(name) -> bool:
-    """Whether a variable says yes, in one of Accelerate's words."""
+    """Whether a variable is true, in one of Accelerate's spellings."""
     return os.environ.get(name, "").lower() in TRUE
 
 
-def refuse_kind(what, where):
-    """Raise UserError for a kind of training that the scripts don't know."""
+def refuse_kind(kind, source):
+    """Raise UserError for a kind of training that the scripts don't support."""
     raise UserError(
-        f"the launcher asks for {what} ({where}), which these scripts don't support: every process "
-        "holds the whole network. Use one of accelerate_configs/, multi_gpu.yaml for several GPUs"
+        f"the launcher asks for {kind} ({source}), which these scripts don't support: every "
+        "process holds the whole network. Use one of accelerate_configs/, multi_gpu.yaml for "
+        "several GPUs"
     )

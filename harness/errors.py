@@ -19,27 +19,27 @@ class RunStopped(UserError):
 
 
 class StopAsked(Exception):
-    """A signal came in the middle of long work, which all processes have left off."""
+    """A signal came during long work, which all processes have stopped."""
 
     def __init__(self, sum_of_signals):
         super().__init__("a signal")
         self.sum_of_signals = sum_of_signals  # see harness.training.guard.STOP
 
 
-def nearest(word, known):
-    """`, did you mean "x"?` for the closest of `known`, or an empty string."""
-    match = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
+def nearest(name, names):
+    """`, did you mean "x"?` for the closest of `names`, or an empty string."""
+    match = difflib.get_close_matches(str(name), [str(k) for k in names], n=1, cutoff=0.5)
     return f', did you mean "{match[0]}"?' if match else ""
 
 
-def shortened(text, most=60):
-    """The text, or its start and its length where it is longer than `most` characters.
+def shortened(text, limit=60):
+    """The text, or its start and its length where it is longer than `limit` characters.
 
-    >>> shortened("9" * 5000, most=5)
+    >>> shortened("9" * 5000, limit=5)
     '99999… (5000 characters)'
     """
     text = str(text)
-    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
 
 
 def first_line(error):

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, their bytes, and names that every system takes."""
+"""Files that are written completely or not at all, their bytes, and names for every system."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DIGEST = "tensors_sha256"  # in the metadata of a result, and in its config.json
 def has_file(path) -> bool:
     """Whether there is a file; raises UserError for a folder, a pipe or a device of that name.
 
-    All files of a run are asked for with it before they are read: a pipe would be waited for.
+    It is called before any file of a run is read, since reading a pipe would wait for ever.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -38,13 +38,13 @@ def write_synced(path, data):
 def replace_file(path, data):
     """Write bytes beside `path`, sync, and rename over it: readers see the old or the new file."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.writing")
+    temporary = path.with_name(f".{path.name}.writing")
     try:
-        write_synced(beside, data)
-        os.replace(beside, path)
+        write_synced(temporary, data)
+        os.replace(temporary, path)
         sync_folder(path.parent)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -61,8 +61,8 @@ def sync_folder(path):
 def to_bytes(tensors, metadata=None):
     """Tensors as the bytes of a safetensors file (CPU, contiguous, metadata {"format": "pt"}).
 
-    One key of metadata and no more: safetensors writes several in a random order, and then the
-    same tensors would not be the same bytes.
+    There is only one key of metadata: safetensors writes several in a random order, and then the
+    same tensors would not give the same bytes.
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     return safetensors.torch.save(tensors, metadata=metadata or {"format": "pt"})
@@ -85,13 +85,13 @@ def result_bytes(tensors):
 def written_digest(path, data):
     """The hash in the metadata of a safetensors file's bytes, or None; see `result_bytes`.
 
-    Raises UserError where the tensors are others than those that were hashed.
+    Raises UserError where the tensors differ from those that were hashed.
     """
     size = int.from_bytes(data[:8], "little")
-    written = json.loads(data[8 : 8 + size]).get("__metadata__", {}).get(DIGEST)
-    if written is not None and written != _tensors_digest(data):
+    digest = json.loads(data[8 : 8 + size]).get("__metadata__", {}).get(DIGEST)
+    if digest is not None and digest != _tensors_digest(data):
         raise UserError(f"{path} is damaged: its tensors are not those that were written")
-    return written
+    return digest
 
 
 def _tensors_digest(data):
@@ -110,11 +110,11 @@ def is_lfs_pointer(file) -> bool:
     if hasattr(file, "read"):
         file.seek(0)
         return file.read(len(start)) == start
-    with open(file, "rb") as opened:
-        return opened.read(len(start)) == start
+    with open(file, "rb") as stream:
+        return stream.read(len(start)) == start
 
 
-def file_name(text, most=80):
-    """The text as part of a file's name: letters, digits, _ . - only, of at most so many bytes."""
-    safe = re.sub(r"[^\w.-]+", "_", text).strip("._").encode()[:most].decode(errors="ignore")
+def file_name(text, limit=80):
+    """The text as part of a file's name: letters, digits, _ . - only, at most `limit` bytes."""
+    safe = re.sub(r"[^\w.-]+", "_", text).strip("._").encode()[:limit].decode(errors="ignore")
     return safe or "unnamed"

@@ -31,13 +31,13 @@ def hub_answers(endpoint):
     """Whether something listens at the Hub, or at the proxy before it; at most 3 s."""
     hub = urlsplit(endpoint)
     proxy = urllib.request.getproxies().get(hub.scheme)
-    bypassed = not proxy or urllib.request.proxy_bypass(hub.hostname)
-    at = hub if bypassed else urlsplit(proxy if "//" in proxy else f"//{proxy}")
-    port = at.port or (443 if at.scheme == "https" else 80)
+    direct = not proxy or urllib.request.proxy_bypass(hub.hostname)
+    address = hub if direct else urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    port = address.port or (443 if address.scheme == "https" else 80)
 
     def connects():
         try:
-            socket.create_connection((at.hostname, port), timeout=TIMEOUT_S).close()
+            socket.create_connection((address.hostname, port), timeout=TIMEOUT_S).close()
         except OSError:
             return False
         return True
@@ -47,9 +47,9 @@ def hub_answers(endpoint):
 
 @contextmanager
 def reachable_or_cached():
-    """Within, the Hub's libraries look into their cache alone where the Hub does not answer.
+    """While the block runs, the Hub's libraries use only their cache if the Hub does not answer.
 
-    Otherwise they would try again and again for half a minute.
+    Otherwise they would retry for half a minute.
     """
     from huggingface_hub import constants
 
@@ -71,22 +71,23 @@ def model_file(spec, *names) -> Path:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     repo, _, revision = spec.removeprefix(PREFIX).partition("@")
-    missing = None
+    cache_error = None
     with reachable_or_cached():
         for name in names:
             try:
                 return Path(huggingface_hub.hf_hub_download(repo, name, revision=revision or None))
             except LocalEntryNotFoundError as error:  # another file may be there
-                missing = error
+                cache_error = error
             except EntryNotFoundError:
                 continue
             except Exception as error:  # no such model, no right to read it, no space
                 reason = str(error).strip().partition("\n")[0][:120]
                 raise UserError(f"{spec} could not be read ({reason})") from None
-    if missing is None:
+    if cache_error is None:
         raise UserError(f"{spec} has no {' or '.join(names)}")
-    at = f" --revision {revision}" if revision else ""
+    revision_flag = f" --revision {revision}" if revision else ""
+    cache = huggingface_hub.constants.HF_HUB_CACHE
     raise UserError(
         f"{spec}: {names[0]} is not in the cache and the Hub is out of reach; where there is a "
-        f"network, hf download {repo}{at} puts it there ({huggingface_hub.constants.HF_HUB_CACHE})"
+        f"network, hf download {repo}{revision_flag} puts it there ({cache})"
     )

@@ -1,10 +1,10 @@
-"""What stands between `accelerate launch` and a script: device, threads, precision, exit status.
+"""The layer between `accelerate launch` and a script: device, threads, precision, exit status.
 
-The launcher has traps; each is handled here, once, for every script:
+The launcher has traps, which are handled here for every script:
 - without a GPU it sets OMP_NUM_THREADS=1, so training would run on one core;
 - `--cpu --num_processes 2` (and MULTI_CPU) starts one process, silently;
-- several processes without a GPU don't find each other unless Accelerator(cpu=True) is asked for;
-- it exports mixed_precision "no" both when told so and when told nothing.
+- several processes without a GPU don't find each other without Accelerator(cpu=True);
+- it exports mixed_precision "no" both where that was set and where nothing was.
 """
 
 from __future__ import annotations
@@ -37,41 +37,41 @@ FAILED_WRITES = (
 )  # fmt: skip
 
 
-_parts = 1  # of a batch, for the line about memory
+_accumulation_steps = 1  # for the error about memory
 
 
 def make_accelerator(
     mixed_precision="auto", gradient_accumulation_steps=1, threads=None, seed=0, deterministic=False
 ):
-    """The Accelerator of this process, plus a dict of words for the plan.
+    """The Accelerator of this process, plus a dict of facts for the plan.
 
     mixed_precision: "auto", "no", "bf16" or "fp16". threads: intra-op CPU threads, None for all
     cores divided by the processes on this machine. deterministic: torch's deterministic algorithms,
     and an error where an operation has none. Raises UserError where training would run on
     fewer processes than were asked for.
     """
-    global _parts
-    _parts = gradient_accumulation_steps
+    global _accumulation_steps
+    _accumulation_steps = gradient_accumulation_steps
     check_environment()
     _follow_launcher()
     world = int(os.environ.get("WORLD_SIZE", 1))
-    said = launcher_settings()
-    if said.get("distributed_type") in UNSUPPORTED_TYPES:
-        refuse_kind(said["distributed_type"], "distributed_type")
-    asked = str(said.get("num_processes", 1))
-    if world == 1 and asked.isdecimal() and int(asked) > 1:
+    settings = launcher_settings()
+    if settings.get("distributed_type") in UNSUPPORTED_TYPES:
+        refuse_kind(settings["distributed_type"], "distributed_type")
+    processes = str(settings.get("num_processes", 1))
+    if world == 1 and processes.isdecimal() and int(processes) > 1:
         raise UserError(
-            f"the launcher was asked for {asked} processes but started one (as it "
+            f"the launcher was asked for {processes} processes but started one (as it "
             "does for --cpu and MULTI_CPU): use --config_file accelerate_configs/cpu_2proc.yaml, "
             "with --num_machines and --machine_rank behind it where there are several"
         )
-    # With several processes the launcher hands use_cpu on to nobody
+    # With several processes the launcher does not export use_cpu
     cpu = (
         is_true("ACCELERATE_USE_CPU")
-        or bool(said.get("use_cpu"))
+        or bool(settings.get("use_cpu"))
         or not torch.accelerator.is_available()
     )
-    precision, origin = _precision(mixed_precision, said, cpu)
+    precision, origin = _precision(mixed_precision, settings, cpu)
     _check_device("cpu" if cpu else torch.accelerator.current_accelerator().type, precision, origin)
     threads = _set_threads(threads)
     if cpu:
@@ -79,7 +79,7 @@ def make_accelerator(
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
     torch.use_deterministic_algorithms(deterministic)
-    _meet_after_a_restart(cpu)
+    _rejoin_after_restart(cpu)
     # torch says it of the argument that Accelerate hands on
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.* is deprecated")
     accelerator = Accelerator(
@@ -100,15 +100,15 @@ def make_accelerator(
         )
     set_seed(seed)
     if accelerator.device.type == "cuda":
-        torch.backends.cudnn.benchmark = not deterministic  # it chooses by what is faster now
+        torch.backends.cudnn.benchmark = not deterministic  # it chooses by measured speed
         torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
-    words = {
+    facts = {
         "precision": f"{precision} ({origin})",
         "device": _device_words(accelerator),
         "threads": threads,
         "processes": accelerator.num_processes,
     }
-    return accelerator, words
+    return accelerator, facts
 
 
 def _check_device(kind, precision, origin):
@@ -127,25 +127,25 @@ def _check_device(kind, precision, origin):
 
 
 def _follow_launcher():
-    """When the launcher dies, this process gets SIGTERM (Linux): a kill reaches the training."""
+    """Get SIGTERM when the launcher dies (Linux), so that killing it ends the training."""
     if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         pr_set_pdeathsig = 1
         with contextlib.suppress(OSError):
             ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-def _meet_after_a_restart(cpu):
+def _rejoin_after_restart(cpu):
     """Form the process group of a job that torchrun has restarted (--max-restarts), on one machine.
 
-    torch 2.15 meets in the agent's store, which still says where the processes of the last try
-    had listened: some would wait there for ever. Here each try has keys of its own. On several
-    machines the number of restarts is not the same on all, so they are left to Accelerate.
+    In torch 2.15 the processes find each other by the agent's store, which still has the addresses
+    of the last attempt: some would wait there for ever. Here each attempt has keys of its own. On
+    several machines the numbers of restarts may differ, so they are left to Accelerate.
     """
     env = os.environ
     restarts = env.get("TORCHELASTIC_RESTART_COUNT", "0")
-    shared = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    here = env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE") != "1"
-    if restarts == "0" or not (shared and here):
+    agent_store = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    one_machine = env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE") != "1"
+    if restarts == "0" or not (agent_store and one_machine):
         return
     store, rank, world = next(torch.distributed.rendezvous("env://"))
     device = torch.device("cpu") if cpu else torch.accelerator.current_accelerator()
@@ -158,43 +158,43 @@ def _meet_after_a_restart(cpu):
 
 
 def launcher_settings():
-    """What was really written in the launcher's config file and command line: {name: value}.
+    """The settings in the launcher's config file and on its command line: {name: value}.
 
-    Its environment variables do not tell what it was told from what it fell back to.
+    Its environment variables do not tell settings from defaults.
     """
     if "ACCELERATE_MIXED_PRECISION" not in os.environ:
         return {}  # started by python or torchrun
     try:
-        words = psutil.Process().parent().cmdline()
+        argv = psutil.Process().parent().cmdline()
     except (psutil.Error, AttributeError):
         return {}
-    said = {}
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        name, _, value = word.partition("=")
+    options = {}
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, _, value = argument.partition("=")
         if name.startswith("--"):
-            said[name[2:].replace("-", "_")] = value or following
-        elif word.endswith(".py") and os.path.basename(word) != "launch.py":
+            options[name[2:].replace("-", "_")] = value or following
+        elif argument.endswith(".py") and os.path.basename(argument) != "launch.py":
             break  # the script; its own flags follow
-    written = {}
+    file_settings = {}
     with (
         contextlib.suppress(OSError, ValueError, yaml.YAMLError),
-        open(said.get("config_file", default_config_file), encoding="utf-8") as file,
+        open(options.get("config_file", default_config_file), encoding="utf-8") as file,
     ):
-        written = yaml.safe_load(file)
-    written = written if isinstance(written, dict) else {}
-    if "multi_gpu" in said or "cpu" in said:  # then the launcher leaves the file's out
-        written.pop("distributed_type", None)
+        file_settings = yaml.safe_load(file)
+    file_settings = file_settings if isinstance(file_settings, dict) else {}
+    if "multi_gpu" in options or "cpu" in options:  # then the launcher ignores the file's
+        file_settings.pop("distributed_type", None)
     names = ("mixed_precision", "num_processes", "use_cpu", "distributed_type")
-    both = {**written, **said}
-    return {name: both[name] for name in names if both.get(name) is not None}
+    settings = {**file_settings, **options}
+    return {name: settings[name] for name in names if settings.get(name) is not None}
 
 
-def _precision(asked, said, cpu):
-    """(precision, who said so)."""
-    if asked != "auto":
-        return asked, "--mixed_precision"
+def _precision(flag, settings, cpu):
+    """(precision, where it comes from)."""
+    if flag != "auto":
+        return flag, "--mixed_precision"
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if launcher != "no" or "mixed_precision" in said:
+    if launcher != "no" or "mixed_precision" in settings:
         return launcher, "the launcher"
     if computes_bf16(cpu):
         return "bf16", "auto: this device computes it natively"
@@ -212,14 +212,14 @@ def computes_bf16(cpu):
 
 
 def _set_threads(threads):
-    """Give each process on this machine its share of the cores; OMP_NUM_THREADS may say fewer.
+    """Give each process on this machine its share of the cores, or a smaller OMP_NUM_THREADS.
 
-    The launcher exports 1 where it was told nothing, which does not count.
+    A value of 1 does not count: the launcher exports it where no number was set.
     """
     if threads is None:
-        exported = int(os.environ.get("OMP_NUM_THREADS", 0) or 0)
+        env_threads = int(os.environ.get("OMP_NUM_THREADS", 0) or 0)
         share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        threads = max(1, min(exported, share) if exported > 1 else share)
+        threads = max(1, min(env_threads, share) if env_threads > 1 else share)
     torch.set_num_threads(threads)
     return threads
 
@@ -252,22 +252,22 @@ def script(name):
 
     Exit status 2 for UserError, 1 for RunStopped; SystemExit (143, 130 after a signal) passes.
     """
-    with steady_output(), _one_line(name):
+    with steady_output(), _errors_in_one_line(name):
         yield
 
 
 @contextlib.contextmanager
-def _one_line(name):
+def _errors_in_one_line(name):
     try:
         yield
     except UserError as error:
         _print_once(f"{name}: {printable(' '.join(str(error).split()))}")
         raise SystemExit(error.status) from None
     except torch.OutOfMemoryError as error:
-        parts = 2 * _parts
+        steps = 2 * _accumulation_steps
         _print_once(
             f"{name}: out of memory on the device ({str(error).partition('.')[0]}): "
-            f"--gradient_accumulation_steps {parts} computes the same batch in smaller parts, and "
+            f"--gradient_accumulation_steps {steps} computes the same batch in smaller parts, and "
             "may be given to a resumed run, too"
         )
         raise SystemExit(1) from None
@@ -290,7 +290,7 @@ def _one_line(name):
 
 
 def _print_once(line):
-    """Once on each machine: a folder may be missing on the second one only."""
+    """Print once on each machine: a folder may be missing on the second one only."""
     rank = os.environ.get("LOCAL_RANK", "")
-    if not rank.isdecimal() or int(rank) == 0:  # what it says may be the mistake
+    if not rank.isdecimal() or int(rank) == 0:  # its value may be the mistake
         print(line, file=sys.stderr, flush=True)

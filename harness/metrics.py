@@ -1,7 +1,7 @@
-"""The table of metrics: what an evaluation computes, under which name, and what is better.
+"""The table of metrics: what an evaluation computes, its name, and whether more is better.
 
 Records ("val/acc", "test/loss_ema"), the lines of epochs, the trackers' summaries, the curves, the
-choice of the best epoch (`--select_by`) and the words of `--metrics` follow from it. To log one
+choice of the best epoch (`--select_by`) and the names for `--metrics` follow from it. To log one
 more number of an evaluation, add a row.
 """
 
@@ -19,11 +19,11 @@ from tricks.calibration import expected_calibration_error
 
 
 class Metric(NamedTuple):
-    """A number of a split. It has a `batch_sum` or is `of_all`, the other is None."""
+    """A number about a split, computed by `batch_sum` or by `of_all`; the other is None."""
 
-    title: str  # in words, on pictures
+    title: str  # on pictures and in reports
     best: str  # "max" or "min"
-    text: str  # how a value is written
+    text: str  # the format of a value
     # logits (n, K), labels (n,) -> 0-d: the value is the sum of these over the samples
     batch_sum: Callable[[Tensor, Tensor], Tensor] | None = None
     # All logits float64 (n, K), labels int64 (n,), on the CPU -> the value
@@ -58,16 +58,16 @@ def _confusion(logits, labels):
 def _balanced_accuracy(logits, labels):
     """The mean recall of the classes that have samples."""
     matrix = _confusion(logits, labels).double()
-    there = matrix.sum(1) > 0
-    return (matrix.diag()[there] / matrix.sum(1)[there]).mean().item()
+    has_samples = matrix.sum(1) > 0
+    return (matrix.diag()[has_samples] / matrix.sum(1)[has_samples]).mean().item()
 
 
 def _macro_f1(logits, labels):
     """The mean F1 of the classes that have samples or were predicted."""
     matrix = _confusion(logits, labels).double()
-    counted = matrix.sum(1) + matrix.sum(0)
-    there = counted > 0
-    return (2 * matrix.diag()[there] / counted[there]).mean().item()
+    totals = matrix.sum(1) + matrix.sum(0)
+    occurs = totals > 0
+    return (2 * matrix.diag()[occurs] / totals[occurs]).mean().item()
 
 
 def _ece(logits, labels):
@@ -75,18 +75,18 @@ def _ece(logits, labels):
 
 
 def _over_classes(score):
-    """The mean of `score`(is class k, its probability) over the classes with and without samples.
+    """The mean over classes of `score`(whether each sample is of the class, its probability).
 
-    A class that all samples have, or none, has no such score; NaN where no class has one.
+    A class that all samples belong to, or none, has no score; NaN where no class has one.
     """
 
     def value(logits, labels):
         probabilities, counts = logits.softmax(1), labels.bincount(minlength=logits.shape[1])
-        found = [
+        scores = [
             score((labels == k).numpy(), probabilities[:, k].numpy())
             for k in ((counts > 0) & (counts < len(labels))).nonzero().flatten().tolist()
         ]
-        return sum(found) / len(found) if found else math.nan
+        return sum(scores) / len(scores) if scores else math.nan
 
     return value
 
@@ -138,7 +138,7 @@ def wilson_interval(hits, total, z=1.96):
     """(low, high) of a share of `hits` in `total` draws: Wilson's score interval.
 
     z: 1.96 for 95 %. Brown, Cai, DasGupta, "Interval Estimation for a Binomial Proportion", 2001.
-    Nothing drawn: (0.0, 1.0).
+    (0.0, 1.0) for total = 0.
     """
     if not total:
         return 0.0, 1.0
@@ -151,16 +151,16 @@ def wilson_interval(hits, total, z=1.96):
 def scores_in_words(scores, sizes) -> str:
     """`test 93.10% (ema 94.02%) of 10,000  ` for the epoch line; empty if nothing was scored.
 
-    scores: {"SPLIT/METRIC": value}; their loss is left to metrics.jsonl. sizes: {split: images}.
+    scores: {"SPLIT/METRIC": value}; losses are left to metrics.jsonl. sizes: {split: images}.
     """
-    words = ""
+    line = ""
     for split in ("val", "test"):
-        there = [name for name in METRICS if name != "loss" and f"{split}/{name}" in scores]
+        names = [name for name in METRICS if name != "loss" and f"{split}/{name}" in scores]
         values = []
-        for name in there:
-            value, averaged = (scores.get(f"{split}/{name}{end}") for end in ("", "_ema"))
-            text, label = METRICS[name].text, f"{name} " if len(there) > 1 else ""
-            ema = f" (ema {text.format(averaged)})" if averaged is not None else ""
+        for name in names:
+            value, ema_value = (scores.get(f"{split}/{name}{end}") for end in ("", "_ema"))
+            text, label = METRICS[name].text, f"{name} " if len(names) > 1 else ""
+            ema = f" (ema {text.format(ema_value)})" if ema_value is not None else ""
             values.append(f"{label}{text.format(value)}{ema}")
-        words += f"{split} {', '.join(values)} of {sizes[split]:,}  " if values else ""
-    return words
+        line += f"{split} {', '.join(values)} of {sizes[split]:,}  " if values else ""
+    return line

@@ -1,4 +1,4 @@
-"""The PNGs of a run: what the network saw, and how training went.
+"""The PNGs of a run: its training images, tiles with captions, and its curves.
 
 matplotlib and PIL are imported only when a picture is drawn: they cost half a second.
 """
@@ -25,9 +25,9 @@ LINE = 16  # px from one line of text to the next
 
 
 def save_train_batch(path, images, targets, classes):
-    """A grid of up to 32 training images with their labels, of mixed ones the two largest shares.
+    """A grid of up to 32 training images with their labels; for mixed ones the two largest shares.
 
-    A label that stands alone has no number, which would read like a prediction's.
+    A single label has no number, which would look like a predicted probability.
 
     images: (N, 1 or 3, H, W), uint8 or float, in 0..255 (normalisation undone), any device.
     targets: (N, K), rows that sum to 1. classes: K names in any script.
@@ -48,7 +48,7 @@ def save_tiles(path, images, captions):
     """A grid of images, each with lines of text below it.
 
     images: (N, 1 or 3, H, W), uint8 or float, in 0..255, any device. captions: for each image a
-    list of (text, end): the text is shortened where the line is too long, its end is not.
+    list of (text, end): where the line is too long, the text is shortened, its end is not.
     """
     from PIL import Image, ImageDraw
 
@@ -80,13 +80,15 @@ def save_tiles(path, images, captions):
 
 
 def _largest_two(target):
-    """[(class, weight)], largest first, without what label smoothing spreads over all classes."""
-    floor = min(target) if len(target) > 2 else 0.0  # of two classes both may be really mixed
-    first, *second = sorted(range(len(target)), key=lambda k: -target[k])[:2]
-    return [(k, target[k]) for k in (first, *second) if k == first or target[k] > floor + 1e-3]
+    """[(class, weight)], largest first, without the share that label smoothing spreads."""
+    floor = min(target) if len(target) > 2 else 0.0  # with two classes, both may come from mixing
+    largest, *runner_up = sorted(range(len(target)), key=lambda k: -target[k])[:2]
+    return [
+        (k, target[k]) for k in (largest, *runner_up) if k == largest or target[k] > floor + 1e-3
+    ]
 
 
-# Text is drawn in runs of one font each: PIL itself knows no fallback from font to font.
+# Text is drawn in runs of one font each: PIL itself does not fall back to another font.
 
 
 @functools.cache
@@ -125,10 +127,10 @@ def font_families(text):
 
 
 def drawable(name, index):
-    """The name with "?" for what no font has, or the class's number where nothing is left."""
+    """The name, with "?" for characters that no font has, or the class's number if none is left."""
     name = " ".join(name.split())
-    shown = "".join(c if _font_of(c) else "?" for c in name)
-    return shown if any(_font_of(c) and not c.isspace() for c in name) else f"#{index}"
+    text = "".join(c if _font_of(c) else "?" for c in name)
+    return text if any(_font_of(c) and not c.isspace() for c in name) else f"#{index}"
 
 
 def _runs(text):
@@ -147,20 +149,20 @@ def _shortened(name, room):
     return name.rstrip() + "…"
 
 
-def draw_line(draw, line, at, room, centred=True):
-    """Draw (text, end) on a baseline that starts at `at`, within `room` px.
+def draw_line(draw, line, start, room, centred=True):
+    """Draw (text, end) on a baseline that starts at `start`, within `room` px.
 
-    The text is shortened where both don't fit, its end is not.
+    The text is shortened where both don't fit; its end is not.
     """
     text, end = line
     text = _shortened(text, room - _length(end)) + end
     indent = (room - _length(text)) / 2 if centred else 0
-    _draw_text(draw, (at[0] + indent, at[1]), text)
+    _draw_text(draw, (start[0] + indent, start[1]), text)
 
 
-def _draw_text(draw, at, text):
-    """Draw with the baseline's left end at `at`."""
-    x, y = at
+def _draw_text(draw, start, text):
+    """Draw with the baseline's left end at `start`."""
+    x, y = start
     for font, run in _runs(text):
         draw.text((x, y), run, fill="black", font=font, anchor="ls")
         x += font.getlength(run)
@@ -176,7 +178,7 @@ ENDS = {"": "--", "_ema": "-"}
 def _panels(records):
     """{title of a panel: {key of the records: (colour, line style)}}, by the table of metrics.
 
-    Those of metrics that no record has are left out, but for loss and accuracy.
+    Metrics that no record has are left out, except for loss and accuracy.
     """
     in_training = {"acc": "mixed_acc", "loss": "loss"}
     panels = {}
@@ -197,21 +199,21 @@ def save_curves(path, records):
     """Loss, accuracy and learning rate over the epochs, from the objects of metrics.jsonl.
 
     records: dicts with "epoch" (float) and any of the keys of `_panels`, "train/lr" and
-    "train/lr/<group>"; keys may be missing, values None or NaN. Where a "stage" begins, a
-    vertical line says so.
+    "train/lr/<group>"; keys may be missing, values None or NaN. A vertical
+    line marks where a "stage" begins.
     """
     import matplotlib.style
     from matplotlib.figure import Figure
 
     records = [record for record in records if record.get("epoch") is not None]
-    # In the order of the record that has the most: from the stem to the head
-    named = [[k for k in record if k.split("/")[:2] == ["train", "lr"]] for record in records]
-    keys = dict.fromkeys(key for group in sorted(named, key=len, reverse=True) for key in group)
+    # In the order of the record with the most of them: from the stem to the head
+    rate_keys = [[k for k in record if k.split("/")[:2] == ["train", "lr"]] for record in records]
+    keys = dict.fromkeys(key for group in sorted(rate_keys, key=len, reverse=True) for key in group)
     palette = (GREEN, PINK, ORANGE, SKY, BLUE, VERMILION, GREY)
     rates = {key: (palette[n % len(palette)], "-") for n, key in enumerate(keys)}
     panels = _panels(records) | {"learning rate": rates}
     with matplotlib.style.context("default"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # all that matplotlib may find odd about a NaN or a zero
+        warnings.simplefilter("ignore")  # matplotlib's warnings about a NaN or a zero
         figure = Figure(figsize=(8, 3 * len(panels)), dpi=110, layout="constrained")
         axes = figure.subplots(len(panels), 1, sharex=True)
         for ax, (title, series) in zip(axes, panels.items(), strict=True):
@@ -222,11 +224,11 @@ def save_curves(path, records):
 
 
 def _draw_panel(ax, title, series, records):
-    any_of_them = [r for r in records if any(r.get(key) is not None for key in series)]
+    panel_records = [r for r in records if any(r.get(key) is not None for key in series)]
     for key, (colour, style) in series.items():
         points = [(r["epoch"], r[key]) for r in records if r.get(key) is not None]
         if title == "learning rate":  # a group that does not train in a stage has no line there
-            points = [(r["epoch"], r.get(key, math.nan)) for r in any_of_them]
+            points = [(r["epoch"], r.get(key, math.nan)) for r in panel_records]
         finite = [value for _, value in points if math.isfinite(value)]
         if not finite:
             continue
@@ -254,7 +256,7 @@ def _draw_panel(ax, title, series, records):
 
 
 def _mark_stages(axes, records):
-    """A line where each stage begins: at the last record of the one before, an epoch's end."""
+    """A line where each stage begins: at the last record of the previous one, an epoch's end."""
     current, epoch = None, 0
     for record in records:
         if record.get("stage", current) != current:

@@ -1,6 +1,6 @@
-"""Work that not every process does: all of them hear what came of it, or the error.
+"""Work that only some processes do: all of them learn whether it succeeded.
 
-Otherwise the others would wait in the next collective for a process that is gone. Every function
+Otherwise the others would wait in the next collective for a process that has ended. Every function
 here is called by all processes; a UserError of any of them is raised on all.
 """
 
@@ -19,11 +19,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from harness.errors import RunStopped, UserError, shortened
 
-ALONE = SimpleNamespace(  # an accelerator's place, for work that no other process shares
+ALONE = SimpleNamespace(  # in an accelerator's place, for work of one process
     num_processes=1, process_index=0, local_process_index=0, is_main_process=True,
     is_local_main_process=True,
 )  # fmt: skip
-ASK_SECONDS = 5  # how often those who wait for another process's work ask for it
+ASK_SECONDS = 5  # between two questions of processes that wait for another's work
 
 
 def cores() -> int:
@@ -34,15 +34,15 @@ def cores() -> int:
 
 
 def on_main(accelerator, action, failure=None):
-    """What `action()` gives, on the main process, which does it; None on the others.
+    """Run `action()` on the main process; returns its result there, None on the others.
 
-    failure: words; an OSError is then a RunStopped on all, "failure: why".
+    failure: a text; an OSError then becomes a RunStopped on all, "failure: error".
     """
     return _do(accelerator, accelerator.is_main_process, action, failure)
 
 
 def from_main(accelerator, action, patient=False):
-    """What `action()` gives on the main process, on all: anything that can be pickled.
+    """Run `action()` on the main process; returns its result, which is pickled, on all.
 
     patient: it may take longer than a collective may wait, see `in_turn`.
     """
@@ -53,7 +53,7 @@ def from_main(accelerator, action, patient=False):
 
 
 def from_each(accelerator, action) -> list:
-    """What `action()` gives on each process, in their order, on all. It may take hours."""
+    """Run `action()`, maybe for hours, on each process; returns all results in order, on all."""
     if accelerator.num_processes == 1:
         return [action()]
     with _patience(accelerator):
@@ -63,41 +63,41 @@ def from_each(accelerator, action) -> list:
 
 
 def in_turn(accelerator, action):
-    """What `action()` gives: done by one process of each machine first, then by the others.
+    """Run `action()` on one process of each machine first, then on the others; returns its result.
 
-    So that the others find in a cache what the first has put there. It may take hours: those who
+    So the others find in a cache what the first has stored there. It may take hours: processes that
     wait ask every few seconds, as no collective may wait longer than its timeout.
     """
     result = None
-    for first in (True, False):
-        turn = accelerator.is_local_main_process == first
+    for is_local_main in (True, False):
+        turn = accelerator.is_local_main_process == is_local_main
         with _patience(accelerator):
-            mine, error = _attempt(action) if turn else (None, None)
+            turn_result, error = _attempt(action) if turn else (None, None)
         _raise_on_all(accelerator, error)
-        result = mine if turn else result
+        result = turn_result if turn else result
     return result
 
 
 def from_local_main(accelerator, action):
-    """What `action()` gives on one process of each machine, on all of that machine.
+    """Run `action()` on one process of each machine; returns its result on all of that machine.
 
-    It is handed over in a temporary file, which may be large (the list of a million images).
+    The result passes through a temporary file, as it may be large (the list of a million images).
     """
     if accelerator.num_processes == 1:
         return action()
-    here = accelerator.is_local_main_process
+    is_local_main = accelerator.is_local_main_process
     result = path = None
     with _patience(accelerator):
-        result, error = _attempt(action) if here else (None, None)
+        result, error = _attempt(action) if is_local_main else (None, None)
     _raise_on_all(accelerator, error)
     try:
-        if here:
-            path, error = _attempt(lambda: _put_away(result), "handing a result to processes")
+        if is_local_main:
+            path, error = _attempt(lambda: _store(result), "handing a result to processes")
         _raise_on_all(accelerator, error)
         paths = gather_object([path])
-        own = paths[accelerator.process_index - accelerator.local_process_index]
-        if not here:
-            result, error = _attempt(lambda: _taken(own), "a result of another process")
+        machine_path = paths[accelerator.process_index - accelerator.local_process_index]
+        if not is_local_main:
+            result, error = _attempt(lambda: _load(machine_path), "a result of another process")
         _raise_on_all(accelerator, error)
     finally:
         if path:
@@ -106,7 +106,7 @@ def from_local_main(accelerator, action):
 
 
 def only_process(accelerator, script):
-    """Raise UserError, on all, where several processes were started for work of one."""
+    """Raise UserError, on all, where several processes were started for the work of one."""
     if accelerator.num_processes > 1:
         raise UserError(f"{script} is the work of one process: python {script} RUN")
 
@@ -132,31 +132,32 @@ def check_same(accelerator, facts):
 
 def machines(accelerator) -> tuple[int, int, int]:
     """(which machine this is, how many there are, how many processes it has)."""
-    own = accelerator.process_index - accelerator.local_process_index
-    firsts = from_each(accelerator, lambda: own)
-    return sorted(set(firsts)).index(own), len(set(firsts)), firsts.count(own)
+    local_main = accelerator.process_index - accelerator.local_process_index
+    local_mains = from_each(accelerator, lambda: local_main)
+    numbers = sorted(set(local_mains))
+    return numbers.index(local_main), len(numbers), local_mains.count(local_main)
 
 
-def _put_away(result):
+def _store(result):
     handle, path = tempfile.mkstemp(prefix="from-local-main-")
     with open(handle, "wb") as file:
         pickle.dump(result, file, pickle.HIGHEST_PROTOCOL)
     return path
 
 
-def _taken(path):
+def _load(path):
     with open(path, "rb") as file:
         return pickle.load(file)
 
 
-def _do(accelerator, here, action, failure=None):
-    result, error = _attempt(action, failure) if here else (None, None)
+def _do(accelerator, is_worker, action, failure=None):
+    result, error = _attempt(action, failure) if is_worker else (None, None)
     _raise_on_all(accelerator, error)
     return result
 
 
 def _attempt(action, failure=None):
-    """(result, None) or (None, the error that all processes shall hear)."""
+    """(result, None) or (None, the error to raise on all processes)."""
     try:
         return action(), None
     except UserError as error:
@@ -172,33 +173,34 @@ def _raise_on_all(accelerator, error):
         errors = [(None, error)]
     else:
         errors = gather_object([(socket.gethostname(), error)])
-    for host, error in errors:
-        if type(error) is UserError and host not in (None, socket.gethostname()):
-            raise UserError(f"{error} (on {host})")
-        if error is not None:
-            raise error
+    for host, process_error in errors:
+        if type(process_error) is UserError and host not in (None, socket.gethostname()):
+            raise UserError(f"{process_error} (on {host})")
+        if process_error is not None:
+            raise process_error
 
 
 @contextlib.contextmanager
 def _patience(accelerator):
-    """Leave the block when all processes have come to its end, however long one takes."""
-    if accelerator.num_processes == 1:  # no thread: MPS crashes where two issue work
+    """Leave the block when all processes have reached its end, however long one takes."""
+    if accelerator.num_processes == 1:  # no thread: MPS crashes where two of them issue work
         yield
         return
-    done = threading.Event()
-    asking = threading.Thread(target=_ask_until_all, args=(done, accelerator), daemon=True)
-    asking.start()
+    end = threading.Event()
+    thread = threading.Thread(target=_ask_until_all, args=(end, accelerator), daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        done.set()
-        asking.join()
+        end.set()
+        thread.join()
 
 
-def _ask_until_all(done, accelerator):
-    """Return when the event `done` is set on all processes."""
-    left = 1
-    with contextlib.suppress(RuntimeError):  # one is lost: the script's next collective says it
-        while left:
-            here = float(not done.wait(ASK_SECONDS))
-            left = accelerator.reduce(torch.tensor(here, device=accelerator.device), "sum").item()
+def _ask_until_all(end, accelerator):
+    """Return when the event `end` is set on all processes."""
+    working = 1
+    with contextlib.suppress(RuntimeError):  # a process is lost: the next collective raises it
+        while working:
+            is_working = float(not end.wait(ASK_SECONDS))
+            flag = torch.tensor(is_working, device=accelerator.device)
+            working = accelerator.reduce(flag, "sum").item()

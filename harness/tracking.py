@@ -1,4 +1,4 @@
-"""Weights & Biases and TensorBoard, through Accelerate's trackers, and never in training's way.
+"""Weights & Biases and TensorBoard, through Accelerate's trackers, which never stop the training.
 
 A tracker may be absent, without network, slow or broken: training goes on, and metrics.jsonl has
 everything anyway. `accelerate`, `wandb` and `tensorboard` are imported only when a run is tracked.
@@ -31,7 +31,7 @@ TRACKERS = ("wandb", "tensorboard")
 PROBE_SECONDS = 3.0  # how long W&B's server may take to answer before the run is kept offline
 INIT_SECONDS = 30.0  # how long wandb.init may take with a server that answers
 FINISH_SECONDS = 60.0  # how long the end of a run waits for a tracker; what is left is on disk
-MODEL_SECONDS = 600.0  # the same when a model is uploaded, which was asked for
+MODEL_SECONDS = 600.0  # the same when a model is uploaded
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ class Tracking:
         self._trackers = []
 
     def _put(self, job: Callable) -> None:
-        if self._trackers:  # else nobody would ever take it out
+        if self._trackers:  # else no thread would ever take it out
             self._jobs.put(job)
 
     def _start_wandb(self, folder: Path, config: dict, about: dict) -> str:
@@ -184,9 +184,11 @@ class Tracking:
         if mode == "disabled":
             return f"W&B disabled ({reason})"
         # A resumed run has several parts; the newest is being written
-        here = Path(tracker.run.dir).parent
-        parts = sorted(here.parent.glob(f"offline-run-*-{self.run_id}"))
-        paths = " ".join(_short(part) for part in dict.fromkeys([*parts, here]))
+        run_folder = Path(tracker.run.dir).parent
+        part_folders = sorted(run_folder.parent.glob(f"offline-run-*-{self.run_id}"))
+        paths = " ".join(
+            _short(part_folder) for part_folder in dict.fromkeys([*part_folders, run_folder])
+        )
         return f"W&B offline ({reason}): `wandb sync {paths}`"
 
     def _start_tensorboard(self, folder: Path, config: dict) -> str:
@@ -231,7 +233,7 @@ def require_tensorboard() -> None:
 def decide_wandb_mode() -> tuple[str, str]:
     """W&B's mode for this process and, unless it is "online", the reason.
 
-    Decided before the first wandb.init: with a key but no network that one gives up after 101 s,
+    Decided before the first wandb.init: with a key but no network it gives up after 101 s,
     and offline mode then fails in the same process, too (wandb #9865).
     """
     import wandb
@@ -242,12 +244,12 @@ def decide_wandb_mode() -> tuple[str, str]:
         return "disabled" if settings.mode == "disabled" else "offline", reason
     try:
         # W&B's own look-up: environment, settings file, netrc under each of the host's names.
-        found = wandb.login(prompt=False, verify=False)
+        has_key = wandb.login(prompt=False, verify=False)
     except TypeError:  # before there was `prompt`
-        found = bool(wandb.api.api_key)
+        has_key = bool(wandb.api.api_key)
     except wandb.Error as error:
         return "offline", f"credentials not usable: {reason_of(error)}"
-    if not found:
+    if not has_key:
         return "offline", "no credentials"
     if not answers(settings.base_url):
         return "offline", f"no answer from {urlsplit(settings.base_url).netloc}"
@@ -268,7 +270,7 @@ def answers(base_url: str, seconds: float = PROBE_SECONDS) -> bool:
     insecure = urllib.request.HTTPSHandler(context=ssl._create_unverified_context())
     opener = urllib.request.build_opener(insecure)
 
-    def ask():
+    def send_query():
         try:
             with opener.open(query, timeout=seconds) as response:
                 json.load(response)
@@ -278,7 +280,7 @@ def answers(base_url: str, seconds: float = PROBE_SECONDS) -> bool:
             return False  # no name, no route, no connection, no JSON
         return True
 
-    return answered_within(seconds, ask)
+    return answered_within(seconds, send_query)
 
 
 def _define_metrics(run) -> None:
@@ -319,8 +321,8 @@ def _log_table(tracker, key: str, columns: list[str], rows: list[list]) -> None:
     if tracker.name == "wandb":
         import wandb
 
-        shown = [[wandb.Image(str(c)) if isinstance(c, Path) else c for c in row] for row in rows]
-        tracker.log({key: wandb.Table(columns=columns, data=shown)})
+        cells = [[wandb.Image(str(c)) if isinstance(c, Path) else c for c in row] for row in rows]
+        tracker.log({key: wandb.Table(columns=columns, data=cells)})
     else:
         lines = [columns, ["---"] * len(columns), *rows]
         text = "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
@@ -341,9 +343,9 @@ def _log_model(tracker, path: Path, metadata: dict) -> None:
     for file in (path, path.with_name("config.json")):
         if file == path or file.exists():
             artifact.add_file(str(file))
-    logged = tracker.run.log_artifact(artifact, aliases=["latest"])
+    upload = tracker.run.log_artifact(artifact, aliases=["latest"])
     if not tracker.run.offline:
-        logged.wait(timeout=int(MODEL_SECONDS))  # here, as finish() has less patience
+        upload.wait(timeout=int(MODEL_SECONDS))  # here, as finish() has less patience
 
 
 def _finish(tracker, exit_code: int) -> None:

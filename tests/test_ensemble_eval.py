@@ -249,8 +249,8 @@ def test_another_column_is_another_order():
     from harness.data.sources import load_data
 
     test = load_data("digits").test
-    assert predictions._order(test, "image") == predictions._order(test, "image")
-    assert predictions._order(test, "image") != predictions._order(test, "other")
+    assert predictions._order_digest(test, "image") == predictions._order_digest(test, "image")
+    assert predictions._order_digest(test, "image") != predictions._order_digest(test, "other")
 
 
 def test_a_folder_that_cannot_be_written_to_keeps_nothing_and_says_so(copies, tmp_path, capsys):

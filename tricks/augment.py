@@ -1,8 +1,8 @@
-"""Crop, flip, resized crop, erase and normalise whole batches, each sample its own draw.
+"""Crop, flip, resized crop, erase and normalise whole batches, each sample with its own draw.
 
-What is random is drawn on the CPU for the whole batch (`draw_*`), can be sliced by sample, and is
-then applied on the device of the images (`*_batch`) without waiting for it. No function changes its
-input. Images are (n, channels, height, width), uint8 until `normalize_batch`.
+Random numbers are drawn on the CPU for the whole batch (`draw_*`), can be sliced by sample, and are
+then applied on the device of the images (`*_batch`), for which the host does not wait. No function
+changes its input. Images are (n, channels, height, width), uint8 until `normalize_batch`.
 
 A draw's `generator` is a torch.Generator, or a function (n, k) -> float64 (n, k) in [0, 1), the
 next k numbers of each of n samples: for samples whose draws must not depend on their neighbours'.
@@ -35,7 +35,7 @@ __all__ = [
     "resized_crop_batch",
 ]
 
-CACHED = 2**19  # pixel values that a CPU works on at once, so that they stay in its cache
+CACHED = 2**19  # pixel values that a CPU processes at once, so that they stay in its cache
 TRIES = 10  # boxes drawn before giving up, as in torchvision
 
 Generator = torch.Generator | Callable[[int, int], torch.Tensor]
@@ -48,7 +48,7 @@ def _uniform(n: int, k: int, generator: Generator | None) -> torch.Tensor:
     return torch.rand(n, k, generator=generator, dtype=torch.float64)
 
 
-def _take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def _select(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return tensor.index_select(0, index.to(tensor.device, non_blocking=tensor.is_cuda))
 
 
@@ -84,11 +84,12 @@ def crop_batch(
     padded = F.pad(images, (padding,) * 4, value=fill)
     # Every run of `width` pixels of the padded batch is a row of this view; a crop takes C × H.
     rows = padded.flatten().unfold(0, width, 1)
-    tall, wide = padded.shape[2:]
-    corner = (torch.arange(n) * channels * tall + offsets[:, 0]) * wide + offsets[:, 1]
-    channel = torch.arange(channels).view(-1, 1) * tall * wide
-    row = corner.view(-1, 1, 1) + channel + torch.arange(height) * wide
-    return _take(rows, row.flatten()).view_as(images)
+    padded_height, padded_width = padded.shape[2:]
+    first_row = torch.arange(n) * channels * padded_height + offsets[:, 0]
+    start = first_row * padded_width + offsets[:, 1]
+    channel = torch.arange(channels).view(-1, 1) * padded_height * padded_width
+    row = start.view(-1, 1, 1) + channel + torch.arange(height) * padded_width
+    return _select(rows, row.flatten()).view_as(images)
 
 
 def draw_flips(n: int, p: float = 0.5, generator: Generator | None = None) -> torch.Tensor:
@@ -101,11 +102,11 @@ def draw_flips(n: int, p: float = 0.5, generator: Generator | None = None) -> to
 
 
 def alternate_flips(first: torch.Tensor, epoch: int) -> torch.Tensor:
-    """Whether to mirror each image in `epoch`, counted from 0: as in the first, then in turns.
+    """Whether to mirror each image in `epoch`, counted from 0: as in the first one, then in turns.
 
-    first: bool (n,), drawn once for every image of the data set (`draw_flips`), in the order of
-    the batch. Every image is seen both ways in each two epochs, where independent draws show a
-    quarter of them the same way twice. Keller Jordan 2024, https://arxiv.org/abs/2404.00498
+    first: bool (n,), drawn once for every image of the data set (`draw_flips`), in the order of the
+    batch. In any two successive epochs every image is seen both ways, while independent draws show
+    half of them the same way twice. Keller Jordan 2024, https://arxiv.org/abs/2404.00498
 
     >>> first = torch.tensor([True, False])
     >>> [alternate_flips(first, epoch).tolist() for epoch in range(3)]
@@ -128,7 +129,7 @@ def flip_batch(images: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
     n = len(images)
     if flips.shape != (n,):
         raise ValueError(f"{n} images need flips ({n},), got {tuple(flips.shape)}")
-    return _take(torch.cat((images, images.flip(-1))), torch.arange(n) + n * flips)
+    return _select(torch.cat((images, images.flip(-1))), torch.arange(n) + n * flips)
 
 
 def _draw_sides(
@@ -139,7 +140,7 @@ def _draw_sides(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Whole sides √(a·r), √(a/r) of (n, TRIES) boxes: a uniform in scale·area, r log-uniform.
 
-    uniform: (n, 2 · TRIES) numbers in [0, 1). area: of all images, or (n, 1), one of each.
+    uniform: (n, 2 · TRIES) numbers in [0, 1). area: one for all images, or (n, 1).
     """
     if not 0 <= scale[0] <= scale[1] <= 1:
         raise ValueError(f"scale must be 0 <= low <= high <= 1, got {scale}")
@@ -152,12 +153,14 @@ def _draw_sides(
     return (boxes * ratios).sqrt().round().long(), (boxes / ratios).sqrt().round().long()
 
 
-def _place(sides: torch.Tensor, room: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Boxes (top, left, height, width) of the given sides (n, 2), anywhere in the room: (n, 4).
+def _boxes_at(
+    sides: torch.Tensor, image_sides: torch.Tensor, uniform: torch.Tensor
+) -> torch.Tensor:
+    """Boxes (top, left, height, width) of given sides (n, 2) anywhere inside images: int64 (n, 4).
 
     uniform: (n, 2) numbers in [0, 1).
     """
-    return torch.cat(((uniform * (room - sides + 1)).long(), sides), dim=1)
+    return torch.cat(((uniform * (image_sides - sides + 1)).long(), sides), dim=1)
 
 
 def draw_resized_crops(
@@ -170,10 +173,10 @@ def draw_resized_crops(
 ) -> torch.Tensor:
     """Boxes to crop from images of height × width: int64 (n, 4), top, left, height, width.
 
-    height, width: px, of all images alike, or int64 (n,) with those of each. A box has a share of
+    height, width: px, the same for all images, or int64 (n,). A box has a share of
     the image's area uniform in `scale` and a width/height log-uniform in `ratio`, and lies anywhere
-    inside. If ten boxes in a row don't fit it is the largest central one of an allowed ratio. The
-    distribution is that of torchvision's RandomResizedCrop. ValueError for a range that is none.
+    inside. If ten boxes in a row don't fit, it is the largest central one of an allowed ratio. The
+    distribution is that of torchvision's RandomResizedCrop. ValueError for an invalid range.
     Szegedy et al. 2014, https://arxiv.org/abs/1409.4842
 
     >>> draw_resized_crops(2, 32, 48, generator=torch.Generator().manual_seed(0)).shape
@@ -183,13 +186,13 @@ def draw_resized_crops(
     """
     uniform = _uniform(n, 2 * TRIES + 2, generator)
     sides = [torch.as_tensor(side).expand(n) for side in (height, width)]
-    room = torch.stack(sides, dim=1)
-    tall, wide = room.split(1, dim=1)
+    image_sides = torch.stack(sides, dim=1)
+    tall, wide = image_sides.split(1, dim=1)
     across, down = _draw_sides(uniform[:, :-2], tall * wide, scale, ratio)
     fits = (across > 0) & (across <= wide) & (down > 0) & (down <= tall)
-    first = fits.long().argmax(1, keepdim=True)
-    sides = torch.cat((down.gather(1, first), across.gather(1, first)), dim=1)
-    boxes = _place(sides, room, uniform[:, -2:])
+    first_fit = fits.long().argmax(1, keepdim=True)
+    sides = torch.cat((down.gather(1, first_fit), across.gather(1, first_fit)), dim=1)
+    boxes = _boxes_at(sides, image_sides, uniform[:, -2:])
     h = torch.minimum(tall, (wide.double() / ratio[0]).round().long())
     w = torch.minimum(wide, (tall.double() * ratio[1]).round().long())
     central = torch.cat(((tall - h) // 2, (wide - w) // 2, h, w), dim=1)
@@ -223,10 +226,10 @@ def resized_crop_batch(images: torch.Tensor, boxes: torch.Tensor, size: int) -> 
     float32 at least. ValueError for another dtype, and for a box that is empty or not inside.
 
     On a CPU each image goes through torch's own uint8 kernel, and the result is that of
-    torchvision's resized_crop(antialias=True). Elsewhere it is two matrix products an image for
-    the whole batch, one down and one across: equal to interpolating in float32 and rounding but
-    for values that lie halfway between two levels. The kernel rounds twice: the two are within 1
-    level of each other (and where matrix products may use TF32).
+    torchvision's resized_crop(antialias=True). Elsewhere it is two matrix products an image for the
+    whole batch, one down and one across: equal to interpolating in float32 and rounding, except for
+    values halfway between two levels. The CPU's kernel rounds twice: the two results are within 1
+    level of each other, also where matrix products may use TF32.
 
     >>> image = torch.tensor([[0, 0, 100, 200]] * 4, dtype=torch.uint8).view(1, 1, 4, 4)
     >>> resized_crop_batch(image, torch.tensor([[1, 2, 2, 2]]), 2).view(2, 2)
@@ -235,8 +238,8 @@ def resized_crop_batch(images: torch.Tensor, boxes: torch.Tensor, size: int) -> 
     """
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
-    inside = boxes[:, :2] + boxes[:, 2:] <= torch.tensor(images.shape[2:])
-    if not (inside.all() and (boxes[:, :2] >= 0).all() and (boxes[:, 2:] > 0).all()):
+    fits = boxes[:, :2] + boxes[:, 2:] <= torch.tensor(images.shape[2:])
+    if not (fits.all() and (boxes[:, :2] >= 0).all() and (boxes[:, 2:] > 0).all()):
         raise ValueError(f"a box is empty or not inside the images, {tuple(images.shape[2:])}")
     if images.device.type == "cpu":
         return _resize_each(images, boxes, size)
@@ -245,7 +248,7 @@ def resized_crop_batch(images: torch.Tensor, boxes: torch.Tensor, size: int) -> 
 
 def _resize_each(images: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:
     resized = images.new_empty((*images.shape[:2], size, size))
-    if images.dtype in (torch.float16, torch.bfloat16):  # no kernel of theirs
+    if images.dtype in (torch.float16, torch.bfloat16):  # they have no kernel
         images = images.float()
     for index, (top, left, h, w) in enumerate(boxes.tolist()):
         box = images[index : index + 1, :, top : top + h, left : left + w]
@@ -278,7 +281,7 @@ def draw_erasing(
 
     With probability p a box with a share of the area uniform in `scale` and a height/width
     log-uniform in `ratio`, otherwise (or when ten boxes in a row don't fit) one of area 0. The
-    distribution is that of torchvision's RandomErasing. ValueError for a range that is none.
+    distribution is that of torchvision's RandomErasing. ValueError for an invalid range.
     Zhong et al. 2017, https://arxiv.org/abs/1708.04896
 
     >>> boxes = draw_erasing(1000, 32, 48, generator=torch.Generator().manual_seed(0))
@@ -286,21 +289,21 @@ def draw_erasing(
     (torch.Size([1000, 4]), tensor(True))
     """
     uniform = _uniform(n, 1 + 2 * TRIES + 2, generator)
-    erased = uniform[:, :1] < p
+    erases = uniform[:, :1] < p
     down, across = _draw_sides(uniform[:, 1:-2], height * width, scale, ratio)
     fits = (down < height) & (across < width)
-    first = fits.long().argmax(1, keepdim=True)
-    sides = torch.cat((down.gather(1, first), across.gather(1, first)), dim=1)
-    boxes = _place(sides, torch.tensor([height, width]), uniform[:, -2:])
-    return torch.where(erased & fits.any(1, keepdim=True), boxes, 0)
+    first_fit = fits.long().argmax(1, keepdim=True)
+    sides = torch.cat((down.gather(1, first_fit), across.gather(1, first_fit)), dim=1)
+    boxes = _boxes_at(sides, torch.tensor([height, width]), uniform[:, -2:])
+    return torch.where(erases & fits.any(1, keepdim=True), boxes, 0)
 
 
 def erase_batch(images: torch.Tensor, boxes: torch.Tensor, value: float = 0.0) -> torch.Tensor:
     """Set each image's box to `value` in all channels.
 
     images: (n, C, H, W) of any dtype, whose memory format is kept; boxes: int64 (n, 4) as from
-    `draw_erasing`, on the CPU. What of a box lies outside of its image is left out. What is erased
-    has a gradient of 0. After `normalize_batch` the value 0 is the mean colour.
+    `draw_erasing`, on the CPU. The part of a box outside its image is ignored. Erased pixels have a
+    gradient of 0. After `normalize_batch` the value 0 is the mean colour.
 
     >>> erase_batch(torch.ones(1, 1, 2, 3), torch.tensor([[0, 1, 2, 1]])).view(2, 3)
     tensor([[1., 0., 1.],
@@ -314,21 +317,21 @@ def _erase_each(images: torch.Tensor, boxes: torch.Tensor, value: float) -> torc
     boxes = torch.cat((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), dim=1).clamp(min=0)
     for index, (top, left, bottom, right) in enumerate(boxes.tolist()):
         if top < bottom and left < right:
-            images[index, :, top:bottom, left:right] = value  # a gradient forbids iterating
+            images[index, :, top:bottom, left:right] = value  # iterating fails with gradients
     return images
 
 
 def _erase_at_once(images: torch.Tensor, boxes: torch.Tensor, value: float) -> torch.Tensor:
-    chosen = (boxes[:, 2] * boxes[:, 3]).nonzero().squeeze(1)
-    top, left, height, width = boxes[chosen].view(-1, 4, 1).unbind(1)
+    index = (boxes[:, 2] * boxes[:, 3]).nonzero().squeeze(1)
+    top, left, height, width = boxes[index].view(-1, 4, 1).unbind(1)
     y, x = torch.arange(images.shape[2]), torch.arange(images.shape[3])
     rows = (y >= top) & (y < top + height)
     columns = (x >= left) & (x < left + width)
-    chosen, rows, columns = (
-        t.to(images.device, non_blocking=images.is_cuda) for t in (chosen, rows, columns)
+    index, rows, columns = (
+        t.to(images.device, non_blocking=images.is_cuda) for t in (index, rows, columns)
     )
-    inside = rows[:, None, :, None] & columns[:, None, None, :]
-    images[chosen] = images[chosen].masked_fill_(inside, value)
+    mask = rows[:, None, :, None] & columns[:, None, None, :]
+    images[index] = images[index].masked_fill_(mask, value)
     return images
 
 
@@ -359,7 +362,7 @@ def normalize_batch(
     )
     normalized = torch.empty_like(images, dtype=dtype, memory_format=torch.channels_last)
     cpu = images.device.type == "cpu"
-    most = max(1, CACHED // images.shape[1:].numel() if cpu else len(images))
-    for part, place in zip(images.split(most), normalized.split(most), strict=True):
-        place.copy_(part.float().mul_(factor).sub_(shift))
+    chunk_size = max(1, CACHED // images.shape[1:].numel() if cpu else len(images))
+    for chunk, target in zip(images.split(chunk_size), normalized.split(chunk_size), strict=True):
+        target.copy_(chunk.float().mul_(factor).sub_(shift))
     return normalized

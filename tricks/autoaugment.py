@@ -1,4 +1,4 @@
-"""RandAugment, TrivialAugmentWide and AutoAugment on a whole uint8 batch, each sample its own draw.
+"""RandAugment, TrivialAugmentWide and AutoAugment on a whole uint8 batch, a draw for each sample.
 
 The operations, magnitudes, probabilities and signs are torchvision's (`transforms.v2`, nearest
 interpolation). A draw is made on the CPU for the whole batch, from a torch.Generator or a function
@@ -57,7 +57,7 @@ Generator = torch.Generator | Callable[[int, int], torch.Tensor]
 
 
 class Ops(NamedTuple):
-    """What each of n samples goes through, in k successive slots; CPU tensors of shape (n, k).
+    """The operations on each of n samples, in k successive slots; CPU tensors of shape (n, k).
 
     `op` (int64) is an index into OPERATIONS. `magnitude` (float32) is final and signed: a slope for
     Shear, pixels for Translate (the fraction is dropped), degrees counter-clockwise for Rotate,
@@ -197,10 +197,10 @@ _POLICIES = {
 @lru_cache
 def _policy(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Operation, probability and level of a policy's sub-policies, each of shape (25, 2)."""
-    words = _POLICIES[name].replace(",", " ").replace("|", " ").split()
-    op = torch.tensor([OPERATIONS.index(word) for word in words[0::3]])
-    probability = torch.tensor([float(word) for word in words[1::3]])
-    level = torch.tensor([int(word) for word in words[2::3]])
+    fields = _POLICIES[name].replace(",", " ").replace("|", " ").split()
+    op = torch.tensor([OPERATIONS.index(field) for field in fields[0::3]])
+    probability = torch.tensor([float(field) for field in fields[1::3]])
+    level = torch.tensor([int(field) for field in fields[2::3]])
     return op.view(-1, 2), probability.view(-1, 2), level.view(-1, 2)
 
 
@@ -211,10 +211,10 @@ def draw_autoaugment(
     policy: str = "cifar10",
     generator: Generator | None = None,
 ) -> Ops:
-    """AutoAugment: one of the policy's 25 pairs of operations, each done with its probability.
+    """AutoAugment: one of the policy's 25 pairs of operations, each applied with its probability.
 
     `policy` is "cifar10", "imagenet" or "svhn". Returns Ops of shape (n, 2), Identity where an
-    operation was not done. ValueError for an unknown policy.
+    operation is not applied. ValueError for an unknown policy.
     Cubuk et al. 2018, https://arxiv.org/abs/1805.09501
 
     >>> draw_autoaugment(4, 32, 32, "imagenet").op.shape
@@ -224,24 +224,24 @@ def draw_autoaugment(
         raise ValueError(f"policy must be one of {', '.join(_POLICIES)}, got {policy!r}")
     op, probability, level = _policy(policy)
     uniform = _uniform(n, 5, generator)
-    drawn = (uniform[:, 0] * len(op)).long()
-    done = uniform[:, 1:3] < probability[drawn]
-    op, level = torch.where(done, op[drawn], 0), level[drawn]
+    index = (uniform[:, 0] * len(op)).long()
+    applies = uniform[:, 1:3] < probability[index]
+    op, level = torch.where(applies, op[index], 0), level[index]
     return _with_sign(op, _magnitudes(height, width, 10)[op, level], uniform[:, 3:])
 
 
 def apply_ops(images: torch.Tensor, ops: Ops, fill: int = 0) -> torch.Tensor:
-    """Put each image through its own operations, slot after slot.
+    """Apply to each image its own operations, slot after slot.
 
     images: uint8 (n, 1 or 3, height, width) on any device; ops: as drawn, on the CPU; fill: value
     of pixels that come from outside the image. Returns a uint8 tensor of the same shape; the input
-    is left alone, and nothing waits for the device.
+    is not changed, and the host does not wait for the device.
 
     Equal to torchvision.transforms.v2.functional, image by image, bit for bit, with two exceptions.
     Torchvision multiplies its sampling grid with `bmm`: where the BLAS library behind it fuses
-    multiply and add, ties between two pixels fall otherwise for up to 0.04 % of the moved pixels.
-    Its Contrast of images that are no multiple of 16 values large may differ by one level in the
-    last 15 values, which its vectorised loop leaves over and rounds in another way.
+    multiply and add, ties between two pixels are decided differently for up to 0.04 % of the moved
+    pixels. Its Contrast may differ by one level in the last 15 values of images whose number of
+    values is no multiple of 16, as its vectorised loop leaves these over and rounds them otherwise.
     ValueError for another shape or dtype, and for images of 16 million pixels.
 
     >>> images = torch.arange(8, dtype=torch.uint8).view(2, 1, 2, 2)
@@ -259,17 +259,17 @@ def apply_ops(images: torch.Tensor, ops: Ops, fill: int = 0) -> torch.Tensor:
         raise ValueError(f"images of {tuple(images.shape[2:])} pixels are too large")
     if len(ops.op) != n:
         raise ValueError(f"{n} images but a draw for {len(ops.op)}")
-    sample = torch.arange(n)  # sample[i] is the one that lies at place i of the batch
+    sample = torch.arange(n)  # sample[i] is the number of the image now at index i of the batch
     for op, magnitude in zip(ops.op.unbind(1), ops.magnitude.unbind(1), strict=True):
         # In the order of their operations, the samples of each operation are one slice.
         order = op[sample].argsort(stable=True)
         sample = sample[order]
-        images = _take(images, order)
+        images = _select(images, order)
         _apply_sorted(images, op[sample], magnitude[sample], fill)
-    return _take(images, sample.argsort())
+    return _select(images, sample.argsort())
 
 
-def _take(images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def _select(images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return images.index_select(0, index.to(images.device, non_blocking=images.is_cuda))
 
 
@@ -279,22 +279,22 @@ def _apply_sorted(
     """One operation per image, in place; `op` is sorted."""
     bounds = [0, *op.bincount(minlength=len(OPERATIONS)).cumsum(0).tolist()]
     cpu = images.device.type == "cpu"
-    most = max(1, CACHED // images.shape[1:].numel() if cpu else len(images))
+    chunk_size = max(1, CACHED // images.shape[1:].numel() if cpu else len(images))
     kinds = (MOVES.start, SHIFTS.start, SHIFTS.stop, MOVES.stop)
-    # All at once, unless there are parts anyway: then translations go their shorter way
-    for start, stop in pairwise(kinds) if most < len(images) else [(kinds[0], kinds[-1])]:
+    # All moves at once, unless the batch is in chunks anyway: then translations use `_shift`
+    for start, stop in pairwise(kinds) if chunk_size < len(images) else [(kinds[0], kinds[-1])]:
         move = _shift if start == SHIFTS.start else _move
-        for part in _slices(bounds[start], bounds[stop], most):
-            names = [OPERATIONS[i] for i in op[part].tolist()]
-            images[part] = move(images[part], names, magnitude[part].tolist(), fill)
+        for chunk in _slices(bounds[start], bounds[stop], chunk_size):
+            names = [OPERATIONS[i] for i in op[chunk].tolist()]
+            images[chunk] = move(images[chunk], names, magnitude[chunk].tolist(), fill)
     m = magnitude.view(-1, 1, 1, 1).to(images.device, non_blocking=images.is_cuda)
     for kind in range(MOVES.stop, len(OPERATIONS)):
-        for part in _slices(bounds[kind], bounds[kind + 1], most):
-            images[part] = _RECOLOUR[OPERATIONS[kind]](images[part], m[part])
+        for chunk in _slices(bounds[kind], bounds[kind + 1], chunk_size):
+            images[chunk] = _RECOLOUR[OPERATIONS[kind]](images[chunk], m[chunk])
 
 
-def _slices(start: int, stop: int, most: int) -> list[slice]:
-    return [slice(i, min(i + most, stop)) for i in range(start, stop, most)]
+def _slices(start: int, stop: int, chunk_size: int) -> list[slice]:
+    return [slice(i, min(i + chunk_size, stop)) for i in range(start, stop, chunk_size)]
 
 
 @lru_cache(maxsize=4096)
@@ -303,7 +303,7 @@ def _source(name: str, m: float, height: int, width: int) -> tuple[float, ...]:
 
     Coordinates are pixels from the image's centre; a shear keeps the top or the left edge.
     """
-    # slope is m but for its last digit, which is torchvision's: it decides ties between two pixels.
+    # slope is m except for the last digit, as torchvision rounds it: it decides ties of two pixels.
     shear = math.radians(math.degrees(math.atan(m)))
     if name == "ShearX":
         slope = math.tan(shear)
@@ -322,7 +322,7 @@ def _source(name: str, m: float, height: int, width: int) -> tuple[float, ...]:
 def _move(
     images: torch.Tensor, names: list[str], magnitudes: list[float], fill: int
 ) -> torch.Tensor:
-    """Shear, translate or rotate, each image by its own; nearest pixel, `fill` outside."""
+    """Shear, translate or rotate each image by its own magnitude; nearest pixel, `fill` outside."""
     channels, height, width = images.shape[1:]
     maps = [_source(name, m, height, width) for name, m in zip(names, magnitudes, strict=True)]
     # Coordinates run from -1 to 1 over the image and become pixels as in grid_sample, rounding too.
@@ -344,16 +344,16 @@ def _move(
 def _shift(
     images: torch.Tensor, names: list[str], magnitudes: list[float], fill: int
 ) -> torch.Tensor:
-    """The same for translations only, each image on its own: less to do on a CPU."""
-    moved = torch.full_like(images, fill)
-    for image, place, name, m in zip(images, moved, names, magnitudes, strict=True):
+    """`_move` for translations only, image by image: faster on a CPU."""
+    outputs = torch.full_like(images, fill)
+    for image, target, name, m in zip(images, outputs, names, magnitudes, strict=True):
         side = -1 if name == "TranslateX" else -2
         length = image.shape[side]
-        by = max(-length, min(length, int(m)))
-        kept = length - abs(by)
-        from_ = image.narrow(side, max(-by, 0), kept)
-        place.narrow(side, max(by, 0), kept).copy_(from_)
-    return moved
+        offset = max(-length, min(length, int(m)))
+        overlap = length - abs(offset)
+        source = image.narrow(side, max(-offset, 0), overlap)
+        target.narrow(side, max(offset, 0), overlap).copy_(source)
+    return outputs
 
 
 # The functions below take uint8 images (n, C, H, W) and magnitudes m (n, 1, 1, 1), and return an
@@ -365,9 +365,9 @@ def _levels(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.clamp_(0, 255).short()
 
 
-def _blend(images: torch.Tensor, other: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+def _blend(images: torch.Tensor, opposite: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
     """(1 + m) · images - m · other. addcmul fuses its multiply and add, as torchvision's does."""
-    return _levels(images.float().mul_(1 + m).addcmul_(other, -m))
+    return _levels(images.float().mul_(1 + m).addcmul_(opposite, -m))
 
 
 def _gray(images: torch.Tensor) -> torch.Tensor:
@@ -388,12 +388,12 @@ def _color(images: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
 
 def _contrast(images: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
     gray = _gray(images)
-    # Written out for every pixel: one number an image takes addcmul three times as long
+    # Filled in for every pixel: with one number an image, addcmul takes three times as long
     return _blend(images, gray.copy_(gray.mean((1, 2, 3), keepdim=True)), m)
 
 
 def _sharpness(images: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
-    """Blend with the mean of 3 × 3 pixels in which the middle counts five times; not the border."""
+    """Blend with the mean of 3 × 3 pixels, the middle one counted five times; the border stays."""
     if min(images.shape[-2:]) <= 2:
         return images
     pixels = images.float()
@@ -427,8 +427,8 @@ def _autocontrast(images: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
 def _equalize(images: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
     """Flatten each channel's histogram with Pillow's integer arithmetic."""
     pixels = images.flatten(2).long()
-    one = torch.ones((), dtype=torch.int32, device=images.device).expand_as(pixels)
-    count = one.new_zeros(*pixels.shape[:2], 256).scatter_add_(2, pixels, one)
+    ones = torch.ones((), dtype=torch.int32, device=images.device).expand_as(pixels)
+    count = ones.new_zeros(*pixels.shape[:2], 256).scatter_add_(2, pixels, ones)
     darker = count.cumsum(2, dtype=torch.int32) - count
     below_brightest = torch.where(count > 0, darker, 0).amax(2, keepdim=True)
     step = below_brightest.div_(255, rounding_mode="floor")

@@ -4,10 +4,10 @@ Balanced and square-root sampling: Kang et al., "Decoupling Representation and C
 Long-Tailed Recognition", ICLR 2020, https://arxiv.org/abs/1910.09217
 
 torch's WeightedRandomSampler draws every image independently: a class's share of an epoch is left
-to chance, images come twice while others wait, and each process of a data-parallel run draws for
-itself. Here the order is a pure function of the labels and a generator. Every class comes as often
-as its share says, give or take one, and no image of a class comes again before all of it came: so
-it is the same on any number of processes, and after any resume that makes its generator anew.
+to chance, some images come twice before others come once, and each process of a data-parallel run
+draws for itself. Here the order is a pure function of the labels and a generator: it is the same on
+any number of processes, and after resuming with a generator of the same seed. Every class comes as
+often as its share says, give or take one, and no image comes again before all others of its class.
 """
 
 import torch
@@ -20,8 +20,8 @@ def class_shares(counts: Tensor, power: float = 0.0) -> Tensor:
     """The share of an epoch that each class gets, ∝ n_k^power: (K,) -> float64 (K,), sum 1.
 
     `counts`: the classes' numbers of images, whole, at least 0; a class without images has no
-    share. power 0 gives all others the same, 0.5 goes by the square root, 1 leaves them as they
-    are.
+    share. power 0 gives all others equal shares, 0.5 shares by the square root of the counts, 1
+    shares by the counts.
 
     Raises ValueError for other shapes and counts, and for a power outside of [0, 1].
 
@@ -39,9 +39,9 @@ def class_shares(counts: Tensor, power: float = 0.0) -> Tensor:
 def weighted_order(labels: Tensor, shares: Tensor, generator: torch.Generator) -> Tensor:
     """The rows of an epoch, as many as there are, in an order drawn by `generator`: int64 (n,).
 
-    `labels`: int64 (n,), in [0, K). `shares`: (K,), at least 0, of any sum: what each class's
-    part of the epoch is in proportion to. Class k comes floor or ceil of n·share times; each of
-    its rows floor or ceil of that over its number of rows.
+    `labels`: int64 (n,), in [0, K). `shares`: (K,), at least 0, of any sum: each class's part of
+    the epoch is proportional to it. Class k comes floor or ceil of n·share times; each of its rows
+    floor or ceil of that over its number of rows.
 
     `generator`: on the CPU, of the seed and the epoch; with the same one comes the same order.
 
@@ -55,21 +55,21 @@ def weighted_order(labels: Tensor, shares: Tensor, generator: torch.Generator) -
     (tensor([4, 4]), tensor([2, 2]))
     """
     counts = _check(labels, shares)
-    # Systematic rounding: whole numbers within 1 of what is asked, of the right sum, and over many
-    # epochs right on average
+    # Systematic rounding: whole numbers within 1 of n·share, of the right sum, and equal to n·share
+    # on average over many epochs
     ends = len(labels) * (shares.double() / shares.double().sum()).cumsum(0)
-    last = shares.nonzero().max()
+    last_class = shares.nonzero().max()
     ends = (ends + torch.rand((), generator=generator, dtype=torch.float64)).floor().long()
-    ends[last:] = len(labels)
-    wanted = ends.diff(prepend=ends.new_zeros(1))
+    ends[last_class:] = len(labels)
+    totals = ends.diff(prepend=ends.new_zeros(1))
 
     shuffled = torch.randperm(len(labels), generator=generator)
     rows = shuffled[labels[shuffled].argsort(stable=True)]  # by class, shuffled within each
     of_class = labels[rows]
-    first = counts.cumsum(0) - counts
-    place = torch.arange(len(rows)) - first[of_class]
-    passes, rest = wanted // counts.clamp(min=1), wanted % counts.clamp(min=1)
-    repeats = passes[of_class] + (place < rest[of_class])
+    starts = counts.cumsum(0) - counts
+    ranks = torch.arange(len(rows)) - starts[of_class]
+    passes, remainders = totals // counts.clamp(min=1), totals % counts.clamp(min=1)
+    repeats = passes[of_class] + (ranks < remainders[of_class])
     order = rows.repeat_interleave(repeats)
     return order[torch.randperm(len(order), generator=generator)]
 
@@ -87,9 +87,10 @@ def _check(labels, shares):
     if not shares.isfinite().all() or shares.min() < 0 or shares.max() == 0:
         raise ValueError("shares must be finite, at least 0 and not all 0")
     counts = labels.bincount(minlength=len(shares))
-    missing = ((counts == 0) & (shares > 0)).nonzero().flatten().tolist()
-    if missing:
-        raise ValueError(f"class {missing[0]} has a share of {shares[missing[0]]:g} and no row")
+    empty_classes = ((counts == 0) & (shares > 0)).nonzero().flatten().tolist()
+    if empty_classes:
+        number = empty_classes[0]
+        raise ValueError(f"class {number} has a share of {shares[number]:g} and no row")
     return counts
 
 

@@ -1,4 +1,4 @@
-"""How good probabilities are, not only the classes: scores, reliability, and temperature.
+"""The quality of predicted probabilities: scores, reliability, and temperature.
 
 Predictions are probabilities (samples, classes), labels int64 (samples,).
 
@@ -30,10 +30,10 @@ COLDEST, HOTTEST = 0.01, 100.0
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The T > 0 that minimises the NLL of softmax(logits / T) on these samples.
 
-    logits: finite (samples, classes); for an ensemble the logarithms of its probabilities. The
-    NLL is convex in 1 / T: Newton's method, kept inside a bracket, in float64. T is at least 0.01
-    and at most 100: the one comes back where all predictions are right, and the best T were 0, the
-    other where they are worse than chance, and it were infinite. Where T changes nothing, it is 1.
+    logits: finite (samples, classes); for an ensemble the logarithms of its probabilities. The NLL
+    is convex in 1 / T: Newton's method, kept inside a bracket, in float64. T is at least 0.01, the
+    result where all predictions are right and the best T would be 0, and at most 100, the result
+    where they are worse than chance and it would be infinite. If T has no effect, it is 1.
 
     Fit on images that the network was not trained on. Raises ValueError for logits that are not
     finite and for labels that don't fit.
@@ -58,7 +58,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     if not gaps.any():
         return 1.0
     low, high = 1 / HOTTEST, 1 / COLDEST
-    if slopes(high)[0] <= 0:  # exactly 0 where no doubt is left to float64
+    if slopes(high)[0] <= 0:  # exactly 0 where float64 rounds all doubt away
         return COLDEST
     if slopes(low)[0] >= 0:
         return HOTTEST
@@ -70,8 +70,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         low, high = (inverse, high) if slope < 0 else (low, inverse)
         step = slope / curvature if curvature > 0 else math.inf
         previous, inverse = inverse, inverse - step
-        # Asked before the bracket, one end of which the solution is by now: rounding alone may
-        # take the last step over it, and halving the bracket would begin the search anew.
+        # Tested before the bracket: the solution may be an end of it by now, which the last step
+        # can pass by rounding, and halving the bracket would then start the search again.
         if abs(inverse - previous) <= 1e-12 * previous:
             break
         if not low < inverse < high:
@@ -81,7 +81,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def accuracy(probabilities: Tensor, labels: Tensor) -> float:
-    """The share of samples whose likeliest class is the label; of equals the first class counts.
+    """The share of samples whose likeliest class is the label; of equal ones the first counts.
 
     Errors as in `nll`, as for the scores below.
 
@@ -95,32 +95,32 @@ def accuracy(probabilities: Tensor, labels: Tensor) -> float:
 def nll(probabilities: Tensor, labels: Tensor) -> float:
     """The mean of -log of the label's probability, in nats; infinite where one of them is 0.
 
-    Raises ValueError unless the rows are probabilities, which logits are not, and the labels fit.
+    Raises ValueError unless the rows are probabilities (not logits) and the labels fit.
 
     >>> round(nll(torch.tensor([[0.5, 0.5], [0.25, 0.75]]), torch.tensor([0, 0])), 4)  # ln 8 / 2
     1.0397
     """
     _check_probabilities(probabilities, labels)
-    found = probabilities.gather(1, labels.unsqueeze(1))
-    return -found.double().log().mean().item()
+    likelihoods = probabilities.gather(1, labels.unsqueeze(1))
+    return -likelihoods.double().log().mean().item()
 
 
 def brier(probabilities: Tensor, labels: Tensor) -> float:
     """The squared distance from the one-hot label, Σ over classes, mean over samples: 0 to 2.
 
-    Half of it is what some give for two classes.
+    For two classes, some define it as half of this.
 
     >>> round(brier(torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([0])), 4)  # .09 + .04 + .01
     0.14
     """
     _check_probabilities(probabilities, labels)
-    missing = probabilities.to(torch.float64, copy=True)
-    missing.scatter_add_(1, labels.unsqueeze(1), -torch.ones_like(missing[:, :1]))
-    return missing.square().sum(1).mean().item()
+    errors = probabilities.to(torch.float64, copy=True)
+    errors.scatter_add_(1, labels.unsqueeze(1), -torch.ones_like(errors[:, :1]))
+    return errors.square().sum(1).mean().item()
 
 
 class Reliability(NamedTuple):
-    """A reliability diagram's bars, one a bin: how many samples, how sure, how often right."""
+    """A reliability diagram's bars, one a bin: number of samples, confidence, accuracy."""
 
     counts: Tensor  # int64 (bins,)
     confidence: Tensor  # float64 (bins,), the mean probability of the likeliest class
@@ -144,20 +144,20 @@ def reliability_table(probabilities: Tensor, labels: Tensor, bins: int = 15) -> 
     confidence, predicted = probabilities.max(1)
     confidence = confidence.double()
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=confidence.device)
-    # Rounded as the probabilities are: 0.6 in float32 is above 0.6, and yet its bin's upper edge
-    place = torch.bucketize(confidence, edges[1:-1].to(probabilities.dtype).double())
-    counts = place.bincount(minlength=bins)
-    filled = counts.clamp(min=1)
+    # Edges are rounded as the probabilities are: 0.6 in float32 is above 0.6, yet it is on the edge
+    bin_index = torch.bucketize(confidence, edges[1:-1].to(probabilities.dtype).double())
+    counts = bin_index.bincount(minlength=bins)
+    divisors = counts.clamp(min=1)
     right = (predicted == labels).double()
-    sums = [place.bincount(values, minlength=bins) for values in (confidence, right)]
-    return Reliability(counts, sums[0] / filled, sums[1] / filled)
+    sums = [bin_index.bincount(values, minlength=bins) for values in (confidence, right)]
+    return Reliability(counts, sums[0] / divisors, sums[1] / divisors)
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
     """The mean over samples of their bin's |accuracy - confidence|, by `reliability_table`.
 
-    Few samples in a bin differ by chance: a perfectly calibrated network has an error above 0,
-    and more with more bins.
+    With few samples in a bin the two differ by chance: even a perfectly calibrated network has an
+    error above 0, which grows with the number of bins.
 
     >>> probabilities = torch.tensor([[0.75, 0.25]] * 4)
     >>> expected_calibration_error(probabilities, torch.tensor([0, 0, 0, 1]))
@@ -182,21 +182,21 @@ def _check_shapes(values: Tensor, labels: Tensor) -> None:
             f"labels must be int64 of shape ({samples},), got {labels.dtype} of "
             f"{tuple(labels.shape)}"
         )
-    least, most = (bound.item() for bound in labels.aminmax())
-    if least < 0 or most >= classes:
-        raise ValueError(f"labels must be 0 to {classes - 1}, got {least} to {most}")
+    low, high = (bound.item() for bound in labels.aminmax())
+    if low < 0 or high >= classes:
+        raise ValueError(f"labels must be 0 to {classes - 1}, got {low} to {high}")
 
 
 def _check_probabilities(probabilities: Tensor, labels: Tensor) -> None:
     _check_shapes(probabilities, labels)
     # 2e-2: the rounding of bfloat16
-    wide = torch.promote_types(probabilities.dtype, torch.float32)
-    sums = probabilities.sum(1, dtype=wide)
-    least, most = (bound.item() for bound in sums.aminmax())
-    if probabilities.amin() >= 0 and least >= 1 - 2e-2 and most <= 1 + 2e-2:  # none for NaN
+    precision = torch.promote_types(probabilities.dtype, torch.float32)
+    sums = probabilities.sum(1, dtype=precision)
+    low, high = (bound.item() for bound in sums.aminmax())
+    if probabilities.amin() >= 0 and low >= 1 - 2e-2 and high <= 1 + 2e-2:  # none for NaN
         return
-    off = ~((probabilities >= 0).all(1) & (sums >= 1 - 2e-2) & (sums <= 1 + 2e-2))
-    row = int(off.nonzero()[0])
+    invalid = ~((probabilities >= 0).all(1) & (sums >= 1 - 2e-2) & (sums <= 1 + 2e-2))
+    row = int(invalid.nonzero()[0])
     raise ValueError(
         f"row {row} is no distribution: from {probabilities[row].min().item():.4g}, "
         f"with the sum {sums[row].item():.4g}"

@@ -1,15 +1,15 @@
-"""Class activation maps: where in an image a classifier saw what it names.
+"""Class activation maps: the places in an image that a classifier's answer rests on.
 
     with GradCam(model) as cam:
-        seen = cam(images, methods=("gradcam", "layercam"))
-    heat = upsample_maps(normalize_maps(seen.maps["gradcam"]), images.shape[2:])
+        cams = cam(images, methods=("gradcam", "layercam"))
+    heat = upsample_maps(normalize_maps(cams.maps["gradcam"]), images.shape[2:])
 
 The maps of each method are a pure function of the activations A (n, channels, h, w) of a layer and
 of the gradients G = ∂y/∂A, of the same shape, of the logit y of one class an image. They are
 float32 (n, h, w), neither scaled nor upsampled, and finite where A and G are.
 
-jacobgil's grad-cam 1.5.7, the peer in the tests, differs from the papers in what is said below;
-and it cuts off what is negative in every method.
+jacobgil's grad-cam 1.5.7, the peer in the tests, differs from the papers as described below, and
+sets negative values to 0 in every method.
 """
 
 import difflib
@@ -41,7 +41,7 @@ __all__ = [
     "upsample_maps",
 ]
 
-# Pools whose output is no layer to look at: it has fewer positions, or repeats some
+# Pools, whose output makes no good maps: it has fewer positions, or repeats some
 POOLS = (
     nn.modules.pooling._MaxPoolNd,
     nn.modules.pooling._AvgPoolNd,
@@ -76,7 +76,7 @@ def grad_cam_plus_plus(activations: Tensor, gradients: Tensor) -> Tensor:
     Chattopadhyay et al., WACV 2018, https://arxiv.org/abs/1710.11063, equations 7 and 19, where α
     is G² / (2G² + Σ A · G³). They differentiate exp(y): exp(y) cancels in α, and in w is a factor
     of the whole map, left out here, as it overflows. Made for activations ≥ 0; with others α has
-    poles, and is taken as 0 on one. The peer adds 1e-6 to the denominator 2G² + …: where G is about
+    poles, at which it is set to 0. The peer adds 1e-6 to the denominator 2G² + …: where G is about
     1e-3, as in an untrained ResNet-50, its maps differ by up to 5 % of their largest value, and
     where it is 1e-4, its weights are sums of cubes.
 
@@ -93,7 +93,7 @@ def grad_cam_plus_plus(activations: Tensor, gradients: Tensor) -> Tensor:
 
 
 def hires_cam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """HiResCAM: Σₖ Gₖ ⊙ Aₖ, with a sign: what is negative speaks against the class.
+    """HiResCAM: Σₖ Gₖ ⊙ Aₖ, with a sign: negative values speak against the class.
 
     Draelos and Carin, 2020, https://arxiv.org/abs/2011.08891; no ReLU, as in their code. Where one
     linear layer, or a mean and one, follows A, a map's sum is the logit less its bias.
@@ -110,7 +110,7 @@ def layer_cam(activations: Tensor, gradients: Tensor) -> Tensor:
     """LayerCAM: every position weighted by itself, ReLU(Σₖ ReLU(Gₖ) ⊙ Aₖ).
 
     Jiang et al., TIP 2021, https://doi.org/10.1109/TIP.2021.3089943
-    For the earlier, finer layers too.
+    Also suited to the earlier, finer layers.
 
     >>> activations = torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]])
     >>> layer_cam(activations, torch.tensor([[[[2.0, 4.0]], [[-1.0, -1.0]]]]))
@@ -123,22 +123,22 @@ def layer_cam(activations: Tensor, gradients: Tensor) -> Tensor:
 def eigen_cam(activations: Tensor) -> Tensor:
     """Eigen-CAM: the positions' projection on the first right singular vector, O v₁, O = U Σ Vᵀ.
 
-    O: (h·w, channels), of one image. No class and no gradient enters it. The sign, which the
-    decomposition leaves open, is that which makes the value of largest magnitude positive: of
-    activations ≥ 0 all values are ≥ 0. (The sign of the mean activation would say nothing after a
-    LayerNorm, where that mean is about 0.)
+    O: (h·w, channels), of one image. It uses no class and no gradient. The decomposition leaves the
+    sign open: it is chosen so that the value of largest magnitude is positive. For activations ≥ 0,
+    all values are ≥ 0. (The sign of the mean activation would mean nothing after a LayerNorm, where
+    that mean is about 0.)
 
     Muhammad and Yeasin, IJCNN 2020, https://arxiv.org/abs/2008.00299, which does not centre O. The
-    peer subtracts each channel's mean over the positions, and leaves the sign to chance: of an
-    untrained ConvNeXt's 8 maps 5 had the other one.
+    peer subtracts each channel's mean over the positions, and leaves the sign to chance: 5 of an
+    untrained ConvNeXt's 8 maps had the other one.
 
     >>> eigen_cam(torch.tensor([[[[3.0, 1.5, 6.0]], [[4.0, 2.0, 8.0]]]]))
     tensor([[[ 5.0000,  2.5000, 10.0000]]])
     """
     activations, _ = _checked(activations, activations)
     n, _, height, width = activations.shape
-    left, values, _ = torch.linalg.svd(activations.flatten(2).mT, full_matrices=False)
-    maps = left[:, :, 0] * values[:, :1]
+    left_vectors, values, _ = torch.linalg.svd(activations.flatten(2).mT, full_matrices=False)
+    maps = left_vectors[:, :, 0] * values[:, :1]
     extreme = maps.gather(1, maps.abs().argmax(1, keepdim=True))
     return torch.where(extreme < 0, -maps, maps).view(n, height, width)
 
@@ -150,18 +150,17 @@ def score_cam(
     score: Callable[[Tensor, Tensor], Tensor],
     batch_size: int = 64,
 ) -> Tensor:
-    """Score-CAM: channels weighted by how the image scores where they light it, without gradients.
+    """Score-CAM: channels weighted by the score of the image masked by each, without gradients.
 
         ReLU(Σₖ αₖ Aₖ), α = softmax over k of score(image · scaled(upsampled(Aₖ)))
 
     Wang et al., CVPRW 2020, https://arxiv.org/abs/1910.01279, algorithm 1; the score of a baseline,
-    which it subtracts, cancels in the softmax. Masks are scaled to [0, 1] each; a channel that is
-    the same everywhere has mask 0. Unlike the paper's code, the peer upsamples with
-    align_corners=True.
+    which it subtracts, cancels in the softmax. Each mask is scaled to [0, 1]; a constant channel
+    has mask 0. Unlike the paper's code, the peer upsamples with align_corners=True.
 
-    images: (n, C, H, W), as the network takes them. score: called with some masked images
-    (m, C, H, W) in their dtype and with the number of each one's image, int64 (m,); gives the
-    class's logits (m,), or (m, k) for k classes at once, and then maps are (n, k, h, w).
+    images: (n, C, H, W), as the network takes them. score: a function of masked images
+    (m, C, H, W), in the dtype of the images, and of the numbers of their images, int64 (m,); it
+    returns the class's logits (m,), or (m, k) for k classes, and then maps are (n, k, h, w).
     Costs n · channels forward passes, in batches of `batch_size`: 512 an image for ResNet-18, 2,048
     for ResNet-50. Raises ValueError also for a batch_size < 1.
 
@@ -180,11 +179,11 @@ def score_cam(
         )
     n, channels = activations.shape[:2]
     scores = []
-    for part in torch.arange(n * channels, device=images.device).split(batch_size):
-        masks = upsample_maps(activations.flatten(0, 1)[part], images.shape[2:])
-        samples = part // channels
-        masked = images[samples] * normalize_maps(masks).unsqueeze(1).to(images.dtype)
-        scores.append(score(masked, samples).float())
+    for index in torch.arange(n * channels, device=images.device).split(batch_size):
+        masks = upsample_maps(activations.flatten(0, 1)[index], images.shape[2:])
+        samples = index // channels
+        masked_images = images[samples] * normalize_maps(masks).unsqueeze(1).to(images.dtype)
+        scores.append(score(masked_images, samples).float())
     scores = torch.cat(scores)
     weights = scores.view(n, channels, *scores.shape[1:]).softmax(1)
     if weights.ndim == 2:
@@ -203,11 +202,11 @@ CAM_METHODS = (*GRADIENT_METHODS, "eigencam", "scorecam")
 
 
 def normalize_maps(maps: Tensor) -> Tensor:
-    """Each map from its least value, then 0, to its largest, then 1: float32 (..., h, w).
+    """Scale each map so that its least value is 0 and its largest 1: float32 (..., h, w).
 
-    A map that is the same everywhere, zero or not, points nowhere and becomes 0; one with a NaN in
-    it becomes NaN. A map that is signed (hirescam, eigencam) has its zero somewhere in between:
-    `maps.relu()` first shows what speaks for the class.
+    A constant map, zero or not, becomes 0; a map with a NaN becomes NaN. In a signed map (hirescam,
+    eigencam) zero ends up somewhere in between: `maps.relu()` first keeps what speaks for the
+    class.
 
     >>> normalize_maps(torch.tensor([[[2.0, 3.0, 6.0]], [[0.0, 0.0, 0.0]]]))
     tensor([[[0.0000, 0.2500, 1.0000]],
@@ -222,7 +221,7 @@ def normalize_maps(maps: Tensor) -> Tensor:
 def upsample_maps(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Maps (..., h, w) as large as the image, size = (H, W), bilinear: float32 (..., H, W).
 
-    With align_corners=False, so that a value stands at the centre of what it was pooled from.
+    With align_corners=False, so that a value is at the centre of the pixels it was pooled from.
 
     >>> upsample_maps(torch.tensor([[[0.0, 4.0]]]), (1, 4))
     tensor([[[0., 1., 3., 4.]]])
@@ -245,26 +244,26 @@ def _checked(activations: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class SpatialLayer(NamedTuple):
-    """A module whose output has positions, and how much of it the network's answer depends on."""
+    """A module whose output has positions, and the share of them that the logits depend on."""
 
     name: str  # as in `named_modules`
     channels: int
     height: int
     width: int
     reach: float  # share of positions at which the largest logit has a gradient
-    is_pool: bool  # it, or a module in it that gives its output, is a pool
+    is_pool: bool  # whether it, or a module inside that gives its output, is a pool
 
 
 def spatial_layers(model: nn.Module, images: Tensor) -> list[SpatialLayer]:
     """The modules to take maps from, in the order in which the network finishes them.
 
-    From one forward and backward pass of the first image, in eval mode, which changes nothing of
-    the model. Listed is what gives a tensor (n, c, h, w), or (n, h, w, c) as Swin does, or tokens
-    (n, prefix + h · w, c), with h · w > 1 in the proportions of the images (n, C, H, W) and not
-    larger than they. Of modules that give the same values, as a block and its last ReLU do, the
-    outermost is listed, else the first. Not listed are modules that run more than once in a pass,
-    as a block's shared ReLU does; and of tokens not those of another width than the last ones
-    have, nor bare linear layers, because a block's queries or hidden units are not its features.
+    From one forward and backward pass of the first image, in eval mode, which does not change the
+    model. Listed are modules that return a tensor (n, c, h, w), or (n, h, w, c) as Swin does, or
+    tokens (n, prefix + h · w, c), with h · w > 1 in the proportions of the images (n, C, H, W) and
+    not larger. Of modules that return the same values, as a block and its last ReLU do, the
+    outermost is listed, else the first. Left out are modules that run more than once in a pass, as
+    a block's shared ReLU does, and of those that return tokens the ones of another width than the
+    last and bare linear layers: a block's queries or hidden units are not its features.
 
     >>> model = nn.Sequential(
     ...     nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(24, 5)
@@ -277,46 +276,46 @@ def spatial_layers(model: nn.Module, images: Tensor) -> list[SpatialLayer]:
     model = _unwrapped(model)
     _check_images(images)
     image = _like(model, images[:1])
-    groups, calls, alive, head_input = [], Counter(), None, None
+    groups, calls, last_key, head_input = [], Counter(), None, None
 
     def record(name: str, module: nn.Module, args: tuple, output: object) -> None:
-        nonlocal alive, head_input
+        nonlocal last_key, head_input
         calls[name] += 1
         if isinstance(module, nn.Linear | nn.Conv2d) and args:
             head_input = args[0]
         if not isinstance(output, Tensor) or not output.requires_grad:
             return
         grid = _grid_of(output.shape, image.shape)
-        if grid is None or output.shape == image.shape:  # what only normalises is no feature
+        if grid is None or output.shape == image.shape:  # a normalised image is no feature
             return
-        # Modules finish from the inside out: those that give the same values follow each other.
-        # An in-place operation keeps the address and counts up the version.
+        # Modules finish from the inside out: those that return the same values follow each other.
+        # An in-place operation keeps the address and increments the version.
         key = (output.data_ptr(), output._version, output.numel())
-        if key != alive:
+        if key != last_key:
             groups.append([])
         groups[-1].append(_Member(name, module, output, grid))
-        alive = key
+        last_key = key
 
     with _evaluating(model), _recorded(model, record):
-        # A clone is no leaf: a network may begin with an in-place operation
+        # A clone is no leaf: a network may start with an in-place operation
         logits = model(image.clone().requires_grad_().clone())
         _check_logits(model, logits, 1)
         pools = [any(isinstance(member.module, POOLS) for member in group) for group in groups]
         groups = [[member for member in group if calls[member.name] == 1] for group in groups]
-        shown = [
+        entries = [
             (min(group, key=lambda member: member.name.count(".")), is_pool)
             for group, is_pool in zip(groups, pools, strict=True)
             if group
         ]
-        outputs = [member.output for member, _ in shown]
+        outputs = [member.output for member, _ in entries]
         gradients = _gradients(logits.amax(), outputs)
         if head_input is not None and not any(g is not None and g.any() for g in gradients):
-            # The head is zero, as a new one starts: some direction of what it reads, then
+            # The head is zero, as new ones are: a direction in its input takes the logit's place
             direction = torch.linspace(1, 2, head_input.numel()).to(head_input)
             gradients = _gradients((head_input.flatten() * direction).sum(), outputs)
 
     layers, width = [], None
-    for (member, is_pool), gradient in reversed(list(zip(shown, gradients, strict=True))):
+    for (member, is_pool), gradient in reversed(list(zip(entries, gradients, strict=True))):
         name, module, output, grid = member
         if output.ndim == 3:
             width = width or (None if isinstance(module, nn.Linear) else output.shape[2])
@@ -333,10 +332,10 @@ def spatial_layers(model: nn.Module, images: Tensor) -> list[SpatialLayer]:
 def find_layer(model: nn.Module, images: Tensor) -> str:
     """The name of the layer to take maps from: the last one with positions, before pooling.
 
-    The last of `spatial_layers` that is no pool, and of which the logits depend on at least a tenth
+    The last of `spatial_layers` that is not a pool and where the logits depend on at least a tenth
     of the positions. In a transformer with a class token, that is not the output of the last block:
-    of it only the class token is read, and every patch has gradient zero. It is the norm before the
-    last attention (torchvision's encoder.layers.encoder_layer_11.ln_1, timm's blocks.11.norm1),
+    the head reads only its class token, and every patch has gradient zero. It is the norm before
+    the last attention (torchvision's encoder.layers.encoder_layer_11.ln_1, timm's blocks.11.norm1),
     through which the patches last reach the class token.
 
     Raises ValueError where there is none, as in a multilayer perceptron.
@@ -353,7 +352,7 @@ def find_layer(model: nn.Module, images: Tensor) -> str:
 
 
 class _Grid(NamedTuple):
-    """Where the positions are in an output: h × w of them, after `prefix` tokens."""
+    """The positions in an output: h × w of them, after `prefix` tokens."""
 
     dim: int  # of the height: 2 in (n, c, h, w), 1 in (n, h, w, c) and (n, tokens, c)
     height: int
@@ -374,11 +373,11 @@ def _grid_of(shape: torch.Size, image_shape: torch.Size) -> _Grid | None:
     n, _, height, width = image_shape
     grids = []
     if len(shape) == 4 and shape[0] == n:
-        _, second, third, last = shape
-        if _is_scaled((third, last), (height, width), most_lost=math.inf):
-            grids.append(_Grid(2, third, last))
-        if last > 1 and _is_scaled((second, third), (height, width), most_lost=1):
-            grids.append(_Grid(1, second, third))
+        _, dim1, dim2, dim3 = shape
+        if _is_scaled((dim2, dim3), (height, width), max_loss=math.inf):
+            grids.append(_Grid(2, dim2, dim3))
+        if dim3 > 1 and _is_scaled((dim1, dim2), (height, width), max_loss=1):
+            grids.append(_Grid(1, dim1, dim2))
     elif len(shape) == 3 and shape[0] == n:
         strides = range(1, max(height, width) + 1)
         down = [(height // stride, width // stride) for stride in strides]
@@ -394,11 +393,11 @@ def _grid_of(shape: torch.Size, image_shape: torch.Size) -> _Grid | None:
     return min(grids, key=misfit, default=None)
 
 
-def _is_scaled(sides: tuple[int, int], full: tuple[int, int], most_lost: float) -> bool:
-    """Whether some stride makes these sides of the image's; unpadded edges cost both the same."""
+def _is_scaled(sides: tuple[int, int], full: tuple[int, int], max_loss: float) -> bool:
+    """Whether a stride turns the image's sides into these; unpadded edges cost both the same."""
     for stride in range(1, max(full) + 1):
-        lost = [whole / stride - side for whole, side in zip(full, sides, strict=True)]
-        if min(lost) > -1 and max(lost) < most_lost and abs(lost[0] - lost[1]) < 1:
+        losses = [full_side / stride - side for full_side, side in zip(full, sides, strict=True)]
+        if min(losses) > -1 and max(losses) < max_loss and abs(losses[0] - losses[1]) < 1:
             return True
     return False
 
@@ -412,7 +411,7 @@ def _to_grid(output: Tensor, grid: _Grid) -> Tensor:
 
 @contextmanager
 def _recorded(model: nn.Module, record: Callable[..., None]) -> Iterator[None]:
-    """Call record(name, module, args, output) whenever a part of the model has run."""
+    """Call record(name, module, args, output) whenever a module of the model has run."""
     handles = []
     try:
         for name, module in model.named_modules():
@@ -434,7 +433,7 @@ def _gradients(value: Tensor, outputs: list[Tensor]) -> Sequence[Tensor | None]:
 
 
 class Cams(NamedTuple):
-    """What `GradCam` gives: maps by method, and what they explain."""
+    """The result of `GradCam`: maps by method, and the classes they explain."""
 
     maps: dict[str, Tensor]  # float32 (n, h, w), or (n, k, h, w) for k classes an image
     logits: Tensor  # float32 (n, classes)
@@ -442,28 +441,28 @@ class Cams(NamedTuple):
 
 
 class GradCam:
-    """Class activation maps of a classifier, which comes out of it as it was.
+    """Class activation maps of a classifier, which stays as it was.
 
     layer: the name of a module, or the module; None for that of `find_layer`, from the first
-    images. What it may give is said in `spatial_layers`; where it runs more than once in a pass,
-    its last output counts. `layer` is its name afterwards.
+    images. `spatial_layers` describes the outputs it may have; where it runs more than once in a
+    pass, its last output counts. `layer` is its name afterwards.
 
-    Frozen weights, `torch.no_grad`, in-place ReLUs and what DDP, DataParallel or `torch.compile`
-    wrap around the model (it runs uncompiled) make no difference. The model runs in eval mode, in
-    which images don't see each other, on its own device and in its own dtype; after each call every
-    module has its own mode again. No `.grad` is written, and the hook is gone after the block, also
-    where an error ended it.
+    Frozen weights, `torch.no_grad`, in-place ReLUs and wrappers by DDP, DataParallel or
+    `torch.compile` (it runs uncompiled) make no difference. The model runs in eval mode, so that
+    images are independent, on its own device and in its own dtype; after each call every module has
+    its own mode again. No `.grad` is written, and the hook is removed after the block, also after
+    an error.
 
     Raises ValueError for an unknown layer, with the nearest names.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(192, 5))
     >>> images = torch.randn(2, 3, 8, 12)
     >>> with GradCam(model) as cam:
-    ...     seen = cam(images, methods=("gradcam", "hirescam"))
-    ...     every = cam(images, torch.arange(5).expand(2, 5))
-    >>> cam.layer, {method: tuple(maps.shape) for method, maps in seen.maps.items()}
+    ...     cams = cam(images, methods=("gradcam", "hirescam"))
+    ...     all_classes = cam(images, torch.arange(5).expand(2, 5))
+    >>> cam.layer, {method: tuple(maps.shape) for method, maps in cams.maps.items()}
     ('1', {'gradcam': (2, 4, 6), 'hirescam': (2, 4, 6)})
-    >>> tuple(every.maps["gradcam"].shape)
+    >>> tuple(all_classes.maps["gradcam"].shape)
     (2, 5, 4, 6)
     """
 
@@ -494,13 +493,13 @@ class GradCam:
     ) -> Cams:
         """Maps (n, h, w) of one class an image, by each method, from one pass forward and one back.
 
-        images: (n, C, H, W), normalised as the network wants them, square or not. classes: int64
+        images: (n, C, H, W), normalised as the network expects, square or not. classes: int64
         (n,), or None for the predicted ones; or (n, k) for maps (n, k, h, w) of k classes an image,
         each of which costs a backward pass, from the logits to the layer. against, of the shape of
         classes: explain logit[classes] - logit[against], why this class rather than that one.
         methods: of `CAM_METHODS`. batch_size: that of `score_cam`, by far the most expensive.
 
-        Raises ValueError for what doesn't fit, for a layer that gives no positions or that the
+        Raises ValueError for invalid arguments, for a layer that gives no positions or that the
         logits don't depend on, and for a model that gives no logits (n, classes); RuntimeError
         outside of the block.
         """
@@ -519,25 +518,23 @@ class GradCam:
             grid = _grid_of(output.shape, images.shape)
             if grid is None:
                 shape = tuple(output.shape)
-                raise ValueError(
-                    f"layer {self.layer!r} gives {shape}, in which nothing has a place"
-                )
+                raise ValueError(f"layer {self.layer!r} gives {shape}, which has no positions")
             classes = logits.argmax(1) if classes is None else classes.to(logits.device)
-            explained = _explained(classes, against, logits)
-            maps = self._gradient_maps(output, explained(logits), grid, methods)
+            explain = _explainer(classes, against, logits)
+            maps = self._gradient_maps(output, explain(logits), grid, methods)
             activations = _to_grid(output.detach(), grid)
             if "eigencam" in methods:
-                of_all = eigen_cam(activations).unsqueeze(1)
-                maps["eigencam"] = of_all.repeat(1, explained(logits).shape[1], 1, 1)
+                eigen_maps = eigen_cam(activations).unsqueeze(1)
+                maps["eigencam"] = eigen_maps.repeat(1, explain(logits).shape[1], 1, 1)
             if "scorecam" in methods:
                 maps["scorecam"] = score_cam(
                     activations,
                     images,
-                    lambda masked, samples: explained(self.model(masked).float(), samples),
+                    lambda masked, samples: explain(self.model(masked).float(), samples),
                     batch_size,
                 )
         if classes.ndim == 1:
-            maps = {method: of_one.squeeze(1) for method, of_one in maps.items()}
+            maps = {method: class_maps.squeeze(1) for method, class_maps in maps.items()}
         return Cams({method: maps[method] for method in methods}, logits.detach(), classes)
 
     def _forward(self, images: Tensor, with_graph: bool) -> tuple[Tensor, Tensor]:
@@ -545,7 +542,7 @@ class GradCam:
         self._outputs, self._with_graph = [], with_graph
         try:
             with torch.no_grad():  # up to the layer
-                logits = self.model(images.clone())  # which may begin in place
+                logits = self.model(images.clone())  # which may start in place
             outputs = self._outputs
         finally:
             self._outputs = None
@@ -565,7 +562,7 @@ class GradCam:
             torch.set_grad_enabled(True)  # until `_forward` leaves its block
             output.requires_grad_()
         self._outputs[:] = [output]
-        return output.clone()  # what follows may work in place
+        return output.clone()  # the next layer may work in place
 
     def _gradient_maps(
         self, output: Tensor, logits: Tensor, grid: _Grid, methods: Sequence[str]
@@ -576,7 +573,7 @@ class GradCam:
             return {}
         maps = {name: [] for name in functions}
         activations = _to_grid(output, grid)
-        columns = logits.sum(0).unbind()  # images don't see each other: ∂Σy/∂A is each one's own
+        columns = logits.sum(0).unbind()  # images are independent: ∂Σy/∂A holds each one's gradient
         for number, column in enumerate(columns, start=1):
             gradient = None
             if column.requires_grad:
@@ -587,46 +584,48 @@ class GradCam:
                 raise ValueError(f"the logits don't depend on layer {self.layer!r}")
             for name, function in functions.items():
                 maps[name].append(function(activations, _to_grid(gradient, grid)))
-        return {name: torch.stack(some, dim=1) for name, some in maps.items()}
+        return {name: torch.stack(class_maps, dim=1) for name, class_maps in maps.items()}
 
 
-def _explained(classes: Tensor, against: Tensor | None, logits: Tensor) -> Callable[..., Tensor]:
-    """A function from all logits, and their images' numbers, to the explained ones (m, k)."""
+def _explainer(classes: Tensor, against: Tensor | None, logits: Tensor) -> Callable[..., Tensor]:
+    """A function of logits and their images' numbers that returns the explained ones (m, k)."""
     n, count = logits.shape
-    for name, given in (("classes", classes), ("against", against)):
-        if given is None:
+    for name, value in (("classes", classes), ("against", against)):
+        if value is None:
             continue
-        is_shaped = given.ndim in (1, 2) and len(given) == n and 0 not in given.shape
-        if given.dtype != torch.int64 or not is_shaped:
+        is_shaped = value.ndim in (1, 2) and len(value) == n and 0 not in value.shape
+        if value.dtype != torch.int64 or not is_shaped:
             raise ValueError(
-                f"{name} must be int64 of shape ({n},) or ({n}, k), got {given.dtype} of "
-                f"{tuple(given.shape)}"
+                f"{name} must be int64 of shape ({n},) or ({n}, k), got {value.dtype} of "
+                f"{tuple(value.shape)}"
             )
-        if given.shape != classes.shape:
+        if value.shape != classes.shape:
             raise ValueError(
                 f"against must have the shape of classes, {tuple(classes.shape)}, got "
-                f"{tuple(given.shape)}"
+                f"{tuple(value.shape)}"
             )
-        if not ((given >= 0) & (given < count)).all():
-            low, high = int(given.min()), int(given.max())
+        if not ((value >= 0) & (value < count)).all():
+            low, high = int(value.min()), int(value.max())
             raise ValueError(f"{name} must be in [0, {count}), got {low} to {high}")
-    own = classes.view(n, -1)
-    other = None if against is None else against.to(logits.device).view(n, -1)
+    class_columns = classes.view(n, -1)
+    against_columns = None if against is None else against.to(logits.device).view(n, -1)
 
-    def explained(logits: Tensor, samples: Tensor | slice = slice(None)) -> Tensor:
-        picked = logits.gather(1, own[samples])
-        return picked if other is None else picked - logits.gather(1, other[samples])
+    def explain(logits: Tensor, samples: Tensor | slice = slice(None)) -> Tensor:
+        difference = logits.gather(1, class_columns[samples])
+        if against_columns is not None:
+            difference = difference - logits.gather(1, against_columns[samples])
+        return difference
 
-    return explained
+    return explain
 
 
 def _layer_name(model: nn.Module, layer: str | nn.Module) -> str:
-    modules = {name: part for name, part in model.named_modules(remove_duplicate=False) if name}
+    modules = {name: child for name, child in model.named_modules(remove_duplicate=False) if name}
     if isinstance(layer, str):
         if layer in modules:
             return layer
-        near = difflib.get_close_matches(layer, modules, n=5, cutoff=0.0)
-        raise ValueError(f"no layer is named {layer!r}; the nearest are {', '.join(near)}")
+        matches = difflib.get_close_matches(layer, modules, n=5, cutoff=0.0)
+        raise ValueError(f"no layer is named {layer!r}; the nearest are {', '.join(matches)}")
     for name, module in modules.items():
         if module is layer:
             return name
@@ -647,7 +646,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, uncompiled, with gradients; after it each module has its own mode again.
 
-    Set one by one: `train` and `eval` may be overridden, and what they do goes on to children.
+    Modes are set one by one: `train` and `eval` may be overridden, and also change children.
     """
     training = [module for module in model.modules() if module.training]
     is_compiled = any(
@@ -688,12 +687,16 @@ def _check_methods(methods: Sequence[str]) -> None:
         raise ValueError(f"methods must be a list of names, got {methods!r}")
     for method in methods:
         if method not in CAM_METHODS:
-            near = difflib.get_close_matches(method, CAM_METHODS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(CAM_METHODS)}"
+            matches = difflib.get_close_matches(method, CAM_METHODS, n=1)
+            hint = (
+                f"did you mean {matches[0]!r}?"
+                if matches
+                else f"there are {', '.join(CAM_METHODS)}"
+            )
             raise ValueError(f"no method is named {method!r}; {hint}")
 
 
 def _check_logits(model: nn.Module, logits: object, n: int) -> None:
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != n:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        raise ValueError(f"{type(model).__name__} must give logits ({n}, classes), got {got}")
+        kind = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise ValueError(f"{type(model).__name__} must give logits ({n}, classes), got {kind}")

@@ -31,7 +31,7 @@ __all__ = [
 
 
 class Curves(NamedTuple):
-    """How the score goes as pixels are deleted from images, or inserted, hottest first.
+    """The score as pixels are deleted from images, or inserted, hottest first.
 
     Column s of the curves is the score where s of `steps` shares of the pixels are changed.
     """
@@ -53,13 +53,13 @@ def deletion_insertion(
 ) -> Curves:
     """Replace the pixels of images by those of a baseline, hottest first, and the other way round.
 
-    After step s, round(s · H · W / steps) pixels are changed; of equal heat, in reading order. The
-    areas under the curves are of trapezoids, over shares from 0 to 1.
+    After step s, round(s · H · W / steps) pixels are changed; those of equal heat in reading order.
+    The areas under the curves are sums of trapezoids, over shares from 0 to 1.
 
     score: images (n, C, H, W) -> probabilities of the explained class (n,); called 2 · (steps + 1)
-    times. maps: (n, H, W). baseline: what deleted pixels become and what is inserted into, a number
-    or a tensor that expands to the images; insertion_baseline: for insertion, where another: RISE
-    deletes to 0, the mean of normalised images, and inserts into a blur of them.
+    times. maps: (n, H, W). baseline: the values of deleted pixels, and of the image that pixels are
+    inserted into: a number or a tensor that expands to the images. insertion_baseline: another
+    image to insert into: RISE deletes to 0, the mean of normalised images, and inserts into blurs.
 
     Raises ValueError for shapes that don't fit, maps that are not finite, and steps not in
     1 to H · W.
@@ -77,14 +77,16 @@ def deletion_insertion(
         raise ValueError(f"steps must be in 1 to {pixels}, the number of pixels, got {steps}")
     order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(dim=1).view(len(images), 1, *images.shape[2:])
-    first = torch.as_tensor(baseline).to(images)
-    second = first if insertion_baseline is None else torch.as_tensor(insertion_baseline).to(images)
+    deletion_baseline = torch.as_tensor(baseline).to(images)
+    insertion_start = deletion_baseline
+    if insertion_baseline is not None:
+        insertion_start = torch.as_tensor(insertion_baseline).to(images)
 
     def curve(start: Tensor, end: Tensor) -> Tensor:
         counts = [round(step * pixels / steps) for step in range(steps + 1)]
         return torch.stack([_scores(score, torch.where(rank < k, end, start)) for k in counts], 1)
 
-    deletion, insertion = curve(images, first), curve(second, images)
+    deletion, insertion = curve(images, deletion_baseline), curve(insertion_start, images)
     areas = [torch.trapezoid(values, dx=1 / steps, dim=1) for values in (deletion, insertion)]
     return Curves(deletion, insertion, *areas)
 
@@ -104,10 +106,10 @@ def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
         raise ValueError(
             f"maps must have one shape (n, ...), got {tuple(first.shape)} and {tuple(second.shape)}"
         )
-    one, other = (_mean_ranks(maps.flatten(1)) for maps in (first, second))
-    one, other = one - one.mean(1, keepdim=True), other - other.mean(1, keepdim=True)
-    lengths = (one.square().sum(1) * other.square().sum(1)).sqrt()
-    return ((one * other).sum(1) / lengths).clamp(-1, 1)
+    ranks = [_mean_ranks(maps.flatten(1)) for maps in (first, second)]
+    a, b = (values - values.mean(1, keepdim=True) for values in ranks)
+    lengths = (a.square().sum(1) * b.square().sum(1)).sqrt()
+    return ((a * b).sum(1) / lengths).clamp(-1, 1)
 
 
 def reinitialized_copy(
@@ -115,14 +117,15 @@ def reinitialized_copy(
 ) -> nn.Module:
     """A deep copy of a network with random weights; the model itself is not touched.
 
-    names: modules and parameters, as in `named_modules` and `named_parameters`, with all in them;
-    None for everything. For the cascade of the paper, name more and more from the head down.
+    names: modules (with all parameters inside) and parameters, as in `named_modules` and
+    `named_parameters`; None for everything. For the cascade of the paper, name more and more from
+    the head down.
 
-    What has a `reset_parameters`, as torch's layers do, is as its constructor draws it, and
-    BatchNorm's statistics with it; other parameters (tokens, position embeddings, layer scales) are
-    drawn from a normal distribution with their own mean and standard deviation. Drawn on the CPU:
-    the same generator state gives the same weights for any device the model is on. No global random
-    state moves.
+    Modules with a `reset_parameters`, as torch's layers have it, are drawn as by their constructor,
+    and BatchNorm's statistics are reset; other parameters (tokens, position embeddings, layer
+    scales) are drawn from a normal distribution with their own mean and standard deviation. Drawn
+    on the CPU: the same generator state gives the same weights for any device the model is on. No
+    global random state changes.
 
     Raises ValueError for a name that is not in the model, with the nearest.
 
@@ -135,11 +138,11 @@ def reinitialized_copy(
         raise ValueError(f"names must be a list of names, got {names!r}")
     model = copy.deepcopy(model)
     names = None if names is None else list(names)
-    known = [name for name, _ in (*model.named_modules(), *model.named_parameters()) if name]
+    model_names = [name for name, _ in (*model.named_modules(), *model.named_parameters()) if name]
     for name in names or ():
-        if name not in known:
-            near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.0))
-            raise ValueError(f"nothing in the model is named {name!r}; the nearest are {near}")
+        if name not in model_names:
+            matches = ", ".join(difflib.get_close_matches(name, model_names, n=3, cutoff=0.0))
+            raise ValueError(f"nothing in the model is named {name!r}; the nearest are {matches}")
     seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device).item()
     device = next((parameter.device for parameter in model.parameters()), "cpu")
     model.cpu()
@@ -153,9 +156,9 @@ def reinitialized_copy(
 def heat_in_box(maps: Tensor, boxes: Tensor) -> Tensor:
     """The share of a map's heat that is in a box: Σ in the box / Σ everywhere, float32 (n,).
 
-    maps: (n, H, W); what is negative is no heat. boxes: (n, 4), left, top, right, bottom in pixels
-    of the map, of any real dtype; a pixel is in the box if its centre, at half past, is. 0 for a
-    map without heat. Compare with the share of the area, which is what an even map would have.
+    maps: (n, H, W); negative values are no heat. boxes: (n, 4), left, top, right, bottom in pixels
+    of the map, of any real dtype; a pixel is in the box if its centre, at + 0.5, is. 0 for a map
+    without heat. Compare with the box's share of the area, which a constant map would have.
 
     >>> maps = torch.tensor([[[1.0, 3.0, -5.0], [0.0, 4.0, 0.0]]])
     >>> heat_in_box(maps, torch.tensor([[1, 0, 3, 1]]))
@@ -205,23 +208,25 @@ def _check_maps(maps: Tensor, shape: tuple[int, ...]) -> None:
 def _mean_ranks(values: Tensor) -> Tensor:
     """Each value's rank in its row, from 0, float64; equal ones have the mean of their ranks."""
     values = values.double()
-    ordered = values.sort(dim=1).values
-    smaller, upto = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
+    sorted_values = values.sort(dim=1).values
+    smaller, upto = (
+        torch.searchsorted(sorted_values, values, right=right) for right in (False, True)
+    )
     return (smaller + upto - 1).double() / 2
 
 
 def _redraw(module: nn.Module, name: str, names: list[str] | None) -> None:
-    """Draw anew those of a module's own parameters that are under one of the names."""
-    own = {
+    """Draw a module's own parameters again, as far as they are under one of the names."""
+    parameters = {
         f"{name}.{key}".lstrip("."): tensor
         for key, tensor in module.named_parameters(recurse=False)
     }
-    chosen = [tensor for key, tensor in own.items() if _is_under(key, names)]
+    selection = [tensor for key, tensor in parameters.items() if _is_under(key, names)]
     reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
-    if reset is not None and len(chosen) == len(own) and _is_under(name, names):
+    if reset is not None and len(selection) == len(parameters) and _is_under(name, names):
         reset()
         return
-    for tensor in chosen:
+    for tensor in selection:
         if tensor.is_floating_point():
             values = tensor.float()
             tensor.copy_(values.mean() + values.std(correction=0) * torch.randn_like(values))

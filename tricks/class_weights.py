@@ -1,8 +1,8 @@
 """Weights of the classes in the loss, so that rare classes count for more.
 
-By inverse frequency, as scikit-learn's "balanced"; or by the effective number of images, for which
-a class with many has less new in each: Cui et al., "Class-Balanced Loss Based on Effective Number
-of Samples", CVPR 2019, https://arxiv.org/abs/1901.05555
+By inverse frequency, as scikit-learn's "balanced"; or by the effective number of images, which
+counts each further image of a class for less: Cui et al., "Class-Balanced Loss Based on Effective
+Number of Samples", CVPR 2019, https://arxiv.org/abs/1901.05555
 
 Both are scaled so that the mean weight of a train image is 1: the loss, and with it the learning
 rate, keep their size. (Cui et al. scale to a mean of 1 over the classes.)
@@ -18,8 +18,8 @@ __all__ = ["effective_number_weights", "inverse_frequency_weights", "weighted_cr
 def inverse_frequency_weights(counts: Tensor) -> Tensor:
     """Σn / (K·n_k) for the classes' numbers of train images: (K,) -> float32 (K,).
 
-    `counts` are whole numbers, at least 0; K counts the classes that have images, the others'
-    weight is 0.
+    `counts` are whole numbers, at least 0; K counts the classes with images, the others
+    have weight 0.
 
     Raises ValueError for other shapes, negative or fractional counts, and where all are 0.
 
@@ -50,8 +50,8 @@ def effective_number_weights(counts: Tensor, beta: float = 0.999) -> Tensor:
 def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """-1/N · Σᵢ Σₖ wₖ · tᵢₖ · log softmax(zᵢ)ₖ: a scalar, in the logits' precision, fp32 at least.
 
-    `logits` and `targets` are (N, K), targets soft or one-hot; `weights` (K,). It is divided by N
-    and not by the weights of the batch, as torch does for targets that are class indices: so the
+    `logits` and `targets` are (N, K), targets soft or one-hot; `weights` (K,). It is divided by N,
+    and not by the weights of the batch as torch does for targets that are class indices. So the
     mean over the parts of a batch is that of the batch, on any number of processes.
 
     Raises ValueError where the shapes do not fit.

@@ -20,9 +20,9 @@ def draw_cutmix(
     """Draw the box that one batch of `height` × `width` images exchanges, and the share it leaves.
 
     λ₀ ~ Beta(α, α); the box has sides √(1 - λ₀) of the image's and a centre drawn uniformly from
-    the pixels, and is clipped to the image. Returns the box and λ = 1 - box area / image area,
-    which after rounding and clipping is what an image really keeps, not λ₀. The draws are made on
-    the CPU, from `generator` alone where one is given. The paper uses α = 1 (λ₀ uniform).
+    the pixels, and is clipped to the image. Returns the box and λ = 1 - box area / image area: the
+    share that an image keeps after rounding and clipping, not λ₀. The draws are made on the CPU,
+    from `generator` if given. The paper uses α = 1 (λ₀ uniform).
 
     Raises ValueError unless α is positive and finite and both sides are at least 1.
 
@@ -37,15 +37,16 @@ def draw_cutmix(
     # Beta(α, α) = G₁ / (G₁ + G₂) with G ~ Gamma(α), and Gamma(α) = Gamma(α + 1) · U^(1/α).
     # Taken in logarithms, because for a small α both gammas would underflow to 0.
     shape = torch.full((2,), alpha + 1.0, dtype=torch.float64)
-    gamma = torch._standard_gamma(shape, generator=generator)  # torch.distributions takes none
+    # torch.distributions takes no generator
+    gamma = torch._standard_gamma(shape, generator=generator)
     uniform = torch.rand(2, dtype=torch.float64, generator=generator)
-    first, second = gamma.log() + uniform.log() / alpha
-    lam = torch.sigmoid(first - second).item()
+    log_gamma_1, log_gamma_2 = gamma.log() + uniform.log() / alpha
+    lam = torch.sigmoid(log_gamma_1 - log_gamma_2).item()
 
     row = int(torch.randint(height, (), generator=generator))
     column = int(torch.randint(width, (), generator=generator))
     box = box_around(row, column, lam, height, width)
-    return box, _kept(box, height, width)
+    return box, _remaining_share(box, height, width)
 
 
 def box_around(row: int, column: int, lam: float, height: int, width: int) -> Box:
@@ -61,9 +62,9 @@ def box_around(row: int, column: int, lam: float, height: int, width: int) -> Bo
     """
     side = math.sqrt(1 - lam)
     box_height, box_width = round(side * height), round(side * width)
-    above, before = row - box_height // 2, column - box_width // 2
-    top, bottom = max(above, 0), min(above + box_height, height)
-    left, right = max(before, 0), min(before + box_width, width)
+    first_row, first_column = row - box_height // 2, column - box_width // 2
+    top, bottom = max(first_row, 0), min(first_row + box_height, height)
+    left, right = max(first_column, 0), min(first_column + box_width, width)
     return top, left, bottom - top, right - left
 
 
@@ -99,16 +100,16 @@ def cutmix_batch(
         )
     partner = permutation.to(images.device, non_blocking=images.is_cuda)
     pasted = images.clone()
-    # index_select is fast along memory: seen with the channels last where they lie so
-    inside = (..., slice(top, top + box_height), slice(left, left + box_width))
-    source, target = images[inside], pasted[inside]
+    # index_select is fast along memory: channels go last where the memory format has them last
+    region = (..., slice(top, top + box_height), slice(left, left + box_width))
+    source, target = images[region], pasted[region]
     if images.is_contiguous(memory_format=torch.channels_last):
         source, target = source.permute(0, 2, 3, 1), target.permute(0, 2, 3, 1)
     target.copy_(source.index_select(0, partner))
-    lam = _kept(box, height, width)
+    lam = _remaining_share(box, height, width)
     return pasted, targets[partner].lerp_(targets, lam), lam
 
 
-def _kept(box: Box, height: int, width: int) -> float:
-    """The share of the image that the box leaves."""
+def _remaining_share(box: Box, height: int, width: int) -> float:
+    """The share of the image outside the box."""
     return 1 - box[2] * box[3] / (height * width)

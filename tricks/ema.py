@@ -1,4 +1,4 @@
-"""An exponential moving average of a model's weights, to evaluate and to keep.
+"""An exponential moving average of a model's weights, to evaluate and to save.
 
 Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992; as used by
 Szegedy et al., https://arxiv.org/abs/1512.00567, section 8.
@@ -29,7 +29,7 @@ def decay_at(step: int, decay: float) -> float:
 
 
 def half_life(decay: float) -> float:
-    """After how many updates the weight of what is in the average has halved: ln ½ / ln decay.
+    """The number of updates after which a weight in the average has halved: ln ½ / ln decay.
 
     >>> round(half_life(0.9999))
     6931
@@ -44,11 +44,11 @@ class ModelEma:
 
     Parameters and float buffers (BatchNorm's running statistics belong to the weights they were
     measured with) are averaged, in fp32 at least; integer buffers are copied. Tied weights are
-    held once. It holds one copy of the weights, not a second module, on the model's device.
+    stored once. It stores one copy of the weights, not a second module, on the model's device.
 
-    Make it when the model has its final device, dtype and memory format, from the model itself
-    and not from what DDP or `torch.compile` wraps around it. Call `update` after real optimizer
-    steps only, not after each accumulated slice nor after a step that was skipped. The decay is a
+    Make it when the model has its final device, dtype and memory format, from the model itself and
+    not from a DDP or `torch.compile` wrapper. Call `update` after real optimizer steps only, not
+    after each microbatch of an accumulated step, nor after a step that was skipped. The decay is a
     function of the step (`decay_at`; `decay` itself with warmup=False), so that nothing but the
     tensors of `state_dict` has to be saved.
 
@@ -71,15 +71,15 @@ class ModelEma:
             raise ValueError(f"decay must be in (0, 1), got {decay}")
         self.decay = decay
         self.warmup = warmup
-        self.updates = 0  # the step of the next update that is given none
+        self.updates = 0  # the step of the next update, if it is given none
         self._averages = {}
         for name, tensor in _tensors(model).items():
             # In 16 bits a step of (1 - d)·(w - a) would be rounded away.
             is_half = tensor.dtype in (torch.float16, torch.bfloat16)
             dtype = torch.float32 if is_half else tensor.dtype
             self._averages[name] = tensor.detach().to(dtype, copy=True)
-        # The names in the model's state dict, each with the name that its average has here: tied
-        # weights have several there, and buffers that are not persistent none.
+        # The names in the model's state dict, each with the name of its average: tied weights have
+        # several names there, and buffers that are not persistent have none.
         names = {id(tensor): name for name, tensor in _tensors(model).items()}
         state = model.state_dict(keep_vars=True)
         self._saved = {name: names[id(t)] for name, t in state.items() if id(t) in names}
@@ -88,11 +88,11 @@ class ModelEma:
     def update(
         self, model: nn.Module, step: int | None = None, names: Collection[str] | None = None
     ) -> None:
-        """Take in the weights that optimizer step `step`, counted from 0, left in the model.
+        """Average in the weights of the model after optimizer step `step`, counted from 0.
 
         step: None for the one after the last update's. That count is not in `state_dict`: with
         warm-up, give the step to the first update after loading. names: the parameters and buffers
-        that can have changed, where the rest is frozen and its average stands still; None for all.
+        that can have changed, where the others are frozen; None for all.
         """
         step = self.updates if step is None else step
         self.updates = step + 1
@@ -113,7 +113,7 @@ class ModelEma:
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Evaluate with the averaged weights; the raw ones, kept aside, come back bit for bit."""
+        """Evaluate with the averaged weights; afterwards the raw ones are back, bit for bit."""
         averages, tensors = map(list, zip(*self._pairs(model), strict=True))
         raw = [tensor.detach().clone() for tensor in tensors]
         try:
@@ -132,33 +132,33 @@ class ModelEma:
         """The averages with the names of the model's own `state_dict`, for its `load_state_dict`.
 
         So buffers that are not persistent are left out (`tensors` has them), and tied weights are
-        there under each of their names. All are contiguous and none shares memory with another, as
-        safetensors wants them. They may be the averages themselves: write or clone them before the
+        listed under each of their names. All are contiguous and none shares memory with another, as
+        safetensors requires. They may be the averages themselves: write or clone them before the
         next `update`.
         """
-        state, held = {}, set()
-        for name, own in self._saved.items():
-            average = self._averages[own].contiguous()
-            state[name] = average.clone() if own in held else average
-            held.add(own)
+        state, keys = {}, set()
+        for name, key in self._saved.items():
+            average = self._averages[key].contiguous()
+            state[name] = average.clone() if key in keys else average
+            keys.add(key)
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over averages that `state_dict` or `tensors` gave.
+        """Load averages from `state_dict` or from `tensors`.
 
-        What only one of them has may be missing: a tied weight's further names, and buffers that
-        are not persistent, which stay as they are. Raises ValueError, with the names, for other
-        names or shapes, and touches nothing then.
+        Names that only one of these has may be missing: a tied weight's further names, and buffers
+        that are not persistent, which stay as they are. Raises ValueError, with the names, for
+        other names or shapes, and changes nothing then.
         """
-        of_one = self._averages.keys() ^ self._saved.keys()
-        expected = {name: self._averages[own] for name, own in self._saved.items()}
-        expected = {
+        optional = self._averages.keys() ^ self._saved.keys()
+        averages = {name: self._averages[key] for name, key in self._saved.items()}
+        averages = {
             name: average
-            for name, average in {**self._averages, **expected}.items()
-            if name in state or name not in of_one
+            for name, average in {**self._averages, **averages}.items()
+            if name in state or name not in optional
         }
-        _check_same(state, expected, "the loaded average")
+        _check_same(state, averages, "the loaded average")
         for name, average in self._averages.items():
             if name in state:
                 average.copy_(state[name])
@@ -182,8 +182,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _check_same(given: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
-    strays = sorted(given.keys() ^ expected.keys())
-    strays = strays or [name for name in expected if given[name].shape != expected[name].shape]
+def _check_same(tensors: dict[str, Tensor], averages: dict[str, Tensor], source: str) -> None:
+    strays = sorted(tensors.keys() ^ averages.keys())
+    strays = strays or [name for name in averages if tensors[name].shape != averages[name].shape]
     if strays:
-        raise ValueError(f"{what} does not fit the average in: {', '.join(strays)}")
+        raise ValueError(f"{source} does not fit the average in: {', '.join(strays)}")

@@ -1,7 +1,7 @@
 """Combine the predictions of several networks into one.
 
-Logits are (members, samples, classes), float of any precision; what comes back is computed in
-float64. Where there are only probabilities, their logarithms are logits.
+Logits are (members, samples, classes), float of any precision; results are computed in
+float64. For probabilities, give their logarithms as logits.
 
 Averages and votes: Hansen and Salamon, "Neural Network Ensembles", 1990,
 https://doi.org/10.1109/34.58871
@@ -30,9 +30,9 @@ def average_probabilities(
 ) -> Tensor:
     """The members' mean probabilities, Σ wₘ · softmax(logitsₘ): float64 (samples, classes).
 
-    weights: one a member, ≥ 0, with the sum 1; None for equal ones. A member of weight 0 is as if
-    it were not there. Raises ValueError, with the member's number, for logits that are not
-    finite, and for weights that are not on the simplex.
+    weights: one a member, ≥ 0, with the sum 1; None for equal ones. A member of weight 0 is
+    ignored. Raises ValueError, with the member's number, for logits that are not finite, and for
+    weights that are not on the simplex.
 
     >>> logits = torch.tensor([[[0.9, 0.1]], [[0.3, 0.7]]]).log()
     >>> average_probabilities(logits)
@@ -65,8 +65,8 @@ def average_logits(logits: Tensor, weights: Tensor | Sequence[float] | None = No
 def majority_vote(logits: Tensor) -> tuple[Tensor, Tensor, int]:
     """Each member votes for its likeliest class: labels, shares of the votes, number of ties.
 
-    labels: int64 (samples,), the class with the most votes; where several have as many, the one of
-    them with the largest summed probability. shares: float64 (samples, classes), votes / members.
+    labels: int64 (samples,), the class with the most votes; among several with equally many, the
+    one with the largest summed probability. shares: float64 (samples, classes), votes / members.
     The last value counts the samples with such a tie. Raises ValueError, with the member's number,
     for logits that are not finite.
 
@@ -80,9 +80,9 @@ def majority_vote(logits: Tensor) -> tuple[Tensor, Tensor, int]:
     for member in logits:
         winner = member.argmax(1, keepdim=True)
         votes.scatter_add_(1, winner, torch.ones_like(winner, dtype=votes.dtype))
-    first = votes == votes.amax(1, keepdim=True)
-    labels = average_probabilities(logits).masked_fill(~first, -1).argmax(1)
-    return labels, votes / len(logits), int((first.sum(1) > 1).sum())
+    is_winner = votes == votes.amax(1, keepdim=True)
+    labels = average_probabilities(logits).masked_fill(~is_winner, -1).argmax(1)
+    return labels, votes / len(logits), int((is_winner.sum(1) > 1).sum())
 
 
 def fit_weights(
@@ -90,11 +90,11 @@ def fit_weights(
 ) -> Tensor:
     """Weights that minimise the NLL of `average_probabilities` on some samples: float64 (members,).
 
-    labels: int64 (samples,). Expectation maximisation from equal weights: each becomes the
-    member's mean share of the label's averaged probability. The problem is convex, every round
-    lowers the NLL, and there is no step size. Since NLL(w) - min NLL ≤ max gradient ratio - 1, it
-    stops where it is known to be within `tolerance` nats of the best; after `max_rounds`
-    otherwise. Equal members keep equal weights; a useless one's goes towards 0.
+    labels: int64 (samples,). Expectation maximisation from equal weights: each becomes the member's
+    mean share of the label's averaged probability. The problem is convex, every round lowers the
+    NLL, and there is no step size. Since NLL(w) - min NLL ≤ max gradient ratio - 1, it stops as
+    soon as the NLL is known to be within `tolerance` nats of the best, or after `max_rounds`. Equal
+    members keep equal weights; that of a useless one goes towards 0.
 
     Fit on images that no member was trained on. Raises ValueError for logits that are not finite
     (with the member's number) and for labels that don't fit.
@@ -105,12 +105,16 @@ def fit_weights(
     """
     _check_logits(logits)
     _check_labels(logits, labels)
-    found = torch.stack([_label_log_probabilities(member, labels) for member in logits])
+    likelihoods = torch.stack([_label_log_probabilities(member, labels) for member in logits])
     # A factor common to all members of a sample changes no ratio, and keeps exp from underflow.
-    found = (found - found.amax(0)).exp_()
-    weights = torch.full((len(logits),), 1 / len(logits), dtype=found.dtype, device=found.device)
+    likelihoods = (likelihoods - likelihoods.amax(0)).exp_()
+    weights = torch.full(
+        (len(logits),), 1 / len(logits), dtype=likelihoods.dtype, device=likelihoods.device
+    )
     for _ in range(max_rounds):
-        ratios = (found / (weights @ found)).mean(1)  # of the gradient: 1 where a weight is right
+        ratios = (likelihoods / (weights @ likelihoods)).mean(
+            1
+        )  # of the gradient: 1 where a weight is optimal
         if ratios.max() <= 1 + tolerance:
             break
         weights = weights * ratios
@@ -123,9 +127,9 @@ def greedy_selection(logits: Tensor, labels: Tensor, max_rounds: int = 50) -> li
 
     labels: int64 (samples,). Starts with the best single member and adds, at most `max_rounds`
     times, the one that makes the averaged probabilities best, as long as they become better.
-    Better is more samples right, then a lower NLL: accuracy is what is asked for, and NLL alone
-    is what `fit_weights` minimises; accuracy alone would stop at its first plateau. Of equals the
-    first is taken. Members are in the order of choice; how often one is there is its weight.
+    Better means more samples right, then a lower NLL: accuracy is the goal, but alone it would stop
+    at its first plateau, and NLL alone is what `fit_weights` minimises. Among equals the first is
+    chosen. Members are listed in the order of choice; the number of times is a member's weight.
 
     Select on images that no member was trained on. Raises ValueError for logits that are not
     finite (with the member's number) and for labels that don't fit.
@@ -140,25 +144,25 @@ def greedy_selection(logits: Tensor, labels: Tensor, max_rounds: int = 50) -> li
         raise ValueError(f"max_rounds must be ≥ 0, got {max_rounds}")
     probabilities = [member.double().softmax(1) for member in logits]
 
-    def scored(total: Tensor, number: int) -> tuple[int, float]:
+    def score_of(total: Tensor, number: int) -> tuple[int, float]:
         right = int((total.argmax(1) == labels).sum())
         likelihoods = total.gather(1, labels.unsqueeze(1)) / number
         return right, likelihoods.log().mean().item()
 
-    chosen: list[int] = []
+    selection: list[int] = []
     best = (-1, 0.0)
     total = torch.zeros_like(probabilities[0])
     for _ in range(1 + max_rounds):
-        scores = [scored(total + one, len(chosen) + 1) for one in probabilities]
+        scores = [score_of(total + candidate, len(selection) + 1) for candidate in probabilities]
         index = max(range(len(scores)), key=scores.__getitem__)  # the first of equals
         right, likelihood = scores[index]
-        # A gain of less than 1e-9 nats may be rounding's, and another machine's may differ.
+        # A gain of less than 1e-9 nats may be due to rounding, and differ on another machine.
         if right < best[0] or (right == best[0] and not likelihood > best[1] + 1e-9):
             break
         best = scores[index]
-        chosen.append(index)
+        selection.append(index)
         total += probabilities[index]
-    return chosen
+    return selection
 
 
 def crossfit(
@@ -167,12 +171,13 @@ def crossfit(
     predict: Callable[[Any, Tensor], Tensor],
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Predictions for all samples, each half's from what the other half fitted.
+    """Predictions for all samples, those of each half from a fit on the other half.
 
-    `fit` gets the numbers of the samples to fit on, int64 and rising, and returns anything;
-    `predict` gets that and the numbers to predict, and returns a tensor with a row for each. The
-    rows come back in the order of the samples. The halves are drawn with `generator`, stratified
-    by `labels`, int64 (samples,): their sizes, and those of every class, differ by 1 at most.
+    `fit` gets the numbers of the samples to fit on, int64 and rising, and returns any value;
+    `predict` gets that value and the numbers to predict, and returns a tensor with a row for each.
+    The rows come back in the order of the samples. The halves are drawn with `generator`,
+    stratified by `labels`, int64 (samples,): their sizes, and those of every class, differ by 1 at
+    most.
 
     Raises ValueError for fewer than 2 samples.
 
@@ -190,11 +195,12 @@ def crossfit(
     order = order[labels.cpu()[order].argsort(stable=True)]  # each class in one run, shuffled
     halves = [order[start::2].sort().values for start in (0, 1)]
     predictions = [
-        predict(fit(other), one) for one, other in zip(halves, reversed(halves), strict=True)
+        predict(fit(other_half), half)
+        for half, other_half in zip(halves, reversed(halves), strict=True)
     ]
-    place = torch.cat(halves).argsort()
+    position = torch.cat(halves).argsort()
     predicted = torch.cat(predictions)
-    return predicted[place.to(predicted.device)]
+    return predicted[position.to(predicted.device)]
 
 
 def _check_logits(logits: Tensor) -> None:
@@ -205,9 +211,9 @@ def _check_logits(logits: Tensor) -> None:
         )
     for index, member in enumerate(logits):
         if not member.isfinite().all():
-            wrong = int((~member.isfinite()).any(1).sum())
+            count = int((~member.isfinite()).any(1).sum())
             raise ValueError(
-                f"the logits of member {index} are not finite for {wrong} of {len(member)} samples"
+                f"the logits of member {index} are not finite for {count} of {len(member)} samples"
             )
 
 
@@ -218,7 +224,7 @@ def _check_weights(logits: Tensor, weights: Tensor | Sequence[float] | None) -> 
     shares = torch.as_tensor(weights, dtype=torch.float64)
     if shares.shape != (members,):
         raise ValueError(f"{members} members need as many weights, got {shares.tolist()}")
-    # float32's rounding of thirds is no mistake, and does not stay in the sum
+    # The sum may be off by float32's rounding of thirds, which the division corrects
     if not (shares >= 0).all() or not abs(shares.sum().item() - 1) <= 1e-5:
         raise ValueError(f"weights must be ≥ 0 with the sum 1, got {shares.tolist()}")
     return (shares / shares.sum()).tolist()

@@ -1,9 +1,9 @@
-"""Train some parts of a network and hold the others still: statistics and dropout included.
+"""Train some parts of a network and freeze the others, with their statistics and dropout.
 
 `requires_grad = False` stops the optimizer, not the layer. In train mode a frozen BatchNorm
 normalises by the batch and moves its running statistics, and a frozen dropout drops, so the
 "frozen" features change in every step (https://github.com/pytorch/pytorch/issues/86590); and eval
-mode is lost at the next `model.train()`. Here frozen modules are in eval mode and stay there.
+mode ends at the next `model.train()`. Here frozen modules are in eval mode and stay there.
 
 Frozen features: Yosinski et al., "How transferable are features in deep neural networks?",
 NeurIPS 2014, https://arxiv.org/abs/1411.1792
@@ -29,29 +29,30 @@ NORM_MODES = ("auto", "eval", "train")
 def freeze_except(model: nn.Module, trained: Iterable[str], norm_mode: str = "auto") -> None:
     """Train the parts named in `trained` and freeze the rest of the model, in place.
 
-    Names are those of `named_modules` and `named_parameters`: "layer4" is everything in layer4,
-    and not layer40; "class_token" is that parameter. What was frozen or trained before is
-    forgotten, so the stages of a fine-tuning are calls with more and more names.
+    Names are those of `named_modules` and `named_parameters`: "layer4" is everything in layer4, and
+    not layer40; "class_token" is that parameter. Earlier calls have no effect on the result, so the
+    stages of a fine-tuning are calls with more and more names.
 
     Parameters: those under a name require a gradient, all others don't, and lose their `grad`,
     which would be clipped and applied. A tied parameter is trained if any of its names is.
 
     Modules: the model is in train mode, except that frozen modules are in eval mode and stay
-    there in every later `train()` of the model or of a wrapper around it, of a copy and of an
-    unpickled one too. Frozen is what has parameters and trains none of them. What has none
-    (dropout, stochastic depth) goes with the next layer in its parent, in order of registration:
-    a dropout before a frozen layer is off, one before the trained head is on. Without a next one
-    it goes with the one before, alone with its parent; under one of the names it is always on.
+    there in every later `train()` of the model, of a wrapper around it, of a copy and of an
+    unpickled copy. A module is frozen if it has parameters and trains none of them. A module
+    without parameters (dropout, stochastic depth) follows the next layer in its parent, in order of
+    registration: a dropout before a frozen layer is off, one before the trained head is on. Without
+    a next layer it follows the previous one, without any other layer its parent; under one of the
+    names it is always on.
 
-    BatchNorm: with "auto" as every module; with "eval" all of them keep their statistics, those
-    of trained parts too, and their weights and biases train; with "train" all of them move their
-    statistics, those of frozen parts too.
+    BatchNorm: with "auto" like every module; with "eval" all of them keep their statistics, also
+    in trained parts, where their weights and biases still train; with "train" all of them update
+    their statistics, also in frozen parts.
 
     Freeze before the optimizer and DistributedDataParallel read `requires_grad`, and after
     whatever replaces modules, as `SyncBatchNorm.convert_sync_batchnorm` does.
 
-    Raises ValueError, and touches nothing, where `trained` is empty, a name is not the model's,
-    one name lies under another, no parameter is under any, and for an unknown `norm_mode`.
+    Raises ValueError, and changes nothing, where `trained` is empty, a name is not the model's, a
+    name is inside another one, no parameter is under any name, and for an unknown `norm_mode`.
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 2))
     >>> freeze_except(model, ["3"])
@@ -79,16 +80,18 @@ def freeze_except(model: nn.Module, trained: Iterable[str], norm_mode: str = "au
         if id(parameter) not in trainable:
             parameter.requires_grad_(False)
             parameter.grad = None
-    placed = list(_placed(model, prefixes))
-    live = {module for module, frozen in placed if not frozen}  # a shared one may also be frozen
-    pinned = {module for module, frozen in placed if frozen} - live
+    placements = list(_placements(model, prefixes))
+    train_modules = {
+        module for module, frozen in placements if not frozen
+    }  # a shared module may also be frozen
+    eval_modules = {module for module, frozen in placements if frozen} - train_modules
     norms = {module for module in model.modules() if isinstance(module, BatchNorm)}
     if norm_mode == "eval":
-        pinned |= norms
+        eval_modules |= norms
     elif norm_mode == "train":
-        pinned -= norms
-    for module in pinned:
-        # A partial, and not a closure: it is copied and pickled along with its module.
+        eval_modules -= norms
+    for module in eval_modules:
+        # A partial, not a closure: it can be copied and pickled with its module.
         module.train = partial(_stay_in_eval, module)
     model.train()
 
@@ -110,12 +113,12 @@ def unfreeze(model: nn.Module) -> None:
 
 
 def frozen_digest(model: nn.Module) -> str:
-    """A hash, in hex, of everything that `freeze_except` holds still, to compare before and after.
+    """A hash, in hex, of everything that `freeze_except` froze, to compare before and after.
 
-    Of names, dtypes, shapes and bits of the parameters that require no gradient and of the buffers
-    of the modules held in eval mode, BatchNorm's running statistics above all. Equal values have
-    equal digests on any device and in any memory format. Tensors on a GPU are waited for: twice a
-    stage, not once a step.
+    It covers names, dtypes, shapes and bits of the parameters that require no gradient and of the
+    buffers of modules kept in eval mode, above all BatchNorm's running statistics. Equal values
+    have equal digests on any device and in any memory format. The host waits for tensors on a GPU:
+    call it twice a stage, not once a step.
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     >>> freeze_except(model, ["2"])
@@ -127,12 +130,14 @@ def frozen_digest(model: nn.Module) -> str:
     >>> frozen_digest(model) == before
     False
     """
-    held = {name: tensor for name, tensor in model.named_parameters() if not tensor.requires_grad}
+    tensors = {
+        name: tensor for name, tensor in model.named_parameters() if not tensor.requires_grad
+    }
     for name, module in model.named_modules():
         if _is_pinned(module):
-            held.update(module.named_buffers(name, recurse=False))
+            tensors.update(module.named_buffers(name, recurse=False))
     digest = hashlib.sha256()  # twice as fast as blake2b where the CPU has instructions for it
-    for name, tensor in held.items():
+    for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         plain = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         digest.update(plain.reshape(-1).view(torch.uint8).numpy())  # numpy has no bfloat16
@@ -140,7 +145,7 @@ def frozen_digest(model: nn.Module) -> str:
 
 
 def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
-    """Stands in for a frozen module's `train`; what is in it may still be asked to train."""
+    """Replaces a frozen module's `train`; modules inside it may still go to train mode."""
     type(module).train(module, mode)
     module.training = False
     return module
@@ -159,42 +164,46 @@ def _check_prefixes(model: nn.Module, prefixes: list[str]) -> None:
     if not prefixes:
         raise ValueError("trained is empty: name the parts to train")
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)} - {""}
-    # the parameters, and what they are in
+    # the names of parameters, and of the modules that contain them
     names = [
-        part
+        path
         for name, _ in model.named_parameters(remove_duplicate=False)
-        for part in accumulate(name.split("."), "{}.{}".format)
+        for path in accumulate(name.split("."), "{}.{}".format)
     ]
     for prefix in prefixes:
         if prefix not in modules and prefix not in names:
-            near = difflib.get_close_matches(prefix, names, n=1)
-            parts = ", ".join(dict.fromkeys(name for name in names if "." not in name))
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {parts}"
+            matches = difflib.get_close_matches(prefix, names, n=1)
+            children = ", ".join(dict.fromkeys(name for name in names if "." not in name))
+            hint = f"did you mean {matches[0]!r}?" if matches else f"it has {children}"
             raise ValueError(f"nothing in the model is named {prefix!r}; {hint}")
-    for one, other in combinations(prefixes, 2):
-        if _under(one, other) or _under(other, one):
-            raise ValueError(f"{one!r} and {other!r} overlap: give the outer one alone")
+    for a, b in combinations(prefixes, 2):
+        if _under(a, b) or _under(b, a):
+            raise ValueError(f"{a!r} and {b!r} overlap: give the outer one alone")
 
 
-def _placed(
+def _placements(
     module: nn.Module, prefixes: list[str], name: str = "", frozen: bool = False
 ) -> Iterator[tuple[nn.Module, bool]]:
-    """Each module in each of its places, and whether it is frozen there."""
+    """Each module, once for each of its names, and whether it is frozen under that name."""
     yield module, frozen
     children = list(module.named_children())
     layers = [_frozen_layers(child) for _, child in children]
     for index, (key, child) in enumerate(children):
         inner = f"{name}.{key}" if name else key
         if any(_under(inner, prefix) for prefix in prefixes):
-            held = False
+            is_frozen = False
         elif layers[index]:
-            held = all(layers[index])
+            is_frozen = all(layers[index])
         else:
-            held = [*chain(*layers[index:]), *reversed([*chain(*layers[:index])]), frozen][0]
-        yield from _placed(child, prefixes, inner, held)
+            is_frozen = [*chain(*layers[index:]), *reversed([*chain(*layers[:index])]), frozen][0]
+        yield from _placements(child, prefixes, inner, is_frozen)
 
 
 def _frozen_layers(module: nn.Module) -> list[bool]:
-    """For each module in it with parameters of its own, in order: whether none is trained."""
-    own = [list(part.parameters(recurse=False)) for part in module.modules()]
-    return [not any(parameter.requires_grad for parameter in some) for some in own if some]
+    """For each module inside with parameters of its own, in order: whether none is trained."""
+    parameter_lists = [list(submodule.parameters(recurse=False)) for submodule in module.modules()]
+    return [
+        not any(parameter.requires_grad for parameter in parameters)
+        for parameters in parameter_lists
+        if parameters
+    ]

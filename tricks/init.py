@@ -16,17 +16,17 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 @torch.no_grad()
 def kaiming_normal_(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Draw the weights of a ReLU network afresh, in place.
+    """Draw the weights of a ReLU network again, in place.
 
     Convolutions: N(0, 2 / fan_out) with fan_out = out_channels · kernel area, which keeps the
     gradient's variance through the layers; as in torch and torchvision, a grouped convolution
     counts all its outputs. Normalisations: weight 1, bias 0. Linear layers: N(0, 0.01²), so that
     training starts from nearly equal class probabilities. Biases: 0. Layers of other kinds keep
-    what they have, and buffers are not touched. Meant for convolutional networks that are trained
+    their weights, and buffers don't change. Meant for convolutional networks that are trained
     from scratch, not for transformers.
 
     Draws in the order of `model.modules()` from `generator`, which has to be on the model's
-    device: initialise before moving, and every device starts from the same weights.
+    device: initialise before moving the model, so that every device starts from the same weights.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.Linear(64, 10))
     >>> kaiming_normal_(model, torch.Generator().manual_seed(0))
@@ -55,9 +55,9 @@ def kaiming_normal_(model: nn.Module, generator: torch.Generator | None = None) 
 def dirac_part_(conv: nn.Conv2d) -> None:
     """Make the first filters of a convolution pass their input channels on, in place.
 
-    As many filters as there are input channels (all, where there are fewer filters): 1 at the
-    kernel's centre for the filter's own channel, 0 elsewhere. The other filters keep what they
-    have. A network without shortcuts starts as one that has them. Raises ValueError for groups.
+    They are as many as there are input channels (all, if there are fewer filters): 1 at the
+    kernel's centre for the filter's own channel, 0 elsewhere. The other filters keep their weights.
+    So a network without shortcuts starts like one with shortcuts. Raises ValueError for groups.
 
     >>> conv = nn.Conv2d(2, 3, 3, padding=1, bias=False)
     >>> dirac_part_(conv)

@@ -18,10 +18,10 @@ def smooth_labels(targets: Tensor, smoothing: float, shares: Tensor | None = Non
     """Move a share ε of each target to all classes: (1 - ε)·t + ε/K, or (1 - ε)·t + ε·shares.
 
     `targets` (N, K) are floating point, one-hot or soft, each row summing to 1, and so does each
-    row of the result. ε is in [0, 1]; 0.1 is usual. `shares` (K,), of the sum 1, is where ε goes;
-    None: the uniform distribution. With a loss that makes rare classes count for more (class
-    weights, logit adjustment), give it the classes' shares of train: a uniform ε/K would be more
-    than a rare class's share, and the loss would enlarge it in every image.
+    row of the result. ε is in [0, 1]; 0.1 is usual. `shares` (K,), of the sum 1, distribute ε over
+    the classes; None: the uniform distribution. With a loss that makes rare classes count for more
+    (class weights, logit adjustment), give the classes' shares of train: a uniform ε/K would be
+    more than a rare class's share, and the loss would enlarge it in every image.
 
     Raises ValueError for an ε out of range, targets that are class indices, and other shapes.
 

@@ -2,11 +2,11 @@
 
 Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, https://arxiv.org/abs/2007.07314
 
-A network trained on uneven classes answers with the frequent ones when in doubt. Trained on
-adjusted logits it learns what is left once the frequencies are accounted for, and its own logits,
-unadjusted, answer as if every class were equally frequent. The same can be had after training, by
-subtracting: see `remove_priors`. Balanced accuracy rises, plain accuracy on test images as uneven
-as the train images falls.
+A network trained on uneven classes answers with the frequent ones when in doubt. Trained with
+adjusted logits in the loss, it learns only what the frequencies do not explain, and its own logits,
+without the adjustment, answer as if all classes were equally frequent. Subtracting after training
+has the same aim: see `remove_priors`. Balanced accuracy rises; plain accuracy falls on test images
+as uneven as the train images.
 """
 
 import math
@@ -34,7 +34,7 @@ def log_priors(counts: Tensor) -> Tensor:
 
 
 def add_priors(logits: Tensor, priors: Tensor, tau: float = 1.0) -> Tensor:
-    """What to train on: z + τ·log π, in the loss alone; evaluate the logits as they are.
+    """Logits for the loss, z + τ·log π; evaluate with the logits z themselves.
 
     `logits` are (N, K), `priors` from `log_priors`, on the same device. τ = 1 is the Bayes-optimal
     choice for balanced accuracy; 0 changes nothing. Works with soft targets of any kind.
@@ -50,7 +50,7 @@ def add_priors(logits: Tensor, priors: Tensor, tau: float = 1.0) -> Tensor:
 
 
 def remove_priors(logits: Tensor, priors: Tensor, tau: float = 1.0) -> Tensor:
-    """For a network trained without: z - τ·log π, its logits if all classes were as frequent.
+    """Logits of a network trained without adjustment, as for equally frequent classes: z - τ·log π.
 
     Arguments and errors are those of `add_priors`. A τ chosen on held-out images often beats 1.
 

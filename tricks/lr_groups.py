@@ -1,5 +1,5 @@
-"""Parameter groups for the optimizer: which weights decay, how fast each part learns, and a check
-that none is forgotten.
+"""Parameter groups for the optimizer: which weights decay, the rate of each part, and a check that
+none is missing.
 
 No decay for norms and biases: He et al., "Bag of Tricks for Image Classification with
 Convolutional Neural Networks", CVPR 2019, section 3.1, https://arxiv.org/abs/1812.01187
@@ -27,12 +27,12 @@ def weight_decay_groups(
 ) -> list[dict[str, Any]]:
     """Split a model's trainable parameters into those that decay and the norms and biases.
 
-    Returns groups for any torch optimizer, each with "name", "params" and "weight_decay":
-    "norm_and_bias" (`norm_weight_decay`) holds what is named bias, what belongs to a
-    normalisation layer, what has at most one dimension, tables of relative positions, and what the
-    model's own `no_weight_decay()` names, as timm's networks do (class token, position
-    embeddings); "weight" (`weight_decay`) the rest: the kernels and matrices, and, as in
-    torchvision's `set_weight_decay`, the tokens and positions of networks that name none. Each
+    Returns groups for any torch optimizer, each with "name", "params" and "weight_decay".
+    "norm_and_bias" (`norm_weight_decay`) holds biases, parameters of normalisation layers,
+    parameters of at most one dimension, tables of relative positions, and those that the model's
+    own `no_weight_decay()` names, as timm's networks do (class token, position embeddings).
+    "weight" (`weight_decay`) holds the rest: the kernels and matrices, and, as in torchvision's
+    `set_weight_decay`, the tokens and positions of networks that name none. Each
     trainable parameter is in exactly one group, a tied one under its first name; frozen ones are
     left out, and so is a group that would be empty.
 
@@ -45,19 +45,19 @@ def weight_decay_groups(
     norm_and_bias 3 0.0
     """
     _check_decays(weight_decay, norm_weight_decay)
-    spared = _norms_and_biases(model)
+    exempt_ids = _norms_and_biases(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError("the model has no trainable parameter")
     groups = [
         {
             "name": "weight",
-            "params": [parameter for parameter in trainable if id(parameter) not in spared],
+            "params": [parameter for parameter in trainable if id(parameter) not in exempt_ids],
             "weight_decay": weight_decay,
         },
         {
             "name": "norm_and_bias",
-            "params": [parameter for parameter in trainable if id(parameter) in spared],
+            "params": [parameter for parameter in trainable if id(parameter) in exempt_ids],
             "weight_decay": norm_weight_decay,
         },
     ]
@@ -70,7 +70,7 @@ def prefix_groups(
     weight_decay: float,
     norm_weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Split a model's trainable parameters by the part they are in, each with a rate of its own.
+    """Split a model's trainable parameters by the module they are in, each with its own rate.
 
     The keys of `rates` are names as in `named_modules` and `named_parameters`: "layer4" is
     everything in layer4, and not layer40; "class_token" is that parameter. In the order of
@@ -97,9 +97,9 @@ def prefix_groups(
     for prefix, lr in rates.items():
         if not 0 < lr < math.inf:
             raise ValueError(f"the rate of {prefix!r} must be finite and > 0, got {lr}")
-    for one, other in combinations(rates, 2):
-        if _under(one, other) or _under(other, one):
-            raise ValueError(f"{one!r} and {other!r} overlap: a parameter has one rate")
+    for a, b in combinations(rates, 2):
+        if _under(a, b) or _under(b, a):
+            raise ValueError(f"{a!r} and {b!r} overlap: a parameter has one rate")
     _check_prefixes(model, rates)
 
     owners: dict[int, str] = {}
@@ -114,24 +114,28 @@ def prefix_groups(
     if strays:
         raise ValueError(f"parameter groups: no rate for: {', '.join(strays)}")
 
-    spared = _norms_and_biases(model)
+    exempt_ids = _norms_and_biases(model)
     groups = []
     for prefix, lr in rates.items():
-        own = [parameter for parameter in trainable.values() if owners[id(parameter)] == prefix]
+        parameters = [
+            parameter for parameter in trainable.values() if owners[id(parameter)] == prefix
+        ]
         groups += [
             {
                 "name": prefix,
                 "label": prefix,
                 "lr": lr,
                 "weight_decay": weight_decay,
-                "params": [parameter for parameter in own if id(parameter) not in spared],
+                "params": [
+                    parameter for parameter in parameters if id(parameter) not in exempt_ids
+                ],
             },
             {
                 "name": f"{prefix} (norm, bias)",
                 "label": prefix,
                 "lr": lr,
                 "weight_decay": norm_weight_decay,
-                "params": [parameter for parameter in own if id(parameter) in spared],
+                "params": [parameter for parameter in parameters if id(parameter) in exempt_ids],
             },
         ]
     return [group for group in groups if group["params"]]
@@ -174,16 +178,20 @@ def check_groups(model: nn.Module, groups: Iterable[dict[str, Any]]) -> None:
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    grouped = [parameter for group in groups for parameter in group["params"]]
-    count = Counter(map(id, grouped))
+    group_params = [parameter for group in groups for parameter in group["params"]]
+    count = Counter(map(id, group_params))
     strays = {
         "missing": [n for key, n in names.items() if key in trainable and key not in count],
         "repeated": [n for key, n in names.items() if count[key] > 1],
         "frozen": [n for key, n in names.items() if key in count and key not in trainable],
-        "not the model's": [str(tuple(p.shape)) for p in grouped if id(p) not in names],
+        "not the model's": [str(tuple(p.shape)) for p in group_params if id(p) not in names],
     }
     if any(strays.values()):
-        lines = [f"{fault}: {', '.join(found)}" for fault, found in strays.items() if found]
+        lines = [
+            f"{fault}: {', '.join(stray_names)}"
+            for fault, stray_names in strays.items()
+            if stray_names
+        ]
         raise ValueError(f"parameter groups: {'; '.join(lines)}")
 
 
@@ -194,8 +202,8 @@ def _check_decays(*decays: float) -> None:
 
 
 def _norms_and_biases(model: nn.Module) -> set[int]:
-    """The ids of the parameters that are spared: see `weight_decay_groups`."""
-    named = getattr(model, "no_weight_decay", set)()
+    """The ids of the parameters of "norm_and_bias", see `weight_decay_groups`."""
+    exempt_names = getattr(model, "no_weight_decay", set)()
     in_norms = {
         id(parameter)
         for module in model.modules()
@@ -206,7 +214,7 @@ def _norms_and_biases(model: nn.Module) -> set[int]:
         id(parameter)
         for name, parameter in model.named_parameters()
         if parameter.ndim <= 1
-        or name in named
+        or name in exempt_names
         or name.rpartition(".")[2] in ("bias", "relative_position_bias_table")
     }
 
@@ -217,13 +225,13 @@ def _under(name: str, prefix: str) -> bool:
 
 def _check_prefixes(model: nn.Module, prefixes: Iterable[str]) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    # the parameters, and what they are in
-    names = [part for name in parameters for part in accumulate(name.split("."), "{}.{}".format)]
+    # the names of parameters, and of the modules that contain them
+    names = [path for name in parameters for path in accumulate(name.split("."), "{}.{}".format)]
     for prefix in prefixes:
         if prefix not in names:
-            near = difflib.get_close_matches(prefix, names, n=1)
-            parts = ", ".join(dict.fromkeys(name for name in names if "." not in name))
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {parts}"
+            matches = difflib.get_close_matches(prefix, names, n=1)
+            children = ", ".join(dict.fromkeys(name for name in names if "." not in name))
+            hint = f"did you mean {matches[0]!r}?" if matches else f"it has {children}"
             raise ValueError(f"no parameter of the model is in {prefix!r}; {hint}")
         if not any(p.requires_grad for name, p in parameters.items() if _under(name, prefix)):
             raise ValueError(f"{prefix!r} has a rate, and all of its parameters are frozen")

@@ -15,7 +15,7 @@ def draw_mixup(alpha: float, generator: torch.Generator | None = None) -> float:
     """Draw the share λ that every image of one batch keeps: λ ~ Beta(α, α), in [0, 1].
 
     α = 1 is uniform; a smaller α draws nearer to 0 and 1, so that most blends are faint. The
-    draw is made on the CPU, from `generator` alone where one is given.
+    draw is made on the CPU, from `generator` if given.
 
     Raises ValueError unless α is positive and finite.
 
@@ -30,19 +30,20 @@ def draw_mixup(alpha: float, generator: torch.Generator | None = None) -> float:
     # Beta(α, α) = G₁ / (G₁ + G₂) with G ~ Gamma(α), and Gamma(α) = Gamma(α + 1) · U^(1/α).
     # Taken in logarithms, because for a small α both gammas would underflow to 0.
     shape = torch.full((2,), alpha + 1.0, dtype=torch.float64)
-    gamma = torch._standard_gamma(shape, generator=generator)  # torch.distributions takes none
+    # torch.distributions takes no generator
+    gamma = torch._standard_gamma(shape, generator=generator)
     uniform = torch.rand(2, dtype=torch.float64, generator=generator)
-    first, second = gamma.log() + uniform.log() / alpha
-    return torch.sigmoid(first - second).item()
+    log_gamma_1, log_gamma_2 = gamma.log() + uniform.log() / alpha
+    return torch.sigmoid(log_gamma_1 - log_gamma_2).item()
 
 
 def neighbour_pairs(n: int) -> Tensor:
     """Pair each sample of a batch with its neighbour: 2k with 2k + 1.
 
     Returns an int64 permutation of shape (n,). The last three of an odd batch rotate; a batch of
-    one is its own partner. In a batch that was shuffled a neighbour is a random partner, and
-    every slice that starts and ends at an even place holds whole pairs: what is mixed with what
-    does not depend on how many processes or accumulation steps share the batch.
+    one is its own partner. In a batch that was shuffled a neighbour is a random partner, and every
+    slice that starts and ends at an even index holds whole pairs: the pairs don't depend on how
+    many processes or accumulation steps share the batch.
 
     Raises ValueError for n < 1.
 
@@ -88,12 +89,12 @@ def mixup_batch(
             f"got {tuple(targets.shape)} and {tuple(permutation.shape)}"
         )
     partner = permutation.to(images.device, non_blocking=images.is_cuda)
-    # lerp(a, b, λ) = a + λ·(b - a), in one pass, exact where a = b, and into the partner's copy.
-    return _take(images, partner).lerp_(images, lam), targets[partner].lerp_(targets, lam)
+    # lerp(a, b, λ) = a + λ·(b - a), in one pass, exact where a = b, in the partner's copy.
+    return _select(images, partner).lerp_(images, lam), targets[partner].lerp_(targets, lam)
 
 
-def _take(images: Tensor, index: Tensor) -> Tensor:
-    """images[index], twice as fast: index_select copies whole images, where they lie in a row."""
+def _select(images: Tensor, index: Tensor) -> Tensor:
+    """images[index], twice as fast: index_select copies images whole where they are contiguous."""
     if images.is_contiguous(memory_format=torch.channels_last):
         return images.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
     return images.index_select(0, index)

@@ -49,22 +49,22 @@ class Muon(Optimizer):
         orthogonal:  w ← w · √rows / |w|,  w ← w - lr · orthogonalize(u)
         others:      SGD as torch's, with its weight decay
 
-    An orthogonal parameter is seen as a matrix (outputs, the rest). Its norm is set anew before
-    each step, unless it is 0, so that its rate means the same at any time, and weight decay would
-    do nothing: it has to be 0 there. `muon_groups` makes the groups. torch.optim.Muon is for
-    matrices alone, and leaves all other parameters to a second optimizer.
+    An orthogonal parameter is treated as a matrix (outputs, all other dimensions). Its norm is set
+    before each step, unless it is 0, so that a rate has the same effect at any time. Weight decay
+    would have none, and has to be 0 there. `muon_groups` makes the groups. torch.optim.Muon is for
+    matrices only, and leaves all other parameters to a second optimizer.
 
-    Where its attribute `found_inf` is set, as on torch's fused optimizers, to a float tensor of no
-    dimensions on the parameters' device, a step for which it is 1 changes nothing, NaN or not; and
-    the host does not wait to know.
+    The attribute `found_inf` may be set, as on torch's fused optimizers, to a float tensor without
+    dimensions on the parameters' device: a step for which it is 1 changes nothing, even if
+    gradients are NaN, and the host does not wait for its value.
 
     params: parameters or groups. lr: of groups that have none; μ = momentum in [0, 1).
-    orthogonal: of groups that don't say it. `Muon(model.parameters())` can't be told apart: which
-    matrix is the head's is not to be seen, and all of it as SGD is not what Muon stands for.
+    orthogonal: of groups without that key. `Muon(model.parameters())` alone is refused: it does not
+    tell which matrix is the head's, and plain SGD for all is not Muon.
 
-    Raises ValueError where neither a group nor `orthogonal` says what is orthogonalised, for a
-    rate, momentum or decay that is negative, and for an orthogonal parameter of fewer than two
-    dimensions.
+    Raises ValueError where neither a group nor `orthogonal` says which parameters are
+    orthogonalised, for a rate, momentum or decay that is negative, and for an orthogonal parameter
+    of fewer than two dimensions.
 
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> groups = muon_groups([{"name": "all", "params": model.parameters()}], head=model[2])
@@ -87,8 +87,8 @@ class Muon(Optimizer):
         orthogonal: bool | None = None,
     ) -> None:
         params = list(params)
-        grouped = any(isinstance(group, dict) and "orthogonal" in group for group in params)
-        if params and orthogonal is None and not grouped:
+        has_key = any(isinstance(group, dict) and "orthogonal" in group for group in params)
+        if params and orthogonal is None and not has_key:
             raise ValueError(
                 "Muon is not told which parameters to orthogonalise: give it the groups of "
                 "muon_groups([{'params': model.parameters()}], head), or orthogonal=True or False "
@@ -116,12 +116,12 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Take one step; closure, as in torch's optimizers, computes the loss anew."""
+        """Take one step; closure, as in torch's optimizers, computes the loss again."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        before = [] if self.found_inf is None else self._copies()
+        copies = [] if self.found_inf is None else self._copies()
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
@@ -136,12 +136,12 @@ class Muon(Optimizer):
                     parameter.sub_(update, alpha=group["lr"])
             else:
                 torch._foreach_add_(parameters, updates, alpha=-group["lr"])
-        for tensor, old in before:
+        for tensor, old in copies:
             tensor.copy_(torch.where(self.found_inf > 0, old, tensor))
         return loss
 
     def _copies(self) -> list[tuple[Tensor, Tensor]]:
-        """(tensor, its values now) of all that a step changes."""
+        """(tensor, a copy of its values) of every tensor that a step changes."""
         tensors = []
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
@@ -172,27 +172,29 @@ class Muon(Optimizer):
 
 
 def muon_groups(groups: Iterable[dict[str, Any]], head: nn.Module) -> list[dict[str, Any]]:
-    """Cut parameter groups in two: what is orthogonalised, and what stays with SGD.
+    """Split each parameter group in two: one to orthogonalise, and one for SGD.
 
-    Orthogonalised are filters and matrices, of four and two dimensions, but for those of `head`,
-    whose rows are classes, and what has one number a row (gains). Their group is named "NAME
-    (muon)", has "orthogonal": True and no weight decay; the rest has "orthogonal": False and keeps
-    its name and what else its group has.
+    Filters and matrices, of four and two dimensions, are orthogonalised, except for those of
+    `head`, whose rows are classes, and those with one number a row (gains). Their group is named
+    "NAME (muon)", has "orthogonal": True and no weight decay; the other has "orthogonal": False and
+    keeps its name and all other settings.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2))
     >>> groups = muon_groups([{"name": "all", "params": list(model.parameters())}], model[2])
     >>> [(group["name"], len(group["params"])) for group in groups]
     [('all (muon)', 1), ('all', 3)]
     """
-    spared = {id(parameter) for parameter in head.parameters()}
-    cut = []
+    head_ids = {id(parameter) for parameter in head.parameters()}
+    split_groups = []
     for group in groups:
         params = list(group["params"])
-        own = [p for p in params if p.ndim in (2, 4) and p.numel() > len(p) and id(p) not in spared]
-        chosen = {id(p) for p in own}
-        rest = [p for p in params if id(p) not in chosen]
-        special = {"name": f"{group.get('name', '')} (muon)".strip(), "params": own}
-        special |= {"orthogonal": True, "weight_decay": 0.0}
-        cut += [{**group, **special}] if own else []
-        cut += [{**group, "params": rest, "orthogonal": False}] if rest else []
-    return cut
+        muon_params = [
+            p for p in params if p.ndim in (2, 4) and p.numel() > len(p) and id(p) not in head_ids
+        ]
+        muon_ids = {id(p) for p in muon_params}
+        sgd_params = [p for p in params if id(p) not in muon_ids]
+        changes = {"name": f"{group.get('name', '')} (muon)".strip(), "params": muon_params}
+        changes |= {"orthogonal": True, "weight_decay": 0.0}
+        split_groups += [{**group, **changes}] if muon_params else []
+        split_groups += [{**group, "params": sgd_params, "orthogonal": False}] if sgd_params else []
+    return split_groups

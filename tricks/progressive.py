@@ -15,10 +15,10 @@ def progressive_size(
 ) -> int:
     """Pixels a side for optimizer step `step`, counted from 0.
 
-    It grows linearly from `start` at the first step to `full` after the part `until` of all steps,
-    and is `full` from there, so that the last steps, in which the rate is small and BatchNorm's
-    statistics settle, see what will be evaluated. Rounded down to `start` plus a multiple of
-    `multiple`, as every size is a shape to be compiled and allocated for.
+    It grows linearly from `start` at the first step to `full` after the share `until` of all steps,
+    and stays at `full`: the last steps, in which the rate is small and BatchNorm's statistics
+    settle, see images of the evaluated size. Rounded down to `start` plus a multiple of `multiple`,
+    as code and memory are prepared for each new size.
 
     Raises ValueError unless 1 ≤ start ≤ full, 0 < until ≤ 1, multiple ≥ 1 and 0 ≤ step.
 
@@ -40,7 +40,7 @@ def progressive_size(
 def resize_batch(images: Tensor, size: int) -> Tensor:
     """Images (n, C, H, W), float, resized to size × size: bilinear, antialiased.
 
-    The memory format and dtype are kept. Images that have that size already come back as they are.
+    The memory format and dtype are kept. Images of that size are returned as they are.
 
     >>> import torch
     >>> resize_batch(torch.arange(16.0).view(1, 1, 4, 4), 2).view(2, 2).round()
@@ -49,6 +49,6 @@ def resize_batch(images: Tensor, size: int) -> Tensor:
     """
     if images.shape[-2:] == (size, size):
         return images
-    # On a CPU there is no such kernel in 16 bits
-    seen = images.float() if images.device.type == "cpu" else images
-    return F.interpolate(seen, (size, size), mode="bilinear", antialias=True).to(images.dtype)
+    # The CPU has no such kernel in 16 bits
+    pixels = images.float() if images.device.type == "cpu" else images
+    return F.interpolate(pixels, (size, size), mode="bilinear", antialias=True).to(images.dtype)

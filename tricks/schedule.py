@@ -1,6 +1,6 @@
 """Linear warm-up, then a cosine or a line: the learning rate as a pure function of the step.
 
-Nothing is remembered, so nothing has to be saved, and a resumed run has the rate it would have had.
+It has no state, so nothing has to be saved, and a resumed run has the rate of an uninterrupted one.
 
 Warm-up: Goyal et al., "Accurate, Large Minibatch SGD", 2017, https://arxiv.org/abs/1706.02677
 Cosine: Loshchilov and Hutter, "SGDR", ICLR 2017, https://arxiv.org/abs/1608.03983
@@ -47,8 +47,8 @@ def warmup_linear(
         s ≤ W:  (s + 1) / (W + 1)
         s > W:  1 - (1 - f) · (s - W) / (T - W)
 
-    Symbols, ends and errors are those of `warmup_cosine`. For runs of few epochs, which a cosine
-    leaves too little time at small rates.
+    Symbols, ends and errors are those of `warmup_cosine`. For runs of few epochs, in which a cosine
+    spends too little time at small rates.
 
     >>> [round(warmup_linear(step, total_steps=8, warmup_steps=3), 3) for step in range(8)]
     [0.25, 0.5, 0.75, 1.0, 0.8, 0.6, 0.4, 0.2]
@@ -58,7 +58,7 @@ def warmup_linear(
 
 
 def _progress(step: int, total_steps: int, warmup_steps: int, final_factor: float) -> float:
-    """The part of the way down in (0, 1], or, in warm-up, what is missing to the peak, as ≤ 0."""
+    """The share of the way down, in (0, 1]; in warm-up, the factor minus 1, in (-1, 0]."""
     if not 0 <= warmup_steps <= total_steps:
         raise ValueError(f"warm-up must be in [0, {total_steps}] steps, got {warmup_steps}")
     if not 0 <= step <= total_steps:

@@ -4,7 +4,7 @@ Networks fine-tuned from the same weights lie in one basin, and their mean is of
 best of them. Those trained from different random weights do not: their mean is of no use.
 
 Wortsman et al., "Model soups", ICML 2022, https://arxiv.org/abs/2203.05482
-BatchNorm anew: Izmailov et al., "Averaging Weights Leads to Wider Optima and Better
+BatchNorm's statistics: Izmailov et al., "Averaging Weights Leads to Wider Optima and Better
 Generalization", UAI 2018, https://arxiv.org/abs/1803.05407
 """
 
@@ -23,9 +23,9 @@ State = Mapping[str, Tensor]
 def uniform_soup(states: Sequence[State]) -> dict[str, Tensor]:
     """The mean of networks' weights, of state dicts with the same names, shapes and dtypes.
 
-    Floating tensors are averaged in float64 and cast back; others (BatchNorm's counters) are the
-    first's. The soup of equal states is that state, bit for bit. The states are left as they are.
-    BatchNorm's statistics are of no use before `recompute_batch_norm`.
+    Floating tensors are averaged in float64 and cast back; others (BatchNorm's counters) are those
+    of the first state. The soup of equal states is that state, bit for bit. The states don't
+    change. BatchNorm's statistics are of no use before `recompute_batch_norm`.
 
     Raises ValueError with the names or shapes that differ, and where there is no state.
 
@@ -35,14 +35,14 @@ def uniform_soup(states: Sequence[State]) -> dict[str, Tensor]:
     """
     _check_states(states)
     soup = {}
-    for name, first in states[0].items():
-        if first.is_floating_point():
-            mean = first.double()
+    for name, tensor in states[0].items():
+        if tensor.is_floating_point():
+            mean = tensor.double()
             for number, state in enumerate(states[1:], start=2):
                 mean = mean + (state[name].double() - mean) / number  # equal ones add exactly 0
-            soup[name] = mean.to(first.dtype, copy=True)
+            soup[name] = mean.to(tensor.dtype, copy=True)
         else:
-            soup[name] = first.clone()
+            soup[name] = tensor.clone()
     return soup
 
 
@@ -51,14 +51,14 @@ def greedy_soup(
 ) -> tuple[dict[str, Tensor], list[int]]:
     """Add networks to a soup, the best first, each kept if the score does not fall.
 
-    score: higher is better; the accuracy on images that no member was trained on, say, after
+    score: higher is better, such as the accuracy on images that no member was trained on, after
     `recompute_batch_norm`. It is called 2 · states - 1 times. Returns the soup and the numbers of
-    the states in it, in the order in which they came in. Raises ValueError as `uniform_soup`, and
+    the states in it, in the order of adding. Raises ValueError as `uniform_soup`, and
     for a score that is NaN.
 
     >>> states = [{"w": torch.tensor([w])} for w in (0.0, 5.0, 2.0)]
-    >>> soup, chosen = greedy_soup(states, score=lambda state: -abs(state["w"].item() - 1))
-    >>> soup["w"].item(), chosen
+    >>> soup, ingredients = greedy_soup(states, score=lambda state: -abs(state["w"].item() - 1))
+    >>> soup["w"].item(), ingredients
     (1.0, [0, 2])
     """
     _check_states(states)
@@ -66,14 +66,14 @@ def greedy_soup(
     def soup_of(indices: list[int]) -> dict[str, Tensor]:
         return uniform_soup([states[index] for index in indices])
 
-    chosen = greedy_ingredients(len(states), lambda indices: score(soup_of(indices)))
-    return soup_of(chosen), chosen
+    ingredients = greedy_ingredients(len(states), lambda indices: score(soup_of(indices)))
+    return soup_of(ingredients), ingredients
 
 
 def greedy_ingredients(count: int, score: Callable[[list[int]], float]) -> list[int]:
-    """Which of `count` networks `greedy_soup` takes, for a score of their numbers.
+    """The numbers of the networks, of `count`, that `greedy_soup` chooses by a score of numbers.
 
-    For those who keep the scores of soups, or more than one network's weights nowhere at once.
+    For callers that cache the scores of soups, or never hold all networks' weights in memory.
     Raises ValueError for a count below 1 and for a score that is NaN.
 
     >>> greedy_ingredients(3, score=lambda numbers: 0 in numbers and 2 in numbers)
@@ -84,33 +84,33 @@ def greedy_ingredients(count: int, score: Callable[[list[int]], float]) -> list[
     if count < 1:
         raise ValueError(f"a soup needs one network at least, got {count}")
 
-    def checked(indices: list[int]) -> float:
+    def score_of(indices: list[int]) -> float:
         value = score(indices)
         if value != value:
             raise ValueError(f"the score of state {' + '.join(map(str, indices))} is {value}")
         return value
 
-    scores = [checked([index]) for index in range(count)]
-    ranked = sorted(range(count), key=lambda index: -scores[index])
-    chosen, best = ranked[:1], scores[ranked[0]]
-    for index in ranked[1:]:
-        value = checked([*chosen, index])
+    scores = [score_of([index]) for index in range(count)]
+    order = sorted(range(count), key=lambda index: -scores[index])
+    ingredients, best = order[:1], scores[order[0]]
+    for index in order[1:]:
+        value = score_of([*ingredients, index])
         if value >= best:
-            chosen, best = [*chosen, index], value
-    return chosen
+            ingredients, best = [*ingredients, index], value
+    return ingredients
 
 
 @torch.no_grad()
 def recompute_batch_norm(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) -> None:
-    """Measure BatchNorm's running statistics anew: the mean over `batches` of each one's, in place.
+    """Measure BatchNorm's running statistics again, in place: their mean over `batches`.
 
-    batches: what the model takes, training images above all, of equal size (each counts the
-    same); of a tuple or list, a data loader's (images, labels) say, the first is given to the
-    model. They have to be where the model is. All else is in eval mode meanwhile, and every
-    module's own mode comes back: in `torch.optim.swa_utils.update_bn` dropout drops, and frozen
-    parts are in train mode afterwards. Nothing is read if the model has no such statistics. Several
-    processes have to be given the same batches. Raises ValueError where there is no batch. Whatever
-    fails, in the model or in `batches`, leaves the statistics as they were.
+    batches: the model's inputs, usually training images, of equal size (each counts the same), on
+    the model's device; of a tuple or list, such as a data loader's (images, labels), the model gets
+    the first item. All other modules are in eval mode meanwhile, and every module has its own mode
+    again afterwards: in `torch.optim.swa_utils.update_bn` dropout is active, and frozen parts end
+    in train mode. `batches` is not read if the model has no such statistics. Several processes need
+    the same batches. Raises ValueError where there is no batch. After an error, in the model or in
+    `batches`, the statistics are as before.
 
     >>> norm = nn.BatchNorm1d(1)
     >>> batches = torch.tensor([[[1.0], [3.0]], [[4.0], [8.0]]])
@@ -127,13 +127,13 @@ def recompute_batch_norm(model: nn.Module, batches: Iterable[Tensor | Sequence[T
         return
     batches = iter(batches)
     try:
-        first = next(batches)
+        first_batch = next(batches)
     except StopIteration:
         raise ValueError("no batch to measure BatchNorm's statistics on") from None
     modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
     statistics = [buffer for norm in norms for buffer in norm.buffers()]
-    before = [buffer.clone() for buffer in statistics]
+    copies = [buffer.clone() for buffer in statistics]
     try:
         for module in modes:
             module.training = False  # and not eval(), which a module may have overridden
@@ -141,10 +141,10 @@ def recompute_batch_norm(model: nn.Module, batches: Iterable[Tensor | Sequence[T
             norm.training = True
             norm.momentum = None  # a cumulative average
             norm.reset_running_stats()
-        for batch in chain([first], batches):
+        for batch in chain([first_batch], batches):
             model(batch[0] if isinstance(batch, (tuple, list)) else batch)
     except BaseException:  # an interrupt too
-        for buffer, value in zip(statistics, before, strict=True):
+        for buffer, value in zip(statistics, copies, strict=True):
             buffer.copy_(value)
         raise
     finally:
@@ -157,15 +157,12 @@ def recompute_batch_norm(model: nn.Module, batches: Iterable[Tensor | Sequence[T
 def _check_states(states: Sequence[State]) -> None:
     if not states:
         raise ValueError("a soup needs one state at least, got none")
-    first = states[0]
+    reference = states[0]
     for index, state in enumerate(states[1:], start=1):
-        strays = [name for name in [*first, *state] if (name in first) != (name in state)]
+        strays = [name for name in [*reference, *state] if (name in reference) != (name in state)]
         if strays:
             raise ValueError(f"states 0 and {index} differ in {', '.join(strays)}")
-        for name, tensor in first.items():
-            one, other = ((t.dtype, tuple(t.shape)) for t in (tensor, state[name]))
-            if one != other:
-                raise ValueError(
-                    f"{name} is {one[0]} of {one[1]} in state 0, {other[0]} of {other[1]} in "
-                    f"state {index}"
-                )
+        for name, tensor in reference.items():
+            kinds = [f"{t.dtype} of {tuple(t.shape)}" for t in (tensor, state[name])]
+            if kinds[0] != kinds[1]:
+                raise ValueError(f"{name} is {kinds[0]} in state 0, {kinds[1]} in state {index}")

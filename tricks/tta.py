@@ -29,7 +29,7 @@ class View(NamedTuple):
     """One way to see a batch: `apply(images, index)` gives (n, C, size, size) of the same dtype.
 
     images: uint8 or float (n, C, H, W), on any device; index: int64 (n,), on the CPU, the number of
-    each sample in its data set. All views but random ones pay it no attention.
+    each sample in its data set. Only random views use it.
     """
 
     name: str
@@ -38,26 +38,26 @@ class View(NamedTuple):
 
 
 def tta_views(kind: str, size: int, seed: int = 0) -> list[View]:
-    """The views of a kind, for networks that take images of size × size. Their weights sum to 1.
+    """The views of a kind, for networks that take images of size × size; their weights sum to 1.
 
-    Images have sides of at least `size`; where they are larger, the central square is seen.
+    Images have sides of at least `size`; of larger ones, the central square is used.
 
-    - "none": that alone.
-    - "flip": that, and its mirror image.
-    - "shift": airbench's six: these two (¼ each), and the same moved by 1 pixel down and right,
-      and up and left, reflected at the edge (⅛ each).
+    - "none": the central square.
+    - "flip": the central square and its mirror image.
+    - "shift": airbench's six: the views of "flip" (¼ each), and both moved by 1 pixel down and
+      right, and up and left, reflected at the edge (⅛ each).
     - "crops:N": N of centre, upper left, upper right, lower left and lower right, in this order,
       N = 1 to 5; all of them and their mirror images for 10. Corners are those of the image; along
-      a side that has no room, of the image with an eighth of `size` reflected at both ends.
+      a side of exactly `size`, of the image with an eighth of `size` reflected at both ends.
     - "random:N": N random resized crops of every image, each mirrored or not: a share of the area
       uniform in 0.35 to 1, a width/height log-uniform in ¾ to 4/3, sides cut to the image's;
-      bilinear, antialiased. What a sample gets is a hash of (seed, view, its index): the same
-      in every batch, order and process, and on every device.
+      bilinear, antialiased. A sample's crop depends only on (seed, view, its index): it is
+      the same in every batch, order and process, and on every device.
 
     Mirroring is for pictures in which left and right don't matter: not for digits or text.
 
-    Raises ValueError, with the nearest name, for a kind that is none, and for `size` < 1. A view
-    raises it for images smaller than `size`, and for those too small to be reflected.
+    Raises ValueError, with the nearest name, for an unknown kind, and for `size` < 1. A view raises
+    it for images smaller than `size`, and for images too small to be reflected.
 
     >>> [(view.name, view.weight) for view in tta_views("flip", size=2)]
     [('centre', 0.5), ('centre, mirrored', 0.5)]
@@ -73,21 +73,21 @@ def tta_views(kind: str, size: int, seed: int = 0) -> list[View]:
     name, _, number = kind.partition(":")
     count = int(number) if number.isascii() and number.isdecimal() else None
     if kind == "none":
-        return [_still("centre", 1.0, size)]
+        return [_fixed_view("centre", 1.0, size)]
     if kind == "flip":
-        return _with_mirrored([_still("centre", 1.0, size)])
+        return _with_mirrored([_fixed_view("centre", 1.0, size)])
     if kind == "shift":
-        moved = [
+        shifted_views = [
             View("down right", 0.25, partial(_moved, size, 1, 1)),
             View("up left", 0.25, partial(_moved, size, -1, -1)),
         ]
-        return _with_mirrored([_still("centre", 0.5, size), *moved])
+        return _with_mirrored([_fixed_view("centre", 0.5, size), *shifted_views])
     if name == "crops" and count is not None:
         if count not in (1, 2, 3, 4, 5, 10):
             raise ValueError(f"crops are 1 to 5, or 10, got {kind!r}")
         n = min(count, 5)
-        places = ["centre", "upper left", "upper right", "lower left", "lower right"]
-        views = [_still(place, 1 / n, size) for place in places[:n]]
+        positions = ["centre", "upper left", "upper right", "lower left", "lower right"]
+        views = [_fixed_view(position, 1 / n, size) for position in positions[:n]]
         return _with_mirrored(views) if count == 10 else views
     if name == "random" and count is not None:
         if not 1 <= count <= MOST_RANDOM:
@@ -96,8 +96,8 @@ def tta_views(kind: str, size: int, seed: int = 0) -> list[View]:
             View(f"random {number}", 1 / count, partial(_random_crop, size, seed, number))
             for number in range(count)
         ]
-    near = difflib.get_close_matches(kind, EXAMPLES, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else "none, flip, shift, crops:N or random:N"
+    matches = difflib.get_close_matches(kind, EXAMPLES, n=1, cutoff=0.5)
+    hint = f"did you mean {matches[0]!r}?" if matches else "none, flip, shift, crops:N or random:N"
     raise ValueError(f"no views are named {kind!r}; {hint}")
 
 
@@ -109,10 +109,10 @@ def average_views(
         log Σ wᵥ · softmax(logitsᵥ)
 
     logits: (views, samples, classes), float of any precision; weights: one a view, ≥ 0, with the
-    sum 1, as in `View.weight`; None for equal ones. What comes back is logits again, for an
+    sum 1, as in `View.weight`; None for equal ones. The result can be used as logits, for an
     ensemble or a temperature. Raises ValueError for logits that are not finite, with the view's
-    number, and for weights that are none. check=False leaves out the look at the logits, for which
-    the host waits where they lie on a GPU: where some are NaN, so is the mean.
+    number, and for invalid weights. check=False does not test the logits, so that the host need not
+    wait for a GPU: where some are NaN, so is the mean.
 
     >>> logits = torch.tensor([[[0.9, 0.1]], [[0.3, 0.7]]]).log()
     >>> average_views(logits).exp()
@@ -128,47 +128,49 @@ def average_views(
         raise ValueError(f"{len(logits)} views need as many weights, got {shares}")
     if not all(share >= 0 for share in shares) or not abs(sum(shares) - 1) <= 1e-5:
         raise ValueError(f"weights must be ≥ 0 with the sum 1, got {shares}")
-    precision = torch.float32 if logits.device.type == "mps" else torch.float64  # it has no other
+    precision = (
+        torch.float32 if logits.device.type == "mps" else torch.float64
+    )  # MPS has no float64
     total = None
     for number, (share, view) in enumerate(zip(shares, logits, strict=True)):
         if check and not view.isfinite().all():
             raise ValueError(f"the logits of view {number} are not finite")
         if share:
-            one = view.to(precision).log_softmax(1) + math.log(share / sum(shares))
-            total = one if total is None else torch.logaddexp(total, one)
+            log_share = view.to(precision).log_softmax(1) + math.log(share / sum(shares))
+            total = log_share if total is None else torch.logaddexp(total, log_share)
     return total
 
 
-def _still(place: str, weight: float, size: int) -> View:
-    return View(place, weight, partial(_crop, size, place))
+def _fixed_view(position: str, weight: float, size: int) -> View:
+    return View(position, weight, partial(_crop, size, position))
 
 
 def _with_mirrored(views: list[View]) -> list[View]:
-    both = []
+    pairs = []
     for name, weight, apply in views:
-        both.append(View(name, weight / 2, apply))
-        both.append(View(f"{name}, mirrored", weight / 2, partial(_mirrored, apply)))
-    return both
+        pairs.append(View(name, weight / 2, apply))
+        pairs.append(View(f"{name}, mirrored", weight / 2, partial(_mirrored, apply)))
+    return pairs
 
 
 def _mirrored(apply: Callable[[Tensor, Tensor], Tensor], images: Tensor, index: Tensor) -> Tensor:
     return apply(images, index).flip(-1)
 
 
-def _crop(size: int, place: str, images: Tensor, index: Tensor) -> Tensor:
-    vertical, _, horizontal = place.partition(" ")
+def _crop(size: int, position: str, images: Tensor, index: Tensor) -> Tensor:
+    vertical, _, horizontal = position.partition(" ")
     top = _start(images.shape[2], size, vertical, "upper", "lower")
     left = _start(images.shape[3], size, horizontal, "left", "right")
     return _window(images, top, left, size, size)
 
 
-def _start(side: int, size: int, place: str, low: str, high: str) -> int:
-    """Where a crop starts along a side, which may be before it."""
+def _start(side: int, size: int, position: str, low: str, high: str) -> int:
+    """The first pixel of a crop along a side; negative if the crop starts before the image."""
     if side < size:
         raise ValueError(f"views of size {size} need images as large, got a side of {side}")
     margin = max(1, size // 8) if side == size else 0
     centre = round((side - size) / 2)  # as torchvision's center_crop
-    return {low: -margin, high: side - size + margin}.get(place, centre)
+    return {low: -margin, high: side - size + margin}.get(position, centre)
 
 
 def _moved(size: int, down: int, right: int, images: Tensor, index: Tensor) -> Tensor:
@@ -176,20 +178,20 @@ def _moved(size: int, down: int, right: int, images: Tensor, index: Tensor) -> T
 
 
 def _window(images: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
-    """images[:, :, top:, left:] of a height and width, reflected where it reaches beyond an edge.
+    """images[:, :, top:, left:] of a height and width, reflected beyond the edges.
 
     F.pad does not reflect uint8.
     """
     for dim, start, length in ((2, top, height), (3, left, width)):
         side = images.shape[dim]
-        beyond = max(-start, start + length - side)
-        if beyond >= side:
-            raise ValueError(f"a side of {side} is too small to reflect {beyond} pixels")
-        if beyond <= 0:
+        overhang = max(-start, start + length - side)
+        if overhang >= side:
+            raise ValueError(f"a side of {side} is too small to reflect {overhang} pixels")
+        if overhang <= 0:
             images = images.narrow(dim, start, length)
         else:
-            place = torch.arange(start, start + length, device=images.device).abs()
-            images = images.index_select(dim, torch.minimum(place, 2 * (side - 1) - place))
+            position = torch.arange(start, start + length, device=images.device).abs()
+            images = images.index_select(dim, torch.minimum(position, 2 * (side - 1) - position))
     return images
 
 
@@ -250,7 +252,7 @@ def _resize_weights(start: Tensor, length: Tensor, full: int, size: int) -> Tens
 
 
 def _uniforms(seed: int, view: int, index: Tensor, count: int) -> Tensor:
-    """`count` numbers in [0, 1) for each sample, of (seed, view, index) alone: (count, n).
+    """`count` numbers in [0, 1) for each sample, a function of (seed, view, index): (count, n).
 
     SplitMix64 (Steele et al. 2014, https://doi.org/10.1145/2714064.2660195): a generator for each
     sample would take longer to seed than a batch to crop.
@@ -269,7 +271,7 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def _shifted(z: Tensor, bits: int) -> Tensor:
-    return (z >> bits) & ((1 << (64 - bits)) - 1)  # int64's own shift would drag the sign along
+    return (z >> bits) & ((1 << (64 - bits)) - 1)  # int64's own shift would copy the sign bit
 
 
 def _signed(value: int) -> int:

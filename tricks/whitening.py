@@ -16,17 +16,18 @@ def patch_whitening(images: Tensor, kernel_size: int, eps: float = 5e-4) -> Tens
 
     They are the eigenvectors vᵢ of the patches' second moments, as torch.linalg.eigh gives them,
     each over √(λᵢ + eps): a convolution with them gives outputs of mean square λ / (λ + eps), which
-    are uncorrelated with each other. The first kernels see the least, fine detail, the last
-    brightness. The sign, which eigh leaves open, makes the largest weight positive.
+    are uncorrelated with each other. The first kernels see fine detail, where the variance is
+    least, the last ones brightness. eigh leaves the sign open: it is chosen so that the largest
+    weight is positive.
 
     images: float (n, C, H, W), normalised to about mean 0; a few thousand are enough. Computed in
     float64, on the images' device; on the CPU for MPS, which has no float64. Raises ValueError for
-    no images, images smaller than a patch, values that are not finite, and an eps that is not above
-    0.
+    no images, images smaller than a patch, values that are not finite, and an eps of 0 or less.
 
     >>> images = torch.randn(50, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    >>> seen = nn.functional.conv2d(images, patch_whitening(images, 2)).transpose(0, 1).flatten(1)
-    >>> (seen @ seen.T / seen.shape[1] - torch.eye(12)).abs().max() < 1e-3
+    >>> outputs = nn.functional.conv2d(images, patch_whitening(images, 2))
+    >>> outputs = outputs.transpose(0, 1).flatten(1)
+    >>> (outputs @ outputs.T / outputs.shape[1] - torch.eye(12)).abs().max() < 1e-3
     tensor(True)
     """
     channels, height, width = images.shape[1:]
@@ -39,8 +40,8 @@ def patch_whitening(images: Tensor, kernel_size: int, eps: float = 5e-4) -> Tens
     size = channels * kernel_size**2
     moments = torch.zeros(size, size, dtype=torch.float64, device=images.device)
     count = 0
-    for some in images.split(500):  # all patches at once would be kernel_size² times the images
-        patches = nn.functional.unfold(some.double(), kernel_size)  # (n, size, places)
+    for chunk in images.split(500):  # all patches at once would be kernel_size² times the images
+        patches = nn.functional.unfold(chunk.double(), kernel_size)  # (n, size, places)
         patches = patches.transpose(0, 1).flatten(1)
         moments += patches @ patches.T
         count += patches.shape[1]
@@ -56,8 +57,8 @@ def patch_whitening(images: Tensor, kernel_size: int, eps: float = 5e-4) -> Tens
 def whiten_conv_(conv: nn.Conv2d, images: Tensor, eps: float = 5e-4) -> None:
     """Make `conv` whiten the patches of images, in place, and freeze its weight.
 
-    Its outputs are `patch_whitening` and its negative, so that an activation loses nothing of
-    either sign. A bias is set to 0 and stays trainable.
+    Its kernels are those of `patch_whitening` and their negatives, so that an activation function
+    loses neither sign. A bias is set to 0 and stays trainable.
 
     images: float (n, C, H, W), as the network will see them. Raises ValueError unless conv has
     square kernels, no groups or dilation and 2 · C · k² output channels.

@@ -1,4 +1,4 @@
-"""The flags of the scripts, group by group; what each is for stands where it is defined.
+"""The flags of the scripts, group by group; each flag's help text is where the flag is defined.
 
 Nothing here imports torch, so `--help` and a mistyped flag answer at once.
 """
@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import yaml
 
-from harness.cli.bounds import BOUNDS, MANY, whole
+from harness.cli.bounds import BOUNDS, MANY, integer
 from harness.cli.parser import Parser, Switch, add
 from harness.console import words_of
 from harness.errors import nearest, shortened
@@ -63,7 +63,7 @@ def named(purpose) -> tuple[str, ...]:
 def to_recipe(args):
     """The flags of a run as a plain dict that `--config` reads back, defaults included.
 
-    Without those that say how one command went about it: resumed, stopped early, overwriting.
+    Left out are flags about one command only: resuming, stopping early, overwriting.
     """
     left_out = {"given", *named("one_command")}
     return {k: v for k, v in sorted(vars(args).items()) if k not in left_out}
@@ -112,7 +112,7 @@ def data_flags(parser, dataset):
         data=True,
         choices=("auto", "classes", "splits"),
         default="auto",
-        help="of a folder of images. classes: every folder is a class; splits: every "
+        help="how to read a folder of images. classes: every folder is a class; splits: every "
         "folder with a split's name is a split",
     )
     add(
@@ -121,7 +121,7 @@ def data_flags(parser, dataset):
         common=True,
         data=True,
         metavar="REGEX",
-        help="the class is what its one group matches in the path of each image, "
+        help="its one group matches the class in the path of each image, "
         "under --dataset: '/(cat|dog)[.]' for cat.0.jpg and train/cat.0.jpg",
     )
     add(
@@ -132,13 +132,18 @@ def data_flags(parser, dataset):
         help="a table of the labels (.csv, .tsv, .jsonl, .parquet), or one for each "
         "split: train=FILE,val=FILE",
     )
-    add(g, "file_column", data=True, help="of the table; only where it cannot be inferred")
+    add(
+        g,
+        "file_column",
+        data=True,
+        help="the table's column of file names; only where it cannot be inferred",
+    )
     add(
         g,
         "classes",
         data=True,
         metavar="FILE",
-        help="the names of the classes in order, a line each; unset: in text order, "
+        help="the names of the classes in order, one a line; unset: sorted as text, "
         "whole numbers by value",
     )
     add(
@@ -153,7 +158,8 @@ def data_flags(parser, dataset):
         g,
         "bit_depth",
         data=True,
-        help="of 16-bit gray images: 12 where values end at 4095; unset: as the files say, else 16",
+        help="bits in use of 16-bit gray images: 12 where values end at 4095; unset: as the files "
+        "say, else 16",
     )
     add(g, "image_column", data=True, help="only where it cannot be inferred")
     add(g, "label_column", data=True, help="only where it cannot be inferred")
@@ -182,35 +188,35 @@ def data_flags(parser, dataset):
         "group_column",
         data=True,
         metavar="NAME",
-        help="a column (patient, video), or folder, each image's own: images with the "
-        "same value stay on one side of --val_fraction and --fold",
+        help="a column (patient, video), or folder for each image's folder: images with the "
+        "same value stay on the same side of --val_fraction and --fold",
     )
     add(
         g,
         "group_pattern",
         data=True,
         metavar="REGEX",
-        help="the same by what its one group matches in the path of each image, "
+        help="the same, with the value that its one group matches in the path of each image: "
         "'/(patient[0-9]+)_'",
     )
-    add(g, "max_train_samples", common=True, data=True, help="images; cut for a quick look")
-    add(g, "max_eval_samples", common=True, help="the same of val and test")
+    add(g, "max_train_samples", common=True, data=True, help="images of train; for a quick look")
+    add(g, "max_eval_samples", common=True, help="the same for val and test")
     add(
         g,
         "pixels",
         choices=("auto", "decoded", "packed"),
         default="auto",
-        help="what is kept of the images on the disk. decoded: the pixels of one square "
-        "each; packed: whole images as JPEG, from which crops are cut; auto: as the "
-        "plan says",
+        help="the form in which images are cached on the disk. decoded: the pixels of one square "
+        "each; packed: whole images as JPEG, from which crops are cut; auto: the "
+        "plan says which",
     )
     add(
         g,
         "jpeg_decoder",
         choices=("cpu", "nvjpeg"),
         default="cpu",
-        help="of packed training images. nvjpeg: on the GPU, where few cores feed it; its pixels "
-        "are not the same bits on another version of CUDA",
+        help="what decodes packed training images. nvjpeg: the GPU, where few cores feed it; its "
+        "pixels differ in some bits on another version of CUDA",
     )
     add(
         g,
@@ -227,7 +233,7 @@ def data_flags(parser, dataset):
         data=True,
         choices=("stop", "skip"),
         default="stop",
-        help="that can't be read: stop and name the first one, or leave them out, "
+        help="images that can't be read. stop: end and name the first one; skip: leave them out, "
         "count and name them (one more pass of decoding, once)",
     )
     return g
@@ -302,9 +308,13 @@ def loading_flags(g):
         g,
         "interpolation",
         choices=FILTERS,
-        help="of resizing; unset: as the weights say, else bilinear",
+        help="filter for resizing; unset: as the weights say, else bilinear",
     )
-    add(g, "crop_pct", help="what the network sees of the resized side; unset: as the weights say")
+    add(
+        g,
+        "crop_pct",
+        help="share of the resized side that the network sees; unset: as the weights say",
+    )
 
 
 def transfer_flags(parser):
@@ -333,7 +343,7 @@ def transfer_flags(parser):
         "stages",
         type=parser.stages,
         metavar="YAML",
-        help="of staged: a list of {epochs: …, train: {module: lr}}, best in a recipe; "
+        help="for staged: a list of {epochs: …, train: {module: lr}}, best in a recipe; "
         "unset: head; + last blocks; everything",
     )
     add(
@@ -400,8 +410,8 @@ def optimization_flags(parser, optimizers=OPTIMIZERS):
         operational=True,
         choices=("stop", "skip"),
         default="stop",
-        help="at a loss or gradient that is not finite; skip: no process updates, up to "
-        "10 steps in a row; without a fused optimizer (fp16) the host then waits for "
+        help="at a loss or gradient that is not finite. skip: no process updates its weights, "
+        "up to 10 steps in a row; without a fused optimizer (fp16) the host then waits for "
         "the device at every step",
     )
     add(g, "clip_grad_norm", default=1.0, help="L2 norm; 0: off")
@@ -443,7 +453,7 @@ def optimization_flags(parser, optimizers=OPTIMIZERS):
 
 
 def speed_flags(group):
-    """What gets from scratch to an accuracy in few steps, in the group of optimization_flags."""
+    """Flags to reach an accuracy from scratch in few steps, in the group of optimization_flags."""
     g = group
     add(
         g,
@@ -526,7 +536,7 @@ def ensemble_flags(parser):
         "average",
         choices=("probabilities", "logits"),
         default="probabilities",
-        help="what the members' average is of",
+        help="what is averaged over the members",
     )
     add(
         g,
@@ -548,8 +558,8 @@ def ensemble_flags(parser):
         "tta",
         default="none",
         metavar="VIEWS",
-        help="none, flip, shift, crops:N, random:N; several with commas: the first is "
-        "what the combinations see, each is compared with none",
+        help="none, flip, shift, crops:N, random:N; several with commas: "
+        "combinations use the first, each is compared with none",
     )
     g = parser.add_argument_group("data (unset: as the members were trained)")
     add(g, "dataset", help="where the data set is now, or another one of the same classes")
@@ -561,7 +571,7 @@ def ensemble_flags(parser):
         choices=("test", "val"),
         help="scored images; unset: test where there is one, else val",
     )
-    add(g, "max_eval_samples", type=whole(2, MANY), help="images; cut for a quick look")
+    add(g, "max_eval_samples", type=integer(2, MANY), help="scored images; for a quick look")
     verify_cache(g)
 
 
@@ -594,8 +604,8 @@ def predict_flags(parser):
     add(
         g,
         "coverage",
-        help="give each image a set of classes that holds the right one at "
-        "least so often; wants the run's data set, for its held-out images",
+        help="give each image a set of classes; at least this share of the sets holds the "
+        "right class; needs the run's data set, for its held-out images",
     )
     add(
         g,
@@ -604,7 +614,7 @@ def predict_flags(parser):
         default="threshold",
         help="threshold: the smallest sets on average; adaptive: larger for hard images",
     )
-    add(g, "format", choices=("csv", "jsonl", "parquet"), default="csv", help="of the predictions")
+    add(g, "format", choices=("csv", "jsonl", "parquet"), default="csv", help="of the file")
 
 
 def export_flags(parser):
@@ -623,7 +633,7 @@ def export_flags(parser):
         "precision",
         choices=("fp32", "fp16", "int8"),
         default="fp32",
-        help="of onnx; the others are judged on held-out images",
+        help="of the ONNX file; fp16 and int8 are checked on held-out images",
     )
     add(
         g,
@@ -635,7 +645,7 @@ def export_flags(parser):
         g,
         "dataset",
         help="where the data set is now, whose held-out images check the "
-        "export; unset: as in training, made-up images where that is gone",
+        "export; unset: as in training, or made-up images where it is gone",
     )
     add(g, "license", help="for the card's metadata, as apache-2.0; unset: left out")
     add(
@@ -644,7 +654,7 @@ def export_flags(parser):
         metavar="OWNER/NAME",
         help="upload the folder of --to hub; never without this flag",
     )
-    add(g, "private", action=Switch, default=True, help="who may see what is pushed")
+    add(g, "private", action=Switch, default=True, help="push a model that only its owner can see")
 
 
 def cam_flags(parser):
@@ -662,7 +672,7 @@ def cam_flags(parser):
     add(
         g,
         "region_column",
-        help="of a box [left, top, right, bottom] in pixels or a "
+        help="a column with a box [left, top, right, bottom] in pixels or a "
         "mask: --check measures the heat in it",
     )
     add(
@@ -671,12 +681,19 @@ def cam_flags(parser):
         choices=("train", "val", "test"),
         help="unset: val where there is one, else test",
     )
-    add(g, "indices", commas=True, type=numbers, metavar="N,N,…", help="just these of the split")
+    add(
+        g,
+        "indices",
+        commas=True,
+        type=numbers,
+        metavar="N,N,…",
+        help="only these images of the split",
+    )
     add(
         g,
         "only",
         choices=("all", "wrong", "right"),
-        help="unset: all, as many of both as there are",
+        help="unset: all; of a split, as many wrong as right ones where there are enough",
     )
     add(g, "max_images", help="unset: 16 of a split, all of --images")
     g = parser.add_argument_group("maps")
@@ -687,7 +704,7 @@ def cam_flags(parser):
         help="gradcam, gradcam++, hirescam, layercam, eigencam, scorecam; several with "
         "commas stand side by side",
     )
-    add(g, "layer", help="a module's name; unset: the last one that still has places")
+    add(g, "layer", help="a module's name; unset: the last one with a spatial output")
     add(
         g,
         "target",
@@ -703,7 +720,7 @@ def cam_flags(parser):
         help="deletion and insertion, a re-initialised network, heat in the region",
     )
     g = parser.add_argument_group("pictures")
-    add(g, "alpha", default=0.6, help="of the hottest place")
+    add(g, "alpha", default=0.6, help="opacity of the hottest place")
     add(g, "colormap", default="inferno", help="one of matplotlib's")
 
 
@@ -711,7 +728,7 @@ def colours(name):
     """An argparse type: three numbers with commas, or one for all, in the bounds of `name`."""
 
     def convert(text):
-        values = [BOUNDS[name](word) for word in text.split(",")]
+        values = [BOUNDS[name](number) for number in text.split(",")]
         if len(values) not in (1, 3):
             raise argparse.ArgumentTypeError(f"{shortened(text)} is not one number or three")
         return values * (3 // len(values))
@@ -722,23 +739,23 @@ def colours(name):
 
 def numbers(text):
     """An argparse type: whole numbers of at least 0, with commas."""
-    return [BOUNDS["indices"](word) for word in text.split(",")]
+    return [BOUNDS["indices"](number) for number in text.split(",")]
 
 
 def metric_names(text):
     """An argparse type: names of METRICS, with commas."""
-    found = words_of(text)
-    for name in found:
+    names = words_of(text)
+    for name in names:
         if name not in METRICS:
             raise argparse.ArgumentTypeError(
                 f'"{shortened(name)}" is not one of {", ".join(METRICS)}{nearest(name, METRICS)}'
             )
-    return found
+    return names
 
 
 def shares(text):
     """An argparse type: numbers of at least 0, not all 0, scaled to the sum 1."""
-    values = [BOUNDS["member_weights"](word) for word in text.split(",")]
+    values = [BOUNDS["member_weights"](number) for number in text.split(",")]
     if not sum(values):
         raise argparse.ArgumentTypeError(f"{text}: at least one must be above 0")
     return [value / sum(values) for value in values]
@@ -827,7 +844,7 @@ def output_flags(parser, project):
         "select_by",
         choices=METRICS,
         default="acc",
-        help="the metric whose best epoch on val is the result",
+        help="the epoch with the best value of this metric on val is the result",
     )
     add(
         g,
@@ -836,7 +853,7 @@ def output_flags(parser, project):
         commas=True,
         type=words_of,
         metavar="NAME,NAME,…",
-        help="the report has the accuracy by group: columns of the data set, or "
+        help="groups by which the report gives the accuracy: columns of the data set, or "
         "brightness, size, aspect of the images",
     )
     add(
@@ -859,8 +876,8 @@ def output_flags(parser, project):
         operational=True,
         choices=("final", "all"),
         default="final",
-        help="once the run is finished and its result is on the disk. final: the result alone; "
-        "all: the newest checkpoints, too",
+        help="once the run is finished and its result is on the disk. final: keep only the "
+        "result; all: the newest checkpoints, too",
     )
     add(
         g,
@@ -868,8 +885,8 @@ def output_flags(parser, project):
         common=True,
         one_command=True,
         metavar="auto|PATH",
-        help="auto: continue this run from its newest valid checkpoint, or begin; a "
-        "path: of one, checkpoints/step-*",
+        help="auto: continue this run from its newest valid checkpoint, or start it; a "
+        "path: continue from this one, checkpoints/step-*",
     )
     add(
         g,

@@ -1,4 +1,4 @@
-"""A parser of flags and YAML recipes, whose errors name the nearest valid thing."""
+"""A parser of flags and YAML recipes, whose errors suggest the nearest valid name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Switch(argparse.Action):
         setattr(namespace, self.dest, not option_string.startswith("--no_"))
 
 
-# Flags of other trainers -> what the flag is called here
+# Flags of other trainers -> the name of the flag here
 ELSEWHERE = {
     "no_wandb": "report_to", "use_wandb": "report_to", "images_dir": "dataset",
     "learning_rate": "lr", "base_lr": "lr", "wd": "weight_decay", "bs": "batch_size",
@@ -58,7 +58,7 @@ ELSEWHERE = {
     "drop": "dropout", "print_freq": "logging_steps", "log_interval": "logging_steps",
 }  # fmt: skip
 UNNEEDED = (
-    {  # flags of other trainers, and of versions before, that nothing here needs
+    {  # flags of other trainers and of older versions that nothing here needs
         "verify_resume": "it is a command of its own now: python -m harness.training.verify_resume "
         "STEPS accelerate launch train.py [flags]",
     }
@@ -78,15 +78,15 @@ UNNEEDED = (
 )
 
 
-def _hint(flag, known):
-    """What to say behind an unknown flag; known: names without dashes."""
+def _hint(flag, flag_names):
+    """The end of the error for an unknown flag. flag_names: of all flags, without dashes."""
     name = flag.lstrip("-").replace("-", "_")
     if name in UNNEEDED:
         return f": {UNNEEDED[name]}"
-    if ELSEWHERE.get(name) in known:
+    if ELSEWHERE.get(name) in flag_names:
         return f": here it is --{ELSEWHERE[name]}"
     dashes = "--" if flag.startswith("--") else ""
-    return nearest(flag, [f"{dashes}{name}" for name in known])
+    return nearest(flag, [f"{dashes}{name}" for name in flag_names])
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -103,8 +103,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 class _HelpOnRequest(argparse.Action):
     """--help and --help all."""
 
-    def __init__(self, option_strings, dest, **words):
-        super().__init__(option_strings, dest, default=argparse.SUPPRESS, **words)
+    def __init__(self, option_strings, dest, **options):
+        super().__init__(option_strings, dest, default=argparse.SUPPRESS, **options)
 
     def __call__(self, parser, namespace, values, option_string=None):
         print(parser.format_help() if values == "all" else parser.short_help(), end="")
@@ -118,35 +118,35 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             description=description, formatter_class=_Help, allow_abbrev=False, add_help=False
         )
-        words = {"nargs": "?", "choices": ("all",), "metavar": "all"}
-        words["help"] = "the flags in common use; all: every flag"
-        self.add_argument("-h", "--help", action=_HelpOnRequest, **words).purposes = {"common"}
+        options = {"nargs": "?", "choices": ("all",), "metavar": "all"}
+        options["help"] = "the flags in common use; all: every flag"
+        self.add_argument("-h", "--help", action=_HelpOnRequest, **options).purposes = {"common"}
         self.where = ""  # the recipe being read, named in errors
-        words = {"help": "a recipe: flags as `name: value`; the command line wins"}
-        add(self, "config", common=True, one_command=True, metavar="FILE.yaml", **words)
+        options = {"help": "a recipe: flags as `name: value`; the command line wins"}
+        add(self, "config", common=True, one_command=True, metavar="FILE.yaml", **options)
 
     def named(self, purpose) -> list[str]:
         """The flags that were added with this purpose (see `add`), in the order of --help."""
         return [action.dest for action in self._actions if purpose in _purposes(action)]
 
     def short_help(self) -> str:
-        """--help without what few people need, where there are many flags."""
+        """--help with the common flags only, where there are many flags."""
         rare = [a for a in self._actions if a.option_strings and "common" not in _purposes(a)]
         rare = rare if len(self._actions) > MANY_FLAGS else []
-        words = [action.help for action in rare]
+        help_texts = [action.help for action in rare]
         for action in rare:
             action.help = argparse.SUPPRESS
         self.usage = "%(prog)s [--flag value …]"
         text = self.format_help()
         self.usage = None
-        for action, help in zip(rare, words, strict=True):
+        for action, help in zip(rare, help_texts, strict=True):
             action.help = help
-        more = f"\n--help all has {len(rare)} more flags.\n" if rare else ""
-        return text + more
+        note = f"\n--help all has {len(rare)} more flags.\n" if rare else ""
+        return text + note
 
     def error(self, message):
         message = message.replace("argument ", "", 1)
-        message = re.sub(r"\S{300,}", lambda word: shortened(word[0]), message)
+        message = re.sub(r"\S{300,}", lambda match: shortened(match[0]), message)
         self.exit(2, f"{self.prog}: {self.where}{message}\n")
 
     def _check_value(self, action, value):
@@ -158,92 +158,95 @@ class Parser(argparse.ArgumentParser):
             )
 
     def read(self, argv=None):
-        """Parse `argv` over the recipe it names, over the defaults.
+        """Parse `argv`, which wins over the recipe that it names, and that over the defaults.
 
         Returns the namespace; its attribute `given` maps each flag that is not at its default
-        to where it was said (a recipe's path, or "command line").
+        to the source of its value (a recipe's path, or "command line").
         """
-        if sys.platform == "win32":  # no fork, flock or process signals as the run relies on
+        if sys.platform == "win32":  # it lacks the fork, flock and signals that runs need
             self.error("Windows is not supported; WSL, which is a Linux, runs it")
-        argv = [_underscored(a) for a in (sys.argv[1:] if argv is None else argv)]
-        argv = [self._switched(word) for word in argv]
-        command_line = self._said(argv)
+        argv = [_with_underscores(a) for a in (sys.argv[1:] if argv is None else argv)]
+        argv = [self._switched(argument) for argument in argv]
+        command_line = self._parse(argv)
         recipe = argparse.Namespace()
         if getattr(command_line, "config", None):
             self.where = f"{command_line.config}: "
-            recipe = self._said(self._recipe_argv(command_line.config))
+            recipe = self._parse(self._recipe_argv(command_line.config))
             self.where = ""
         defaults = {a.dest: a.default for a in self._actions if a.default is not argparse.SUPPRESS}
-        given = {name: command_line.config for name in vars(recipe)}
-        given |= {name: "command line" for name in vars(command_line) if name != "config"}
-        merged = defaults | vars(recipe) | vars(command_line)
+        sources = {name: command_line.config for name in vars(recipe)}
+        sources |= {name: "command line" for name in vars(command_line) if name != "config"}
+        values = defaults | vars(recipe) | vars(command_line)
         return argparse.Namespace(
-            **merged, given={k: v for k, v in given.items() if merged[k] != defaults[k]}
+            **values, given={k: v for k, v in sources.items() if values[k] != defaults[k]}
         )
 
-    def _switched(self, word):
+    def _switched(self, argument):
         """`--name=true` of a switch, as `wandb sweep` writes it, as --name or --no_name."""
-        name, equals, value = word.partition("=")
+        name, equals, value = argument.partition("=")
         switches = {a.dest for a in self._actions if isinstance(a, Switch)}
         if not equals or name[2:] not in switches:
-            return word
+            return argument
         if value.lower() not in ("true", "false"):
             self.error(f'{name}: "{value}" is not true or false')
         return name if value.lower() == "true" else f"--no_{name[2:]}"
 
-    def _said(self, argv):
-        """Only what `argv` says: argparse fills no default where an attribute exists already."""
-        unsaid = object()
-        namespace = argparse.Namespace(**{action.dest: unsaid for action in self._actions})
+    def _parse(self, argv):
+        """The flags in `argv` alone: argparse fills in no default where the attribute exists."""
+        unset = object()
+        namespace = argparse.Namespace(**{action.dest: unset for action in self._actions})
         positional = any(not action.option_strings for action in self._actions)
         parse = self.parse_known_intermixed_args if positional else self.parse_known_args
         namespace, unknown = parse(argv, namespace)
         if unknown:
             options = [o[2:] for a in self._actions for o in a.option_strings if o.startswith("--")]
-            names = [word.split("=")[0] for word in unknown if word.startswith("-")]
+            names = [argument.split("=")[0] for argument in unknown if argument.startswith("-")]
             if not names:
                 self.error(f"unexpected word {unknown[0]}: a value goes behind its flag")
-            first, *others = (name + _hint(name, options) for name in dict.fromkeys(names))
-            self.error("unknown flag " + "; ".join([first, *others]))
-        # No words at all for a positional argument are said by nobody
-        said = {k: v for k, v in vars(namespace).items() if v is not unsaid and v not in ([], None)}
-        return argparse.Namespace(**said)
+            first_hint, *hints = (name + _hint(name, options) for name in dict.fromkeys(names))
+            self.error("unknown flag " + "; ".join([first_hint, *hints]))
+        # An absent positional argument that takes any number of values is an empty list
+        values = {
+            k: v for k, v in vars(namespace).items() if v is not unset and v not in ([], None)
+        }
+        return argparse.Namespace(**values)
 
     def _recipe_argv(self, path):
         """The recipe as command-line words, so that one set of checks serves both."""
         try:
-            beside = SCRIPTS / path  # from another working directory
-            file = beside if beside.is_file() and not Path(path).exists() else Path(path)
-            with file.open(encoding="utf-8") as opened:
-                flags = read_yaml(opened.read(MOST_CHARACTERS + 1)) or {}
+            file = Path(path)
+            if not file.exists() and (SCRIPTS / path).is_file():  # from another working directory
+                file = SCRIPTS / path
+            with file.open(encoding="utf-8") as stream:
+                flags = read_yaml(stream.read(MOST_CHARACTERS + 1)) or {}
         except OSError as error:
             self.error(f"cannot read the recipe: {error.strerror}")
-        except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no path at all
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an invalid path
             self.error(f"is not YAML: {' '.join(str(error).split())}")
         if not isinstance(flags, dict):
             self.error("a recipe is lines of `flag: value`")
         return self._argv(flags)
 
     def _argv(self, flags):
-        """{"lr": 0.1} as command-line words; names that are no flag are refused."""
-        known = {a.dest: a for a in self._actions}
-        argv, said = [], set()
+        """{"lr": 0.1} as command-line words; unknown names are refused."""
+        actions = {a.dest: a for a in self._actions}
+        argv, names = [], set()
         for key, value in flags.items():
-            action = known.get(str(key).replace("-", "_"))
+            action = actions.get(str(key).replace("-", "_"))
             if action is None or key in ("help", "config"):
                 self.error(
-                    f'unknown flag "{key}"{_hint(str(key), set(known) - {"help", "config"})}'
+                    f'unknown flag "{key}"{_hint(str(key), set(actions) - {"help", "config"})}'
                 )
-            if action.dest in said:
-                self.error(f'{key}: it is there twice, as "{action.dest}", too')
-            said.add(action.dest)
+            if action.dest in names:
+                self.error(f'{key}: this flag is there twice, also as "{action.dest}"')
+            names.add(action.dest)
             if isinstance(action, Switch):
                 if not isinstance(value, bool):
                     self.error(f'{key}: "{value}" is not true or false')
                 argv.append(f"--{'' if value else 'no_'}{action.dest}")
             elif value is False and "no" in (action.choices or ()):
                 argv.append(f"--{action.dest}=no")  # an unquoted no is false in YAML
-            elif not action.option_strings and value is not None:  # before all that takes several
+            elif not action.option_strings and value is not None:  # before flags of several values
                 argv = [*map(str, value if isinstance(value, list) else [value]), *argv]
             elif isinstance(value, list) and "commas" in _purposes(action):
                 argv.append(f"--{action.dest}={','.join(map(str, value))}")
@@ -255,7 +258,7 @@ class Parser(argparse.ArgumentParser):
                 hint = (
                     " (off and no are words for false in YAML: write 0)" if value is False else ""
                 )
-                self.error(f'{key}: "{_in_words(value)}" is not one value{hint}')
+                self.error(f'{key}: "{_as_written(value)}" is not one value{hint}')
             elif value is not None:
                 argv.append(f"--{action.dest}={value}")
         return argv
@@ -263,8 +266,8 @@ class Parser(argparse.ArgumentParser):
     def stages(self, text):
         """An argparse type: the stages of a fine-tune, YAML (or JSON) text -> a list of dicts.
 
-        Each has "epochs" and "train" ({module prefix: learning rate}), perhaps a "name", and any
-        flag that was added with stage=True, checked as on the command line.
+        Each has "epochs" and "train" ({module prefix: learning rate}), perhaps a "name" and any of
+        the flags added with stage=True, which are checked as on the command line.
         """
         try:
             stages = read_yaml(text)
@@ -274,23 +277,25 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentTypeError("wants a list of stages, [{epochs: …, train: …}, …]")
         return [self._stage(n, stage) for n, stage in enumerate(stages, start=1)]
 
-    def _stage(self, n, stage):
-        own = self.named("stage")
-        known = ("name", "epochs", "train", *sorted(own))
+    def _stage(self, number, stage):
+        stage_flags = self.named("stage")
+        keys = ("name", "epochs", "train", *sorted(stage_flags))
         if not isinstance(stage, dict):
-            raise argparse.ArgumentTypeError(f"stage {n}: wants lines of `key: value`")
+            raise argparse.ArgumentTypeError(f"stage {number}: wants lines of `key: value`")
         for key in stage:
-            if key not in known:
+            if key not in keys:
                 raise argparse.ArgumentTypeError(
-                    f'stage {n}: unknown key "{key}"{nearest(key, known)} '
-                    f"(a stage has {', '.join(known)})"
+                    f'stage {number}: unknown key "{key}"{nearest(key, keys)} '
+                    f"(a stage has {', '.join(keys)})"
                 )
-        missing = [key for key in ("epochs", "train") if key not in stage]
-        if missing:
-            raise argparse.ArgumentTypeError(f"stage {n}: {' and '.join(missing)} missing")
+        missing_keys = [key for key in ("epochs", "train") if key not in stage]
+        if missing_keys:
+            raise argparse.ArgumentTypeError(
+                f"stage {number}: {' and '.join(missing_keys)} missing"
+            )
         if not isinstance(stage["train"], dict) or not stage["train"]:
             raise argparse.ArgumentTypeError(
-                f"stage {n}: train: wants lines of `module: learning rate`, at least one"
+                f"stage {number}: train: wants lines of `module: learning rate`, at least one"
             )
         try:
             convert, key, value = BOUNDS["epochs"], "epochs", stage["epochs"]
@@ -299,59 +304,59 @@ class Parser(argparse.ArgumentParser):
             for key, value in stage["train"].items():
                 rates[str(key)] = convert(str(value))
         except argparse.ArgumentTypeError as error:
-            raise argparse.ArgumentTypeError(f"stage {n}: {key}: {error}") from None
+            raise argparse.ArgumentTypeError(f"stage {number}: {key}: {error}") from None
         except ValueError:
             raise argparse.ArgumentTypeError(
-                f'stage {n}: {key}: "{value}" is not a {convert.__name__}'
+                f'stage {number}: {key}: "{value}" is not a {convert.__name__}'
             ) from None
-        own = {key: value for key, value in stage.items() if key in own}
-        before, self.where = self.where, f"{self.where}stage {n}: "
-        own = vars(self._said(self._argv(own)))
-        self.where = before
+        stage_flags = {key: value for key, value in stage.items() if key in stage_flags}
+        outer, self.where = self.where, f"{self.where}stage {number}: "
+        stage_flags = vars(self._parse(self._argv(stage_flags)))
+        self.where = outer
         name = {"name": str(stage["name"])} if stage.get("name") else {}
-        return {**name, "epochs": epochs, "train": rates, **own}
+        return {**name, "epochs": epochs, "train": rates, **stage_flags}
 
 
-def _in_words(value):
-    """A value of a recipe as it is written there: [0.1, 0.2], {a: 1}."""
+def _as_written(value):
+    """A value as a recipe writes it: [0.1, 0.2], {a: 1}."""
     if isinstance(value, list):
-        text = f"[{', '.join(map(_in_words, value))}]"
+        text = f"[{', '.join(map(_as_written, value))}]"
     elif isinstance(value, dict):
-        text = f"{{{', '.join(f'{k}: {_in_words(v)}' for k, v in value.items())}}}"
+        text = f"{{{', '.join(f'{k}: {_as_written(v)}' for k, v in value.items())}}}"
     else:
         text = str(value)
     return shortened(text)
 
 
-def _underscored(word):
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
+def _with_underscores(argument):
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
 PURPOSES = ("common", "operational", "one_command", "data", "stage", "commas")
-MANY_FLAGS = 40  # of a script, from which on --help has the common ones alone
+MANY_FLAGS = 40  # of a script with more, --help shows the common ones only
 
 
-def add(group, name, type=None, **words):
-    """Declare `--name`, a number with its line in BOUNDS where it has one, and what it is for.
+def add(group, name, type=None, **options):
+    """Declare the flag `--name` and its purposes; a number gets its type from BOUNDS.
 
-    common=True: --help has it, where a script has many; --help all has every flag.
-    operational=True: it changes where a run is written and what it tells, never what it computes,
-    so that it may differ between a checkpoint and the command that resumes it. one_command=True:
-    the same, and config.yaml leaves it out. data=True: it says which images a run sees. stage=True:
-    a stage of a fine-tune may have its own. commas=True: several values in one word. The other
-    words are argparse's.
+    common=True: --help shows it, where a script has many flags; --help all shows every flag.
+    operational=True: it changes where a run is written and what it reports, never what it computes,
+    so it may differ between a checkpoint and the command that resumes it. one_command=True: the
+    same, and config.yaml leaves it out. data=True: it decides which images a run sees. stage=True:
+    a stage of a fine-tune may have its own value. commas=True: several values in one argument. The
+    other options are argparse's.
     """
-    purposes = {purpose for purpose in PURPOSES if words.pop(purpose, False)}
+    purposes = {purpose for purpose in PURPOSES if options.pop(purpose, False)}
     purposes |= {"operational"} if "one_command" in purposes else set()
-    if type is None and name in BOUNDS and "action" not in words and "choices" not in words:
-        type, words["metavar"] = BOUNDS[name], words.get("metavar", "N")
+    if type is None and name in BOUNDS and "action" not in options and "choices" not in options:
+        type, options["metavar"] = BOUNDS[name], options.get("metavar", "N")
     if type is not None:
-        words["type"] = type
-    group.add_argument(f"--{name}", **words).purposes = purposes
+        options["type"] = type
+    group.add_argument(f"--{name}", **options).purposes = purposes
 
 
 def _purposes(action):
-    return getattr(action, "purposes", ())  # --help and what stands without dashes have none
+    return getattr(action, "purposes", ())  # --help and positional arguments have none

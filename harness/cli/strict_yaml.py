@@ -1,8 +1,8 @@
-"""YAML as a recipe wants it: strict, bounded, and nothing that means something else than it says.
+"""YAML for recipes: strict and bounded, so that every value means what it looks like.
 
 YAML 1.1 reads 010 as 8 and 1:30:00 as 5400, takes the last of two equal keys, and lets a few lines
-of aliases stand for gigabytes. Here a number stays the text that was written, and the flag it is
-for reads it, as from the command line; a key stands once; there are no aliases and no tags.
+of aliases stand for gigabytes. Here a number stays text, which its flag converts as it does on the
+command line; a key may occur only once; aliases and tags are refused.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import yaml
 
 MOST_CHARACTERS = 500_000  # a config.yaml of gradcam.py may name 10,000 image files
-MOST_LEVELS = 10  # of lists and mappings in each other; stages have 4
+MOST_LEVELS = 10  # of nested lists and mappings; stages have 4
 WORDS = {
     **dict.fromkeys(("", "~", "null"), None),
     **dict.fromkeys(("true", "yes", "on"), True),
@@ -21,7 +21,7 @@ WORDS = {
 def read_yaml(text):
     """A document as dicts with str keys, lists, str, bool and None; None where it is empty.
 
-    Raises yaml.YAMLError, with line and column, for all that is not of this kind.
+    Raises yaml.YAMLError, with line and column, for any other content.
 
     >>> read_yaml("{lr: 010, nesterov: off, names: [x, '1']}")
     {'lr': '010', 'nesterov': False, 'names': ['x', '1']}
@@ -37,7 +37,7 @@ def read_yaml(text):
 
 
 class _Loader(yaml.BaseLoader):
-    """PyYAML's parser; nodes are refused before what they hold is read."""
+    """PyYAML's parser; a node is refused before its content is read."""
 
     levels = 0
 
@@ -73,5 +73,5 @@ def _value(node):
     return values
 
 
-def _error(problem, at):
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
+def _error(problem, node):
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)

@@ -10,12 +10,12 @@ MARKUP = re.compile(r"[\\`*\[\]<>|]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def facts(rows) -> str:
-    """(name, words) pairs, one on a line: how every script's plan is printed."""
-    return "\n".join(f"{name:<12} {one_line(words)}" for name, words in rows)
+    """(name, text) pairs, one a line: the form in which every script prints its plan."""
+    return "\n".join(f"{name:<12} {one_line(text)}" for name, text in rows)
 
 
 def escaped(value):
-    r"""A report's strings, keys too, so that Markdown shows them letter by letter.
+    r"""A report with its strings and keys escaped, so that Markdown shows them literally.
 
     Names of classes and files may hold markup and control characters.
 

@@ -1,8 +1,8 @@
-"""What each member, and each way to combine them, predicts for the scored images.
+"""What each member, and each combination of them, predicts for the scored images.
 
-Whatever is fitted (weights, selections, temperatures) is fitted on images that no member was
-trained on: on role "fitted", or, where there is none (or too little), on the half of role "scored"
-that is not scored with it.
+Weights, selections and temperatures are fitted on images that no member was trained on: those of
+role "fitted" or, where there are none or too few, half of those of role "scored"; the other half is
+then scored with the result, and vice versa.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tricks.soup import greedy_ingredients
 from tricks.tta import average_views
 
 LEAST = 1e-3  # smallest fitted weight
-LEAST_FITTED = 100  # images; with fewer, the half of what is scored tells more, where it is larger
+LEAST_FITTED = 100  # images; with fewer, half of the scored ones are used, if those are more
 
 
 class Result(NamedTuple):
@@ -42,7 +42,7 @@ class Result(NamedTuple):
 
 
 def member_results(names, logits, labels, seed) -> list[Result]:
-    """One Result a member.
+    """The Result of each member.
 
     logits: {role: (members, n, classes)} of "scored" and perhaps "fitted"; labels: {role: (n,)}.
     """
@@ -52,7 +52,7 @@ def member_results(names, logits, labels, seed) -> list[Result]:
         def predict(_, role, rows, number=number):
             return logits[role][number, rows]
 
-        results.append(_result(name, "member", labels, _nothing, predict, seed))
+        results.append(_result(name, "member", labels, _no_fit, predict, seed))
     return results
 
 
@@ -67,49 +67,49 @@ def combined_results(
     members = len(names)
 
     def mean(_, role, rows):
-        part = logits[role][:, rows]
-        return average_logits(part) if average == "logits" else average_views(part)
+        mean_of = average_logits if average == "logits" else average_views
+        return mean_of(logits[role][:, rows])
 
-    def fitted(role, rows):
+    def fitted_weights(role, rows):
         shares = fit_weights(logits[role][:, rows], labels[role][rows])
-        shares[shares < LEAST] = 0  # what goes towards 0 gets there: that network need not run
+        shares[shares < LEAST] = 0  # a tiny weight becomes 0: that network need not run
         return (shares / shares.sum()).tolist()
 
-    def selected(role, rows):
-        chosen = greedy_selection(logits[role][:, rows], labels[role][rows])
-        return [chosen.count(number) / len(chosen) for number in range(members)]
+    def greedy_shares(role, rows):
+        selection = greedy_selection(logits[role][:, rows], labels[role][rows])
+        return [selection.count(number) / len(selection) for number in range(members)]
 
-    def given(role, rows):
+    def constant_weights(role, rows):
         return list(weights)
 
-    def weighted(shares, role, rows):
+    def weighted_mean(shares, role, rows):
         return average_views(logits[role][:, rows], shares)
 
     def result(name, fit, predict):
         return _result(name, "combination", labels, fit, predict, seed, names)
 
-    voted, shares, ties = majority_vote(logits["scored"])
-    shares.scatter_add_(1, voted.unsqueeze(1), torch.full_like(shares[:, :1], 1e-9))  # of a tie
+    classes, shares, ties = majority_vote(logits["scored"])
+    shares.scatter_add_(1, classes.unsqueeze(1), torch.full_like(shares[:, :1], 1e-9))  # for ties
     details = {"ties": ties}
     return [
-        result("average", _nothing, mean)._replace(details={"of": average}, passes=members),
-        Result("vote", "combination", voted, shares, None, [], details, members),
-        result("weighted", fitted if weights is None else given, weighted),
-        result("greedy", selected, weighted),
+        result("average", _no_fit, mean)._replace(details={"of": average}, passes=members),
+        Result("vote", "combination", classes, shares, None, [], details, members),
+        result("weighted", fitted_weights if weights is None else constant_weights, weighted_mean),
+        result("greedy", greedy_shares, weighted_mean),
     ]
 
 
 def soup_results(groups, soup, members, labels, seed) -> list[Result]:
     """A uniform and a greedy soup of each group of members that share an architecture.
 
-    groups: lists of members' numbers. soup: a function (numbers, role, whole) -> logits
-    (n, classes) of the soup of these members for a role's images, averaged over all views (whole)
-    or of the first alone. Making a soup is work that the processes share: all call this. members:
-    their own Results.
+    groups: lists of members' numbers. soup: a function (numbers, role, all_views) -> logits
+    (n, classes) of the soup of these members for a role's images, averaged over all views or, with
+    all_views=False, of one view. The processes share the work of making a soup, so all call this.
+    members: the members' own Results.
 
-    A third Result of each group is the "control": its best member, made as a soup of one. What it
-    gains over that member is BatchNorm's doing, and no soup's. So is a soup for which one member
-    was chosen: it combines nothing, and is a control, too.
+    The third Result of each group is the "control": its best member, made as a soup of one. Its
+    gain over that member comes from BatchNorm's statistics, not from averaging weights. A greedy
+    soup that chose a single member combines nothing, and is a control, too.
     """
     results, names, truth = [], [member.name for member in members], labels["scored"]
     for group in groups:
@@ -118,78 +118,82 @@ def soup_results(groups, soup, members, labels, seed) -> list[Result]:
             return group
 
         def greedy(role, rows, group=group):
-            def accuracy(places):
-                logits = soup(sorted(group[place] for place in places), role, False)
+            def accuracy(indices):
+                logits = soup(sorted(group[index] for index in indices), role, False)
                 return (logits[rows].argmax(1) == labels[role][rows]).double().mean().item()
 
-            return sorted(group[place] for place in greedy_ingredients(len(group), accuracy))
+            return sorted(group[index] for index in greedy_ingredients(len(group), accuracy))
 
-        def predict(chosen, role, rows):
-            return soup(chosen, role, True)[rows]
+        def predict(numbers, role, rows):
+            return soup(numbers, role, True)[rows]
 
-        of = f" of {', '.join(names[number] for number in group)}" if len(groups) > 1 else ""
-        for word, fit in (("uniform", uniform), ("greedy", greedy)):
-            name = f"{word} soup{of}"
+        members_text = (
+            f" of {', '.join(names[number] for number in group)}" if len(groups) > 1 else ""
+        )
+        for method, fit in (("uniform", uniform), ("greedy", greedy)):
+            name = f"{method} soup{members_text}"
             result = _result(name, "combination", labels, fit, predict, seed)
-            alone = all(len(set(chosen)) == 1 for chosen in result.details["soup"])
-            results.append(result._replace(kind="control") if alone else result)
+            is_single = all(len(set(numbers)) == 1 for numbers in result.details["soup"])
+            results.append(result._replace(kind="control") if is_single else result)
         best = max(group, key=lambda number: (members[number].labels == truth).sum().item())
 
-        def itself(role, rows, best=best):
+        def best_member(role, rows, best=best):
             return [best]
 
         name = f"{names[best]}, as a soup of one"
-        results.append(_result(name, "control", labels, itself, predict, seed))
+        results.append(_result(name, "control", labels, best_member, predict, seed))
     return results
 
 
-def _nothing(role, rows):
+def _no_fit(role, rows):
     return None
 
 
 def _result(name, kind, labels, fit, predict, seed, names=None):
-    """A Result of what is fitted by `fit` and predicted by `predict`, see `_fit_and_predict`.
+    """The Result of fitting by `fit` and predicting by `predict`, see `_fit_and_predict`.
 
-    What was fitted are the weights of `names`, or else the numbers of a soup's members.
+    `fit` gives the weights of `names` or, without names, the numbers of a soup's members.
     """
-    logits, calibrated, learned = _fit_and_predict(labels, fit, predict, seed)
-    found = [one for one, _ in learned]
+    logits, calibrated, pairs = _fit_and_predict(labels, fit, predict, seed)
+    fits = [fit_result for fit_result, _ in pairs]
     details, passes = {}, 1
-    if names and found[0] is not None:
-        details = {"weights": [dict(zip(names, one, strict=True)) for one in found]}
-        passes = max(sum(share > 0 for share in one) for one in found)
-    elif found[0] is not None:
-        details = {"soup": found}  # one list of members' numbers for each time it was fitted
+    if names and fits[0] is not None:
+        details = {"weights": [dict(zip(names, shares, strict=True)) for shares in fits]}
+        passes = max(sum(share > 0 for share in shares) for shares in fits)
+    elif fits[0] is not None:
+        details = {"soup": fits}  # a list of members' numbers for each fit
     return Result(
         name, kind, logits.argmax(1), logits.softmax(1), calibrated.softmax(1),
-        [temperature for _, temperature in learned], details, passes,
+        [temperature for _, temperature in pairs], details, passes,
     )  # fmt: skip
 
 
 def _fit_and_predict(labels, fit, predict, seed):
-    """Logits of the scored images before and after the temperature, and all that was fitted.
+    """Logits of the scored images before and after the temperature, and [(fit, temperature)].
 
-    fit: (role, rows) -> anything; predict: (that, role, rows) -> logits (rows, classes).
+    fit: a function (role, rows) -> any value. predict: a function (that value, role, rows) ->
+    logits (rows, classes). There are two fits where each half is scored with that of the other.
     """
 
-    def learn(role, rows):
-        found = fit(role, rows)
-        return found, fit_temperature(predict(found, role, rows), labels[role][rows])
+    def fit_on(role, rows):
+        fit_result = fit(role, rows)
+        return fit_result, fit_temperature(predict(fit_result, role, rows), labels[role][rows])
 
-    def show(one, rows):
-        logits = predict(one[0], "scored", rows)
-        return torch.stack([logits, logits / one[1]], dim=1)
+    def outputs_of(pair, rows):
+        fit_result, temperature = pair
+        logits = predict(fit_result, "scored", rows)
+        return torch.stack([logits, logits / temperature], dim=1)
 
-    learned = []
+    fits = []
 
-    def learn_half(rows):
-        learned.append(learn("scored", rows))
-        return learned[-1]
+    def fit_half(rows):
+        fits.append(fit_on("scored", rows))
+        return fits[-1]
 
     if "fitted" in labels:
-        learned.append(learn("fitted", torch.arange(len(labels["fitted"]))))
-        shown = show(learned[0], torch.arange(len(labels["scored"])))
+        fits.append(fit_on("fitted", torch.arange(len(labels["fitted"]))))
+        outputs = outputs_of(fits[0], torch.arange(len(labels["scored"])))
     else:
-        halves = generator(seed, "halves")
-        shown = crossfit(labels["scored"], learn_half, show, halves)
-    return shown[:, 0], shown[:, 1], learned
+        rng = generator(seed, "halves")
+        outputs = crossfit(labels["scored"], fit_half, outputs_of, rng)
+    return outputs[:, 0], outputs[:, 1], fits

@@ -31,11 +31,11 @@ from tricks.significance import (
 
 
 def facts(results, logits, labels, members, images, average) -> dict:
-    """What report.json says of the results, but for views and cost.
+    """The content of report.json, without views and cost.
 
     results: of harness.ensembles.combinations, members first. logits: (members, n, classes),
     labels: (n,) of the scored images. members: Trained. images: of harness.ensembles.members.
-    average: of what.
+    average: of "probabilities" or "logits".
     """
     classes = members[0].classes
     best = best_of(results, labels, "combination" if len(members) > 1 else "member")
@@ -44,9 +44,9 @@ def facts(results, logits, labels, members, images, average) -> dict:
     if best.calibrated is not None:
         tables["after the temperature"] = reliability(best.calibrated, labels)
     fitted = images.fitted
-    shown = best.probabilities if best.calibrated is None else best.calibrated
-    wrong = mistakes(
-        shown, best.labels, labels, stored_rows(images.scored), classes,
+    answers = best.probabilities if best.calibrated is None else best.calibrated
+    all_mistakes = mistakes(
+        answers, best.labels, labels, stored_rows(images.scored), classes,
         lambda samples: file_paths(images.scored, images.image_column, samples),
     )  # fmt: skip
     return {
@@ -72,37 +72,37 @@ def facts(results, logits, labels, members, images, average) -> dict:
         "diversity": diversity(results[: len(members)], logits, labels, average),
         "by_class": by_class(matrix, classes),
         "most_confused": most_confused(matrix, classes),
-        "mistakes": wrong[:MISTAKES],
+        "mistakes": all_mistakes[:MISTAKES],
         "confusion": matrix.tolist(),
         "reliability": tables,
     }  # fmt: skip
 
 
 def notes(members) -> list[str]:
-    """What a reader has to know about how the members were trained."""
-    found = []
+    """What a reader of the report has to know about the training of the members."""
+    sentences = []
     for member in members:
         for recipe in member.recipes:
             if "unknown" in recipe:
-                found.append(
+                sentences.append(
                     f"{member.name} started from {recipe['unknown']}: what images that was trained "
                     "on is not known"
                 )
     if any(recipe.get("val_fraction") for member in members for recipe in member.recipes):
-        found.append(
+        sentences.append(
             "members kept their epoch that was best on validation images, so these are a little "
             "easier for them than new ones"
         )
-    return found
+    return sentences
 
 
 def compare(results, labels) -> list[dict]:
     """What the report says of each harness.ensembles.combinations.Result, in their order.
 
     labels: int64 (n,). Each combination is tested against the best member: the one with the most
-    images right, and the hardest to beat, as it is chosen knowing the labels. The p values of all
-    these tests are corrected by Holm's method, "p_holm": the best of many combinations looks real
-    by chance more often than one.
+    images right. As the labels choose it, it is the hardest to beat. The p values of all these
+    tests are corrected by Holm's method, "p_holm": the best of many combinations looks better by
+    chance more often than a single one.
     """
     best = best_of(results, labels, "member")
     rows = []
@@ -123,25 +123,25 @@ def compare(results, labels) -> list[dict]:
             **result.details,
         }  # fmt: skip
         if result.kind != "member":
-            theirs = best.labels == labels
-            test = mcnemar_exact(right, theirs)
+            best_right = best.labels == labels
+            test = mcnemar_exact(right, best_right)
             row["against"] = {
                 "member": best.name,
-                "gain": row["accuracy"] - theirs.double().mean().item(),
-                "interval": paired_bootstrap_interval(right, theirs),
+                "gain": row["accuracy"] - best_right.double().mean().item(),
+                "interval": paired_bootstrap_interval(right, best_right),
                 "only_this": test.b,
                 "only_member": test.c,
                 "p": test.p,
             }
         rows.append(row)
     tests = [row["against"] for row in rows if "against" in row]
-    for test, corrected in zip(tests, holm([test["p"] for test in tests]), strict=True):
-        test |= {"p_holm": corrected, "tests": len(tests)}
+    for test, p_holm in zip(tests, holm([test["p"] for test in tests]), strict=True):
+        test |= {"p_holm": p_holm, "tests": len(tests)}
     return rows
 
 
 def best_of(results, labels, kind):
-    """The Result of a kind with the most images right; of equals the lowest NLL when calibrated."""
+    """The Result of a kind with the most images right; among equals, the lowest calibrated NLL."""
 
     def score(result):
         loss = math.inf if result.calibrated is None else nll(result.calibrated, labels)
@@ -158,15 +158,15 @@ def diversity(members, logits, labels, average) -> dict:
     predicted = torch.stack([member.labels for member in members])
     right = predicted == labels
     mean = average_logits if average == "logits" else average_probabilities
-    whole = mean(logits).argmax(1) == labels
+    all_right = mean(logits).argmax(1) == labels
     gains = {}
     for number, member in enumerate(members):
-        others = [n for n in range(len(members)) if n != number]
-        if others:
-            without = mean(logits[others]).argmax(1) == labels
+        other_numbers = [n for n in range(len(members)) if n != number]
+        if other_numbers:
+            rest_right = mean(logits[other_numbers]).argmax(1) == labels
             gains[member.name] = {
-                "gain": (whole.double().mean() - without.double().mean()).item(),
-                "interval": paired_bootstrap_interval(whole, without),
+                "gain": (all_right.double().mean() - rest_right.double().mean()).item(),
+                "interval": paired_bootstrap_interval(all_right, rest_right),
             }
     return {
         "members": [member.name for member in members],
@@ -184,8 +184,8 @@ def view_gains(sets, labels) -> list[dict]:
     """
     rows = []
     for kind, predicted in sets.items():
-        for name, found in predicted.items():
-            right, plain = found == labels, sets["none"][name] == labels
+        for name, classes in predicted.items():
+            right, plain = classes == labels, sets["none"][name] == labels
             rows.append(
                 {
                     "views": kind,

@@ -16,12 +16,12 @@ from harness.metrics import wilson_interval
 from harness.models.trained import check_classes, data_flags, dataset_path
 from harness.reports import training as report
 
-# What must be the same in all runs, or their parts would not be those of one split
+# Flags that must be the same in all runs, for their parts to be those of one split
 SHARED = ("dataset", "seed", "group_column", "group_pattern", "max_train_samples")
 
 
 class Fold(NamedTuple):
-    """One run and the images that it held out."""
+    """A run and the images that it held out."""
 
     number: int  # from 1
     member: object  # harness.models.trained.Trained
@@ -30,16 +30,16 @@ class Fold(NamedTuple):
 
 
 def find_folds(members, options) -> list[Fold]:
-    """The folds of members that are a cross-validation, in order; [] where they are none.
+    """The folds of members that form a cross-validation, in order; [] where they form none.
 
-    options: SplitOptions. They are where each was trained with a --fold, unless `--split test` is
-    asked for, or some are missing and there is a test split to compare them on. Raises UserError
-    for folds that are missing, there twice or of other splits.
+    options: SplitOptions. They form one where each was trained with a --fold, unless --split is
+    test, or some folds are missing and there is a test split to compare the members on. Raises
+    UserError for folds that are missing, given twice or of different splits.
     """
     recipes = [member.recipes[0] for member in members]
     if not all(recipe.get("fold") for recipe in recipes) or options.split == "test":
         return []
-    loaded = [
+    data_sets = [
         load_data(
             **data_flags(
                 recipe, dataset=options.dataset, image_column=options.image_column,
@@ -50,8 +50,8 @@ def find_folds(members, options) -> list[Fold]:
     ]  # fmt: skip
     numbers = [parse_fold(recipe["fold"]) for recipe in recipes]
     folds = max(count for _, count in numbers)
-    missing = sorted(set(range(folds)) - {number for number, _ in numbers})
-    if missing and options.split is None and loaded[0].test is not None:
+    absent = sorted(set(range(folds)) - {number for number, _ in numbers})
+    if absent and options.split is None and data_sets[0].test is not None:
         return []
     for name in SHARED:
         values = [recipe.get(name) for recipe in recipes]
@@ -63,54 +63,54 @@ def find_folds(members, options) -> list[Fold]:
     if len({count for _, count in numbers}) > 1:
         counts = sorted({count for _, count in numbers})
         raise UserError(f"these runs are folds of {' and of '.join(map(str, counts))}")
-    if missing or len(numbers) > folds:
-        words = ", ".join(f"{k + 1}/{folds}" for k in missing)
+    if absent or len(numbers) > folds:
+        fractions = ", ".join(f"{k + 1}/{folds}" for k in absent)
         raise UserError(
-            f"a cross-validation wants each fold once: {words or 'one is there twice'}"
-            f"{' is missing' if missing else ''}"
+            f"a cross-validation needs each fold once: {fractions or 'one was given twice'}"
+            f"{' is missing' if absent else ''}"
         )
-    for member, data in zip(members, loaded, strict=True):
+    for member, data in zip(members, data_sets, strict=True):
         check_classes(member, data.classes, data.source)
-        own, *before = member.recipes
+        recipe_of_run, *ancestors = member.recipes
         if any(
-            "unknown" not in recipe and dataset_path(recipe) == dataset_path(own)
-            for recipe in before
+            "unknown" not in recipe and dataset_path(recipe) == dataset_path(recipe_of_run)
+            for recipe in ancestors
         ):
             raise UserError(
                 f"{member.name} started from a run on the same images, which has seen what this "
                 "one held out"
             )
-    found = [
+    unsorted = [
         Fold(number + 1, member, data.val, data.image_column)
-        for (number, _), member, data in zip(numbers, members, loaded, strict=True)
+        for (number, _), member, data in zip(numbers, members, data_sets, strict=True)
     ]
-    return sorted(found, key=lambda fold: fold.number)
+    return sorted(unsorted, key=lambda fold: fold.number)
 
 
 def joined(folds) -> Split:
     """The held-out parts of all folds as one split, in their order."""
-    first = folds[0].split
-    if first.stored is not None:
-        raise UserError("folds of --max_eval_samples are not whole: there is no table of them")
+    first_split = folds[0].split
+    if first_split.stored is not None:
+        raise UserError("folds cut by --max_eval_samples are incomplete: they can't be joined")
     return replace(
-        first,
+        first_split,
         rows=np.concatenate([fold.split.rows for fold in folds]),
         labels=np.concatenate([fold.split.labels for fold in folds]),
     )
 
 
 def facts(name, folds, samples, logits, classes):
-    """(what report.json says, Samples of all). samples and logits: of each fold, by its member."""
+    """(the content of report.json, Samples of all folds). samples, logits: one of each fold."""
     split = joined(folds)
-    together = Samples(
+    all_samples = Samples(
         samples[0].stored, torch.from_numpy(split.rows), torch.from_numpy(split.labels)
     )
-    found = report.facts(
-        name, "out-of-fold", split, together, folds[0].image_column, classes, torch.cat(logits)
+    report_facts = report.facts(
+        name, "out-of-fold", split, all_samples, folds[0].image_column, classes, torch.cat(logits)
     )  # fmt: skip
     rows = []
-    for fold, own in zip(folds, logits, strict=True):
-        hits = int((own.argmax(1) == torch.from_numpy(fold.split.labels)).sum())
+    for fold, fold_logits in zip(folds, logits, strict=True):
+        hits = int((fold_logits.argmax(1) == torch.from_numpy(fold.split.labels)).sum())
         total = len(fold.split)
         rows.append(
             {
@@ -122,4 +122,4 @@ def facts(name, folds, samples, logits, classes):
             }
         )
     assert len(np.unique(stored_rows(split))) == len(split), "an image is in two folds"
-    return found | {"folds": rows}, together
+    return report_facts | {"folds": rows}, all_samples

@@ -1,8 +1,8 @@
-"""Logits of trained networks: one forward pass a network and view, kept for the next time.
+"""Logits of trained networks: one forward pass a network and view, stored for the next time.
 
-They lie in `predictions/` in the folder of the run, one file a split and view. A file's name holds
-a hash of all that decides the logits: the weights, which images in which order, how they are
-prepared, the view, the precision. It may be deleted at any time.
+They are in `predictions/` in the folder of the run, one file a split and view. A file's name holds
+a hash of all that decides the logits: the weights, the images and their order, how they are
+prepared, the view, the precision. The files may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ FORMAT = 1  # part of the hash: raise it whenever the same network would give ot
 
 
 class Predictions:
-    """The logits of networks for some splits, as files have them or computed.
+    """The logits of networks for some splits, read from files or computed.
 
     splits: {role: harness.data.sources.Split}. seed: of random views. device: its name, in words.
-    say: a function of a line. verify_cache: see harness.data.cache.decode_split.
+    say: a function that prints a line. verify_cache: see harness.data.cache.decode_split.
     """
 
     def __init__(
@@ -40,70 +40,72 @@ class Predictions:
     ):  # fmt: skip
         self.accelerator, self.splits, self.verify_cache = accelerator, splits, verify_cache
         self.image_column, self.seed, self.device, self.say = image_column, seed, device, say
-        self._orders = {role: _order(split, image_column) for role, split in splits.items()}
+        self._orders = {role: _order_digest(split, image_column) for role, split in splits.items()}
         self._samples = {}  # (role, size, interpolation) -> harness.data.stores.Samples
         self._logits = {}  # (sha256 of the weights, role, name of the view) -> (n, classes)
         self._costs = {}  # the same -> (seconds an image, on which device)
         self._unkept = set()
 
     def recall(self, network, views, roles=None) -> list:
-        """Look for the files of a models.trained.Trained; returns the (role, View) still missing.
+        """Read the files of a models.trained.Trained; returns the (role, View) pairs without one.
 
-        roles: None for all. The main process reads them and hands them to the others.
+        roles: None for all. The main process reads the files and sends them to the others.
         """
-        views = {view.name: view for view in views}.values()  # several sets have some in common
-        wanted = [
+        views = {view.name: view for view in views}.values()  # sets may share views
+        pairs = [
             (role, view)
             for role in roles or self.splits
             for view in views
             if (network.sha256, role, view.name) not in self._logits
         ]
-        found = from_main(self.accelerator, lambda: [self._read(network, *one) for one in wanted])
-        for (role, view), kept in zip(wanted, found, strict=True):
-            if kept:
-                self._keep(network, role, view, *kept)
-        return [one for one, there in zip(wanted, found, strict=True) if not there]
+        entries = from_main(
+            self.accelerator, lambda: [self._read(network, *pair) for pair in pairs]
+        )
+        for (role, view), entry in zip(pairs, entries, strict=True):
+            if entry:
+                self._keep(network, role, view, *entry)
+        return [pair for pair, entry in zip(pairs, entries, strict=True) if not entry]
 
-    def count(self, missing) -> int:
-        """Images × views of what `recall` missed."""
-        return sum(len(self.splits[role]) for role, _ in missing)
+    def count(self, pairs) -> int:
+        """Images × views of the pairs that `recall` returned."""
+        return sum(len(self.splits[role]) for role, _ in pairs)
 
-    def compute(self, network, model, missing, bar):
-        """Forward passes for what `recall` missed, and their files.
+    def compute(self, network, model, pairs, bar):
+        """Forward passes for the pairs that `recall` returned, and their files.
 
         model: the network's, in eval mode on the device. bar: from `progress`. Raises UserError
         for logits that are not finite.
         """
         for role in self.splits:
-            views = [view for one, view in missing if one == role]
+            views = [view for view_role, view in pairs if view_role == role]
             if not views:
                 continue
             samples = self.samples(role, network.preprocessing)
             bar.set_description(f"{network.name}, {role}, {len(views)} views")
             logits, times = self._forward(network, model, samples, views, bar)
-            for view, one, seconds in zip(views, logits, times, strict=True):
-                odd = int((~one.isfinite()).any(1).sum())
-                if odd:
+            for view, view_logits, seconds in zip(views, logits, times, strict=True):
+                bad_images = int((~view_logits.isfinite()).any(1).sum())
+                if bad_images:
                     raise UserError(
-                        f"{network.folder} gives logits that are not finite for {odd} of "
-                        f"{len(one)} {role} images: its weights are damaged, or the precision "
-                        f"({self.accelerator.mixed_precision}) is too low"
+                        f"{network.folder} gives logits that are not finite for {bad_images} of "
+                        f"{len(view_logits)} {role} images: its weights are damaged, or the "
+                        f"precision ({self.accelerator.mixed_precision}) is too low"
                     )
-                self._keep(network, role, view, one, seconds, self.device)
+                self._keep(network, role, view, view_logits, seconds, self.device)
                 if self.accelerator.is_main_process:
-                    self._write(network, role, view, one, seconds)
+                    self._write(network, role, view, view_logits, seconds)
 
     def logits(self, network, role, views):
-        """Float64 (n, classes): of several views the logarithms of their mean probabilities."""
-        found = [self._logits[network.sha256, role, view.name] for view in views]
-        if len(found) == 1:
-            return found[0].double()
-        return average_views(torch.stack(found), [view.weight for view in views])
+        """Float64 (n, classes); for several views, the logarithm of the mean probabilities."""
+        view_logits = [self._logits[network.sha256, role, view.name] for view in views]
+        if len(view_logits) == 1:
+            return view_logits[0].double()
+        return average_views(torch.stack(view_logits), [view.weight for view in views])
 
     def speeds(self, networks, sets) -> dict:
         """{kind: {name: images/s}} for all views of a kind, of each network and of the "average".
 
-        As measured when the passes were made. sets: {kind: {size: views}}.
+        Measured when the passes were made. sets: {kind: {size: views}}.
         """
         speeds = {}
         for kind, views in sets.items():
@@ -115,24 +117,23 @@ class Predictions:
                 for network in networks
             }
             seconds["average"] = sum(seconds.values())
-            speeds[kind] = {name: 1 / each for name, each in seconds.items()}
+            speeds[kind] = {name: 1 / duration for name, duration in seconds.items()}
         return speeds
 
     def devices(self) -> str:
-        """On what the scored images' passes were made."""
+        """The devices on which the forward passes for the scored images ran."""
         return " and ".join(sorted({device for _, device in self._costs.values()}))
 
     def samples(self, role, preprocessing):
-        """The decoded images of a split, as a network looks at them before the crop."""
+        """The decoded images of a split, prepared for a network up to the crop."""
         key = (
             role,
             preprocessing.stored_size,
             preprocessing.interpolation,
             preprocessing.packed_side,
         )
-        key += (
-            (preprocessing.size,) if preprocessing.packed_side else ()
-        )  # of which only what is seen is kept
+        if preprocessing.packed_side:  # then only the pixels inside the crop are stored
+            key += (preprocessing.size,)
         if key not in self._samples:
             self._samples[key] = decode(
                 self.splits[role],
@@ -147,11 +148,11 @@ class Predictions:
     def _forward(self, network, model, samples, views, bar):
         """Logits (views, n, classes), float32 on the CPU, and seconds an image for each view.
 
-        Fixed batches, dealt to the processes. The first one warms up, and is not timed where there
-        are others.
+        The batches are fixed and dealt to the processes. The first one is a warm-up: it is timed
+        only if there is no other.
         """
         accelerator, total = self.accelerator, len(samples.labels)
-        times = []  # of each batch: how many images, and when each view began and ended
+        times = []  # of each batch: how many images, and when each view started and ended
         starts, preprocessing = batch_starts(samples), network.preprocessing
         shape = (len(views), total, len(network.classes))
         logits = torch.zeros(shape, device=accelerator.device)
@@ -160,21 +161,21 @@ class Predictions:
             images, _ = samples.take(index, accelerator.device)
             times.append((len(index), []))
             for number, view in enumerate(views):
-                began = _now(accelerator.device)
-                seen = normalize_batch(
+                start = _timestamp(accelerator.device)
+                inputs = normalize_batch(
                     view.apply(images, index), preprocessing.mean, preprocessing.std
                 )
                 with accelerator.autocast():
-                    found = model(seen)
-                logits[number, starts[k] : starts[k] + len(index)] = found.float()
-                times[-1][1].append((began, _now(accelerator.device)))
-            done = len(index) * len(views) * accelerator.num_processes
-            bar.update(min(done, bar.total - bar.n))
+                    output = model(inputs)
+                logits[number, starts[k] : starts[k] + len(index)] = output.float()
+                times[-1][1].append((start, _timestamp(accelerator.device)))
+            count = len(index) * len(views) * accelerator.num_processes
+            bar.update(min(count, bar.total - bar.n))
         seconds = _read_times(times, accelerator.device)
-        timed = seconds[1:] or seconds or [[0.0] * len(views)]  # a process may have had no batch
+        timings = seconds[1:] or seconds or [[0.0] * len(views)]  # a process may have had no batch
         means = [
-            sum(column) / len(timed) / accelerator.num_processes
-            for column in zip(*timed, strict=True)
+            sum(column) / len(timings) / accelerator.num_processes
+            for column in zip(*timings, strict=True)
         ]
         return _read_logits(accelerator, logits), means
 
@@ -201,17 +202,17 @@ class Predictions:
         return network.folder / "predictions" / f"{name}-{digest[:16]}.safetensors"
 
     def _read(self, network, role, view):
-        """(logits, seconds an image, device) where a file has just these, whole; else None."""
+        """(logits, seconds an image, device) from an undamaged file with this key; else None."""
         try:
             with safe_open(self._file(network, role, view), framework="pt") as file:
                 about = json.loads(file.metadata()["predictions"])
                 logits = file.get_tensor("logits")
             shape = (len(self.splits[role]), len(network.classes))
-            same = about["key"] == self._key(network, role, view) and logits.shape == shape
-            if same and about["sha256"] == _digest(logits):
+            matches = about["key"] == self._key(network, role, view) and logits.shape == shape
+            if matches and about["sha256"] == _digest(logits):
                 return logits, float(about["seconds"]), str(about["device"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-            pass  # not there, or damaged: computed anew
+            pass  # no such file, or a damaged one: the logits are computed again
         return None
 
     def _write(self, network, role, view, logits, seconds):
@@ -230,15 +231,15 @@ class Predictions:
 
 
 def _read_logits(accelerator, logits):
-    """The logits of all processes on the CPU, once for all batches: each sample is some one's.
+    """The logits of all processes on the CPU, added up once for all batches.
 
-    It is zero on the others, so the sum is exact.
+    Each sample's logits are zero on all processes but one, so the sum is exact.
     """
     return accelerator.reduce(logits, "sum").cpu()
 
 
-def _now(device):
-    """This moment: an event on the device, for which the host does not wait, or the host's."""
+def _timestamp(device):
+    """The time: an event on a CUDA device, without waiting for it, else the host's clock."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -262,8 +263,8 @@ def progress(accelerator, images):
     )  # fmt: skip
 
 
-def _order(split, column):
-    """Which images in which order: a hash of the data set, the column, the rows and the labels."""
+def _order_digest(split, column):
+    """A hash of the images and their order: the data set, the column, the rows and the labels."""
     digest = hashlib.sha256(f"{split.dataset._fingerprint} {column}".encode())
     digest.update(split.rows.tobytes() + split.labels.tobytes())
     return digest.hexdigest()

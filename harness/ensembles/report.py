@@ -26,21 +26,23 @@ PICTURES = ("accuracy", "reliability", "confusion", "mistakes")
 
 
 def default_name(names) -> str:
-    """ "ensemble-a+b+c", or with a hash in the end where that would be long."""
-    name = "ensemble-" + "+".join(file_name(one) for one in names)
+    """ "ensemble-a+b+c"; a name over 100 bytes is cut and ends in a hash."""
+    name = "ensemble-" + "+".join(file_name(member) for member in names)
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
     return name if len(name.encode()) <= 100 else f"{file_name(name, 90)}-{digest}"
 
 
 def plan(members, images, kinds, groups, machine) -> str:
-    """What is about to happen, a fact a line."""
+    """The plan, one fact a line."""
     rows = [("member", f"{_about(member)}") for member in members]
     rows.append(("scored", f"{len(images.scored):,} {images.role} images of {images.source}"))
     if images.fitted:
-        where = f"on {len(images.fitted):,} validation images that no member was trained on"
+        fit_images = f"on {len(images.fitted):,} validation images that no member was trained on"
     else:
-        where = f"cross-fitted on the {images.role} images: under {LEAST_FITTED} others are left"
-    rows.append(("fitted", where))
+        fit_images = (
+            f"cross-fitted on the {images.role} images: under {LEAST_FITTED} others are left"
+        )
+    rows.append(("fitted", fit_images))
     rows.append(("views", ", ".join(kinds)))
     for group in groups:
         rows.append(("soup", " + ".join(members[number].name for number in group)))
@@ -63,19 +65,21 @@ def _about(member):
 def write(folder, report, samples):
     """report.json, report.md and the pictures.
 
-    report: what report.json holds. samples: harness.data.stores.Samples of the scored images.
+    report: the content of report.json. samples: harness.data.stores.Samples of the scored images.
     """
     replace_file(folder / "report.json", as_json(report))
     replace_file(folder / "report.md", markdown(escaped(report)).encode())
     classes = [row["class"] for row in report["by_class"]]
     scored, best = report["scored"], report["best"]
-    on = f"{scored['images']:,} {scored['role']} images"
+    images_text = f"{scored['images']:,} {scored['role']} images"
     charts.save_accuracies(
-        folder / "accuracy.png", report["results"], f"{on}, views: {report['views']}"
+        folder / "accuracy.png", report["results"], f"{images_text}, views: {report['views']}"
     )
-    charts.save_reliability(folder / "reliability.png", report["reliability"], f"{best}, {on}")
+    charts.save_reliability(
+        folder / "reliability.png", report["reliability"], f"{best}, {images_text}"
+    )
     matrix = torch.tensor(report["confusion"])
-    charts.save_confusion(folder / "confusion.png", matrix, classes, f"{best}, {on}")
+    charts.save_confusion(folder / "confusion.png", matrix, classes, f"{best}, {images_text}")
     save_mistakes(folder / "mistakes.png", report["mistakes"], samples, classes)
 
 
@@ -113,7 +117,7 @@ def _number(value):
 
 
 def tags(members) -> list[str]:
-    """For the trackers: the data set and the architectures."""
+    """Tags for the trackers: the data set and the architectures."""
     return list(dict.fromkeys(
         str(m.config.get(key)) for key in ("dataset", "architecture") for m in members
     ))  # fmt: skip
@@ -145,44 +149,43 @@ def track(tracking, report, folder):
 
 
 def answer(report) -> str:
-    """The tables and the outcome, for a terminal."""
-    parts = [results_table(report["results"])]
+    """The tables and the outcome, for the terminal."""
+    sections = [results_table(report["results"])]
     if len(report["cost"]["images_per_second"]) > 1:
-        parts.append(view_table(report["view_gains"], report["cost"]["images_per_second"]))
-    parts += [how_fitted(report).replace("**", ""), headline(report)]
-    return "\n" + "\n\n".join(parts) + "\n"
+        sections.append(view_table(report["view_gains"], report["cost"]["images_per_second"]))
+    sections += [how_fitted(report).replace("**", ""), headline(report)]
+    return "\n" + "\n\n".join(sections) + "\n"
 
 
-def closing(folder, tracked) -> str:
-    """Where everything is."""
-    drawn = [f"{name}.png" for name in PICTURES if (folder / f"{name}.png").exists()]
-    return (
-        f"report       {folder}/report.md, report.json, {', '.join(drawn)}\ntracked run  {tracked}"
-    )
+def closing(folder, tracking_line) -> str:
+    """The last lines on the terminal: where the report and the tracked run are."""
+    pictures = [f"{name}.png" for name in PICTURES if (folder / f"{name}.png").exists()]
+    files = ", ".join(["report.md", "report.json", *pictures])
+    return f"report       {folder}/{files}\ntracked run  {tracking_line}"
 
 
 def headline(report) -> str:
     """The outcome in one sentence."""
     best = next(row for row in report["results"] if row["name"] == report["best"])
     kind = "combination" if "against" in best else "accuracy"
-    words = f"best {kind} on {report['scored']['role']}: {best['name']}, "
-    words += f"{percent(best['accuracy'])} % ({interval(best['interval'])})"
+    sentence = f"best {kind} on {report['scored']['role']}: {best['name']}, "
+    sentence += f"{percent(best['accuracy'])} % ({interval(best['interval'])})"
     against = best.get("against")
     if not against:
-        return words
+        return sentence
     side = "over" if against["gain"] >= 0 else "below"
-    words += (
+    sentence += (
         f", {percent(abs(against['gain']))} points {side} the best member {against['member']} "
         f"({signed(against['interval'][0])} to {signed(against['interval'][1])}, McNemar's p = "
         f"{p_value(against['p_holm'])}"
     )
     if against["tests"] > 1:
-        words += f" after Holm's correction for {against['tests']} tests"
-    return words + (")" if against["p_holm"] < 0.05 else ": chance is not ruled out)")
+        sentence += f" after Holm's correction for {against['tests']} tests"
+    return sentence + (")" if against["p_holm"] < 0.05 else ": chance is not ruled out)")
 
 
 def how_fitted(report) -> str:
-    """On which images weights, selections and temperatures were fitted."""
+    """Which images weights, selections and temperatures were fitted on, in sentences."""
     scored, fitted = report["scored"], report["fitted"]
     if fitted:
         return (
@@ -191,22 +194,22 @@ def how_fitted(report) -> str:
             f"{scored['images']:,} images of split '{scored['split']}'."
         )
     lead = (
-        "These are the images that members held out and none was trained on, so no others are "
-        "left to fit anything on."
+        "The scored images are those that members held out and none was trained on, so no others "
+        "are left to fit anything on."
         if scored["role"] == "val"
         else f"Under {LEAST_FITTED} validation images are left that no member was trained on."
     )
     return (
         f"{lead} So weights, selections and temperatures are **cross-fitted on the "
         f"{scored['role']} images**: each half of the {scored['images']:,} is scored with what was "
-        "fitted on the other half. Two values stand where two halves had two."
+        "fitted on the other half. Where two values are given, each half has its own."
     )
 
 
 def markdown(report) -> str:
-    """report.md, from what report.json holds."""
+    """report.md, from the content of report.json."""
     rows = report["results"]
-    parts = [
+    sections = [
         f"# {report['name']}",
         f"{headline(report)[0].upper()}{headline(report)[1:]}.",
         f"{len(report['members'])} members on {report['source']}; views: {report['views']}; "
@@ -217,21 +220,21 @@ def markdown(report) -> str:
         results_table(rows),
         "*gain*: points over the best member. *p (Holm)*: the exact p of McNemar's test, by Holm's "
         "correction for all tests of this table, since the best of many combinations looks better "
-        "by chance more often than a single one; report.json also has each p alone. The best "
-        "member is the one with the most scored images right: the hardest to beat, as it was "
-        "chosen knowing the labels. The best combination was chosen so, too: a difference inside "
-        "the intervals is noise. *T*: the temperature that the next table applies. *networks*: "
-        "forward passes an image, for each view.",
+        "by chance more often than a single one; report.json also has the p values without it. The "
+        "best member is the one with the most scored images right: the hardest to beat, as it was "
+        "chosen knowing the labels. The best combination was chosen in the same way: a difference "
+        "inside the intervals is noise. *T*: the temperature that the next table applies. "
+        "*networks*: forward passes an image, for each view.",
         "## Calibration",
         _calibration_table(rows),
-        _unbounded_words(rows),
+        _unbounded_text(rows),
         "![Reliability](reliability.png)",
     ]
     if len(report["members"]) > 1:
-        parts += ["## How they were combined", _fitted_words(rows, report["members"])]
-        parts += ["## Diversity", _diversity_words(report["diversity"])]
-    parts += ["## Test-time augmentation", _view_words(report)]
-    parts += [
+        sections += ["## How they were combined", _fit_text(rows, report["members"])]
+        sections += ["## Diversity", _diversity_text(report["diversity"])]
+    sections += ["## Test-time augmentation", _view_text(report)]
+    sections += [
         f"## Classes and errors of {report['best']}",
         "![Confusion matrix](confusion.png)",
         class_table(report["by_class"]),
@@ -240,33 +243,33 @@ def markdown(report) -> str:
         "## Members",
         _member_table(report["members"]),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def _calibration_table(rows):
     def cells(row):
-        before, after = row, row["calibrated"]
+        raw, calibrated = row, row["calibrated"]
         return (
             row["name"], " / ".join(f"{t:.3f}" for t in row["temperature"]),
-            _number(before["nll"]), _number(after["nll"]), _number(before["brier"]),
-            _number(after["brier"]), percent(before["ece"]), percent(after["ece"]),
+            _number(raw["nll"]), _number(calibrated["nll"]), _number(raw["brier"]),
+            _number(calibrated["brier"]), percent(raw["ece"]), percent(calibrated["ece"]),
         )  # fmt: skip
 
     header = ("", "T", "NLL", "after", "Brier", "after", "ECE %", "after")
     return table(header, [cells(row) for row in rows if row["calibrated"]])
 
 
-def _unbounded_words(rows):
+def _unbounded_text(rows):
     names = [row["name"] for row in rows if COLDEST in row["temperature"]]
     if not names:
         return ""
     return (
         f"A temperature of {COLDEST:g} ({', '.join(names)}) says that all images it was fitted on "
-        "were right: nothing kept it from making the network as sure as can be."
+        "were right: nothing kept the fit from making the network as sure as possible."
     )
 
 
-def _fitted_words(rows, members):
+def _fit_text(rows, members):
     lines = []
     for row in rows:
         if "of" in row:
@@ -274,13 +277,13 @@ def _fitted_words(rows, members):
         if "ties" in row:
             lines.append(f"- {row['name']}: {row['ties']:,} ties, broken by summed probability")
         for half, shares in enumerate(row.get("weights", []), start=1):
-            said = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
-            which = f" (scoring half {half})" if len(row["weights"]) > 1 else ""
-            lines.append(f"- {row['name']}{which}: {said}")
+            text = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
+            half_note = f" (scoring half {half})" if len(row["weights"]) > 1 else ""
+            lines.append(f"- {row['name']}{half_note}: {text}")
         if "soup" in row:
             soups = [", ".join(members[number]["name"] for number in soup) for soup in row["soup"]]
-            said = " / ".join(soups)
-            lines.append(f"- {row['name']}: weights of {said}, BatchNorm measured anew")
+            text = " / ".join(soups)
+            lines.append(f"- {row['name']}: weights of {text}, BatchNorm measured anew")
     if any(row["kind"] == "control" for row in rows):
         lines.append(
             "- a soup of one is the control of the soups: what it gains over its member comes from "
@@ -289,22 +292,22 @@ def _fitted_words(rows, members):
     return "\n".join(lines)
 
 
-def _diversity_words(found):
-    names = found["members"]
+def _diversity_text(diversity):
+    names = diversity["members"]
 
     def square(title, values, show):
         rows = [(n, *map(show, row)) for n, row in zip(names, values, strict=True)]
         return table((title, *names), rows)
 
     gains = [
-        (name, signed(one["gain"]), f"{signed(one['interval'][0])} to {signed(one['interval'][1])}")
-        for name, one in found["leave_one_out"].items()
+        (name, signed(row["gain"]), f"{signed(row['interval'][0])} to {signed(row['interval'][1])}")
+        for name, row in diversity["leave_one_out"].items()
     ]
     return "\n\n".join(
         [
-            f"At least one member is right on {percent(found['oracle'])} % of the images.",
-            square("% of images on which they differ", found["disagreement"], percent),
-            square("correlation of errors", found["error_correlation"], "{:.3f}".format),
+            f"At least one member is right on {percent(diversity['oracle'])} % of the images.",
+            square("% of images on which they differ", diversity["disagreement"], percent),
+            square("correlation of errors", diversity["error_correlation"], "{:.3f}".format),
             table(("what a member adds to the average", "points", "95 % interval"), gains),
         ]
     )
@@ -324,7 +327,7 @@ def view_table(rows, cost) -> str:
     return table(header, map(cells, rows))
 
 
-def _view_words(report):
+def _view_text(report):
     return (
         view_table(report["view_gains"], report["cost"]["images_per_second"])
         + f"\n\nimages/s: forward passes on {report['cost']['device']}, as measured when they "

@@ -1,4 +1,4 @@
-"""Soups of members: their averaged weights as networks of their own, and their predictions."""
+"""Soups of members: networks of their averaged weights, and the predictions of those."""
 
 from __future__ import annotations
 
@@ -31,63 +31,65 @@ def groups_of(members) -> list[list[int]]:
 
 
 class Soups:
-    """Logits of soups of these members, BatchNorm measured anew; of one member, too.
+    """Logits of soups of these members, with BatchNorm's statistics measured again.
 
-    (Otherwise a soup would be compared with a network whose statistics are of augmented images.)
+    A soup of one member is possible, for comparison: the member's own BatchNorm statistics are of
+    augmented images.
 
-    images: harness.ensembles.members.Images. views: those of the combinations. folder: of the
-    report, which keeps the soups' predictions.
+    images: harness.ensembles.members.Images. views: those of the combinations. folder: the
+    report's, where the soups' predictions are stored, too.
     """
 
     def __init__(self, accelerator, members, images, predictions, views, folder, seed):
         self.accelerator, self.members, self.images = accelerator, members, images
         self.predictions, self.views, self.folder, self.seed = predictions, views, folder, seed
-        self._models = {}  # the last one made
+        self._models = {}  # only the latest soup
         self._train = {}  # decoded training images by preprocessing
 
-    def logits(self, numbers, role, whole):
-        """Logits (n, classes) of a soup: averaged over all views (whole), or of one view."""
+    def logits(self, numbers, role, all_views):
+        """Logits (n, classes) of a soup, averaged over all views, or else of one view."""
         soup = self._soup(numbers)
         views = (
             self.views[soup.preprocessing.size]
-            if whole
+            if all_views
             else tta_views("none", soup.preprocessing.size)
         )
-        missing = self.predictions.recall(soup, views, [role])
-        if missing:
-            with progress(self.accelerator, self.predictions.count(missing)) as bar:
-                self.predictions.compute(soup, self._model(numbers), missing, bar)
+        pairs = self.predictions.recall(soup, views, [role])
+        if pairs:
+            with progress(self.accelerator, self.predictions.count(pairs)) as bar:
+                self.predictions.compute(soup, self._model(numbers), pairs, bar)
         return self.predictions.logits(soup, role, views)
 
     def save_all(self, results):
-        """Write the soups of several members among the results, and remove those of before.
+        """Write the soups of several members among the results, and remove those of older reports.
 
-        Not those of which two halves made two: the accuracy in the report is of neither.
+        A soup whose members differ between the two halves is left out: the accuracy in the report
+        is that of neither.
         """
-        made = []
+        soup_folders = []
         for result in results:
-            chosen = result.details.get("soup", [])
-            if chosen and len(chosen[0]) > 1 and all(one == chosen[0] for one in chosen):
-                made.append(self.save(result.name, chosen[0]))
-        for old in self.folder.glob("*soup*/config.json"):
-            if old.parent not in made:
-                shutil.rmtree(old.parent)
+            fits = result.details.get("soup", [])
+            if fits and len(fits[0]) > 1 and all(numbers == fits[0] for numbers in fits):
+                soup_folders.append(self.save(result.name, fits[0]))
+        for config_file in self.folder.glob("*soup*/config.json"):
+            if config_file.parent not in soup_folders:
+                shutil.rmtree(config_file.parent)
 
     def save(self, name, numbers):
-        """Write a soup as the folder of a run, for gradcam.py or another ensemble; where it is."""
+        """Write a soup as the folder of a run, for gradcam.py or another ensemble; returns it."""
         folder = self.folder / file_name(name)
         soup = self._soup(numbers)
-        parts = [self.members[number] for number in numbers]
+        members = [self.members[number] for number in numbers]
         config = soup.config | {
             "weights": "soup",
-            "members": [part.name for part in parts],
-            "ancestors": [recipe for part in parts for recipe in part.recipes],
-            "soup_sha256": soup.sha256,  # of what it was made of
+            "members": [member.name for member in members],
+            "ancestors": [recipe for member in members for recipe in member.recipes],
+            "soup_sha256": soup.sha256,  # a hash of its members and its training images
         }
         text = (json.dumps(config, indent=2) + "\n").encode()
         config_file, weights_file = folder / "config.json", folder / "model.safetensors"
-        whole = weights_file.exists() and config_file.exists()
-        if not whole or config_file.read_bytes() != text:
+        complete = weights_file.exists() and config_file.exists()
+        if not complete or config_file.read_bytes() != text:
             folder.mkdir(parents=True, exist_ok=True)
             weights, _ = result_bytes(clean_state_dict(self._model(numbers)))
             replace_file(weights_file, weights)
@@ -95,29 +97,30 @@ class Soups:
         return folder
 
     def _soup(self, numbers):
-        parts = [self.members[number] for number in numbers]
+        members = [self.members[number] for number in numbers]
         train = self.images.train
         images = f"{train.dataset._fingerprint} {self.images.image_column}"
         digest = hashlib.sha256(images.encode() + train.rows.tobytes())
-        digest.update(repr([BATCH, BATCHES, self.seed, *(p.sha256 for p in parts)]).encode())
-        name = f"soup of {', '.join(part.name for part in parts)}"
-        return parts[0]._replace(name=name, folder=self.folder, sha256=digest.hexdigest())
+        weights = [member.sha256 for member in members]
+        digest.update(repr([BATCH, BATCHES, self.seed, *weights]).encode())
+        name = f"soup of {', '.join(member.name for member in members)}"
+        return members[0]._replace(name=name, folder=self.folder, sha256=digest.hexdigest())
 
     def _model(self, numbers):
         key = tuple(numbers)
         if key not in self._models:
-            first = self.members[numbers[0]]
+            first_member = self.members[numbers[0]]
             state = uniform_soup([load_weights(self.members[n].folder) for n in numbers])
-            model = load_model(first, state)
+            model = load_model(first_member, state)
             model.to(self.accelerator.device, memory_format=torch.channels_last)
             with self.accelerator.autocast():
-                recompute_batch_norm(model, self._batches(first.preprocessing))
+                recompute_batch_norm(model, self._batches(first_member.preprocessing))
             self._models.clear()
             self._models[key] = model
         return self._models[key]
 
     def _batches(self, preprocessing):
-        """Training images as in evaluation, in batches of one size; every process has all."""
+        """Training images as in evaluation, in batches of one size; the same on every process."""
         if preprocessing not in self._train:
             self._train[preprocessing] = decode(
                 self.images.train, self.images.image_column, preprocessing, self.accelerator

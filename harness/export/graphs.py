@@ -1,8 +1,8 @@
 """One graph from pixels to probabilities: normalisation, network, temperature and softmax.
 
-What goes in are uint8 RGB pixels (N, 3, S, S), resized and cropped; what comes out are
-probabilities float32 (N, classes). Resizing is left outside, since every runtime does it otherwise:
-harness.reports.card.how_to_prepare says it in ten lines of Pillow and numpy.
+The input are uint8 RGB pixels (N, 3, S, S), resized and cropped; the output are probabilities,
+float32 (N, classes). Resizing is not in the graph, since every runtime does it in another way:
+harness.reports.card.how_to_prepare has it in ten lines of Pillow and numpy.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from harness.errors import UserError, first_line
 
 OPSET = 20
 TOLERANCE = 1e-4  # of a probability, between the export and the run's network, both in fp32
-MARGIN = 2e-4  # between the two likeliest classes, under which either may be the first
+MARGIN = 2e-4  # between the two likeliest classes: below it, either may come first
 
 
 class Classifier(nn.Module):
-    """The network of a run with all that is around it. model: in eval mode."""
+    """The network of a run, from pixels to probabilities. model: in eval mode."""
 
     def __init__(self, model, mean, std, temperature, dtype=torch.float32):
         super().__init__()
@@ -45,7 +45,7 @@ class Classifier(nn.Module):
 
 
 def need(*packages):
-    """Raise UserError with the pip command unless these can be imported."""
+    """Raise UserError with the pip command where one of the packages can't be imported."""
     missing = []
     for package in packages:
         try:
@@ -57,9 +57,10 @@ def need(*packages):
 
 
 def write_onnx(classifier, size, path, metadata):
-    """The graph as ONNX, by torch's own exporter, with any number of images at once.
+    """Write the graph as ONNX, by torch's own exporter, for batches of any size.
 
-    metadata: {name: text}, kept in the file. Raises UserError for a network that can't be exported.
+    metadata: {name: text}, stored in the file. Raises UserError for a network that torch can't
+    export.
     """
     import onnx
 
@@ -81,7 +82,7 @@ def write_onnx(classifier, size, path, metadata):
 
 
 def write_torch(classifier, size, path, metadata):
-    """The graph by torch.export (.pt2), with any number of images at once; metadata beside it."""
+    """Write the graph by torch.export (.pt2), for batches of any size, with its metadata."""
     example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     with _quietly():
         try:
@@ -95,7 +96,7 @@ def write_torch(classifier, size, path, metadata):
 
 
 def write_int8(fp32, path, batches):
-    """An ONNX file quantised to int8 by onnxruntime, calibrated on batches of uint8 pixels."""
+    """Write an ONNX file quantised to int8 by onnxruntime, calibrated on batches of pixels."""
     from onnxruntime.quantization import (
         CalibrationDataReader,
         QuantFormat,
@@ -112,17 +113,17 @@ def write_int8(fp32, path, batches):
             batch = next(self.left, None)
             return None if batch is None else {"pixels": batch.numpy()}
 
-    prepared = path.with_name(f"{path.name}.prepared")
+    prepared_file = path.with_name(f"{path.name}.prepared")
     try:
         with _quietly():
-            quant_pre_process(str(fp32), str(prepared), skip_symbolic_shape=True)
+            quant_pre_process(str(fp32), str(prepared_file), skip_symbolic_shape=True)
             quantize_static(
-                str(prepared), str(path), Reader(), quant_format=QuantFormat.QDQ,
+                str(prepared_file), str(path), Reader(), quant_format=QuantFormat.QDQ,
                 per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
                 op_types_to_quantize=["Conv", "MatMul", "Gemm"],
             )  # fmt: skip
     finally:
-        prepared.unlink(missing_ok=True)
+        prepared_file.unlink(missing_ok=True)
 
 
 def run_onnx(path, batches):
@@ -133,8 +134,8 @@ def run_onnx(path, batches):
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    found = [session.run(None, {"pixels": batch.numpy()})[0] for batch in batches]
-    return torch.cat([torch.from_numpy(one) for one in found])
+    outputs = [session.run(None, {"pixels": batch.numpy()})[0] for batch in batches]
+    return torch.cat([torch.from_numpy(output) for output in outputs])
 
 
 @torch.inference_mode()
@@ -151,35 +152,38 @@ def run_module(classifier, batches):
     return torch.cat([classifier(batch) for batch in batches])
 
 
-def differences(theirs, ours):
-    """(the largest difference of a probability, clear images whose first class differs)."""
-    best = ours.topk(2, dim=1).values if ours.shape[1] > 1 else ours
+def differences(exported, reference):
+    """(the largest difference of a probability, how many clear images change their class).
+
+    Clear images: those whose two likeliest classes differ by more than MARGIN.
+    """
+    best = reference.topk(2, dim=1).values if reference.shape[1] > 1 else reference
     clear = best[:, 0] - best[:, -1] > MARGIN
-    other = (theirs.argmax(1) != ours.argmax(1)) & clear
-    return (theirs - ours).abs().max().item(), int(other.sum())
+    changed = (exported.argmax(1) != reference.argmax(1)) & clear
+    return (exported - reference).abs().max().item(), int(changed.sum())
 
 
-def metadata_of(trained, temperature, sample, probabilities) -> dict:
-    """What an exported file says of itself: {name: text}, JSON where it is more than a word.
+def metadata_of(run, temperature, sample, probabilities) -> dict:
+    """The metadata in an exported file: {name: text}, as JSON where it is not plain text.
 
     sample: uint8 pixels (3, S, S) of one image. probabilities: of it, (classes,), in fp32.
     """
     from PIL import Image
 
-    preprocessing, file = trained.preprocessing, io.BytesIO()
+    preprocessing, file = run.preprocessing, io.BytesIO()
     Image.fromarray(sample.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG")
-    prepared = {
+    steps = {
         "resize_shorter_side": preprocessing.stored_size,
         "interpolation": preprocessing.interpolation,
         "center_crop": preprocessing.size,
         "layout": "uint8 RGB (N, 3, H, W), not normalised",
     }
     return {
-        "architecture": trained.config["architecture"],
-        "classes": json.dumps(trained.classes),
-        "preprocessing": json.dumps(prepared),
+        "architecture": run.config["architecture"],
+        "classes": json.dumps(run.classes),
+        "preprocessing": json.dumps(steps),
         "temperature": repr(temperature),
-        "weights_sha256": trained.sha256,
+        "weights_sha256": run.sha256,
         "sample_input_png_base64": base64.b64encode(file.getvalue()).decode(),
         "sample_output": json.dumps([round(p, 7) for p in probabilities.tolist()]),
     }  # fmt: skip
@@ -187,7 +191,7 @@ def metadata_of(trained, temperature, sample, probabilities) -> dict:
 
 @contextlib.contextmanager
 def _quietly():
-    """Without the exporters' remarks, which are for their authors."""
+    """Hide the exporters' messages, which are for their authors, while the block runs."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "root")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

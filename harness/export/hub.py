@@ -1,4 +1,4 @@
-"""The Hub: a folder pushed as a model of one's own, and read back."""
+"""The Hub: a folder pushed as a model, and read back."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ FILES = ("model.safetensors", "config.json", "README.md")
 def push(folder, name, private=True) -> str:
     """Upload the folder's files as the model `name` and read them back; returns a line about it.
 
-    Without a name nothing is sent: the line is the command that would. Raises UserError for a name
-    that is none, and where the Hub does not answer or has other bytes than were sent.
+    Without a name nothing is sent: the line is the command that would send it. Raises UserError for
+    an invalid name, and where the Hub does not answer or then has other bytes than were sent.
     """
     if not name:
         return "to push it   the same command with --push OWNER/NAME (private; after hf auth login)"
@@ -25,22 +25,23 @@ def push(folder, name, private=True) -> str:
     api = HfApi()
     try:
         api.create_repo(name, private=private, exist_ok=True, repo_type="model")
-        done = api.upload_folder(
+        commit = api.upload_folder(
             repo_id=name, folder_path=str(folder), allow_patterns=list(FILES),
             commit_message="Upload of export.py", repo_type="model",
         )  # fmt: skip
         for file in FILES:
-            there = hf_hub_download(name, file, revision=done.oid)
-            with open(there, "rb") as theirs:
-                same = hashlib.sha256(theirs.read()).digest()
-            if same != hashlib.sha256((folder / file).read_bytes()).digest():
+            download = hf_hub_download(name, file, revision=commit.oid)
+            with open(download, "rb") as stream:
+                digest = hashlib.sha256(stream.read()).digest()
+            if digest != hashlib.sha256((folder / file).read_bytes()).digest():
                 raise UserError(f"{name} on the Hub has another {file} than was sent")
     except UserError:
         raise
     except Exception as error:
-        why = first_line(error)
+        reason = first_line(error)
         raise UserError(
-            f"the Hub did not take {name}: {why}; the folder is whole: hf upload {name} {folder} ."
+            f"the Hub did not take {name}: {reason}; the folder is complete: "
+            f"hf upload {name} {folder} ."
         ) from None
     kind = "private" if private else "public"
     return f"pushed       https://huggingface.co/{name} ({kind}); read back, it is the same"

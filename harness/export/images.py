@@ -1,4 +1,4 @@
-"""Which images an export is checked on: held-out ones of the run, else made-up ones."""
+"""The images that an export is checked on: held-out ones of the run, else made-up ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from harness.inference.probabilities import evaluation_pixels_of
 from harness.reports.sections import percent
 
 CHECKED = 512  # images, at most
-CALIBRATED = 128  # of train, that the ranges of int8 are measured on
+CALIBRATED = 128  # of train, to measure the ranges of int8 on
 BATCH = 64
 
 
@@ -27,66 +27,67 @@ class CheckImages(NamedTuple):
     calibration: list[torch.Tensor]  # of other images, for int8
     source: str  # for the plan
 
-    def check_drop(self, theirs, ours, precision, most):
-        """Raise UserError where accuracy drops by more than `most` points; else print both.
+    def check_drop(self, exported, reference, precision, limit):
+        """Raise UserError where accuracy drops by more than `limit` points; else print both.
 
-        theirs and ours: probabilities (n, classes). Without labels, agreement with fp32 is judged.
+        exported, reference: probabilities (n, classes), the latter in fp32. Without labels, their
+        agreement counts instead of the accuracy.
         """
-        same = (theirs.argmax(1) == ours.argmax(1)).double().mean().item()
+        agreement = (exported.argmax(1) == reference.argmax(1)).double().mean().item()
         if self.labels is None:
-            drop = 100 * (1 - same)
-            words = f"{percent(same)} % of the images get the class of fp32"
+            drop = 100 * (1 - agreement)
+            text = f"{percent(agreement)} % of the images get the class of fp32"
         else:
-            before, after = (
-                (p.argmax(1) == self.labels).double().mean().item() for p in (ours, theirs)
+            reference_accuracy, accuracy = (
+                (p.argmax(1) == self.labels).double().mean().item() for p in (reference, exported)
             )
-            drop = 100 * (before - after)
-            words = f"accuracy {percent(after)} %, in fp32 {percent(before)} %; "
-            words += f"{percent(same)} % get the same class"
-        print(f"{precision:<12} {words}")
-        if drop > most:
+            drop = 100 * (reference_accuracy - accuracy)
+            text = f"accuracy {percent(accuracy)} %, in fp32 {percent(reference_accuracy)} %; "
+            text += f"{percent(agreement)} % get the same class"
+        print(f"{precision:<12} {text}")
+        if drop > limit:
             raise UserError(
-                f"{precision} loses {drop:.2f} points, over --max_accuracy_drop {most:g}: not "
+                f"{precision} loses {drop:.2f} points, over --max_accuracy_drop {limit:g}: not "
                 "written"
             )
 
 
 def check_images(trained, dataset, seed, int8) -> CheckImages:
-    """Held-out images of the run, with labels, where its data set is there; else noise and waves.
+    """Held-out images of the run, with labels, if its data set can be read; else made-up ones.
 
     trained: harness.models.trained.Trained. dataset: of the flag, or None for the run's. int8:
     whether images of train are wanted, to measure ranges on.
     """
     options = SplitOptions(dataset=dataset, max_eval_samples=CHECKED, seed=seed)
     try:
-        found = members.find_images([trained], options)
+        check_set = members.find_images([trained], options)
     except (UserError, OSError) as error:
         if dataset:
             raise
         batches = _made_up(trained.preprocessing.size, seed)
         count = sum(map(len, batches))
-        words = f"{count} made-up images: {str(error).splitlines()[0]}"
-        return CheckImages(batches, None, batches, words)
+        source = f"{count} made-up images: {str(error).splitlines()[0]}"
+        return CheckImages(batches, None, batches, source)
 
-    def read(split, most):
-        rows = split.rows[:most]
-        images = of_dataset(split.dataset, found.image_column, rows, None, "", split.bit_depth)
+    def read_pixels(split, limit):
+        rows = split.rows[:limit]
+        images = of_dataset(split.dataset, check_set.image_column, rows, None, "", split.bit_depth)
         return evaluation_pixels_of(images, trained.preprocessing)
 
-    pixels, kept = read(found.scored, CHECKED)
-    order = torch.randperm(len(found.train), generator=generator(seed, "export"))
-    some = found.train.__class__(
-        found.train.name, found.train.dataset, found.train.rows[order[:CALIBRATED].numpy()],
-        found.train.labels[order[:CALIBRATED].numpy()], bit_depth=found.train.bit_depth,
-    )  # fmt: skip
-    calibration = read(some, CALIBRATED)[0] if int8 else pixels
-    labels = torch.from_numpy(found.scored.labels)[kept]
-    words = f"{len(pixels):,} {found.role} images of {found.source}"
-    return CheckImages(list(pixels.split(BATCH)), labels, list(calibration.split(BATCH)), words)
+    pixels, decoded = read_pixels(check_set.scored, CHECKED)
+    train = check_set.train
+    order = torch.randperm(len(train), generator=generator(seed, "export"))[:CALIBRATED].numpy()
+    calibration_split = train.__class__(
+        train.name, train.dataset, train.rows[order], train.labels[order], bit_depth=train.bit_depth
+    )
+    calibration = read_pixels(calibration_split, CALIBRATED)[0] if int8 else pixels
+    labels = torch.from_numpy(check_set.scored.labels)[decoded]
+    source = f"{len(pixels):,} {check_set.role} images of {check_set.source}"
+    return CheckImages(list(pixels.split(BATCH)), labels, list(calibration.split(BATCH)), source)
 
 
 def _made_up(size, seed):
-    """64 images: noise at several scales, so that edges and even parts are there."""
+    """64 images of noise at several scales, so that they have edges and even areas."""
     rng, images = generator(seed, "export"), []
     for side in (2, 4, 8, size):
         noise = torch.rand(16, 3, side, side, generator=rng)

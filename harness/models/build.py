@@ -1,8 +1,8 @@
 """Classifiers: built by name, fitted to small images, cut into blocks, rebuilt from JSON.
 
 torchvision's classifiers and timm's by their names (harness.models.names), and this project's own
-(harness.models.fastnet). What torchvision's code does not say of
-itself stands in one table, FAMILIES.
+(harness.models.fastnet). What torchvision's code does not tell about its
+networks is in one table, FAMILIES.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Family:
 
     stem_conv: the first convolution; the small stem makes it 3×3, stride 1, padding 1.
     stem_pool: the max-pool after it, which the small stem removes.
-    stem_kernel: side of the standard stem's kernel; if it is not 3, weights show their stem by it.
+    stem_kernel: side of the standard stem's kernel; if not 3, its shape tells the stem of weights.
     trunk: the container whose children are the blocks of the network; "" is the network itself.
-    arguments: what the constructor has to be told for images of so many pixels a side.
-    colours: the mean and the std that published weights expect, where not those of the metadata.
+    arguments: pixels a side -> the constructor's arguments for images of that size.
+    colours: the mean and std that published weights expect, where the metadata has others.
     """
 
     stem_conv: str | None = None
@@ -47,12 +47,12 @@ class Family:
 
 
 def _without_auxiliary_heads(pixels):
-    """So that googlenet and inception return a tensor in training too."""
+    """Arguments with which googlenet and inception return a tensor in training too."""
     return {"aux_logits": False, "init_weights": False}
 
 
-# torchvision's builder of googlenet and inception sets `transform_input` with published weights:
-# it turns the normalisation that the metadata names into this one. Ours sets nothing.
+# With published weights, torchvision's googlenet and inception set `transform_input`, which turns
+# the normalisation that the metadata names into this one. Our builder does not set it.
 HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 # The longest key that a name starts with is its family. A family without `stem_conv` has no small
@@ -96,15 +96,15 @@ def build_model(
 ) -> nn.Module:  # fmt: skip
     """A classifier (N, 3, image_size, image_size) -> logits (N, num_classes), weights random.
 
-    stem: see `resolve_stem`. dropout: probability before the head; None leaves the model's own,
-    a number replaces it, where the family has none too, without changing the state's keys.
+    stem: see `resolve_stem`. dropout: probability before the head; None keeps the model's own, a
+    number replaces it, or adds one where the family has none; the state's keys stay the same.
     head: "linear", the model's own last layer, or "mlp", an `MlpHead` in its place.
-    name, library: see harness.models.names.find_model. arguments: what else timm's constructor
-    is told; None for what the Hub says.
+    name, library: see harness.models.names.find_model. arguments: further arguments of timm's
+    constructor; None for those of a model on the Hub, from its config.json.
 
-    Raises UserError for an unknown name, a stem the family lacks, an mlp where the last layer is
-    no linear one or where `dropout` would act nowhere, or an image size at which the model does
-    not run (seen from one forward pass of a zero image, which draws nothing).
+    Raises UserError for an unknown name, a stem that the family lacks, an mlp where the last layer
+    is not linear or where `dropout` would have no effect, or an image size at which the model does
+    not run (tested by one forward pass of a zero image, which draws no random numbers).
     """
     if head not in HEADS:
         raise UserError(f'unknown head "{head}": {" or ".join(HEADS)}')
@@ -123,8 +123,8 @@ def build_model(
         return model
     for pixels in sorted(range(16, image_size + 257, 16), key=lambda p: abs(p - image_size)):
         with torch.device("meta"):  # shapes only
-            _, failed = _try_build(*arguments, pixels)
-        if not failed and pixels != image_size:
+            _, trial_error = _try_build(*arguments, pixels)
+        if not trial_error and pixels != image_size:
             hint = f"the nearest size seen to work is --image_size {pixels}"
             break
     else:
@@ -133,17 +133,18 @@ def build_model(
 
 
 def _lacks_memory(error):
-    """Whether it is memory that was not there: no size near by would do."""
+    """Whether an error is a lack of memory: then no image size near this one would run."""
     text = str(error).lower()
-    return any(words in text for words in ("memory", "storage size", "overflow", "too large"))
+    return any(phrase in text for phrase in ("memory", "storage size", "overflow", "too large"))
 
 
 def _pad_single_pixels(model):
-    """Make the bf16 gradient right, on a CPU, of strided convolutions whose input is one pixel.
+    """Correct the bf16 gradient, on a CPU, of strided convolutions whose input is one pixel.
 
-    oneDNN (torch 2.15) leaves memory that nobody wrote in the weights' gradient there: numbers up
-    to 1e37, or NaN, in the taps beside the middle one, which see padding only and get 0. Over the
-    zeros that padding adds anyway, the same convolution is computed rightly.
+    oneDNN (torch 2.15) leaves uninitialised memory in the gradient of their weights: numbers up to
+    1e37, or NaN, in the taps beside the middle one. Those taps see only padding: their gradient is
+    0. Where the input is padded with zeros beforehand, the gradient of the same convolution is
+    right.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and min(module.stride) > 1:
@@ -162,7 +163,7 @@ def _padded_pixel(module, inputs):
 
 
 def resolve_stem(name, stem, image_size, library=None) -> str:
-    """ "small" or "standard", from "auto" too: small up to 64 px where the family has one.
+    """The stem to build, "small" or "standard"; "auto": small up to 64 px where the family has one.
 
     The small stem is one 3×3 convolution of stride 1 and no max-pool in place of the family's own
     (of total stride 4 in resnet, densenet and convnext, 2 in mobilenet and efficientnet).
@@ -178,115 +179,115 @@ def resolve_stem(name, stem, image_size, library=None) -> str:
 
 
 def blocks(model, name, library=None) -> list[tuple[str, ...]]:
-    """The blocks of the network from the input to the head, each as names of what is in it.
+    """The blocks of the network from the input to the head, each as names of modules or parameters.
 
-    The names are those of modules and parameters, and together they hold every parameter once.
-    What comes before the family's trunk is the first block, each child of the trunk is one, and so
-    is each layer between trunk and head; but what has only norms and biases (parameters of one
-    dimension) goes with the block before it. The last block is the head alone, or all heads. Of
-    timm's networks, the blocks are those of their own `group_matcher`.
+    Together the blocks hold every parameter exactly once. All that comes before the family's trunk
+    is the first block; each child of the trunk is a block, and so is each layer between trunk and
+    head. A module that has only norms and biases (parameters of one dimension) joins the block
+    before it. The last block is the head, or all heads. For timm's networks, the blocks are those
+    of their own `group_matcher`.
 
-    model: from `build_model`; name, library: what it was built by.
+    model: from `build_model`; name, library: those that it was built with.
     """
     library, name, *_ = find_model(name, library)
     names = tuple(name for name, _ in heads(model))
     if library == "timm" and hasattr(model, "group_matcher"):
         return [*_matched_blocks(model, names), names]
     trunk = family_of(name).trunk if library == "torchvision" else ""
-    opened = {trunk, *_parents(trunk), *(parent for name in names for parent in _parents(name))}
-    found, stem = [], True
-    for part, parameters in _parts(model, opened):
-        if part in names or not parameters:
+    containers = {trunk, *_parents(trunk), *(parent for name in names for parent in _parents(name))}
+    groups, stem = [], True
+    for child, parameters in _children(model, containers):
+        if child in names or not parameters:
             continue
-        in_trunk = not trunk or part.startswith(f"{trunk}.")
-        if found and (all(p.ndim <= 1 for p in parameters) or (stem and not in_trunk)):
-            found[-1] += (part,)
+        in_trunk = not trunk or child.startswith(f"{trunk}.")
+        if groups and (all(p.ndim <= 1 for p in parameters) or (stem and not in_trunk)):
+            groups[-1] += (child,)
         else:
-            found.append((part,))
+            groups.append((child,))
         stem = stem and not in_trunk
-    return [*found, names]
+    return [*groups, names]
 
 
-def _matched_blocks(model, heads):
+def _matched_blocks(model, head_names):
     """The blocks of a timm network before its heads, by its own coarse `group_matcher`."""
     from timm.models import group_parameters
 
     numbers = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
     parameters = dict(model.named_parameters())
-    found = {}
-    for part, number in _same_number(model, numbers, heads):
-        found.setdefault(number, []).append(part)
+    names_by_number = {}
+    for child, number in _largest_modules(model, numbers, head_names):
+        names_by_number.setdefault(number, []).append(child)
     blocks = []
-    for number in sorted(found):
-        starts = tuple(f"{part}." for part in found[number])
-        inside = [p for n, p in parameters.items() if f"{n}.".startswith(starts)]
-        if blocks and all(p.ndim <= 1 for p in inside):
-            blocks[-1] += tuple(found[number])
+    for number in sorted(names_by_number):
+        prefixes = tuple(f"{child}." for child in names_by_number[number])
+        weights = [p for n, p in parameters.items() if f"{n}.".startswith(prefixes)]
+        if blocks and all(p.ndim <= 1 for p in weights):
+            blocks[-1] += tuple(names_by_number[number])
         else:
-            blocks.append(tuple(found[number]))
+            blocks.append(tuple(names_by_number[number]))
     return blocks
 
 
-def _same_number(module, numbers, left_out, prefix=""):
-    """(name, number) of the largest parts of a module whose parameters share one number."""
+def _largest_modules(module, numbers, head_names, prefix=""):
+    """(name, number) of the largest modules inside one whose parameters share one number."""
     for name, _ in module.named_parameters(prefix, recurse=False):
         yield name, numbers[name]
     for name, child in module.named_children():
         name = f"{prefix}.{name}" if prefix else name
-        inside = {numbers[n] for n, _ in child.named_parameters(name) if n in numbers}
-        if name in left_out or not inside:
+        child_numbers = {numbers[n] for n, _ in child.named_parameters(name) if n in numbers}
+        if name in head_names or not child_numbers:
             continue
-        if len(inside) > 1 or any(head.startswith(f"{name}.") for head in left_out):
-            yield from _same_number(child, numbers, left_out, name)
+        if len(child_numbers) > 1 or any(head.startswith(f"{name}.") for head in head_names):
+            yield from _largest_modules(child, numbers, head_names, name)
         else:
-            yield name, inside.pop()
+            yield name, child_numbers.pop()
 
 
-def _parts(module, opened, prefix=""):
-    """(name, its parameters) of what is in a module, in order; those in `opened` by their parts."""
+def _children(module, containers, prefix=""):
+    """(name, its parameters) of a module's children in order; of `containers`, their children."""
     for name, parameter in module.named_parameters(prefix, recurse=False):
         yield name, [parameter]
     for name, child in module.named_children():
         name = f"{prefix}.{name}" if prefix else name
-        if name in opened:
-            yield from _parts(child, opened, name)
+        if name in containers:
+            yield from _children(child, containers, name)
         else:
             yield name, list(child.parameters())
 
 
 def _parents(name):
-    """The names of the modules that a module is in, but for the network itself."""
-    words = name.split(".")
-    return [".".join(words[:n]) for n in range(1, len(words))]
+    """The names of the modules that contain a module, without the network itself."""
+    path = name.split(".")
+    return [".".join(path[:n]) for n in range(1, len(path))]
 
 
-def initialise(model, how="auto", generator=None) -> str:
-    """Draw the weights anew where asked, and return the word for what was done.
+def initialise(model, method="auto", generator=None) -> str:
+    """Initialise the weights by a method; returns the method that "auto" chose.
 
-    "kaiming": tricks.init.kaiming_normal_. "own": what the constructor drew stays. "auto": kaiming
-    for networks with BatchNorm2d and without LayerNorm (not transformers, ConvNeXt, plain vgg),
-    but for FastNet, whose filters start otherwise.
+    "kaiming": tricks.init.kaiming_normal_. "own": the weights that the constructor drew stay.
+    "auto": kaiming for networks with BatchNorm2d and without LayerNorm (not transformers, ConvNeXt,
+    plain vgg), except for FastNet, whose constructor starts its filters in another way.
     """
-    if how == "auto" and isinstance(model, fastnet.FastNet):
-        how = "own"
-    elif how == "auto":
+    if method == "auto" and isinstance(model, fastnet.FastNet):
+        method = "own"
+    elif method == "auto":
         batch_norm, layer_norm = (
             any(isinstance(module, kind) for module in model.modules())
             for kind in (nn.BatchNorm2d, nn.LayerNorm)
         )
-        how = "kaiming" if batch_norm and not layer_norm else "own"
-    if how == "kaiming":
+        method = "kaiming" if batch_norm and not layer_norm else "own"
+    if method == "kaiming":
         from tricks.init import kaiming_normal_
 
         kaiming_normal_(model, generator)
-    return how
+    return method
 
 
 def whiten(model, images):
-    """Compute the first layer of a FastNet from images; of another network, nothing.
+    """Compute the first layer of a FastNet from images; other networks stay as they are.
 
-    images: a function of a number -> up to so many of train (n, 3, H, W), normalised. Every
-    process computes the same.
+    images: a function of a number -> at most that many images of train (n, 3, H, W), normalised.
+    Every process computes the same weights.
     """
     if isinstance(model, fastnet.FastNet):
         whiten_conv_(model.whitening, images(WHITENED))
@@ -295,7 +296,7 @@ def whiten(model, images):
 def check_start_size(model, name, start, full) -> int:
     """Pixels a side in the first step: `--start_size`, or `full` where it is None.
 
-    Raises UserError where it is above `full`, and where the network does not run at it.
+    Raises UserError where it is above `full`, or where the network does not run at that size.
     """
     if start is None:
         return full
@@ -308,7 +309,7 @@ def check_start_size(model, name, start, full) -> int:
             model.eval()(torch.zeros(1, 3, start, start, device=device))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise UserError(
-            f"--start_size {start}: {name} does not run at it: {reason_of(error)}"
+            f"--start_size {start}: {name} does not run at that size: {reason_of(error)}"
         ) from None
     finally:
         model.train(training)
@@ -316,14 +317,14 @@ def check_start_size(model, name, start, full) -> int:
 
 
 def check_part(model, images, size):
-    """Raise UserError where BatchNorm would see one value a channel: one image, one place left.
+    """Raise UserError where BatchNorm would see a single value a channel: one pixel of one image.
 
-    images: of a forward pass in training. size: their pixels a side. model: in the modes that it
-    is trained in; it is not changed.
+    images: how many of them a forward pass has in training. size: their pixels a side. model: in
+    the modes that it is trained in; it is not changed.
     """
     if images > 1:
         return
-    shadow = copy.deepcopy(model).to("meta")  # shapes alone
+    shadow = copy.deepcopy(model).to("meta")  # shapes only
     try:
         shadow(torch.zeros(1, 3, size, size, device="meta"))
     except ValueError as error:
@@ -351,7 +352,7 @@ def describe(model) -> dict:
 def skeleton(network, size=None) -> nn.Module:
     """A network (harness.models.names.Network) as it is built by default, without any values.
 
-    size: pixels a side that a network of timm is built for; unset: what its weights want.
+    size: pixels a side that a network of timm is built for; None: the size of its weights.
     """
     with torch.device("meta"):
         if network.library == "own":
@@ -421,7 +422,7 @@ def _build_own(name, num_classes, dropout):
 
 
 def timm_size(name):
-    """Pixels a side of the images that timm's default weights of a network want."""
+    """Pixels a side of the images that timm's default weights of a network expect."""
     import timm
 
     return timm.get_pretrained_cfg(name).input_size[-1]
@@ -439,46 +440,48 @@ def _build_timm(name, num_classes, dropout, image_size, arguments):
 
 
 def _timm_heads(name, arguments):
-    """The names of the layers that give a timm network's logits: those it would replace for others.
+    """The names of the layers that give a timm network's logits.
 
-    Its "classifier" may lack one (levit's `head_dist`), and `reset_classifier` may leave one away
-    (repvit's).
+    They are those that `reset_classifier` replaces and those that its cfg names as "classifier":
+    the cfg may lack one (levit's `head_dist`), and `reset_classifier` may leave one out (repvit's).
     """
     import timm
 
     with torch.device("meta"):  # shapes only
         model = timm.create_model(name, pretrained=False, num_classes=7, **arguments)
         if not hasattr(model, "reset_classifier"):
-            return []  # an encoder alone, which is refused for what it returns
-        old = list(model.parameters())  # kept, so that no new one has the id of an old one
-        named = model.pretrained_cfg.get("classifier") or ()
-        named = [named] if isinstance(named, str) else named
+            return []  # an encoder without a head, refused later: it returns no logits
+        # Kept, so that no new parameter has the id of an old one
+        old_parameters = list(model.parameters())
+        classifier_names = model.pretrained_cfg.get("classifier") or ()
+        if isinstance(classifier_names, str):
+            classifier_names = [classifier_names]
         layers = dict(model.named_modules())
-        named = [name for name in named if _gives(layers.get(name), 7)]
+        classifier_names = [name for name in classifier_names if _has_outputs(layers.get(name), 7)]
         model.reset_classifier(7)
-    old = {id(parameter) for parameter in old}
-    replaced = [
+    old_ids = {id(parameter) for parameter in old_parameters}
+    new_names = [
         name
         for name, module in model.named_modules()
-        if _gives(module, 7) and id(module.weight) not in old
+        if _has_outputs(module, 7) and id(module.weight) not in old_ids
     ]
-    return list(dict.fromkeys([*replaced, *named]))
+    return list(dict.fromkeys([*new_names, *classifier_names]))
 
 
-def _gives(module, number):
+def _has_outputs(module, number):
     return isinstance(module, nn.Linear | nn.Conv2d) and len(module.weight) == number
 
 
 def _set_dropout(model, p):
     """Dropout `p` before the head: in the classifier's own layers, or in the head itself."""
-    own = [
+    dropout_layers = [
         module
         for name, module in model.named_modules()
         if isinstance(module, nn.Dropout) and name.split(".")[0] in ("classifier", "dropout")
     ]
-    for module in own:
+    for module in dropout_layers:
         module.p = p
-    for name, linear in heads(model) if p and not own else ():
+    for name, linear in heads(model) if p and not dropout_layers else ():
         with torch.device("meta"):  # draws nothing: the parameters are the old layer's
             new = DropoutLinear(linear.in_features, linear.out_features)
         new.weight, new.bias, new.p = linear.weight, linear.bias, p
@@ -486,19 +489,19 @@ def _set_dropout(model, p):
 
 
 def _set_mlp(model, architecture, num_classes):
-    for name, last in heads(model):
-        if not isinstance(last, nn.Linear):
-            kind = type(last).__name__
+    for name, layer in heads(model):
+        if not isinstance(layer, nn.Linear):
+            kind = type(layer).__name__
             raise UserError(
                 f"--head mlp: {architecture}'s last layer is a {kind}, not a linear one"
             )
-        if isinstance(last, DropoutLinear):
+        if isinstance(layer, DropoutLinear):
             raise UserError(
                 f"--dropout with --head mlp: {architecture} has no dropout of its own, and the "
                 "mlp's is 0.5 and 0.3"
             )
-        with last.weight.device:
-            model.set_submodule(name, MlpHead(last.in_features, num_classes))
+        with layer.weight.device:
+            model.set_submodule(name, MlpHead(layer.in_features, num_classes))
 
 
 # -- config.json ---------------------------------------------------------------------------------
@@ -522,7 +525,7 @@ def model_config(
     """What `config.json` says of the model: enough for `rebuild_model`, in timm's words.
 
     classes: names in the order of the ids. mean, std: per channel, of pixels in [0, 1].
-    stem: as resolved. crop_pct: what the network sees of the side of the resized image.
+    stem: from `resolve_stem`. crop_pct: the share of the resized side that the network sees.
     With a linear head, timm's networks can be loaded by timm itself, and so can a torchvision
     ResNet with its standard stem.
     """
@@ -551,7 +554,7 @@ def model_config(
 
 
 def _timm_facts(name):
-    """What timm's own loader has to know of a network beside the images it wants."""
+    """What timm's own loader has to know about a network besides its images."""
     import timm
 
     cfg = timm.get_pretrained_cfg(name)
@@ -560,7 +563,7 @@ def _timm_facts(name):
 
 
 def rebuild_model(config) -> nn.Module:
-    """The model that `model_config` described, weights random; UserError for another's JSON."""
+    """The model that `model_config` described, weights random; UserError if it did not."""
     try:
         return build_model(
             config["architecture"],

@@ -19,24 +19,24 @@ LEAST = 50  # images that a temperature is fitted on
 
 
 def fit_calibration(logits, labels, source) -> dict | None:
-    """What calibration.json says of logits (n, classes), but for the weights; None for too few.
+    """The facts of calibration.json, without the weights' hash, from logits (n, classes).
 
-    source: which images these are, in words ("val"). They are images that the network was not
-    trained on.
+    source: the name of the images ("val"), which the network was not trained on. Returns None for
+    fewer than LEAST images, and for logits that are not finite.
     """
     if len(labels) < LEAST or not logits.isfinite().all():
         return None
     logits = logits.double()
     temperature = fit_temperature(logits, labels)
-    before, after = (
+    ece_before, ece_after = (
         expected_calibration_error((logits / t).softmax(1), labels) for t in (1.0, temperature)
     )
     return {
         "temperature": temperature,
         "images": len(labels),
         "source": source,
-        "ece_before": before,
-        "ece_after": after,
+        "ece_before": ece_before,
+        "ece_after": ece_after,
     }
 
 
@@ -47,26 +47,26 @@ def write_calibration(folder, facts):
     replace_file(folder / FILE, data.encode())
 
 
-def keep_temperature(trained, logits, labels, source):
-    """Write the temperature of a finished run, fitted on more held-out images than it has.
+def keep_temperature(run, logits, labels, source):
+    """Write the temperature of a finished run, unless it has one of as many held-out images.
 
-    Under the lock of the folder: a run that goes on there keeps its own. A folder that can't be
-    written gets a note on the terminal.
+    The folder is locked meanwhile: a run that goes on there keeps its own temperature. Where the
+    folder can't be written, a note on the terminal says so.
     """
-    known = read_calibration(trained)
+    current = read_calibration(run)
     facts = fit_calibration(logits, labels, source)
-    if facts is None or (known and known.get("images", 0) >= facts["images"]):
+    if facts is None or (current and current.get("images", 0) >= facts["images"]):
         return
-    lost = f"the temperature of {trained.name} is not kept"
-    add_to_folder(trained, lambda: write_calibration(trained.folder, facts), lost)
+    failure = f"the temperature of {run.name} is not kept"
+    add_to_folder(run, lambda: write_calibration(run.folder, facts), failure)
 
 
-def read_calibration(trained) -> dict | None:
-    """What a run's calibration.json says; None without one, and for one of other weights.
+def read_calibration(run) -> dict | None:
+    """What a run's calibration.json says; None for no file, or one of other weights.
 
-    trained: harness.models.trained.Trained. Raises UserError for a file that makes no sense.
+    run: harness.models.trained.Trained. Raises UserError for a damaged file.
     """
-    file = trained.folder / FILE
+    file = run.folder / FILE
     if not has_file(file):
         return None
     try:
@@ -77,4 +77,4 @@ def read_calibration(trained) -> dict | None:
         facts, sane = {}, False
     if not sane:
         raise UserError(f"{file} holds no temperature: remove it, or restore it")
-    return facts if facts.get("weights_sha256") == trained.sha256 else None
+    return facts if facts.get("weights_sha256") == run.sha256 else None

@@ -1,7 +1,7 @@
-"""config.json of a run's folder, or timm's: read, with types and ranges checked.
+"""Reading config.json, a run's or timm's, with types and ranges checked.
 
-What it lacks is left to whoever needs it; what it has is right, or the file is refused in one line
-that names the key, its value and what it has to be. Numbers have the bounds of the flags.
+A missing key is no error here: the code that needs it looks for it. A wrong value is one: the error
+is one line with the key, its value and what it has to be. Numbers have the bounds of the flags.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from harness.files import has_file
 from harness.models.heads import HEADS
 
 MOST_BYTES = 16 * 2**20  # 21,000 classes with long names are 1 MB
-MOST_LEVELS = 20  # of objects and lists in each other; a run's have 4
+MOST_LEVELS = 20  # of nested objects and lists; a run's file has 4
 
-DATA_FLAGS = named("data")  # of a run, which say which images it was trained on
+DATA_FLAGS = named("data")  # a run's flags for the images it was trained on
 NUMBERS = set(DATA_FLAGS) & set(BOUNDS)
 
 
@@ -25,8 +25,8 @@ def _number(name):
     return lambda value: fits(name, value), range_of(name)
 
 
-def _one_of(*words):
-    return lambda value: value in words, f"one of {', '.join(words)}"
+def _one_of(*choices):
+    return lambda value: value in choices, f"one of {', '.join(choices)}"
 
 
 TEXT = (lambda value: isinstance(value, str), "text")
@@ -35,7 +35,7 @@ OBJECTS = (
     lambda value: isinstance(value, list) and all(isinstance(item, dict) for item in value),
     "a list of objects",
 )
-# key -> (whether its value can be used, what it has to be); null is as good as no key
+# key -> (whether its value can be used, what it has to be); null counts as a missing key
 KEYS = {
     "architecture": TEXT,
     "library": TEXT,
@@ -50,7 +50,7 @@ KEYS = {
     "flags": OBJECT,
     "ancestors": OBJECTS,
 }
-# The same of "flags", of "data", and of each ancestor
+# The same for the keys in "flags", in "data" and in each ancestor
 RECIPE_KEYS = {name: _number(name) if name in NUMBERS else TEXT for name in DATA_FLAGS}
 RECIPE_KEYS |= {"dataset": TEXT, "source": TEXT}
 
@@ -63,8 +63,8 @@ def read_config(file) -> dict:
     if not has_file(file):
         return {}
     try:
-        with file.open("rb") as opened:
-            content = opened.read(MOST_BYTES + 1)
+        with file.open("rb") as stream:
+            content = stream.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
             raise ValueError(f"it is longer than {MOST_BYTES} bytes")
         config = json.loads(content)
@@ -74,27 +74,27 @@ def read_config(file) -> dict:
     if not isinstance(config, dict):
         raise UserError(f"{file} is not a JSON object")
     _check(config, KEYS, file)
-    for part in ("flags", "data"):
-        _check(config.get(part) or {}, RECIPE_KEYS, f"{file}: {part}")
+    for section in ("flags", "data"):
+        _check(config.get(section) or {}, RECIPE_KEYS, f"{file}: {section}")
     for ancestor in config.get("ancestors") or []:
         _check(ancestor, RECIPE_KEYS, f"{file}: ancestors")
     return config
 
 
-def _check(values, keys, where):
-    for key, (usable, wanted) in keys.items():
+def _check(values, keys, source):
+    for key, (usable, requirement) in keys.items():
         if values.get(key) is not None and not usable(values[key]):
             raise UserError(
-                f"{where}: {key} is {shortened(repr(values[key]))}: it has to be {wanted}"
+                f"{source}: {key} is {shortened(repr(values[key]))}: it has to be {requirement}"
             )
 
 
 def _check_levels(value):
-    """ValueError where more than MOST_LEVELS objects and lists are in each other."""
-    inside = [value]
+    """Raise ValueError where objects and lists are nested deeper than MOST_LEVELS."""
+    level = [value]
     for _ in range(MOST_LEVELS + 1):
-        lists = [item.values() if isinstance(item, dict) else item for item in inside
+        lists = [item.values() if isinstance(item, dict) else item for item in level
                  if isinstance(item, dict | list)]  # fmt: skip
-        inside = [item for items in lists for item in items]
-    if inside:
+        level = [item for items in lists for item in items]
+    if level:
         raise ValueError(f"more than {MOST_LEVELS} levels of objects and lists")

@@ -3,7 +3,7 @@
 Keller Jordan's airbench94 (2024, https://arxiv.org/abs/2404.00498), itself after Tysam's
 hlb-CIFAR10 and Page's ResNet-9: a whitening layer that is computed, not learned; three
 narrow-to-wide blocks without shortcuts whose filters start by passing their input on; BatchNorm
-without a scale; GELU; max-pools early, and a maximum over what is left.
+without a scale; GELU; max-pools early, and a maximum over the remaining pixels.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ NORM_MOMENTUM = 0.4  # of BatchNorm's running statistics: few steps, large batch
 class FastNet(nn.Sequential):
     """(N, 3, H, W) -> logits (N, num_classes), of any H and W of at least 9 pixels.
 
-    `whitening` is random until tricks.whitening.whiten_conv_ has seen images.
+    `whitening` is random until tricks.whitening.whiten_conv_ computes it from images.
     """
 
     def __init__(self, num_classes, widths=WIDTHS["fastnet"]):
-        whitened = 2 * 3 * KERNEL**2
+        channels = 2 * 3 * KERNEL**2
         super().__init__()
-        self.whitening = nn.Conv2d(3, whitened, KERNEL)
+        self.whitening = nn.Conv2d(3, channels, KERNEL)
         self.whitening.weight.requires_grad_(False)
         self.activation = nn.GELU()
-        inputs = (whitened, *widths)
+        inputs = (channels, *widths)
         self.layers = nn.Sequential(*(_block(n, m) for n, m in zip(inputs, widths, strict=False)))
         self.pool = GlobalMaxPool()
         self.fc = nn.Linear(widths[-1], num_classes, bias=False)
-        # Of this size after a maximum over GELUs, logits start small and are moved by any rate
+        # Features are maxima over GELUs: with weights this small, logits start near 0 and any
+        # learning rate moves them
         nn.init.normal_(self.fc.weight, std=1 / widths[-1])
 
 

@@ -1,4 +1,4 @@
-"""The head of a network: which layers give the logits, how new ones start, checks that ask them."""
+"""The head of a network: which layers give the logits, and how new ones start."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class MlpHead(nn.Sequential):
 
 
 def heads(model) -> list[tuple[str, nn.Module]]:
-    """(name, module) of all that gives the logits: Linear, squeezenet's Conv2d, or an MlpHead.
+    """(name, module) of each head: the Linear, squeezenet's Conv2d, or an MlpHead for the logits.
 
-    One, but for networks whose logits are a mean of several heads', as a distilled DeiT's.
+    There is one, except in networks that average the logits of several heads (a distilled DeiT).
     """
     modules = dict(model.named_modules())
     mlps = [(name, module) for name, module in modules.items() if isinstance(module, MlpHead)]
@@ -51,9 +51,9 @@ def heads(model) -> list[tuple[str, nn.Module]]:
     if any(name in modules for name in names):
         return [(name, modules[name]) for name in names if name in modules]
     for kind in (nn.Linear, nn.Conv2d):
-        found = [(name, module) for name, module in modules.items() if isinstance(module, kind)]
-        if found:
-            return found[-1:]
+        layers = [(name, module) for name, module in modules.items() if isinstance(module, kind)]
+        if layers:
+            return layers[-1:]
     raise ValueError(f"{type(model).__name__} has neither a linear nor a convolutional layer")
 
 
@@ -63,7 +63,7 @@ def head(model) -> tuple[str, nn.Module]:
 
 
 def last_layers(model) -> list[nn.Module]:
-    """The layer of each head whose outputs are the classes'."""
+    """The layer of each head that has one output a class."""
     return [
         [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
         for _, module in heads(model)
@@ -71,11 +71,12 @@ def last_layers(model) -> list[nn.Module]:
 
 
 def start_heads(model, size, rng=None) -> str:
-    """Start new heads so that the first loss is ln(classes), and say how: the last layers are zero.
+    """Start new heads at zero, so that the first loss is ln(classes); returns the start in words.
 
-    Constructors draw them for training from scratch: EfficientNet's from ±1/√classes, ten times
-    too large for 12 classes. Zero does not hinder what is before it: after one step it is none.
-    Where it would stay zero for ever, it is drawn from N(0, 0.01) (squeezenet's ends in a ReLU).
+    Constructors draw heads for training from scratch: EfficientNet's from ±1/√classes, ten times
+    too large for 12 classes. A zero head lets no gradient through to the layers before it, but only
+    in the first step. A head that would stay zero for ever, as squeezenet's, which ends in a ReLU,
+    is drawn from N(0, 0.01).
     """
     layers = last_layers(model)
     for layer in layers:
@@ -95,10 +96,12 @@ def start_heads(model, size, rng=None) -> str:
 
 @contextmanager
 def trial_heads(model):
-    """Within, the last layers tell their inputs apart: by logits of new heads, which are zero,
-    every network would pass for every other."""
+    """Replace the weights of the last layers by fixed numbers while the block runs.
+
+    For comparing two networks by their logits: with new heads, which are zero, all would be equal.
+    """
     parameters = [p for layer in last_layers(model) for p in layer.parameters()]
-    kept = [parameter.detach().clone() for parameter in parameters]
+    originals = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
         for n, parameter in enumerate(parameters):
             numbers = torch.arange(parameter.numel(), device=parameter.device)
@@ -107,8 +110,8 @@ def trial_heads(model):
         yield
     finally:
         with torch.no_grad():
-            for parameter, old in zip(parameters, kept, strict=True):
-                parameter.copy_(old)
+            for parameter, original in zip(parameters, originals, strict=True):
+                parameter.copy_(original)
 
 
 @contextmanager

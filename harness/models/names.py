@@ -30,23 +30,23 @@ def find_model(spec, library=None) -> Network:
 
     spec: torchvision's name or timm's, which may have the tag of its weights (NAME.TAG);
     torchvision/NAME and timm/NAME, where both have it (torchvision wins a bare name);
-    hf-hub:owner/name, whose config.json says what it is. library: "torchvision" or "timm", for one
-    of them alone.
+    hf-hub:owner/name, whose config.json names the network. library: "torchvision" or "timm", to
+    look in that one only.
 
-    Raises UserError that gives the nearest name.
+    Raises UserError with the nearest name for an unknown one.
     """
     if spec.startswith(PREFIX) and library is None:
         return _on_hub(spec)
-    owner, slash, rest = spec.partition("/")
+    owner, slash, bare_name = spec.partition("/")
     name = spec
     if slash and owner in LIBRARIES:
-        name, library = rest, owner
+        name, library = bare_name, owner
     if name in fastnet.WIDTHS and library in (None, "own"):
         return Network("own", name)
-    import torchvision  # late: it takes seconds, which what only reads predictions can do without
+    import torchvision  # here, as it takes seconds that reading predictions should not cost
 
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name in known and library != "timm":
+    torchvision_names = torchvision.models.list_models(module=torchvision.models)
+    if name in torchvision_names and library != "timm":
         return Network("torchvision", name)
     import timm
 
@@ -54,26 +54,27 @@ def find_model(spec, library=None) -> Network:
     if library != "torchvision" and timm.is_model(plain):
         tags = [n.partition(".")[2] for n in timm.list_pretrained(f"{plain}.*")]
         if tag and tag not in tags:
-            raise UserError(f"timm's {plain} has no weights {tag}{_of(tag, tags)}")
+            raise UserError(f"timm's {plain} has no weights {tag}{_hint(tag, tags)}")
         return Network("timm", plain, tag or None)
-    hint = nearest(name, [*fastnet.WIDTHS, *known]) if library != "timm" else ""
+    hint = nearest(name, [*fastnet.WIDTHS, *torchvision_names]) if library != "timm" else ""
     hint = hint or (nearest(plain, timm.list_models()) if library != "torchvision" else "")
     raise UserError(f'unknown model "{name}" in {library or "torchvision and timm"}{hint}')
 
 
-def check_arguments(arguments, where) -> dict:
-    """The "model_args" of a config.json, for timm's constructor; UserError for what it is not for.
+def check_arguments(arguments, source) -> dict:
+    """The "model_args" of a config.json, checked, for timm's constructor.
 
-    Such as a file to load, which timm would unpickle, or the classes, which the head says.
+    Raises UserError for arguments that are not the network's own, such as a file to load, which
+    timm would unpickle, or the number of classes, which config.json names elsewhere.
     """
     import timm
 
-    own = {*inspect.signature(timm.create_model).parameters, "num_classes", "in_chans"}
+    reserved_names = {*inspect.signature(timm.create_model).parameters, "num_classes", "in_chans"}
     for key, value in (arguments or {}).items():
         items = value if isinstance(value, list) else [value]
         plain = all(item is None or isinstance(item, bool | int | float | str) for item in items)
-        if key in own or "pretrained" in key or "features" in key or not plain:
-            raise UserError(f"{where}: model_args has {key}, which is not for a constructor")
+        if key in reserved_names or "pretrained" in key or "features" in key or not plain:
+            raise UserError(f"{source}: model_args has {key}, which is not for a constructor")
     return dict(arguments or {})
 
 
@@ -90,5 +91,5 @@ def _on_hub(spec):
     return network._replace(hub=spec, arguments=arguments)
 
 
-def _of(word, known):
-    return nearest(word, known) or (f": it has {', '.join(known)}" if known else ": it has none")
+def _hint(tag, tags):
+    return nearest(tag, tags) or (f": it has {', '.join(tags)}" if tags else ": it has none")

@@ -1,7 +1,7 @@
-"""Anybody's file of weights: its state found by content, whatever its suffix. Nothing is unpickled.
+"""Reading any program's file of weights: its content decides, not its suffix. Nothing is unpickled.
 
-Trainers write a state under names of their own, with or without what else they keep. Which of
-several states was taken is said, and FILE:KEY takes another.
+Trainers store a state under different names, alone or beside other values. Where a file holds
+several states, the plan names the one that was read, and FILE:KEY reads another.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ RAW = (
     "module",
 )  # fmt: skip
 COUNTERS = ("n_averaged",)  # of torch.optim.swa_utils.AveragedModel, beside the weights
-DEEPEST = 4  # states in dicts in each other
+MOST_LEVELS = 4  # of nested dicts in which a state is looked for
 
 
 class Weights(NamedTuple):
-    """A state, and where in its file it was, in words ("" where there was nothing else)."""
+    """A state, and which part of its file it is ("" where the file holds nothing else)."""
 
     state: dict[str, torch.Tensor]
-    words: str = ""
+    description: str = ""
 
 
 def load_weights(path) -> dict[str, torch.Tensor]:
@@ -46,13 +46,13 @@ def load_weights(path) -> dict[str, torch.Tensor]:
 
 
 def read_weights(spec) -> Weights:
-    """The state in a run folder or in anybody's file, safetensors or what torch.save wrote.
+    """The state in a run folder or in any program's file, of safetensors or torch.save.
 
-    spec: a path, or FILE:KEY with the name under which it stands there, KEY.KEY for one inside
-    another. Raises UserError that names the file; for one that would have to be unpickled, with
-    the line of Python that turns it into safetensors.
+    spec: a path, or FILE:KEY with the name of the state in the file, KEY.KEY for a nested one.
+    Raises UserError that names the file; for a file that would have to be unpickled, with the line
+    of Python that turns it into safetensors.
     """
-    path, key = _parted(str(spec))
+    path, key = _path_and_key(str(spec))
     if key == "":
         raise UserError(f"{spec} names no state behind the colon")
     if path.is_dir():
@@ -63,11 +63,11 @@ def read_weights(spec) -> Weights:
         raise UserError(f"{path} is a Git LFS pointer, not the file: git lfs pull")
     content = _content(path)
     if key:
-        return Weights(_at(content, key, path), f"its {key}")
+        return Weights(_state_at(content, key, path), f"its {key}")
     return _state_in(content, path)
 
 
-def _parted(spec):
+def _path_and_key(spec):
     """(path, key or None) of FILE:KEY; a file whose own name has a colon is a file."""
     file, colon, key = spec.rpartition(":")
     if colon and not Path(spec).exists() and Path(file).is_file():
@@ -76,7 +76,7 @@ def _parted(spec):
 
 
 def _content(path):
-    """What is in the file: a dict of tensors, or whatever else torch.save wrote of plain values."""
+    """The file's content: a dict of tensors, or any other plain values that torch.save wrote."""
     try:
         with path.open("rb") as file:
             start = file.read(9)
@@ -87,7 +87,7 @@ def _content(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # a foreign file: torch alone raises six kinds for damaged ones
+    except Exception as error:  # torch raises six kinds of them for damaged files
         objects = re.search(r"GLOBAL (\S+)", str(error))
         if not objects:
             raise unreadable(path, error) from None
@@ -105,9 +105,9 @@ def unreadable(path, error) -> UserError:
 
 
 def _to_safetensors(path):
-    """The command that turns a file with objects in it into one of plain tensors."""
+    """The command that turns a file with Python objects into one of plain tensors."""
     new = f"{path.with_suffix('')}.safetensors"
-    # All tensors, under the names of all that they are in: what is taken of them is said later
+    # All tensors, each under the path of its keys: the state is chosen when the file is read
     code = (
         "import torch, safetensors.torch as s; "
         "tensors = lambda x, names=(): {'.'.join(names): x.detach().clone().contiguous()} "
@@ -121,56 +121,55 @@ def _to_safetensors(path):
 
 
 def _state_in(content, path):
-    """The state to take of all that a file holds."""
+    """The state to read from a file's content."""
     if _is_state(content):
-        return Weights(_tensors(content), _counted(content))
-    found = {key: _inner(value) for key, value in _items(content)}
-    found = {key: inner for key, inner in found.items() if inner}
-    known = [key for key in (*AVERAGED, *RAW) if key in found]
-    if not known and len(found) > 1:
-        raise UserError(
-            f"{path} holds several states: choose one, {path}:KEY with {', '.join(map(str, found))}"
-        )
-    if not found:
+        return Weights(_tensors(content), _average_note(content))
+    states = {key: _inner(value) for key, value in _items(content)}
+    states = {key: inner for key, inner in states.items() if inner}
+    usual_keys = [key for key in (*AVERAGED, *RAW) if key in states]
+    if not usual_keys and len(states) > 1:
+        keys = ", ".join(map(str, states))
+        raise UserError(f"{path} holds several states: choose one, {path}:KEY with {keys}")
+    if not states:
         keys = ", ".join(str(key) for key, _ in _items(content)[:5])
         raise UserError(
             f"{path} is not a state dict (names of tensors)" + (f": it has {keys}" if keys else "")
         )
-    taken = (known or list(found))[0]
-    words = f"its {taken}"
-    if taken in AVERAGED:
-        words += " (averaged weights)"
-    others = [str(key) for key in found if key != taken]
-    if others:
-        words += f"; also there: {', '.join(others)} ({path}:{others[0]})"
-    return Weights(found[taken], words)
+    chosen_key = (usual_keys or list(states))[0]
+    description = f"its {chosen_key}"
+    if chosen_key in AVERAGED:
+        description += " (averaged weights)"
+    other_keys = [str(key) for key in states if key != chosen_key]
+    if other_keys:
+        description += f"; also there: {', '.join(other_keys)} ({path}:{other_keys[0]})"
+    return Weights(states[chosen_key], description)
 
 
 def _inner(value, depth=1):
-    """The state that a value is, or that it holds under one of the known names; else None."""
+    """A value that is a state, or the state it holds under one of the usual names; else None."""
     if _is_state(value):
         return _tensors(value)
-    for key in (*AVERAGED, *RAW) if depth < DEEPEST and isinstance(value, dict) else ():
+    for key in (*AVERAGED, *RAW) if depth < MOST_LEVELS and isinstance(value, dict) else ():
         if state := _inner(value.get(key), depth + 1):
             return state
     return None
 
 
-def _at(content, key, path):
-    """The state that stands under a key, KEY.KEY for one inside another, or under a prefix."""
+def _state_at(content, key, path):
+    """The state under a key, KEY.KEY for a nested one, or under a prefix of the names."""
     value = content
     flat = content if _is_state(content) else None
     with contextlib.suppress(UserError):
         flat = flat or _state_in(content, path).state
     for prefix in (key, f"module.{key}") if flat else ():
-        if under := under_prefix(flat, prefix):
-            return under
-    for word in [key] if isinstance(content, dict) and key in content else key.split("."):
-        if not isinstance(value, dict) or word not in value:
-            there = [str(k) for k, v in _items(value) if isinstance(v, dict)]
-            there = ", ".join(there or dict.fromkeys(name.partition(".")[0] for name in flat or {}))
-            raise UserError(f"{path} has no {key}: there are {there or 'no others'}")
-        value = value[word]
+        if substate := under_prefix(flat, prefix):
+            return substate
+    for level in [key] if isinstance(content, dict) and key in content else key.split("."):
+        if not isinstance(value, dict) or level not in value:
+            keys = [str(k) for k, v in _items(value) if isinstance(v, dict)]
+            keys = ", ".join(keys or dict.fromkeys(name.partition(".")[0] for name in flat or {}))
+            raise UserError(f"{path} has no {key}: there are {keys or 'no others'}")
+        value = value[level]
     state = _inner(value)
     if not state:
         raise UserError(f"{path}: {key} is not a state dict (names of tensors)")
@@ -178,18 +177,18 @@ def _at(content, key, path):
 
 
 def under_prefix(state, prefix) -> dict[str, torch.Tensor]:
-    """What of a state stands under PREFIX., without it."""
+    """The entries of a state whose names begin with PREFIX., without the prefix."""
     start = f"{prefix}."
     return {key[len(start) :]: value for key, value in state.items() if key.startswith(start)}
 
 
 def _is_state(value):
-    """Whether all names are of tensors, but for a few of plain values (an epoch, an accuracy)."""
+    """Whether a value is a dict of tensors, but for a few plain values (an epoch, an accuracy)."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         return False
-    others = [one for one in value.values() if not torch.is_tensor(one)]
-    plain = all(one is None or isinstance(one, int | float | str) for one in others)
-    return plain and len(value) > 2 * len(others)
+    plain_values = [item for item in value.values() if not torch.is_tensor(item)]
+    usable = all(item is None or isinstance(item, int | float | str) for item in plain_values)
+    return usable and len(value) > 2 * len(plain_values)
 
 
 def _tensors(state):
@@ -198,7 +197,7 @@ def _tensors(state):
     }
 
 
-def _counted(state):
+def _average_note(state):
     counts = [state[key] for key in COUNTERS if key in state]
     return f"averaged over {int(counts[0])} updates" if counts else ""
 

@@ -1,4 +1,4 @@
-"""A trained run, read back: what its folder says of it, its network, and its data."""
+"""A trained run, read back: its folder, its network and its data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from harness.models.weights import load_state, recipes_of, result_note
 
 
 class Trained(NamedTuple):
-    """A run folder's result: the network is built only when it is asked for (`load_model`)."""
+    """A run folder's result: the network is built by `load_model` only."""
 
     name: str  # the folder's
     folder: Path
@@ -34,33 +34,33 @@ class Trained(NamedTuple):
 
     @property
     def kind(self) -> tuple:
-        """What two networks have to share for their weights to be averaged."""
+        """Facts that two networks must share for their weights to be averaged."""
         names = ("architecture", "library", "stem", "head", "model_args")
-        # model_args has lists in it: its text can be hashed
+        # As text, since model_args holds lists, which can't be hashed
         preprocessing = self.preprocessing._replace(packed_side=0)
         return (*(str(self.config.get(name)) for name in names), preprocessing)
 
     @property
     def recipes(self) -> list[dict]:
-        """What it, and what it came from, was trained on: see harness.models.weights.recipes_of."""
+        """Which images it and its ancestors were trained on: harness.models.weights.recipes_of."""
         return recipes_of(self.config)
 
 
 def read_trained(path) -> Trained:
-    """Read and check config.json; the weights are hashed, and not yet read.
+    """Read and check config.json; the weights are hashed, but not loaded.
 
-    Raises UserError, on one line, for what is not the folder of a finished run.
+    Raises UserError, on one line, for a path that is not the folder of a finished run.
     """
     folder = Path(path)
     file = folder / "config.json"
     if not folder.is_dir():
-        known = "it is a file: give the folder of the run" if folder.exists() else "no such folder"
-        raise UserError(f"{folder}: {known}")
-    for needed in (file, folder / "model.safetensors"):
-        if not has_file(needed):
-            begun = (folder / "checkpoints").is_dir()
-            why = "has not finished" if begun else "is not the folder of a run"
-            raise UserError(f"{folder} {why}: it has no {needed.name}")
+        reason = "it is a file: give the folder of the run" if folder.exists() else "no such folder"
+        raise UserError(f"{folder}: {reason}")
+    for result_file in (file, folder / "model.safetensors"):
+        if not has_file(result_file):
+            has_checkpoints = (folder / "checkpoints").is_dir()
+            state = "has not finished" if has_checkpoints else "is not the folder of a run"
+            raise UserError(f"{folder} {state}: it has no {result_file.name}")
     config = read_config(file)
     classes = config.get("label_names")
     if not isinstance(classes, list) or not classes:
@@ -78,87 +78,89 @@ def read_trained(path) -> Trained:
     return Trained(folder.resolve().name, folder, config, preprocessing, classes, digest, note)
 
 
-def load_model(trained, state=None) -> nn.Module:
+def load_model(run, state=None) -> nn.Module:
     """The network of a run in eval mode, with its weights or with `state` in their place.
 
     Raises UserError that names the folder.
     """
     try:
-        model = rebuild_model(trained.config)
+        model = rebuild_model(run.config)
     except UserError as error:
-        raise UserError(f"{trained.folder}: {error}") from None
-    state = load_weights(trained.folder) if state is None else state
-    load_state(model, state, str(trained.folder / "model.safetensors"))
+        raise UserError(f"{run.folder}: {error}") from None
+    state = load_weights(run.folder) if state is None else state
+    load_state(model, state, str(run.folder / "model.safetensors"))
     return model.eval()
 
 
-def add_to_folder(trained, write, lost):
-    """`write()` into the folder of a finished run, under its lock: a run that goes on there wins.
+def add_to_folder(run, write, failure):
+    """Call `write()`, which adds to the folder of a finished run, under the folder's lock.
 
-    Returns whether it is there; where the folder can't be written, or is in use, or has a damaged
-    file, a note on the terminal says so. lost: what is not there then, in words.
+    Returns whether it succeeded. Where the folder can't be written, or a run is using it, or a file
+    in it is damaged, a note on the terminal says so. failure: how that note begins.
     """
     try:
-        with open(trained.folder / ".lock", "ab") as lock:
+        with open(run.folder / ".lock", "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             write()
         return True
     except BlockingIOError:
-        print(f"note         {lost}: another process is using the folder")
+        print(f"note         {failure}: another process is using the folder")
     except OSError as error:
-        print(f"note         {lost}: {error.strerror}")
+        print(f"note         {failure}: {error.strerror}")
     except UserError as error:
-        print(f"note         {lost}: {error}")
+        print(f"note         {failure}: {error}")
     return False
 
 
-def data_flags(recipe, **asked) -> dict:
-    """What load_data needs for the images of a recipe; what is `asked` for (not None) wins."""
+def data_flags(recipe, **overrides) -> dict:
+    """The arguments of load_data for the images of a recipe; `overrides` that are not None win."""
     flags = {name: recipe[name] for name in DATA_FLAGS if name in recipe}
-    if flags.get("test_split") == "none":  # training did without, which is no reason to
+    if flags.get("test_split") == "none":  # training had no test set; a later evaluation may
         del flags["test_split"]
     flags |= {"dataset": dataset_path(recipe)}
-    flags |= {name: value for name, value in asked.items() if value is not None}
+    flags |= {name: value for name, value in overrides.items() if value is not None}
     if not flags["dataset"]:
         raise UserError("a run does not say what it was trained on: add --dataset")
     return flags
 
 
 def seen_before(recipes, data) -> int:
-    """How many validation images of `data` networks with these recipes were trained on.
+    """How many validation images of `data` were training images of networks with these recipes.
 
-    Of the same data set alone: of another one, or weights of unknown origin, nothing is known.
+    Only recipes of the same data set count: about other data sets, and weights of unknown origin,
+    nothing is known.
     """
-    seen = np.zeros(0, np.int64)
+    rows = np.zeros(0, np.int64)
     for recipe in recipes:
         if data.val is not None and recipe.get("source") == data.source:
-            theirs = load_data(**data_flags(recipe)).train
-            if theirs.name == data.val.name:
-                seen = np.union1d(seen, stored_rows(theirs))
-    return 0 if data.val is None else int(np.isin(stored_rows(data.val), seen).sum())
+            train = load_data(**data_flags(recipe)).train
+            if train.name == data.val.name:
+                rows = np.union1d(rows, stored_rows(train))
+    return 0 if data.val is None else int(np.isin(stored_rows(data.val), rows).sum())
 
 
 def dataset_path(recipe) -> str:
-    """The data set of a recipe: its name, or the folder it really was where the name was a path."""
+    """The data set of a recipe: its name, or the full path if it is a folder."""
     name, source = recipe.get("dataset", ""), recipe.get("source", "")
-    found = name not in BUILT_IN and Path(source).is_absolute() and Path(source).is_dir()
-    return source if found else name
+    is_folder = name not in BUILT_IN and Path(source).is_absolute() and Path(source).is_dir()
+    return source if is_folder else name
 
 
-def check_classes(trained, classes, source):
+def check_classes(run, classes, source):
     """Raise UserError, with the difference, unless the network has these classes in this order."""
-    if trained.classes == classes:
+    if run.classes == classes:
         return
-    ours, theirs = trained.classes, classes
-    if len(ours) != len(theirs):
-        why = f"{len(ours)} classes there, {len(theirs)} here"
-    elif sorted(ours) == sorted(theirs):
-        k = next(k for k, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
-        why = f"the same in another order: class {k} is {ours[k]!r} there, {theirs[k]!r} here"
+    run_classes, data_classes = run.classes, classes
+    if len(run_classes) != len(data_classes):
+        difference = f"{len(run_classes)} classes there, {len(data_classes)} here"
+    elif sorted(run_classes) == sorted(data_classes):
+        pairs = enumerate(zip(run_classes, data_classes, strict=True))
+        k, (a, b) = next((k, pair) for k, pair in pairs if pair[0] != pair[1])
+        difference = f"the same in another order: class {k} is {a!r} there, {b!r} here"
     else:
-        there, here = (
+        only_run, only_data = (
             ", ".join(repr(name) for name in a if name not in b)[:80]
-            for a, b in ((ours, theirs), (theirs, ours))
+            for a, b in ((run_classes, data_classes), (data_classes, run_classes))
         )
-        why = f"only there: {there or 'none'}; only here: {here or 'none'}"
-    raise UserError(f"{trained.folder} has other classes than {source}: {why}")
+        difference = f"only there: {only_run or 'none'}; only here: {only_data or 'none'}"
+    raise UserError(f"{run.folder} has other classes than {source}: {difference}")

@@ -1,4 +1,4 @@
-"""The model card, README.md, of a run's folder and of its exports: what it is, and how to use it.
+"""The model card, README.md, of a run's folder and of its exports: facts about it, and its use.
 
 Its metadata are the Hub's: https://huggingface.co/docs/hub/model-cards
 """
@@ -23,9 +23,9 @@ SHOWN_FLAGS = (
 
 
 def read_reports(folder):
-    """(summary.json, report.json) of a run's folder, {} for what is not there.
+    """(summary.json, report.json) of a run's folder, {} for a missing one.
 
-    Raises UserError for a file that is damaged.
+    Raises UserError for a damaged file.
     """
     reports = []
     for file in (folder / "summary.json", folder / "report.json"):
@@ -36,40 +36,43 @@ def read_reports(folder):
     return reports
 
 
-def write_card(folder, trained, fitted, kind, licence=None):
-    """README.md: the Hub's metadata, what it was trained on and how, scores, how to use it.
+def write_card(folder, run, fitted, kind, licence=None):
+    """Write README.md: the Hub's metadata, how it was trained and on what, its scores, its use.
 
-    trained: harness.models.trained.Trained. fitted: of calibration.json, or None. kind: of
-    export.py's --to, or "run" for the card in the run's own folder. licence: only if given.
+    run: harness.models.trained.Trained. fitted: of calibration.json, or None. kind: of
+    export.py's --to, or "run" for the card in the run's own folder. licence: None leaves it out.
     """
-    summary, report = read_reports(trained.folder)
-    metadata, report = _metadata(trained, kind, licence, report), escaped(report)
-    parts = [
+    summary, report = read_reports(run.folder)
+    metadata, report = _metadata(run, kind, licence, report), escaped(report)
+    sections = [
         f"---\n{metadata}\n---",
-        f"# {escaped(trained.name)}",
-        f"A {trained.config['architecture']} that tells {len(trained.classes):,} classes apart, "
-        f"for images of {trained.preprocessing.size} px.",
-        _score_words(report),
+        f"# {escaped(run.name)}",
+        f"A {run.config['architecture']} that tells {len(run.classes):,} classes apart, "
+        f"for images of {run.preprocessing.size} px.",
+        _score_text(report),
         "## Training",
-        _recipe_words(trained, summary),
+        _recipe_text(run, summary),
         "## Classes",
         class_table(report["by_class"])
         if report.get("by_class")
-        else ", ".join(escaped(trained.classes)),
+        else ", ".join(escaped(run.classes)),
         "## Limits",
         *_limits(report, fitted),
         "## Use",
-        _use(folder, trained, kind, fitted["temperature"] if fitted else 1.0),
+        _use(folder, run, kind, fitted["temperature"] if fitted else 1.0),
     ]
-    replace_file(folder / "README.md", ("\n\n".join(p for p in parts if p) + "\n").encode())
+    replace_file(
+        folder / "README.md",
+        ("\n\n".join(section for section in sections if section) + "\n").encode(),
+    )
 
 
-def _metadata(trained, kind, licence, report):
+def _metadata(run, kind, licence, report):
     """The YAML at the top."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    dataset, on_hub = _dataset(trained)
-    weights = str((trained.config.get("flags") or {}).get("weights") or "none")
+    dataset, on_hub = _dataset(run)
+    weights = str((run.config.get("flags") or {}).get("weights") or "none")
     results = [
         EvalResult(
             task_type="image-classification", dataset_type="image-folder", dataset_name=dataset,
@@ -81,68 +84,69 @@ def _metadata(trained, kind, licence, report):
         if (report.get("metrics") or {}).get(key) is not None
     ]  # fmt: skip
     library = {"onnx": "onnx", "torch": "pytorch"}.get(kind, "timm")
-    if kind == "run" and not loads_in_timm(trained.config):
+    if kind == "run" and not loads_in_timm(run.config):
         library = "pytorch"
     return ModelCardData(
         library_name=library, pipeline_tag="image-classification",
         tags=["image-classification", library], license=licence,
         datasets=[dataset] if on_hub else None,
         base_model=weights.removeprefix("hf-hub:") if weights.startswith("hf-hub:") else None,
-        model_name=trained.name if results else None, eval_results=results or None,
+        model_name=run.name if results else None, eval_results=results or None,
     ).to_yaml()  # fmt: skip
 
 
-def _dataset(trained):
-    """(the data set's name, whether it is an id of the Hub); of a folder not where it lay."""
-    name = str(trained.config.get("dataset") or "unknown")
-    source = str((trained.config.get("data") or {}).get("source") or "")
+def _dataset(run):
+    """(the data set's name, whether it is an id of the Hub); a folder is named without its path."""
+    name = str(run.config.get("dataset") or "unknown")
+    source = str((run.config.get("data") or {}).get("source") or "")
     if Path(source).is_absolute() or name.startswith((".", "/", "~")):
         return Path(source).name or Path(name).name, False
     return name, "/" in name
 
 
-def _score_words(report):
+def _score_text(report):
     if not report:
         return "It was not evaluated: no images were held out."
     metrics, scored = report["metrics"], report["scored"]
-    chosen = ", by which the epoch was chosen," if scored["role"] == "val" else ""
+    selection_note = ", by which the epoch was chosen," if scored["role"] == "val" else ""
     return (
-        f"**{percent(metrics['acc'])} %** of {scored['images']:,} {scored['role']} images{chosen} "
-        f"are right (95 % interval {interval(report['interval'])}); balanced accuracy "
-        f"{percent(metrics['balanced_acc'])} %, macro F1 {percent(metrics['macro_f1'])} %."
+        f"**{percent(metrics['acc'])} %** of {scored['images']:,} {scored['role']} images"
+        f"{selection_note} are right (95 % interval {interval(report['interval'])}); "
+        f"balanced accuracy {percent(metrics['balanced_acc'])} %, "
+        f"macro F1 {percent(metrics['macro_f1'])} %."
     )
 
 
-def _recipe_words(trained, summary):
-    flags = trained.config.get("flags") or {}
-    words = f"On {escaped(_dataset(trained)[0])}"
-    if splits := (trained.config.get("data") or {}).get("splits"):
-        words += f", {splits.get('train', 0):,} images"
+def _recipe_text(run, summary):
+    flags = run.config.get("flags") or {}
+    text = f"On {escaped(_dataset(run)[0])}"
+    if splits := (run.config.get("data") or {}).get("splits"):
+        text += f", {splits.get('train', 0):,} images"
     if summary.get("steps"):
-        words += f", {summary['steps']:,} steps, {summary['seconds']:,.0f} s"
+        text += f", {summary['steps']:,} steps, {summary['seconds']:,.0f} s"
     idle = () if flags.get("mix_prob", 1) else MIXING
     values = ", ".join(
         f"`{key} {flags[key]}`"
         for key in SHOWN_FLAGS
         if flags.get(key) is not None and key not in idle
     )
-    return f"{words}. {values}.{_energy_words(summary.get('energy'))}"
+    return f"{text}. {values}.{_energy_text(summary.get('energy'))}"
 
 
-def _energy_words(used):
-    """used: {"cpu": joules, "gpu": joules}, or None where no counter could be read."""
-    if not used:
+def _energy_text(joules_by_device):
+    """joules_by_device: {"cpu": joules, "gpu": joules}, or None where no counter could be read."""
+    if not joules_by_device:
         return ""
     names = {"cpu": "its CPU packages", "gpu": "the GPUs of this run"}
-    parts = [f"{energy(joules)} by {names[key]}" for key, joules in used.items()]
-    return f" Energy of training, whatever else ran there included: {' and '.join(parts)}."
+    texts = [f"{energy(joules)} by {names[key]}" for key, joules in joules_by_device.items()]
+    return f" Energy of training, including other programs on these devices: {' and '.join(texts)}."
 
 
 def _limits(report, fitted):
     pairs = report.get("most_confused") or []
     if pairs:
-        named = ", ".join(" and ".join(pair["classes"]) for pair in pairs[:3])
-        yield f"It confuses {named} most often."
+        pairs_text = ", ".join(" and ".join(pair["classes"]) for pair in pairs[:3])
+        yield f"It confuses {pairs_text} most often."
     if fitted:
         yield (
             f"Its logits are divided by a temperature of {fitted['temperature']:.3f}, fitted on "
@@ -150,27 +154,27 @@ def _limits(report, fitted):
             f"{percent(fitted['ece_before'])} % before and {percent(fitted['ece_after'])} % after."
         )
     else:
-        yield "Its probabilities are not calibrated: no images were held out for it."
+        yield "Its probabilities are not calibrated: no images were held out for that."
     if abstain := report.get("abstain"):
         yield (
-            f"Abstain under a probability of {abstain['probability']:.2f}: the answers above it "
-            f"are {percent(abstain['accuracy'], 0)} % right, and it gives one for "
-            f"{percent(abstain['answered'], 0)} % of these images."
+            f"Abstain under a probability of {abstain['probability']:.2f}: then "
+            f"{percent(abstain['accuracy'], 0)} % of the answers are right, and "
+            f"{percent(abstain['answered'], 0)} % of these images get one."
         )
-    yield "Images unlike those it was trained on get an answer, too; it may be wrong and sure."
+    yield "Images unlike those it was trained on get an answer, too; it may be wrong and confident."
 
 
 def loads_in_timm(config) -> bool:
-    """Whether timm loads the folder of such a run as it is, by its config.json."""
+    """Whether timm can load the folder of a run with this config.json without an export."""
     if config.get("head") != "linear":
         return False
     resnet = config["architecture"].startswith(("resnet", "resnext", "wide_resnet"))
     return config.get("library") == "timm" or (resnet and config.get("stem") == "standard")
 
 
-def _use(folder, trained, kind, temperature):
-    preprocessing = trained.preprocessing
-    if kind == "run" and loads_in_timm(trained.config):
+def _use(folder, run, kind, temperature):
+    preprocessing = run.preprocessing
+    if kind == "run" and loads_in_timm(run.config):
         kind = "run, timm"
     return USE[kind].format(
         prepare=how_to_prepare(preprocessing), folder=folder.name, path=shlex.quote(str(folder)),
@@ -244,5 +248,5 @@ accelerate launch export.py {path} --to timm             # a folder for timm.cre
 With ONNX, in the folder that export.py names:
 
 """ + USE["onnx"]
-# Where timm can load the folder of a run as it is
+# For a run's folder that timm can load without an export
 USE["run, timm"] = USE["run"] + "\n\nWith timm, in the folder above this one:\n\n" + USE["timm"]

@@ -25,25 +25,25 @@ def _figure(path, size, names):
         save_picture(path, lambda file: figure.savefig(file, format="png"))
 
 
-def _short(text, most):
-    return text if len(text) <= most else f"{text[: most - 1].rstrip()}…"
+def _short(text, limit):
+    return text if len(text) <= limit else f"{text[: limit - 1].rstrip()}…"
 
 
 def save_accuracies(path, rows, title):
-    """Accuracy of every member and combination with its interval, the best of each at a line.
+    """Accuracy of every member and combination with its interval; a line at the best member's.
 
     rows: of harness.ensembles.comparison.compare.
     """
     names = [_short(drawable(row["name"], n), 40) for n, row in enumerate(rows)]
     with _figure(path, (8, 1.6 + 0.36 * len(rows)), names) as figure:
         ax = figure.subplots()
-        for place, row in enumerate(rows):
+        for y, row in enumerate(rows):
             colour = GREY if row["kind"] == "member" else BLUE
             low, high = (100 * value for value in row["interval"])
             centre = 100 * row["accuracy"]
-            ax.plot([low, high], [place, place], color=colour, linewidth=2.5, solid_capstyle="butt")
-            ax.plot([centre], [place], "o", color=colour, markersize=6)
-            ax.annotate(f"{centre:.2f}", (centre, place), (0, 6), textcoords="offset points",
+            ax.plot([low, high], [y, y], color=colour, linewidth=2.5, solid_capstyle="butt")
+            ax.plot([centre], [y], "o", color=colour, markersize=6)
+            ax.annotate(f"{centre:.2f}", (centre, y), (0, 6), textcoords="offset points",
                         ha="center", fontsize=8, color=colour)  # fmt: skip
         best = max(row["accuracy"] for row in rows if row["kind"] == "member")
         ax.axvline(100 * best, color=GREY, linestyle=":", linewidth=1)
@@ -62,27 +62,27 @@ def save_reliability(path, tables, title):
     tables: {label: harness.ensembles.comparison.reliability}. The bars show the images of a bin.
     """
     with _figure(path, (5.6, 6), [title, *tables]) as figure:
-        ax, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+        ax, count_axes = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
         ax.plot([0, 1], [0, 1], ":", color=GREY, linewidth=1)
         for (label, table), (colour, style) in zip(
             tables.items(), ((GREY, "--"), (BLUE, "-")), strict=False
         ):
-            filled = [k for k, count in enumerate(table["counts"]) if count]
-            points = [[table[key][k] for k in filled] for key in ("confidence", "accuracy")]
+            bins_in_use = [k for k, count in enumerate(table["counts"]) if count]
+            points = [[table[key][k] for k in bins_in_use] for key in ("confidence", "accuracy")]
             ax.plot(*points, style, marker="o", markersize=4, color=colour, label=label)
             bins = len(table["counts"])
             edges = [k / bins for k in range(bins + 1)]
-            below.stairs(table["counts"], edges, color=colour, linestyle=style, linewidth=1.4)
+            count_axes.stairs(table["counts"], edges, color=colour, linestyle=style, linewidth=1.4)
         ax.set_ylabel("accuracy")
         ax.set_xlim(0, 1)
         ax.set_ylim(0, 1)
         ax.set_title(_short(title, 60), loc="left", fontsize=10)
         ax.legend(frameon=False, fontsize=9, loc="upper left")
-        below.set_ylabel("images")
-        below.set_xlabel("confidence: probability of the predicted class")
-        for one in (ax, below):
-            one.grid(alpha=0.25)
-            one.spines[["top", "right"]].set_visible(False)
+        count_axes.set_ylabel("images")
+        count_axes.set_xlabel("confidence: probability of the predicted class")
+        for axes in (ax, count_axes):
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
 
 
 def save_confusion(path, matrix, classes, title):

@@ -1,6 +1,6 @@
-"""report.html of a run's folder: one file with its pictures in it, for a browser without a network.
+"""report.html of a run's folder: one file that contains its pictures and needs no network.
 
-It is made of the folder's report.json, summary.json, config.json and pictures.
+It is made from the folder's report.json, summary.json, config.json and pictures.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from harness.reports.training import headline
 
 FILE = "report.html"
 MOST_ROWS = 500  # classes in the table, the lowest accuracies first
-MOST_BYTES = 320_000  # of a picture: six in base64 stay under the 3 MB of a report
+MOST_BYTES = 320_000  # of a picture: six of them in base64 stay under the 3 MB of a report
 WIDEST = 1600  # pixels of a picture
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 CHARTS = (
@@ -30,8 +30,8 @@ CHARTS = (
 )
 
 
-def write_page(folder, trained, maps=None):
-    """Write report.html. trained: harness.models.trained.Trained, of the same folder.
+def write_page(folder, run, maps=None):
+    """Write report.html. run: harness.models.trained.Trained, of the same folder.
 
     maps: the path of a picture of class activation maps, or None.
     """
@@ -40,7 +40,7 @@ def write_page(folder, trained, maps=None):
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    summary, report = read_reports(trained.folder)
+    summary, report = read_reports(run.folder)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     pictures = {name: _embedded(folder / f"{name}.png") for name, _ in CHARTS}
     if maps:
@@ -51,13 +51,13 @@ def write_page(folder, trained, maps=None):
         key=lambda row: 2.0 if row["accuracy"] is None else row["accuracy"],
     )
     text = template.render(
-        name=trained.name, config=trained.config, flags=trained.config.get("flags") or {},
-        size=trained.preprocessing.size, classes=trained.classes, summary=summary, report=report,
+        name=run.name, config=run.config, flags=run.config.get("flags") or {},
+        size=run.preprocessing.size, classes=run.classes, summary=summary, report=report,
         headline=headline(report) if report else "It was not evaluated: no images were held out.",
         metrics=[
             (metric.title, metric.text.format(values[key]))
             for key, metric in sorted(METRICS.items(), key=lambda item: item[0] != "acc")
-            if values.get(key) is not None and not (key == "top5" and len(trained.classes) <= 5)
+            if values.get(key) is not None and not (key == "top5" and len(run.classes) <= 5)
         ],
         rows=rows[:MOST_ROWS], titles=dict(CHARTS), pictures=pictures, percent=percent,
         interval=interval, shortened=shortened, energy=energy,
@@ -66,7 +66,7 @@ def write_page(folder, trained, maps=None):
 
 
 def _embedded(path):
-    """A picture as a data: address, made smaller where it is large; None where there is none."""
+    """A picture as a data: address, shrunk where it is large; None where there is none."""
     if not path.exists():
         return None
     data, kind, side = path.read_bytes(), "png", WIDEST

@@ -39,7 +39,7 @@ def energy(joules) -> str:
 def class_table(rows) -> str:
     """rows: of harness.reports.classes.by_class; the lowest accuracy first."""
     scored = sorted((r for r in rows if r["images"]), key=lambda row: row["accuracy"])
-    shown = [*scored, *(r for r in rows if not r["images"])][:MOST_CLASSES]
+    table_rows = [*scored, *(r for r in rows if not r["images"])][:MOST_CLASSES]
     text = table(
         ("class", "images", "accuracy %", "95 % interval", "precision %", "F1 %", "predicted"),
         [
@@ -48,11 +48,11 @@ def class_table(rows) -> str:
                 interval(r["interval"]) if r["interval"] else "-", percent(r["precision"], 1),
                 percent(r["f1"], 1), f"{r['predicted']:,}",
             )
-            for r in shown
+            for r in table_rows
         ],
     )  # fmt: skip
-    if len(shown) < len(rows):
-        text += f"\n\nThe lowest {len(shown)} of {len(rows):,} classes; report.json has all."
+    if len(table_rows) < len(rows):
+        text += f"\n\nThe lowest {len(table_rows)} of {len(rows):,} classes; report.json has all."
     return text
 
 

@@ -1,4 +1,4 @@
-"""Accuracy by group: `--slice_by` a column of the data set, or what the images look like."""
+"""Accuracy by group: `--slice_by` a column of the data set, or a property of the images."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from harness.errors import UserError, nearest
 from harness.metrics import wilson_interval
 
 OF_IMAGES = ("brightness", "size", "aspect")
-FEW = 12  # values of a column of numbers up to which each is a group of its own; else quarters
+FEW = 12  # most values of a numeric column that are groups of their own; with more, quarters
 MOST = 50  # groups in a report: those with the lowest accuracy
 
 
 def check_slices(names, splits, image_column):
     """Raise UserError for a name that is neither a column of all splits nor one of OF_IMAGES.
 
-    names: of `--slice_by`, or None. splits: harness.data.sources.Split of what may be scored.
+    names: of `--slice_by`, or None. splits: harness.data.sources.Split of the images to score.
     """
     for name in names or ():
         for split in splits:
@@ -36,8 +36,8 @@ def check_slices(names, splits, image_column):
 def slices(name, split, samples, image_column, right) -> list[dict]:
     """[{"group", "images", "accuracy", "interval"}], the lowest accuracy first.
 
-    name: of `check_slices`; a column wins. split and samples: the scored images, as they are stored
-    and as the network gets them. right: bool (n,), in their order.
+    name: of `check_slices`; a column wins over a property. split and samples: the scored images as
+    stored and as the network gets them. right: bool (n,), in their order.
     """
     rows = []
     right = right.numpy()
@@ -55,7 +55,7 @@ def slices(name, split, samples, image_column, right) -> list[dict]:
 
 
 def _values(name, split, samples, image_column):
-    """A list: the value of each sample, None where there is none."""
+    """The value of each sample, None where it has none, as a list."""
     if name in split.dataset.features:
         column = split.dataset.select_columns([name]).with_format("arrow")[:][name].to_pylist()
         return [column[row] for row in split.rows.tolist()]
@@ -74,8 +74,8 @@ def _sizes(split, image_column):
 
     cells = encoded(split.dataset, image_column)
     for start in range(0, len(split), 100):  # the bytes of so many images at a time
-        part = cells.select(split.rows[start : start + 100]).with_format("arrow")[:]
-        for cell in part[image_column].to_pylist():
+        table = cells.select(split.rows[start : start + 100]).with_format("arrow")[:]
+        for cell in table[image_column].to_pylist():
             try:
                 with Image.open(image_file(cell)) as image:
                     yield image.size
@@ -84,7 +84,7 @@ def _sizes(split, image_column):
 
 
 def _groups(values):
-    """{name of the group: places of its members}; many different numbers become quarters."""
+    """{name of the group: indices of its members}; many different numbers become quarters."""
     numbers = _as_numbers(values)
     if numbers is not None and len(np.unique(numbers[~np.isnan(numbers)])) > FEW:
         edges = np.nanquantile(numbers, [0, 0.25, 0.5, 0.75, 1])
@@ -96,10 +96,10 @@ def _groups(values):
         ]
     else:
         keys = ["none" if value is None or value != value else str(value) for value in values]
-    found = {}
-    for place, key in enumerate(keys):
-        found.setdefault(key, []).append(place)
-    return {key: np.array(places) for key, places in found.items()}
+    members = {}
+    for index, key in enumerate(keys):
+        members.setdefault(key, []).append(index)
+    return {key: np.array(indices) for key, indices in members.items()}
 
 
 def _as_numbers(values):

@@ -1,4 +1,4 @@
-"""The report of a training run: what its network gets right, by class, and what it does not."""
+"""The report of a training run: what its network gets right and wrong, class by class."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ MATRIX = 200  # classes up to which report.json holds the whole confusion matrix
 def facts(
     name, role, split, samples, image_column, classes, logits, slice_by=(), fitted=None
 ) -> dict:
-    """What report.json says of a network's logits, float (n, classes), for one split.
+    """The content of report.json for a network's logits, float (n, classes), on one split.
 
     role: "test" or "val". split: harness.data.sources.Split. samples: its
-    harness.data.stores.Samples. slice_by: names of harness.reports.slices. fitted: what
-    calibration.json says, or None.
+    harness.data.stores.Samples. slice_by: names of harness.reports.slices. fitted: the
+    content of calibration.json, or None.
     """
     logits, labels = logits.double(), samples.labels
     probabilities, predicted = logits.softmax(1), logits.argmax(1)
@@ -76,11 +76,11 @@ def facts(
         "by_class": by_class(matrix, classes),
         "most_confused": most_confused(matrix, classes),
         "slices": {
-            by: slices(by, split, samples, image_column, right) for by in slice_by or ()
+            key: slices(key, split, samples, image_column, right) for key in slice_by or ()
         },
         "mistakes": mistakes(
             answers, predicted, labels, stored_rows(split), classes,
-            lambda wrong: file_paths(split, image_column, wrong),
+            lambda numbers: file_paths(split, image_column, numbers),
         ),
         "confusion": matrix.tolist() if len(classes) <= MATRIX else None,
         "calibration": fitted,
@@ -94,11 +94,11 @@ def _number(value):
 
 
 def write(folder, report, samples):
-    """report.json, report.md, the pictures and mistakes.csv. report: of `facts`."""
-    every, scored = report["mistakes"], report["scored"]
-    report = report | {"mistakes": every[:MISTAKES], "wrong": len(every)}
+    """Write report.json, report.md, the pictures and mistakes.csv. report: of `facts`."""
+    all_mistakes, scored = report["mistakes"], report["scored"]
+    report = report | {"mistakes": all_mistakes[:MISTAKES], "wrong": len(all_mistakes)}
     replace_file(folder / "report.json", as_json(report))
-    replace_file(folder / "mistakes.csv", mistakes_csv(every))
+    replace_file(folder / "mistakes.csv", mistakes_csv(all_mistakes))
     classes = [row["class"] for row in report["by_class"]]
     title = f"{report['name']}, {scored['images']:,} {scored['role']} images"
     charts.save_reliability(folder / "reliability.png", report["reliability"], title)
@@ -113,85 +113,85 @@ def write(folder, report, samples):
 def headline(report) -> str:
     """The outcome in a sentence or two."""
     scored, accuracy = report["scored"], report["metrics"]["acc"]
-    chosen = ", by which the epoch was chosen," if scored["role"] == "val" else ""
-    words = (
-        f"{percent(accuracy)} % of {scored['images']:,} {scored['role']} images{chosen} are right "
-        f"({interval(report['interval'])}), balanced accuracy "
+    selection_note = ", by which the epoch was chosen," if scored["role"] == "val" else ""
+    text = (
+        f"{percent(accuracy)} % of {scored['images']:,} {scored['role']} images{selection_note} "
+        f"are right ({interval(report['interval'])}), balanced accuracy "
         f"{percent(report['metrics']['balanced_acc'])} %."
     )
-    return words + (f" {doubt}" if (doubt := nothing_learned(report)) else "")
+    return text + (f" {doubt}" if (doubt := nothing_learned(report)) else "")
 
 
 def nothing_learned(report) -> str:
-    """A sentence where the largest class alone would do as well, else ""."""
+    """A sentence if always answering the largest class would be as good, else ""."""
     largest, half_way = report["largest_class"], (1 + 1 / len(report["by_class"])) / 2
-    low = report["metrics"]["balanced_acc"] < half_way  # between chance and all
+    low = report["metrics"]["balanced_acc"] < half_way  # between chance and 1
     if not low or report["interval"][0] > largest["share"]:
         return ""
     return (
-        f"To answer {largest['class']} always would be right on {percent(largest['share'])} %: by "
-        "accuracy, it is not shown that anything was learned."
+        f"Always answering {largest['class']} would be right on {percent(largest['share'])} %: the "
+        "accuracy does not show that anything was learned."
     )
 
 
 def markdown(report) -> str:
-    """report.md, from what report.json holds."""
+    """report.md, from the content of report.json."""
     scores = [
         (METRICS[key].title, "-" if value is None else METRICS[key].text.format(value))
         for key, value in report["metrics"].items()
         if not (key == "top5" and len(report["by_class"]) <= 5)
     ]
-    parts = [
+    sections = [
         f"# {report['name']}",
         headline(report),
         table(("metric", "value"), scores),
-        *_fold_parts(report.get("folds")),
-        "Intervals are Wilson's, 95 %. Top-5, AUROC and average precision go by probabilities; "
-        "the last two are of one class against the rest, means over the classes that have images"
-        + _left_out_words(report["by_class"]),
+        *_fold_sections(report.get("folds")),
+        "Intervals are Wilson's, 95 %. Top-5, AUROC and average precision use probabilities; the "
+        "last two are of one class against the rest, averaged over the classes that have images"
+        + _no_image_note(report["by_class"]),
         "## Classes",
         class_table(report["by_class"]),
         confused_words(report["most_confused"]),
         "![Confusion matrix](confusion.png)" if report["confusion"] else "",
-        *_slice_parts(report["slices"]),
+        *_slice_sections(report["slices"]),
         "## Calibration",
-        _calibration_words(report),
+        _calibration_text(report),
         "![Reliability](reliability.png)",
         "## Mistakes",
-        f"{report['wrong']:,} images are wrong; mistakes.csv has all of them, those first that the "
-        "network is surest of: what is labelled wrongly is often among the first. Probabilities "
+        f"{report['wrong']:,} images are wrong; mistakes.csv has all of them, those with the "
+        "highest probability first: wrong labels are often among these. Probabilities "
         f"are {'after the temperature' if report.get('calibration') else 'as they are'}."
         if report["wrong"]
         else "",
         mistake_words(report["mistakes"]),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _left_out_words(rows):
-    """The end of a sentence: which classes have no image among the scored ones."""
-    without = [row["class"] for row in rows if not row["images"]]
-    if not without:
+def _no_image_note(rows):
+    """The end of a sentence: the classes without a scored image."""
+    names = [row["class"] for row in rows if not row["images"]]
+    if not names:
         return "."
-    return f"; left out, without one: {len(without):,} of {len(rows):,}, {few(without)}."
+    return f"; without images, so left out: {len(names):,} of {len(rows):,}, {few(names)}."
 
 
-def _calibration_words(report):
-    words = f"Expected calibration error {percent(report['metrics']['ece'])} % in 15 bins"
+def _calibration_text(report):
+    text = f"Expected calibration error {percent(report['metrics']['ece'])} % in 15 bins"
     fitted = report.get("calibration")
     if not fitted:
-        return f"{words}; no images were held out to fit a temperature on."
+        return f"{text}; no images were held out to fit a temperature on."
     if "ece_scored" in fitted:
-        words += f", {percent(fitted['ece_scored'])} % after the temperature"
+        text += f", {percent(fitted['ece_scored'])} % after the temperature"
     return (
-        f"{words}. The temperature, {fitted['temperature']:.3f}, was fitted on "
+        f"{text}. The temperature, {fitted['temperature']:.3f}, was fitted on "
         f"{fitted['images']:,} {fitted['source']} images (there "
         f"{percent(fitted['ece_before'])} % before and {percent(fitted['ece_after'])} % after); "
         "calibration.json has it."
     )
 
 
-def _fold_parts(folds):
+def _fold_sections(folds):
     if not folds:
         return []
     cells = [
@@ -204,12 +204,12 @@ def _fold_parts(folds):
     ]
 
 
-def _slice_parts(found):
-    parts = ["## Slices"] if found else []
-    for name, rows in found.items():
+def _slice_sections(slices_by_name):
+    sections = ["## Slices"] if slices_by_name else []
+    for name, rows in slices_by_name.items():
         cells = [
             (r["group"], f"{r['images']:,}", percent(r["accuracy"], 1), interval(r["interval"]))
             for r in rows
         ]
-        parts.append(table((name, "images", "accuracy %", "95 % interval"), cells))
-    return parts
+        sections.append(table((name, "images", "accuracy %", "95 % interval"), cells))
+    return sections

@@ -55,7 +55,7 @@ def test_every_image_is_scored_by_the_run_that_held_it_out(runs, tmp_path, capsy
 
 @pytest.mark.slow
 def test_what_is_no_cross_validation_is_refused(runs, tmp_path):
-    with pytest.raises(UserError, match=r"wants each fold once: 2/3 is missing"):
+    with pytest.raises(UserError, match=r"needs each fold once: 2/3 is missing"):
         smallruns.ensemble(tmp_path, runs[0], runs[2], split="val")
     folder = smallruns.ensemble(tmp_path, runs[0], runs[2])  # of two folds, on test
     assert json.loads((folder / "report.json").read_text())["scored"]["role"] == "test"

@@ -56,7 +56,7 @@ def bomb(levels):
     ("text", "words"),
     [
         ("lr: 0.1\nepochs: 3\nlr: 0.2", ['"lr" is there twice', "line 3"]),
-        ("batch_size: 32\nbatch-size: 64", ["batch-size: it is there twice"]),
+        ("batch_size: 32\nbatch-size: 64", ["batch-size: this flag is there twice"]),
         ("stages: [{epochs: 1, train: {head: 1, head: 2}}]", ['"head" is there twice']),
         ("run_name: &name x\ngroup: *name", ["aliases are not read", "line 2"]),
         (bomb(12), ["aliases are not read"]),

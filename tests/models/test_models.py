@@ -140,7 +140,7 @@ def test_the_first_size_has_to_be_one_that_the_network_runs_at():
     model = build.build_model("fastnet", 10, image_size=32)
     assert build.check_start_size(model, "fastnet", None, 32) == 32
     assert build.check_start_size(model, "fastnet", 20, 32) == 20 and model.training
-    with pytest.raises(UserError, match="--start_size 8: fastnet does not run at it"):
+    with pytest.raises(UserError, match="--start_size 8: fastnet does not run at that size"):
         build.check_start_size(model, "fastnet", 8, 32)
     with pytest.raises(UserError, match="--start_size 33 is above the image size, 32"):
         build.check_start_size(model, "fastnet", 33, 32)

@@ -61,15 +61,15 @@ KINDS = {
     "plain.weights": (lambda s: s, ""),
     "loss_beside.ckpt": (
         lambda s: {"state_dict": {**prefixed(s, "model."), "criterion.weight": torch.ones(7)}},
-        "its state_dict, what is under model; not used: criterion.weight",
+        "its state_dict, the entries under model; not used: criterion.weight",
     ),
     "averaged_beside.ckpt": (
         lambda s: {"state_dict": {**prefixed(other(s), "model."), **prefixed(s, "model_ema.")}},
-        "its state_dict, what is under model_ema; not used: model.conv1.0.weight, ",
+        "its state_dict, the entries under model_ema; not used: model.conv1.0.weight, ",
     ),
     "swa_beside.ckpt": (
         lambda s: {**prefixed(other(s), "net."), **prefixed(averaged(s), "ema_model.")},
-        "what is under ema_model.module; not used: ",
+        "the entries under ema_model.module; not used: ",
     ),
     "shadow.pt": (
         lambda s: {"model": other(s), "ema": {"decay": 0.9, "shadow": s}},
@@ -90,7 +90,7 @@ def test_a_state_is_found_by_content(state, tmp_path, file):
     found = find_weights(str(tmp_path / file), NAME)
     assert found.state.keys() == state.keys()
     assert all(torch.equal(found.state[key], value) for key, value in state.items())
-    assert found.words.startswith(words)
+    assert found.description.startswith(words)
     model = build.build_model(NAME, 7, image_size=32, stem="standard")
     loaded = load_pretrained(model, found)
     assert words in loaded.text and not loaded.head_is_new
@@ -112,7 +112,7 @@ def test_a_key_chooses_the_state(state, tmp_path):
     file = tmp_path / "last.pth"
     torch.save({"state_dict": state, "state_dict_ema": other(state), "nets": {"a": state}}, file)
     found = find_weights(f"{file}:state_dict", NAME)
-    assert found.words == "its state_dict"
+    assert found.description == "its state_dict"
     assert torch.equal(found.state["fc.weight"], state["fc.weight"])
     assert read_weights(f"{file}:nets.a").state.keys() == state.keys()
     with pytest.raises(UserError, match="has no state_dic: there are state_dict, state_dict_ema"):
@@ -120,7 +120,7 @@ def test_a_key_chooses_the_state(state, tmp_path):
     torch.save({"student": state, "teacher": state}, file)
     with pytest.raises(UserError, match=r"several states: choose one, .*:KEY with student, teach"):
         read_weights(file)
-    assert read_weights(f"{file}:teacher").words == "its teacher"
+    assert read_weights(f"{file}:teacher").description == "its teacher"
 
 
 def test_a_prefix_chooses_one_of_several_networks(state, tmp_path):

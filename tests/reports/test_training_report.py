@@ -94,7 +94,7 @@ def test_a_network_that_always_says_the_largest_class_has_learned_nothing(folder
     text = (tmp_path / "report.md").read_text()
     assert "90.91 % of 33 test images are right" in text
     assert "balanced accuracy 50.00 %" in text
-    assert "To answer dark always would be right on 90.91 %" in text
+    assert "Always answering dark would be right on 90.91 %" in text
     found = json.loads((tmp_path / "report.json").read_text())
     assert found["by_class"][0]["precision"] is None  # nothing was taken for bright
     right = made(folder, torch.nn.functional.one_hot(samples.labels, 2) * 9.0)[-1]
@@ -166,7 +166,7 @@ def test_classes_that_a_mean_leaves_out_are_named(folder, tmp_path, capsys):
                                 data.test.labels[dark.numpy()])  # fmt: skip
     found = report.facts("run", "test", split, some, data.image_column, data.classes, logits[dark])
     report.write(tmp_path, found, some)
-    assert "left out, without one: 1 of 2, bright." in (tmp_path / "report.md").read_text()
+    assert "without images, so left out: 1 of 2, bright." in (tmp_path / "report.md").read_text()
     assert found["metrics"]["auroc"] is None
 
 

@@ -604,7 +604,7 @@ def test_an_unknown_layer_lists_the_nearest_first():
 
 @pytest.mark.parametrize("layer", ["avgpool", "fc"])
 def test_a_layer_without_positions(layer):
-    with pytest.raises(ValueError, match=f"layer '{layer}' gives .* nothing has a place"):
+    with pytest.raises(ValueError, match=f"layer '{layer}' gives .* which has no positions"):
         maps_of(resnet18(), images_of(2, 64, 96), layer=layer)
 
 
