@@ -16,7 +16,8 @@ from pathlib import Path
 import yaml
 
 from harness.cli import flags
-from harness.errors import UserError
+from harness.console import one_line
+from harness.errors import UserError, shortened
 from harness.files import file_name, has_file, replace_file
 from harness.models.reading import load_weights
 from harness.reports import training as report
@@ -42,13 +43,37 @@ IN_CHECKPOINTS = re.compile(r"step-\d+|set-aside-step-\d+|\.writing-.*")
 def report_folder(args, name, script):
     """The folder of a report, `name` without --run_name; a report of this script is replaced.
 
-    Raises UserError where it holds anything else, or can't be written.
+    One that was made with other flags is named in a line. Raises UserError where the folder holds
+    anything else, or can't be written.
     """
     _check_trackers(args)
     folder = Path(args.output_dir) / (args.run_name or name)
     _owner(folder, args, script)
     _check_writable(args, folder)
+    note = _replaced(folder, args)
+    if note and os.environ.get("RANK", "0") == "0":
+        print(note, flush=True)
     return folder
+
+
+def _replaced(folder, args):
+    """The line for a report that this one replaces, made with other flags; "" where none is."""
+    before = _recipe_in(folder)
+    if not before:
+        return ""
+    now = yaml.safe_load(flags.to_yaml(args))
+    names = now.keys() & before.keys() - set(flags.named("operational"))
+    words = [
+        f"{name} {shortened(' '.join(map(str, value)) if isinstance(value, list) else value)}"
+        for name in sorted(names)
+        if (value := before[name]) != now[name]
+    ]
+    if not words:
+        return ""
+    return one_line(
+        f"note         replaces the report in {folder}, which was made with "
+        f"{', '.join(words)}; another --run_name keeps both"
+    )
 
 
 def claim_report(folder, script):
@@ -119,14 +144,20 @@ def _owner(folder, args, script):
 
 def _of_older_version(folder, args):
     """Whether config.yaml has this script's flags: what runs and reports wrote without a mark."""
+    recipe = _recipe_in(folder)
+    known = vars(args).keys()
+    return len(recipe) > 8 and len(recipe.keys() - known) < 4
+
+
+def _recipe_in(folder):
+    """The flags in a folder's config.yaml; {} where there is none that can be read."""
     if not has_file(folder / "config.yaml"):
-        return False
+        return {}
     try:
         recipe = yaml.safe_load((folder / "config.yaml").read_bytes())
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
-        return False
-    known = vars(args).keys()
-    return isinstance(recipe, dict) and len(recipe) > 8 and len(recipe.keys() - known) < 4
+        return {}
+    return recipe if isinstance(recipe, dict) else {}
 
 
 def check_folder(args, script):
@@ -179,11 +210,8 @@ def _check_finished(folder, args):
                 "or start anew with --overwrite"
             )
     load_weights(folder)  # are they what was written?
-    try:
-        before = yaml.safe_load((folder / "config.yaml").read_bytes())
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
-        before = None
-    if not isinstance(before, dict):
+    before = _recipe_in(folder)
+    if not before:
         raise UserError(f"{folder} is of a finished run whose config.yaml can't be read")
     now = yaml.safe_load(flags.to_yaml(args))
     names = now.keys() & before.keys() - {*flags.named("operational"), "mixed_precision"}
