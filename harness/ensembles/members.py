@@ -26,6 +26,7 @@ class Images(NamedTuple):
     train: Split  # the first member's
     image_column: str
     source: str
+    whole: int  # how many `scored` are without --max_eval_samples
 
 
 def read_members(paths):
@@ -118,11 +119,11 @@ def find_images(members, args) -> Images:
             f"{first.source} has no images that no member was trained on (nor a split 'test'): "
             "train with --val_fraction"
         )  # fmt: skip
-    limit = args.max_eval_samples
+    limit, whole = args.max_eval_samples, len(scored)
     scored, fitted = cut(scored, limit, args.seed), cut(fitted, limit, args.seed)
     if len(scored) < 2 and fitted is None:
         raise UserError("one image is scored, and none is left to fit anything on")
-    return Images(scored, role, fitted, first.train, first.image_column, first.source)
+    return Images(scored, role, fitted, first.train, first.image_column, first.source, whole)
 
 
 def _load(flags, elsewhere):

@@ -35,7 +35,8 @@ def default_name(names) -> str:
 def plan(members, images, kinds, groups, machine) -> str:
     """What is about to happen, a fact a line."""
     rows = [("member", f"{_about(member)}") for member in members]
-    rows.append(("scored", f"{len(images.scored):,} {images.role} images of {images.source}"))
+    cut = f" of {images.whole:,}" if len(images.scored) < images.whole else ""
+    rows.append(("scored", f"{len(images.scored):,}{cut} {images.role} images of {images.source}"))
     if images.fitted:
         where = f"on {len(images.fitted):,} validation images that no member was trained on"
     else:
@@ -50,7 +51,7 @@ def plan(members, images, kinds, groups, machine) -> str:
         for member in members:
             if member.recipes[0].get("mirrored") is False:
                 rows.append(("note", f"{member.name} was trained without mirrored images"))
-    rows += [("note", line) for line in notes(members)]
+    rows += [("note", line) for line in notes(members, images)]
     return facts(rows)
 
 
