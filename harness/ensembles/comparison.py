@@ -7,6 +7,7 @@ import math
 import torch
 
 from harness.data.sources import stored_rows
+from harness.ensembles.soups import failed_soups
 from harness.metrics import confusion
 from harness.reports.classes import (
     MISTAKES,
@@ -49,6 +50,7 @@ def facts(results, logits, labels, members, images, average) -> dict:
         shown, best.labels, labels, stored_rows(images.scored), classes,
         lambda samples: file_paths(images.scored, images.image_column, samples),
     )  # fmt: skip
+    rows = compare(results, labels)
     return {
         "members": [
             {
@@ -67,7 +69,8 @@ def facts(results, logits, labels, members, images, average) -> dict:
         },
         "fitted": fitted and {"split": fitted.name, "images": len(fitted)},
         "notes": notes(members, images),
-        "results": compare(results, labels),
+        "failed_soups": failed_soups(rows, members, labels),
+        "results": rows,
         "best": best.name,
         "diversity": diversity(results[: len(members)], logits, labels, average),
         "by_class": by_class(matrix, classes),

@@ -9,6 +9,7 @@ import torch
 from harness.cli.tables import escaped, facts, table
 from harness.ensembles.combinations import LEAST_FITTED
 from harness.ensembles.comparison import notes
+from harness.ensembles.soups import from_different_starts
 from harness.files import file_name, replace_file
 from harness.reports import charts
 from harness.reports.sections import (
@@ -44,7 +45,11 @@ def plan(members, images, kinds, groups, machine) -> str:
     rows.append(("fitted", where))
     rows.append(("views", ", ".join(kinds)))
     for group in groups:
-        rows.append(("soup", " + ".join(members[number].name for number in group)))
+        parts = [members[number] for number in group]
+        words = " + ".join(part.name for part in parts)
+        if from_different_starts(parts):
+            words += ": from different starts, which rarely average; --no_soup saves the passes"
+        rows.append(("soup", words))
     rows.append(("precision", machine["precision"]))
     rows.append(("device", f"{machine['device']}, {machine['threads']} CPU threads a process"))
     if any(kind in ("flip", "shift", "crops:10") or "random" in kind for kind in kinds):
@@ -150,6 +155,7 @@ def answer(report) -> str:
     parts = [results_table(report["results"])]
     if len(report["cost"]["images_per_second"]) > 1:
         parts.append(view_table(report["view_gains"], report["cost"]["images_per_second"]))
+    parts += report["failed_soups"]
     parts += [how_fitted(report).replace("**", ""), headline(report)]
     return "\n" + "\n\n".join(parts) + "\n"
 
@@ -212,7 +218,7 @@ def markdown(report) -> str:
         f"{headline(report)[0].upper()}{headline(report)[1:]}.",
         f"{len(report['members'])} members on {report['source']}; views: {report['views']}; "
         f"{report['precision']}. {how_fitted(report)}",
-        *(f"Note: {line}." for line in report["notes"]),
+        *(f"Note: {line}." for line in [*report["notes"], *report["failed_soups"]]),
         "![Accuracies](accuracy.png)",
         "## Members and combinations",
         results_table(rows),

@@ -12,6 +12,7 @@ from harness.data.sources import load_data, stored_rows
 from harness.ensembles.comparison import notes
 from harness.ensembles.members import COMBINATIONS, find_images, read_members, view_sets
 from harness.ensembles.report import plan
+from harness.ensembles.soups import from_different_starts
 from harness.errors import UserError
 from harness.models.trained import read_trained
 from smallruns import edit_json
@@ -143,3 +144,11 @@ def test_what_a_run_scored_itself_is_said_where_it_is_another_part(copies):
     assert " 360 test images" in plan(members, images, ["none"], [], machine)
     val = find_images(members[:1], SimpleNamespace(**{**vars(ASKED), "split": "val"}))
     assert not [line for line in notes(members[:1], val) if "own runs" in line]
+
+
+def test_which_members_come_from_different_starts(copies):
+    a, b, c, d = read_members([copies.a, copies.b, copies.c, copies.d])
+    assert not from_different_starts([a]) and not from_different_starts([a, c])
+    assert from_different_starts([a, d]) and from_different_starts([a, c, d])
+    named = [m._replace(config=m.config | {"flags": {"weights": "default"}}) for m in (b, d)]
+    assert not from_different_starts(named)  # fine-tuned from what torchvision publishes
