@@ -230,10 +230,10 @@ class Parser(argparse.ArgumentParser):
         argv, said = [], set()
         for key, value in flags.items():
             action = known.get(str(key).replace("-", "_"))
-            if action is None or key in ("help", "config"):
-                self.error(
-                    f'unknown flag "{key}"{_hint(str(key), set(known) - {"help", "config"})}'
-                )
+            if key in NOT_IN_RECIPES:
+                self.error(f"{key} is for the command line alone: take it out of the recipe")
+            if action is None:
+                self.error(f'unknown flag "{key}"{_hint(str(key), set(known) - NOT_IN_RECIPES)}')
             if action.dest in said:
                 self.error(f'{key}: it is there twice, as "{action.dest}", too')
             said.add(action.dest)
@@ -330,6 +330,7 @@ def _underscored(word):
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
+NOT_IN_RECIPES = {"help", "config"}  # no flags of a recipe
 PURPOSES = ("common", "operational", "one_command", "data", "stage", "commas")
 MANY_FLAGS = 40  # of a script, from which on --help has the common ones alone
 
