@@ -12,6 +12,8 @@ import warnings
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
+
 from harness.files import replace_file
 from harness.metrics import METRICS
 
@@ -173,6 +175,7 @@ def _draw_text(draw, start, text):
 GREY, BLUE, VERMILION, GREEN, PINK = "#777777", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, BLACK = "#E69F00", "#56B4E9", "#000000"
 ENDS = {"": "--", "_ema": "-"}
+LEGEND = 8  # lines of a panel that its legend names, at most
 
 
 def _panels(records):
@@ -209,9 +212,7 @@ def save_curves(path, records):
     # In the order of the record with the most of them: from the stem to the head
     rate_keys = [[k for k in record if k.split("/")[:2] == ["train", "lr"]] for record in records]
     keys = dict.fromkeys(key for group in sorted(rate_keys, key=len, reverse=True) for key in group)
-    palette = (GREEN, PINK, ORANGE, SKY, BLUE, VERMILION, GREY)
-    rates = {key: (palette[n % len(palette)], "-") for n, key in enumerate(keys)}
-    panels = _panels(records) | {"learning rate": rates}
+    panels = _panels(records) | {"learning rate": _rate_lines(list(keys))}
     with matplotlib.style.context("default"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # matplotlib's warnings about a NaN or a zero
         figure = Figure(figsize=(8, 3 * len(panels)), dpi=110, layout="constrained")
@@ -223,8 +224,31 @@ def save_curves(path, records):
         save_picture(path, lambda file: figure.savefig(file, format="png"))
 
 
+def _rate_lines(keys):
+    """{key: (colour, line style)} of the groups' rates, no two alike.
+
+    Dashes over a line show both of two equal rates. More groups than there are colours to tell
+    apart go from dark at the input to light at the head.
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    colours = (GREEN, PINK, ORANGE, SKY, BLUE, VERMILION, GREY)
+    if len(keys) <= len(colours):
+        return {key: (colours[n], ("-", "--")[n % 2]) for n, key in enumerate(keys)}
+    shades = colormaps["viridis"](np.linspace(0, 0.93, len(keys)))
+    return {key: (to_hex(shade), "-") for key, shade in zip(keys, shades, strict=True)}
+
+
+def _spread(keys):
+    """The keys that a legend names: all, or some of many, with the first and the last."""
+    places = np.linspace(0, len(keys) - 1, min(len(keys), LEGEND)).round().astype(int)
+    return [keys[place] for place in places]
+
+
 def _draw_panel(ax, title, series, records):
     panel_records = [r for r in records if any(r.get(key) is not None for key in series)]
+    shown = _spread(list(series))
     for key, (colour, style) in series.items():
         points = [(r["epoch"], r[key]) for r in records if r.get(key) is not None]
         if title == "learning rate":  # a group that does not train in a stage has no line there
@@ -239,18 +263,24 @@ def _draw_panel(ax, title, series, records):
             linewidth=1.4,
             marker="o" if len(points) <= 30 else None,  # a single point is no line
             markersize=3,
-            label=f"{key}  {finite[-1]:.4g}",
+            label=f"{key}  {finite[-1]:.4g}" if key in shown else "_",
         )
+    if len(shown) < len(series):
+        ax.plot([], [], " ", label=f"({len(series)} groups, from dark to light)")
     if title == "learning rate" and len(ax.lines) > 1:  # groups lie factors of ten apart
         ax.set_yscale("log")
         top = max(value for key in series for r in records if (value := r.get(key)) is not None)
         rates = [value for key in series for r in records if (value := r.get(key))]
-        ax.set_ylim(max(top * 1e-5, min(rates, default=0) / 2), top * 2)  # a cosine ends near 0
+        peaks = [max([r[key] for r in records if r.get(key)], default=top) for key in series]
+        low = min(top * 1e-5, min(peaks) / 10)  # a cosine ends near 0
+        ax.set_ylim(max(low, min(rates, default=0) / 2), top * 2)
     ax.set_ylabel(title)
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     if ax.lines:  # above the panel, where it can't hide a curve; the number is the latest value
-        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9)
+        longest = max(len(line.get_label()) for line in ax.lines)
+        columns = max(1, min(3, int(775 / (60 + 7 * longest))))  # px: of a panel, of a letter
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, fontsize=9)
     else:
         ax.text(0.5, 0.5, "nothing recorded", transform=ax.transAxes, ha="center", color=GREY)
 

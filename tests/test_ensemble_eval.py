@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 import smallruns
 from harness.ensembles import predictions
 from harness.ensembles import report as words
+from harness.ensembles.members import read_members
+from harness.ensembles.soups import failed_soups
 from harness.errors import UserError
 from harness.training.folder import WRITTEN_BY_RUN
 from smallruns import edit_json
@@ -394,3 +396,35 @@ def test_the_outcome_says_what_it_is(report):
     assert "32.00 points below the best member a" in words.headline(found)
     best["against"] |= {"gain": 0.0, "p_holm": 1.0}
     assert "chance is not ruled out" in words.headline(found)
+
+
+def test_a_soup_of_one_start_says_nothing_of_it(report):
+    assert report_of(report)["failed_soups"] == []
+
+
+def test_a_soup_of_different_starts_says_why_it_guesses(runs, report):
+    """Made-up rows: small fastnets start as nearly the same network from every seed."""
+    members = read_members([runs.a, runs.d, runs.c])
+    labels = torch.arange(100) % 10
+
+    def lines(soup, number=1):
+        rows = [
+            {"name": "a", "accuracy": 0.9},
+            {"name": "d", "accuracy": 0.8},
+            {"name": "c", "accuracy": 0.8},
+        ]
+        rows.append({"name": "uniform soup", "accuracy": soup, "soup": [[0, number]]})
+        return failed_soups(rows, members, labels)
+
+    (line,) = lines(0.12)
+    assert line.startswith("uniform soup is far under its members: a, d come from different starts")
+    assert lines(0.44) and not lines(0.46) and not lines(0.12, number=2)
+    found = {**report_of(report), "failed_soups": [line]}
+    assert line in words.answer(found).splitlines() and f"Note: {line}." in words.markdown(found)
+
+
+def test_the_plan_says_that_different_starts_rarely_average(runs, tmp_path, capsys):
+    smallruns.ensemble(tmp_path, runs.a, runs.d, runs.c, dry_run=True)
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("soup ")]
+    assert line.endswith("a + d + c: from different starts, which rarely average; --no_soup saves "
+                         "the passes")  # fmt: skip

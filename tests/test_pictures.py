@@ -234,6 +234,28 @@ def test_a_group_has_no_line_in_a_stage_where_it_does_not_train(tmp_path, panels
     assert low < 1e-6 and high > 1e-3
 
 
+@pytest.mark.parametrize("groups", [1, 2, 7, 8, 60])
+def test_no_two_lines_of_a_panel_look_alike(tmp_path, panels, groups):
+    keys = [f"train/lr/features.denseblock4.denselayer{n}" for n in range(groups)]
+    records = run_records()
+    for record in records:
+        record.pop("train/lr", None)
+        record |= {key: 1e-3 * 0.7**n for n, key in enumerate(keys)}
+        record |= {f"{s}/top5{w}": 0.5 for s in ("val", "test") for w in ("", "_ema")}
+    save_curves(tmp_path / "curves.png", records)
+    for ax in panels:
+        drawn = [line for line in ax.lines if len(line.get_xdata())]
+        looks = {(line.get_color(), line.get_linestyle()) for line in drawn}
+        assert len(looks) == len(drawn) > 0
+        legend = ax.get_legend()
+        assert len(legend.get_texts()) <= 9
+        assert legend.get_window_extent().x1 <= ax.figure.bbox.x1
+    named = [text.get_text().split()[0] for text in panels[-1].get_legend().get_texts()]
+    assert {keys[0], keys[-1]} <= set(named)
+    low, high = panels[-1].get_ylim()
+    assert groups == 1 or low < 1e-3 * 0.7 ** (groups - 1) < high
+
+
 @pytest.mark.parametrize(
     "records",
     [

@@ -233,10 +233,10 @@ class Parser(argparse.ArgumentParser):
         argv, names = [], set()
         for key, value in flags.items():
             action = actions.get(str(key).replace("-", "_"))
-            if action is None or key in ("help", "config"):
-                self.error(
-                    f'unknown flag "{key}"{_hint(str(key), set(actions) - {"help", "config"})}'
-                )
+            if key in NOT_IN_RECIPES:
+                self.error(f"{key} is for the command line alone: take it out of the recipe")
+            if action is None:
+                self.error(f'unknown flag "{key}"{_hint(str(key), set(actions) - NOT_IN_RECIPES)}')
             if action.dest in names:
                 self.error(f'{key}: this flag is there twice, also as "{action.dest}"')
             names.add(action.dest)
@@ -335,6 +335,7 @@ def _with_underscores(argument):
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
+NOT_IN_RECIPES = {"help", "config"}  # no flags of a recipe
 PURPOSES = ("common", "operational", "one_command", "data", "stage", "commas")
 MANY_FLAGS = 40  # of a script with more, --help shows the common ones only
 

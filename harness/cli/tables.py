@@ -6,7 +6,7 @@ import re
 
 from harness.console import one_line
 
-MARKUP = re.compile(r"[\\`*\[\]<>|]|(?<![^\W_])_|_(?![^\W_])")
+MARKUP = re.compile(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def facts(rows) -> str:
@@ -19,8 +19,8 @@ def escaped(value):
 
     Names of classes and files may hold markup and control characters.
 
-    >>> escaped({"<b>": ["golden_retriever", "a|b", "_x_"]})
-    {'\\<b\\>': ['golden_retriever', 'a\\|b', '\\_x\\_']}
+    >>> escaped({"<b>": ["golden_retriever", "a|b", "_x_", "R&D ~5 $"]})
+    {'\\<b\\>': ['golden_retriever', 'a\\|b', '\\_x\\_', 'R\\&D \\~5 \\$']}
     """
     if isinstance(value, str):
         return MARKUP.sub(r"\\\g<0>", one_line(value))

@@ -41,6 +41,12 @@ GENERIC = {
     "pics", "data", "dataset", "files", "mask", "masks", "annotation", "annotations", "label",
     "labels", "segmentation", "segmentations", "trimaps", "examples", "samples",
 }  # fmt: skip
+# What cameras, phones and programs call every file, in lower case: IMG_0001.jpg
+CAMERA_WORDS = {
+    "img", "image", "images", "imgp", "cimg", "mvimg", "dsc", "dscn", "dscf", "pxl", "dji", "gopr",
+    "pano", "photo", "foto", "pic", "picture", "screenshot", "whatsapp", "snapchat", "unnamed",
+    "untitled",
+}  # fmt: skip
 STRICTLY_SPLIT = re.compile(rf"({'|'.join(SPLIT_WORDS)})\d*")
 
 
@@ -266,7 +272,7 @@ def other_ways(tree):
     there = f" ({'there is' if len(tables) == 1 else 'there are'} {few(tables)})" if tables else ""
     names = [name for folder in tree.walk() for name in folder.images]
     pattern = _pattern_of(names)
-    example = f"'{pattern}' here" if pattern else "'/(cat|dog)[.]'"
+    example = f"'{pattern}' here{_alike(pattern)}" if pattern else "'/(cat|dog)[.]'"
     return (
         f"Where file names hold the class, --label_pattern reads it from them, as {example}; "
         f"where a table does, --labels FILE{there}"
@@ -274,14 +280,32 @@ def other_ways(tree):
 
 
 def _pattern_of(names):
-    """A --label_pattern for file names that begin with few words, as cat.0.jpg; "" for others."""
-    words = Counter(match[0] for name in names if (match := re.match(r"[^\W\d_]+", name)))
-    if not 1 < len(words) <= MOST_WORDS or sum(words.values()) < len(names):
+    """A --label_pattern for file names that begin with few words, as cat.0.jpg; "" for others.
+
+    What cameras call every file is no class: such files may be the smaller part of the others.
+    """
+    first = [match[0] for name in names if (match := re.match(r"[^\W\d_]+", name))]
+    words = Counter(word for word in first if word.casefold() not in CAMERA_WORDS)
+    if not 1 < len(words) <= MOST_WORDS or len(first) < len(names):
+        return ""
+    if words.total() < len(names) / 2:
         return ""
     if min(words.values()) < 2:
         return ""
     longest_first = sorted(words, key=lambda word: (-len(word), word))
     return f"/({'|'.join(longest_first)})(?![^\\W\\d_])"
+
+
+def _alike(pattern):
+    """Which words of a suggested pattern differ in case alone, in words."""
+    words = sorted(pattern[2:].partition(")")[0].split("|"))
+    for k, word in enumerate(words):
+        same = [other for other in words[k:] if other.casefold() == word.casefold()]
+        if len(same) > 1:
+            return (
+                f" ({' and '.join(same)} are two classes by it: spell the files of one class alike)"
+            )
+    return ""
 
 
 def _no_classes(root, tree):

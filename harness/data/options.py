@@ -71,6 +71,9 @@ DEFAULT_OF_FOLDERS = DataOptions().of_folders()
 
 
 def check_options(options):
+    for flag, value in vars(options).items():
+        if value == "":
+            raise UserError(f"--{flag} is empty: give it a value, or leave it out")
     if not 0 <= options.val_fraction < 1:
         raise UserError(
             f"--val_fraction is {options.val_fraction}: it must be at least 0 and below 1"

@@ -7,6 +7,7 @@ import math
 import torch
 
 from harness.data.sources import stored_rows
+from harness.ensembles.soups import failed_soups
 from harness.metrics import confusion
 from harness.reports.classes import (
     MISTAKES,
@@ -49,6 +50,7 @@ def facts(results, logits, labels, members, images, average) -> dict:
         answers, best.labels, labels, stored_rows(images.scored), classes,
         lambda samples: file_paths(images.scored, images.image_column, samples),
     )  # fmt: skip
+    rows = compare(results, labels)
     return {
         "members": [
             {
@@ -66,8 +68,9 @@ def facts(results, logits, labels, members, images, average) -> dict:
             "role": images.role, "split": images.scored.name, "images": len(images.scored)
         },
         "fitted": fitted and {"split": fitted.name, "images": len(fitted)},
-        "notes": notes(members),
-        "results": compare(results, labels),
+        "notes": notes(members, images),
+        "failed_soups": failed_soups(rows, members, labels),
+        "results": rows,
         "best": best.name,
         "diversity": diversity(results[: len(members)], logits, labels, average),
         "by_class": by_class(matrix, classes),
@@ -78,9 +81,9 @@ def facts(results, logits, labels, members, images, average) -> dict:
     }  # fmt: skip
 
 
-def notes(members) -> list[str]:
-    """What a reader of the report has to know about the training of the members."""
-    sentences = []
+def notes(members, images) -> list[str]:
+    """What a reader has to know about how the members were trained, and scored before."""
+    sentences = [line] if (line := _scored_before(members, images)) else []
     for member in members:
         for recipe in member.recipes:
             if "unknown" in recipe:
@@ -94,6 +97,30 @@ def notes(members) -> list[str]:
             "easier for them than new ones"
         )
     return sentences
+
+
+def _scored_before(members, images):
+    """The note on members whose own runs scored another part of these test images, or "".
+
+    All are scored on the whole split here: what --max_eval_samples of a run kept depends on its
+    --seed, so that no part is everybody's.
+    """
+    numbers = {}
+    for member in members:
+        data = member.config.get("data") or {}
+        splits = data.get("splits")
+        number = splits.get("test") if isinstance(splits, dict) else None
+        same = images.role == "test" and data.get("source") == images.source
+        if same and isinstance(number, int) and number != len(images.scored):
+            numbers.setdefault(number, []).append(member.name)
+    if not numbers:
+        return ""
+    words = [f"{', '.join(names)} on {number:,}" for number, names in sorted(numbers.items())]
+    return (
+        f"the members' own runs scored other parts of these {images.whole:,} test images "
+        f"({'; '.join(words)}), here it is {len(images.scored):,}: their accuracies there are not "
+        "these"
+    )
 
 
 def compare(results, labels) -> list[dict]:

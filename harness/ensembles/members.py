@@ -26,6 +26,7 @@ class Images(NamedTuple):
     train: Split  # the first member's
     image_column: str
     source: str
+    whole: int  # how many `scored` are without --max_eval_samples
 
 
 def read_members(paths):
@@ -119,11 +120,11 @@ def find_images(members, options) -> Images:
             f"{base.source} has no images that no member was trained on (nor a split 'test'): "
             "train with --val_fraction"
         )  # fmt: skip
-    limit, seed = options.max_eval_samples, options.seed
+    limit, seed, whole = options.max_eval_samples, options.seed, len(scored)
     scored, fitted = cut(scored, limit, seed), cut(fitted, limit, seed)
     if len(scored) < 2 and fitted is None:
         raise UserError("one image is scored, and none is left to fit anything on")
-    return Images(scored, role, fitted, base.train, base.image_column, base.source)
+    return Images(scored, role, fitted, base.train, base.image_column, base.source, whole)
 
 
 def _load(flags, other_dataset):

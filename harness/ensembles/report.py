@@ -9,6 +9,7 @@ import torch
 from harness.cli.tables import escaped, facts, table
 from harness.ensembles.combinations import LEAST_FITTED
 from harness.ensembles.comparison import notes
+from harness.ensembles.soups import from_different_starts
 from harness.files import file_name, replace_file
 from harness.reports import charts
 from harness.reports.sections import (
@@ -35,7 +36,8 @@ def default_name(names) -> str:
 def plan(members, images, kinds, groups, machine) -> str:
     """The plan, one fact a line."""
     rows = [("member", f"{_about(member)}") for member in members]
-    rows.append(("scored", f"{len(images.scored):,} {images.role} images of {images.source}"))
+    cut = f" of {images.whole:,}" if len(images.scored) < images.whole else ""
+    rows.append(("scored", f"{len(images.scored):,}{cut} {images.role} images of {images.source}"))
     if images.fitted:
         fit_images = f"on {len(images.fitted):,} validation images that no member was trained on"
     else:
@@ -45,14 +47,18 @@ def plan(members, images, kinds, groups, machine) -> str:
     rows.append(("fitted", fit_images))
     rows.append(("views", ", ".join(kinds)))
     for group in groups:
-        rows.append(("soup", " + ".join(members[number].name for number in group)))
+        parts = [members[number] for number in group]
+        words = " + ".join(part.name for part in parts)
+        if from_different_starts(parts):
+            words += ": from different starts, which rarely average; --no_soup saves the passes"
+        rows.append(("soup", words))
     rows.append(("precision", machine["precision"]))
     rows.append(("device", f"{machine['device']}, {machine['threads']} CPU threads a process"))
     if any(kind in ("flip", "shift", "crops:10") or "random" in kind for kind in kinds):
         for member in members:
             if member.recipes[0].get("mirrored") is False:
                 rows.append(("note", f"{member.name} was trained without mirrored images"))
-    rows += [("note", line) for line in notes(members)]
+    rows += [("note", line) for line in notes(members, images)]
     return facts(rows)
 
 
@@ -153,6 +159,7 @@ def answer(report) -> str:
     sections = [results_table(report["results"])]
     if len(report["cost"]["images_per_second"]) > 1:
         sections.append(view_table(report["view_gains"], report["cost"]["images_per_second"]))
+    sections += report["failed_soups"]
     sections += [how_fitted(report).replace("**", ""), headline(report)]
     return "\n" + "\n\n".join(sections) + "\n"
 
@@ -214,7 +221,7 @@ def markdown(report) -> str:
         f"{headline(report)[0].upper()}{headline(report)[1:]}.",
         f"{len(report['members'])} members on {report['source']}; views: {report['views']}; "
         f"{report['precision']}. {how_fitted(report)}",
-        *(f"Note: {line}." for line in report["notes"]),
+        *(f"Note: {line}." for line in [*report["notes"], *report["failed_soups"]]),
         "![Accuracies](accuracy.png)",
         "## Members and combinations",
         results_table(rows),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from itertools import combinations
 
 import torch
 
@@ -28,6 +29,46 @@ def groups_of(members) -> list[list[int]]:
     for number, member in enumerate(members):
         groups.setdefault(member.kind, []).append(number)
     return [group for group in groups.values() if len(group) > 1]
+
+
+def from_different_starts(members) -> bool:
+    """Whether some two of these share no weights that both went on from: their mean is no network.
+
+    (Wortsman 2022: what was fine-tuned from the same weights can be averaged. Networks from
+    different random weights can't.)
+    """
+    return any(not _share_a_start(a, b) for a, b in combinations(members, 2))
+
+
+def _share_a_start(a, b):
+    given = {(member.config.get("flags") or {}).get("weights", "none") for member in (a, b)}
+    (own, *before), (others_own, *before_other) = a.recipes, b.recipes
+    went_on = own in before_other or others_own in before
+    named = len(given) == 1 and given != {"none"}
+    return named or went_on or any(recipe in before_other for recipe in before)
+
+
+def failed_soups(results, members, labels) -> list[str]:
+    """A line for each uniform soup of different starts that has lost most of what its members know.
+
+    results: rows of harness.ensembles.comparison.compare. labels: int64 (n,), of what was scored.
+    """
+    chance = (labels.bincount().max() / len(labels)).item()
+    lines = []
+    for row in results:
+        chosen = row.get("soup", [[]])[0]
+        if not row["name"].startswith("uniform soup") or len(chosen) < 2:
+            continue
+        worst = min(results[number]["accuracy"] for number in chosen)
+        parts = [members[number] for number in chosen]
+        lost = row["accuracy"] - chance < (worst - chance) / 2
+        if lost and worst > chance and from_different_starts(parts):
+            lines.append(
+                f"{row['name']} is far under its members: {', '.join(p.name for p in parts)} come "
+                "from different starts, and the mean of such weights is no network; --no_soup "
+                "saves the passes"
+            )
+    return lines
 
 
 class Soups:

@@ -6,10 +6,12 @@ Its metadata are the Hub's: https://huggingface.co/docs/hub/model-cards
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 
 from harness.cli.tables import escaped
+from harness.console import printable
 from harness.errors import UserError
 from harness.files import has_file, replace_file
 from harness.reports.sections import class_table, energy, interval, percent
@@ -61,10 +63,9 @@ def write_card(folder, run, fitted, kind, licence=None):
         "## Use",
         _use(folder, run, kind, fitted["temperature"] if fitted else 1.0),
     ]
-    replace_file(
-        folder / "README.md",
-        ("\n\n".join(section for section in sections if section) + "\n").encode(),
-    )
+    # A folder's name need not be Unicode
+    text = printable("\n\n".join(section for section in sections if section) + "\n")
+    replace_file(folder / "README.md", text.encode())
 
 
 def _metadata(run, kind, licence, report):
@@ -177,9 +178,17 @@ def _use(folder, run, kind, temperature):
     if kind == "run" and loads_in_timm(run.config):
         kind = "run, timm"
     return USE[kind].format(
-        prepare=how_to_prepare(preprocessing), folder=folder.name, path=shlex.quote(str(folder)),
+        prepare=how_to_prepare(preprocessing), folder=folder.name, path=_quoted(folder),
         mean=list(preprocessing.mean), std=list(preprocessing.std), temperature=temperature,
     )  # fmt: skip
+
+
+def _quoted(path):
+    """A path as a word of bash; one that is not printable by its bytes, $'…'."""
+    if printable(path) == str(path):
+        return shlex.quote(str(path))
+    plain = set(range(32, 127)) - set(b"\\'")
+    return "$'" + "".join(chr(b) if b in plain else f"\\x{b:02x}" for b in os.fsencode(path)) + "'"
 
 
 HOW_TO_PREPARE = """\

@@ -9,6 +9,7 @@ import base64
 import io
 from pathlib import Path
 
+from harness.console import printable
 from harness.errors import shortened
 from harness.files import replace_file
 from harness.metrics import METRICS
@@ -38,8 +39,9 @@ def write_page(folder, run, maps=None):
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    )
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined,
+        finalize=_shown,
+    )  # fmt: skip
     summary, report = read_reports(run.folder)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     pictures = {name: _embedded(folder / f"{name}.png") for name, _ in CHARTS}
@@ -63,6 +65,12 @@ def write_page(folder, run, maps=None):
         interval=interval, shortened=shortened, energy=energy,
     )  # fmt: skip
     replace_file(folder / FILE, text.encode())
+
+
+def _shown(value):
+    """A value of the template; of text what would steer the browser, as U+202E, is written out."""
+    is_markup = hasattr(value, "__html__")
+    return printable(value) if isinstance(value, str) and not is_markup else value
 
 
 def _embedded(path):

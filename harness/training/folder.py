@@ -17,7 +17,8 @@ from pathlib import Path
 import yaml
 
 from harness.cli import flags
-from harness.errors import UserError
+from harness.console import one_line
+from harness.errors import UserError, shortened
 from harness.files import file_name, has_file, replace_file
 from harness.models.reading import load_weights
 from harness.reports import training as report
@@ -55,13 +56,37 @@ class FolderOptions:
 def report_folder(options, name, script):
     """The folder of a report, `name` without --run_name; a report of this script is replaced.
 
-    options: FolderOptions. Raises UserError where it holds anything else, or can't be written.
+    options: FolderOptions. One that was made with other flags is named in a line. Raises UserError
+    where the folder holds anything else, or can't be written.
     """
     _check_trackers(options)
     folder = Path(options.output_dir) / (options.run_name or name)
     _owner(folder, options.recipe, script)
     _check_writable(folder, options.output_dir)
+    note = _replaced(folder, options.recipe)
+    if note and os.environ.get("RANK", "0") == "0":
+        print(note, flush=True)
     return folder
+
+
+def _replaced(folder, recipe):
+    """The line for a report that this one replaces, made with other flags; "" where none is."""
+    before = _recipe_in(folder)
+    if not before:
+        return ""
+    now = yaml.safe_load(flags.to_yaml(recipe))
+    names = now.keys() & before.keys() - set(flags.named("operational"))
+    changes = [
+        f"{name} {shortened(' '.join(map(str, value)) if isinstance(value, list) else value)}"
+        for name in sorted(names)
+        if (value := before[name]) != now[name]
+    ]
+    if not changes:
+        return ""
+    return one_line(
+        f"note         replaces the report in {folder}, which was made with "
+        f"{', '.join(changes)}; another --run_name keeps both"
+    )
 
 
 def claim_report(folder, script):
@@ -132,13 +157,19 @@ def _owner(folder, recipe, script):
 
 def _of_older_version(folder, recipe):
     """Whether config.yaml has this script's flags: what runs and reports wrote without a mark."""
+    older = _recipe_in(folder)
+    return len(older) > 8 and len(older.keys() - recipe.keys()) < 4
+
+
+def _recipe_in(folder):
+    """The flags in a folder's config.yaml; {} where there is none that can be read."""
     if not has_file(folder / "config.yaml"):
-        return False
+        return {}
     try:
-        older = yaml.safe_load((folder / "config.yaml").read_bytes())
+        recipe = yaml.safe_load((folder / "config.yaml").read_bytes())
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
-        return False
-    return isinstance(older, dict) and len(older) > 8 and len(older.keys() - recipe.keys()) < 4
+        return {}
+    return recipe if isinstance(recipe, dict) else {}
 
 
 def default_name(dataset, model, seed):
@@ -196,11 +227,8 @@ def _check_finished(folder, recipe):
                 "or start anew with --overwrite"
             )
     load_weights(folder)  # are they what was written?
-    try:
-        before = yaml.safe_load((folder / "config.yaml").read_bytes())
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
-        before = None
-    if not isinstance(before, dict):
+    before = _recipe_in(folder)
+    if not before:
         raise UserError(f"{folder} is of a finished run whose config.yaml can't be read")
     now = yaml.safe_load(flags.to_yaml(recipe))
     names = now.keys() & before.keys() - {*flags.named("operational"), "mixed_precision"}

@@ -249,6 +249,32 @@ def test_a_pattern_reads_the_class(tmp_path):
             load_images(tmp_path, label_pattern=pattern)
 
 
+@pytest.mark.parametrize(
+    ("files", "pattern"),
+    [
+        (["IMG_*3.jpg", "DSC_*3.jpg"], None),
+        (["WhatsApp Image *3.jpg", "Screenshot_*3.png", "PXL_*2.jpg", "photo*2.jpg"], None),
+        (["cat_*3.jpg", "IMG_*3.jpg"], None),  # one class is none
+        (["cat_*3.jpg", "dog_*3.jpg", "IMG_*3.jpg"], "/(cat|dog)"),
+        (["cat_*2.jpg", "dog_*2.jpg", "img*6.jpg"], None),  # a pattern for the smaller part
+        (["imgur_*2.jpg", "dscx_*2.jpg"], "/(imgur|dscx)"),
+    ],
+)
+def test_what_cameras_call_their_files_is_no_class(tmp_path, files, pattern):
+    make(tmp_path, *files)
+    with pytest.raises(UserError, match="no class folders") as refused:
+        load_images(tmp_path)
+    suggested = re.findall(r"as '(/[^']+)' here", str(refused.value))
+    assert [p.partition("(?!")[0] for p in suggested] == ([pattern] if pattern else [])
+    assert "two classes by it" not in str(refused.value)
+
+
+def test_suggested_classes_that_differ_in_case_alone_are_named(tmp_path):
+    make(tmp_path, "Cat_*3.jpg", "cat_*3.jpg", "dog_*3.jpg")
+    with pytest.raises(UserError, match=r"here \(Cat and cat are two classes by it: spell"):
+        load_images(tmp_path)
+
+
 def test_a_flat_folder_is_refused_with_a_pattern_that_reads_it(tmp_path):
     make(tmp_path, "cat.*3.jpg", "dog_*2.jpg")
     with pytest.raises(UserError, match="--label_pattern reads it from them") as refused:

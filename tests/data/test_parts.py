@@ -143,6 +143,8 @@ def test_a_test_split_with_the_same_groups_is_warned_of(patients, tmp_path):
     ("options", "line"),
     [
         ({"group_column": "pateint"}, r"--group_column pateint: .*did you mean .*patient"),
+        ({"group_pattern": ""}, "--group_pattern is empty: give it a value, or leave it out"),
+        ({"label_pattern": ""}, "--label_pattern is empty"),
         ({"group_pattern": "([a-z"}, "is not a regular expression"),
         ({"group_pattern": "patient[0-9]"}, "has 0 groups in parentheses: it wants one"),
         ({"group_pattern": "(nobody)"}, r"\(nobody\) matches nothing in train/ill/"),

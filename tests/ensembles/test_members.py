@@ -11,6 +11,8 @@ from harness.data.options import SplitOptions
 from harness.data.sources import load_data, stored_rows
 from harness.ensembles.comparison import notes
 from harness.ensembles.members import COMBINATIONS, find_images, read_members, view_sets
+from harness.ensembles.report import plan
+from harness.ensembles.soups import from_different_starts
 from harness.errors import UserError
 from harness.models.trained import read_trained
 from smallruns import edit_json
@@ -71,7 +73,10 @@ def test_what_a_network_came_from_has_been_seen_too(copies):
     edit_json(copies.c / "config.json", lambda c: c.update(ancestors=[{"unknown": "there.pth"}]))
     members = read_members([copies.c])
     assert find_images(members, ASKED).fitted is not None
-    assert "there.pth: what images that was trained on is not known" in notes(members)[0]
+    assert (
+        "there.pth: what images that was trained on is not known"
+        in notes(members, find_images(members, ASKED))[1]
+    )
 
 
 def test_no_scored_image_is_fitted_on(copies):
@@ -120,3 +125,29 @@ def test_views_are_made_once_a_size():
     sets = view_sets("flip, crops:2", {16, 24}, seed=0)
     assert list(sets) == ["flip", "crops:2", "none"]
     assert [view.name for view in sets["flip"][24]] == ["centre", "centre, mirrored"]
+
+
+def test_what_a_run_scored_itself_is_said_where_it_is_another_part(copies):
+    """The runs were made with --max_eval_samples 100; here all 360 test images are scored."""
+    edit_json(copies.b / "config.json", lambda c: c["data"]["splits"].update(test=360))
+    members = read_members([copies.a, copies.b, copies.d])
+    images = find_images(members, ASKED)
+    assert images.whole == len(images.scored) == 360
+    (note,) = [line for line in notes(members, images) if "own runs" in line]
+    assert "these 360 test images (a, d on 100), here it is 360" in note
+    cut = find_images(members, SplitOptions(max_eval_samples=100))
+    (note,) = [line for line in notes(members, cut) if "own runs" in line]
+    assert "360 test images (b on 360), here it is 100" in note
+    machine = {"precision": "no", "device": "CPU", "threads": 1}
+    assert "100 of 360 test images" in plan(members, cut, ["none"], [], machine)
+    assert " 360 test images" in plan(members, images, ["none"], [], machine)
+    val = find_images(members[:1], SplitOptions(split="val"))
+    assert not [line for line in notes(members[:1], val) if "own runs" in line]
+
+
+def test_which_members_come_from_different_starts(copies):
+    a, b, c, d = read_members([copies.a, copies.b, copies.c, copies.d])
+    assert not from_different_starts([a]) and not from_different_starts([a, c])
+    assert from_different_starts([a, d]) and from_different_starts([a, c, d])
+    named = [m._replace(config=m.config | {"flags": {"weights": "default"}}) for m in (b, d)]
+    assert not from_different_starts(named)  # fine-tuned from what torchvision publishes

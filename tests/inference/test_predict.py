@@ -214,3 +214,15 @@ def test_load_run_gives_what_predict_gives(runs, photos, tmp_path):
                 p = (model(preprocess(image)) / temperature).softmax(1)[0]
             assert classes[p.argmax()] == row["class_1"]
             assert float(p.max()) == pytest.approx(float(row["probability_1"]), abs=1e-4)
+
+
+def test_a_report_of_other_flags_is_not_replaced_without_a_word(runs, photos, tmp_path, capsys):
+    predict(tmp_path, runs[0], photos / "0")
+    predict(tmp_path, runs[0], photos / "0", threads=2)  # computes the same
+    assert "replaces" not in capsys.readouterr().out
+    predict(tmp_path, runs[0], photos / "1", dry_run=True, top_k=2)
+    predict(tmp_path, runs[0], photos / "1", top_k=2, run_name="q")
+    lines = capsys.readouterr().out.splitlines()
+    (note,) = [line for line in lines if "replaces" in line]
+    assert note.startswith(f"note         replaces the report in {tmp_path / 'p'}, which was made ")
+    assert "inputs " in note and note.endswith("top_k 5; another --run_name keeps both")

@@ -1,7 +1,10 @@
 """report.html and README.md of a run's folder: whole, small, of one file, safe with any name."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from PIL import Image
 
 import smallruns
 from harness.models.trained import read_trained
+from harness.reports.card import write_card
 from harness.reports.classes import abstain_under
 from harness.reports.page import FILE, write_page
 
@@ -121,6 +125,55 @@ def test_names_are_shown_letter_by_letter_and_large_pictures_stay_small(run, tmp
     page = page_of(copy)
     assert "<script>alert(1)" in page.text and "The lowest 500 of" in page.text
     assert len(page.addresses) == 6
+
+
+def test_a_row_of_a_table_stays_a_row_whatever_a_class_is_called(run, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path / run.name))
+    names = [
+        "a|b",
+        "R&lt;D",
+        "~~x~~",
+        "<b>",
+        "$x$",
+        "c\\",
+        "\u202egpj.exe",
+        "two\nlines",
+        "\udcff",
+        "|",
+    ]
+    report = json.loads((copy / "report.json").read_text())
+    for row, name in zip(report["by_class"], names, strict=True):
+        row["class"] = name
+    report["most_confused"] = [{"classes": names[6:8], "errors": 2, "first_taken_for_second": 1,
+                                "second_taken_for_first": 1}]  # fmt: skip
+    (copy / "report.json").write_text(json.dumps(report))
+    write_card(copy, read_trained(copy), None, "run")
+    text = (copy / "README.md").read_text()
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 12 and {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {8}
+    shown = [r"a\|b", r"R\&lt;D", r"\~\~x\~\~", r"\<b\>", r"\$x\$", "c\\\\", r"\\u202egpj.exe",
+             r"two\\nlines", r"\\udcff", r"\|"]  # fmt: skip
+    assert {re.split(r"(?<!\\)\|", line)[1].strip() for line in table[2:]} == set(shown)
+    write_page(copy, read_trained(copy))
+    page = page_of(copy)
+    assert "\u202e" not in text + page.text and r"\u202egpj.exe and two" in page.text
+    assert "R&lt;D" in page.text  # as it is written, not as an entity
+
+
+def test_a_folder_whose_name_is_no_unicode_gets_its_result(tmp_path):
+    place = Path(os.fsdecode(os.fsencode(tmp_path) + b"/it's \xff"))
+    try:
+        place.mkdir()
+    except OSError:
+        pytest.skip("this file system takes Unicode names only")
+    folder, status = smallruns.train(place, **smallruns.MEMBER | {"max_steps": 1, "run_name": "x"})
+    assert status == 0 and page_of(folder).text and (folder / "summary.json").exists()
+    command = (folder / "README.md").read_text().split("predict.py ")[1].split(" photo")[0]
+    assert command == rf"$'{tmp_path}/it\x27s \xff/x'"
+    shown = subprocess.run(
+        ["bash", "-c", f"printf %s {command}"], stdout=subprocess.PIPE, check=True
+    )
+    assert shown.stdout == os.fsencode(folder)
 
 
 def test_under_which_probability_to_abstain():
