@@ -70,8 +70,8 @@ def main(args):
     opening = open_run(args, "finetune.py")
     accelerator, data, pretrained = opening.accelerator, opening.data, opening.pretrained
     preprocessing = opening.preprocessing
-    cut = args.batch_size, args.gradient_accumulation_steps, accelerator.num_processes
-    check_batch(*cut, len(data.train), mixing=False)
+    batch_settings = args.batch_size, args.gradient_accumulation_steps, accelerator.num_processes
+    check_batch(*batch_settings, len(data.train), mixing=False)
     per_epoch = len(data.train) // args.batch_size
     of_run = flags.pick(staging.StageOptions, args)
 
@@ -80,18 +80,19 @@ def main(args):
     model, loaded, initialised = make_network(opening, flags.pick(ModelOptions, args), init)
 
     # strategy: a list of stages, each a function of the optimizer step
-    def fit(whole):
+    def fit(all_images):
         views = make_views(of_run, preprocessing)
         return fit_probe(
-            accelerator, model, splits, views, len(data.classes), args.seed, feature_cache, whole
-        )
+            accelerator, model, splits, views, len(data.classes), args.seed, feature_cache,
+            all_images,
+        )  # fmt: skip
 
     strategy, reason, splits, feature_cache, probe = args.strategy, "as asked", None, {}, None
     from_probe = args.strategy in ("auto", "feature_extraction") and loaded.head_is_new
     from_probe = from_probe and can_start_from_probe(model, preprocessing.size)
     if strategy == "auto":
         splits = decode_images(opening, args.verify_cache)
-        probe = fit(whole=False)
+        probe = fit(all_images=False)
         strategy, reason = staging.choose_strategy(
             probe.accuracy, len(data.classes), len(data.train)
         )
@@ -102,8 +103,8 @@ def main(args):
     )  # fmt: skip
     total = stages[-1].end
     for stage in stages:
-        part = check_batch(*cut, len(data.train), stage.options.mixes())
-    build.check_part(model, part, preprocessing.size)
+        microbatch_size = check_batch(*batch_settings, len(data.train), stage.options.mixes())
+    build.check_part(model, microbatch_size, preprocessing.size)
     cached = features.cacheable_stages(stages, model, preprocessing.size)
     idle = staging.idle_flags(args.given, strategy)
     reason += f"; {', '.join(idle)} not used" if idle else ""
@@ -114,10 +115,10 @@ def main(args):
         "strategy": f"{strategy}: {reason}",
         "lr": f"{args.optimizer}: see the stages",
     }
-    if seen := from_local_main(accelerator, lambda: seen_before(pretrained.recipes, data)):
+    if overlap := from_local_main(accelerator, lambda: seen_before(pretrained.recipes, data)):
         rows["note"] = (
-            f"{seen:,} of {len(data.val):,} val images were trained on by {args.weights}: the same "
-            "--seed and --val_fraction hold out the same images"
+            f"{overlap:,} of {len(data.val):,} val images were trained on by {args.weights}: the "
+            "same --seed and --val_fraction hold out the same images"
         )
     accelerator.print(plan.describe_run(args, machine, data, model, preprocessing, total, rows))
     accelerator.print(staging.table(model, stages, per_epoch, cached))
@@ -128,9 +129,9 @@ def main(args):
         accelerator.print(f"prepared     {describe_prepared(data, splits)}")
         return
     if from_probe:
-        probe = probe or fit(whole=bool(cached))
+        probe = probe or fit(all_images=bool(cached))
         start_from_probe(model, probe)
-        accelerator.print(f"probe        {probe.words}: the head starts from it")
+        accelerator.print(f"probe        {probe.text}: the head starts from it")
     ema = ModelEma(model, args.ema_decay) if args.ema_decay else None
 
     # one optimizer for all stages: each gives it other groups
@@ -157,8 +158,8 @@ def main(args):
         if stage.name not in cached:
             feature_cache.clear()  # no later stage wants the features
         if run.step < stage.end or (run.step == stage.end and run.unscored):
-            kept = feature_cache if stage.name in cached else None
-            train_stage(args, run, stage, optimizer, splits, preprocessing, data.classes, kept)
+            cache = feature_cache if stage.name in cached else None
+            train_stage(args, run, stage, optimizer, splits, preprocessing, data.classes, cache)
 
     def predict(role):
         return evaluate_result(run, splits[role], make_views(of_run, preprocessing).evaluation)
@@ -170,14 +171,14 @@ def main(args):
         **({"probe": {"accuracy": probe.accuracy, "of": probe.source}} if probe else {}),
     }
     report = report_writer(opening, splits, args.slice_by)
-    summary = run.finish(predict, facts, report=report, before=opening.seconds)
+    summary = run.finish(predict, facts, report=report, setup_seconds=opening.seconds)
     accelerator.print(plan.closing(summary, opening.folder, run.record.tracking.line))
 
 
 def train_stage(args, run, stage, optimizer, splits, preprocessing, classes, feature_cache):
-    """Train what the stage trains, on images (feature_cache: None) or a head on kept features.
+    """Train one stage: on images or, where there is a feature_cache, a head on kept features.
 
-    feature_cache: the features kept so far, which this adds to.
+    feature_cache: a dict of the features kept so far, to which this adds; or None.
     """
     accelerator, options, model = run.accelerator, stage.options, run.module
     run.record.stage = stage.name
@@ -201,8 +202,8 @@ def train_stage(args, run, stage, optimizer, splits, preprocessing, classes, fea
         ))  # fmt: skip
         views = features.CachedViews(options.views)
         changing = {name for name, p in model.named_parameters() if p.requires_grad}
-    # DDP looks at what requires a gradient when it wraps, so every stage wraps anew. In a shell,
-    # because Accelerate marks what it has prepared and passes it by the next time
+    # DDP notes at wrapping which parameters require a gradient, so every stage wraps anew. It wraps
+    # a new Sequential, because Accelerate does not prepare the same module a second time
     wrapped = accelerator.prepare(torch.nn.Sequential(network))
     batches = train_batches(
         splits["train"], views, accelerator, batch_size=args.batch_size, seed=args.seed,
@@ -219,10 +220,10 @@ def train_stage(args, run, stage, optimizer, splits, preprocessing, classes, fea
         set_lr(optimizer, warmup_cosine(step - stage.start, stage.end - stage.start, stage.warmup))
         rng = generator(args.seed, "mixing", step)
         mix = draw_mixing(options, preprocessing.size, rng)
-        for part in batch:  # one, unless gradients are accumulated
+        for microbatch in batch:  # one, unless gradients are accumulated
             with accelerator.accumulate(wrapped):
-                targets = F.one_hot(part.labels, len(classes)).float()
-                images, targets = mix(part.images, targets)
+                targets = F.one_hot(microbatch.labels, len(classes)).float()
+                images, targets = mix(microbatch.images, targets)
                 logits = wrapped(images)
                 loss = loss_of(logits, smooth_labels(targets, options.label_smoothing, shares))
                 accelerator.backward(loss)
@@ -242,13 +243,15 @@ def train_stage(args, run, stage, optimizer, splits, preprocessing, classes, fea
     accelerator._models.clear()  # the wrapper's buckets of gradients can go
 
 
-def check_frozen(run, stage, before):
-    """At the end of a stage, before its last checkpoint: stop where what is frozen has moved.
+def check_frozen(run, stage, digest):
+    """Stop at the end of a stage, before its last checkpoint, if frozen weights have changed.
 
-    before: the digest of it at the beginning, which takes as long as some steps on a GPU.
+    digest: of what is frozen, at the stage's start. On a GPU it takes as long as some steps.
     """
-    moved = torch.tensor(float(frozen_digest(run.module) != before), device=run.accelerator.device)
-    if run.accelerator.reduce(moved, "sum").item():
+    changed = torch.tensor(
+        float(frozen_digest(run.module) != digest), device=run.accelerator.device
+    )
+    if run.accelerator.reduce(changed, "sum").item():
         run.fail(f"stage {stage.name}: weights or buffers that are frozen have changed")
 
 
