@@ -83,10 +83,10 @@ def main(args):
         missing.append(predictions.recall(member, all_views))
     models = [load_model(member) if m else None for member, m in zip(members, missing, strict=True)]
     with progress(accelerator, sum(map(predictions.count, missing))) as bar:
-        for member, model, absent in zip(members, models, missing, strict=True):
-            if absent:
+        for member, model, member_views in zip(members, models, missing, strict=True):
+            if member_views:
                 model.to(accelerator.device, memory_format=torch.channels_last)
-                predictions.compute(member, model, absent, bar)
+                predictions.compute(member, model, member_views, bar)
                 model.to("cpu")
 
     # combinations: from here on everything works on logits

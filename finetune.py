@@ -77,7 +77,7 @@ def main(args):
 
     # model: a new head on loaded weights
     init = "own" if args.init == "auto" and pretrained.state else args.init
-    model, loaded, initialised = make_network(opening, flags.pick(ModelOptions, args), init)
+    model, loaded, initialisation = make_network(opening, flags.pick(ModelOptions, args), init)
 
     # strategy: a list of stages, each a function of the optimizer step
     def fit(all_images):
@@ -105,12 +105,12 @@ def main(args):
     for stage in stages:
         microbatch_size = check_batch(*batch_settings, len(data.train), stage.options.mixes())
     build.check_part(model, microbatch_size, preprocessing.size)
-    cached = features.cacheable_stages(stages, model, preprocessing.size)
+    cached_stages = features.cacheable_stages(stages, model, preprocessing.size)
     idle = staging.idle_flags(args.given, strategy)
     reason += f"; {', '.join(idle)} not used" if idle else ""
 
-    initialised = "a linear probe of the features" if from_probe else f"init {initialised}"
-    machine = opening.machine | {"weights": f"{loaded.text}; what is new: {initialised}"}
+    initialisation = "a linear probe of the features" if from_probe else f"init {initialisation}"
+    machine = opening.machine | {"weights": f"{loaded.text}; what is new: {initialisation}"}
     rows = opening.rows | {
         "strategy": f"{strategy}: {reason}",
         "lr": f"{args.optimizer}: see the stages",
@@ -121,7 +121,7 @@ def main(args):
             "same --seed and --val_fraction hold out the same images"
         )
     accelerator.print(plan.describe_run(args, machine, data, model, preprocessing, total, rows))
-    accelerator.print(staging.table(model, stages, per_epoch, cached))
+    accelerator.print(staging.table(model, stages, per_epoch, cached_stages))
     if args.dry_run:
         return
     splits = splits or decode_images(opening, args.verify_cache)
@@ -129,7 +129,7 @@ def main(args):
         accelerator.print(f"prepared     {describe_prepared(data, splits)}")
         return
     if from_probe:
-        probe = probe or fit(all_images=bool(cached))
+        probe = probe or fit(all_images=bool(cached_stages))
         start_from_probe(model, probe)
         accelerator.print(f"probe        {probe.text}: the head starts from it")
     ema = ModelEma(model, args.ema_decay) if args.ema_decay else None
@@ -155,10 +155,10 @@ def main(args):
     )  # fmt: skip
 
     for stage in stages:
-        if stage.name not in cached:
+        if stage.name not in cached_stages:
             feature_cache.clear()  # no later stage wants the features
         if run.step < stage.end or (run.step == stage.end and run.unscored):
-            cache = feature_cache if stage.name in cached else None
+            cache = feature_cache if stage.name in cached_stages else None
             train_stage(args, run, stage, optimizer, splits, preprocessing, data.classes, cache)
 
     def predict(role):
@@ -184,10 +184,10 @@ def train_stage(args, run, stage, optimizer, splits, preprocessing, classes, fea
     run.record.stage = stage.name
     staging.set_groups(optimizer.optimizer, staging.apply_stage(model, stage))
     check_groups(model, optimizer.param_groups)
-    frozen = frozen_digest(model)
-    views, network, changing = make_views(options, preprocessing), model, None
-    cached = feature_cache is not None
-    if cached:
+    digest = frozen_digest(model)
+    views, network, trained_names = make_views(options, preprocessing), model, None
+    is_cached = feature_cache is not None
+    if is_cached:
         if run.wants_picture():
             view = min(1, options.views - 1)
             number = min(args.batch_size, SHOWN)
@@ -201,10 +201,10 @@ def train_stage(args, run, stage, optimizer, splits, preprocessing, classes, fea
             run.asked_to_stop,
         ))  # fmt: skip
         views = features.CachedViews(options.views)
-        changing = {name for name, p in model.named_parameters() if p.requires_grad}
+        trained_names = {name for name, p in model.named_parameters() if p.requires_grad}
     # DDP notes at wrapping which parameters require a gradient, so every stage wraps anew. It wraps
     # a new Sequential, because Accelerate does not prepare the same module a second time
-    wrapped = accelerator.prepare(torch.nn.Sequential(network))
+    wrapper = accelerator.prepare(torch.nn.Sequential(network))
     batches = train_batches(
         splits["train"], views, accelerator, batch_size=args.batch_size, seed=args.seed,
         accumulation=args.gradient_accumulation_steps, total_steps=stage.end,
@@ -216,20 +216,20 @@ def train_stage(args, run, stage, optimizer, splits, preprocessing, classes, fea
     def epoch_scores():
         return evaluate_epoch(run, network, splits, views.evaluation)
 
-    for step, batch in run.steps(batches, epoch_scores, spacing=30 if cached else 0):
+    for step, batch in run.steps(batches, epoch_scores, spacing=30 if is_cached else 0):
         set_lr(optimizer, warmup_cosine(step - stage.start, stage.end - stage.start, stage.warmup))
         rng = generator(args.seed, "mixing", step)
         mix = draw_mixing(options, preprocessing.size, rng)
         for microbatch in batch:  # one, unless gradients are accumulated
-            with accelerator.accumulate(wrapped):
+            with accelerator.accumulate(wrapper):
                 targets = F.one_hot(microbatch.labels, len(classes)).float()
                 images, targets = mix(microbatch.images, targets)
-                logits = wrapped(images)
+                logits = wrapper(images)
                 loss = loss_of(logits, smooth_labels(targets, options.label_smoothing, shares))
                 accelerator.backward(loss)
             # how much of its target each prediction hits: accuracy weighted by λ
             run.count(loss, targets.gather(1, logits.argmax(1, keepdim=True)).mean())
-            if not cached and run.wants_picture():
+            if not is_cached and run.wants_picture():
                 save_train_batch(run.picture, views.to_pixels(images), targets, classes)
         norm = accelerator.clip_grad_norm_(network.parameters(), args.clip_grad_norm or math.inf)
         # a non-finite number on any process: all stop, or skip, before the update
@@ -237,9 +237,9 @@ def train_stage(args, run, stage, optimizer, splits, preprocessing, classes, fea
         optimizer.step()
         optimizer.zero_grad()
         if run.ema and not accelerator.optimizer_step_was_skipped:
-            run.ema.update(model, step, changing)
+            run.ema.update(model, step, trained_names)
         if step + 1 == stage.end:
-            check_frozen(run, stage, frozen)
+            check_frozen(run, stage, digest)
     accelerator._models.clear()  # the wrapper's buckets of gradients can go
 
 

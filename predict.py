@@ -63,17 +63,17 @@ def main(args):
     # probabilities: threads decode while the network computes; the top k of each image are kept
     keep = report.keeper(args.top_k, sets, images.labels)
     with bar(len(images)) as progress_bar:
-        predictions, bad = probabilities_of(accelerator, networks, images, keep, progress_bar)
-    if len(bad) == len(images):
+        predictions, reasons = probabilities_of(accelerator, networks, images, keep, progress_bar)
+    if len(reasons) == len(images):
         raise UserError(f"none of the {len(images):,} images can be read: {images.names[0]}: "
-                        f"{bad[0]}")  # fmt: skip
+                        f"{reasons[0]}")  # fmt: skip
     if not accelerator.is_main_process:
         return
 
     # results: the answer first
     classes = runs[0].classes
-    rows = list(report.rows_of(images, predictions, bad, classes, options))
-    summary = report.summarise(images, predictions, bad, networks, sets, options)
+    rows = list(report.rows_of(images, predictions, reasons, classes, options))
+    summary = report.summarise(images, predictions, reasons, networks, sets, options)
     for line in report.lines_of(rows, options):
         print(line)
     claim_report(folder, "predict.py")

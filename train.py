@@ -73,7 +73,7 @@ def main(args):
     total = args.max_steps or args.epochs * per_epoch
 
     # model
-    model, loaded, initialised = make_network(opening, flags.pick(ModelOptions, args), args.init)
+    model, loaded, initialisation = make_network(opening, flags.pick(ModelOptions, args), args.init)
     start_size = build.check_start_size(model, args.model, args.start_size, preprocessing.size)
     build.check_part(model, microbatch_size, start_size)
 
@@ -86,7 +86,7 @@ def main(args):
     steps_per_epoch = len(data.train) / args.batch_size
     warmup = min(round(args.warmup_epochs * steps_per_epoch), total // 2)
 
-    machine = opening.machine | {"weights": f"init {initialised}; {loaded.text}"}
+    machine = opening.machine | {"weights": f"init {initialisation}; {loaded.text}"}
     rows = opening.rows | {"lr": plan.rates(optimizer_options, steps_per_epoch, total, warmup)}
     accelerator.print(plan.describe_run(args, machine, data, model, preprocessing, total, rows))
     if args.dry_run:

@@ -121,10 +121,10 @@ def find_network(options) -> Network:
         raise UserError("give the folder of a trained run, or --model and --images")
     if options.run:
         trained = read_trained(options.run)
-        fitted = read_calibration(trained)
+        calibration = read_calibration(trained)
         return Network(
             trained.name, load_model(trained), trained.preprocessing, trained.classes, trained,
-            temperature=fitted["temperature"] if fitted else 1.0,
+            temperature=calibration["temperature"] if calibration else 1.0,
         )  # fmt: skip
     weights = find_weights(options.weights or "default", options.model)
     if weights.state is None:
@@ -343,8 +343,8 @@ def _right_and_wrong(options, network, device, total, picture):
             break
     if len(kinds) == 1:
         return numbers[kinds[0]][:number]
-    wrong = numbers["wrong"][: max(number // 2, number - len(numbers["right"]))]
-    return numbers["right"][: number - len(wrong)] + wrong
+    wrong_numbers = numbers["wrong"][: max(number // 2, number - len(numbers["right"]))]
+    return numbers["right"][: number - len(wrong_numbers)] + wrong_numbers
 
 
 def to_input(network, pictures, device):

@@ -57,10 +57,10 @@ def keeper(top_k, sets, labels):
     return keep
 
 
-def rows_of(images, predictions, bad, classes, options):
+def rows_of(images, predictions, reasons, classes, options):
     """A dict for each image, in order: the rows of predictions.csv, .jsonl and .parquet.
 
-    options: PredictionOptions, here and below.
+    reasons: {number: why} of unreadable images. options: PredictionOptions, here and below.
     """
     for k, (name, prediction) in enumerate(zip(images.names, predictions, strict=True)):
         row = {"image": name}
@@ -77,7 +77,7 @@ def rows_of(images, predictions, bad, classes, options):
             row["abstain"] = None if not prediction else not sure
         if options.coverage:
             row["set"] = prediction and [classes[label] for label in prediction.label_set]
-        row["error"] = bad.get(k)
+        row["error"] = reasons.get(k)
         yield row
 
 
@@ -142,12 +142,12 @@ def save_sheet(path, images, predictions, classes, preprocessing):
         save_tiles(path, torch.stack(tiles), captions)
 
 
-def summarise(images, predictions, bad, networks, sets, options):
+def summarise(images, predictions, reasons, networks, sets, options):
     """summary.json: counts, and scores where labels are known."""
     readable = [(k, p) for k, p in enumerate(predictions) if p]
     summary = {
         "images": len(images),
-        "unreadable": {images.names[k]: reason for k, reason in bad.items()},
+        "unreadable": {images.names[k]: reason for k, reason in reasons.items()},
         "runs": [
             {"folder": str(n.trained.folder), "temperature": n.temperature,
              "calibrated": n.calibrated}
@@ -239,11 +239,11 @@ def lines_of(rows, options):
 def closing(folder, summary, options):
     """The last lines: images that can't be read, the scores, where the files are."""
     lines = []
-    bad = summary["unreadable"]
-    for name, reason in list(bad.items())[:10]:
+    unreadable = summary["unreadable"]
+    for name, reason in list(unreadable.items())[:10]:
         lines.append(one_line(f"unreadable   {name}: {reason}"))
-    if len(bad) > 10:
-        lines.append(f"unreadable   and {len(bad) - 10:,} others, see the column error")
+    if len(unreadable) > 10:
+        lines.append(f"unreadable   and {len(unreadable) - 10:,} others, see the column error")
     for name, score in summary.get("accuracy", {}).items():
         title = (
             "accuracy" if name == "all" else f"of those with at least {options.min_probability:g}"
@@ -253,7 +253,8 @@ def closing(folder, summary, options):
             f"({interval(score['interval'])})"
         )
     if "abstained" in summary:
-        lines.append(f"abstained    {summary['abstained']:,} of {summary['images'] - len(bad):,}")
+        readable = summary["images"] - len(unreadable)
+        lines.append(f"abstained    {summary['abstained']:,} of {readable:,}")
     if "sets" in summary:
         sets = summary["sets"]
         score = (

@@ -51,7 +51,7 @@ def make_optimizer(options, parameters, accelerator, lr):
     """The optimizer of OptimizerOptions over parameters or groups, not yet prepared.
 
     torch's optimizers are fused on a GPU, except where a gradient scaler has to look at the
-    gradients first (fp16). lr: of the groups that have none of their own.
+    gradients first (fp16). lr: of groups without one.
     """
     fused = True if accelerator.device.type == "cuda" and accelerator.scaler is None else None
     momentum = options.momentum

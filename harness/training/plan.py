@@ -38,16 +38,16 @@ NOTHING_HELD_OUT = "no validation or test images: --val_fraction 0.1 holds some 
 
 def unreadable_images(data):
     """How many images --bad_images skip left out, and the first of them."""
-    bad = [
+    images = [
         f"{split} {row} ({reason})"
         for split, rows in data.bad.items()
         for row, reason in rows.items()
     ]
     counts = ", ".join(f"{len(rows):,} of {split}" for split, rows in data.bad.items())
-    return f"{counts} can't be read: {', '.join(bad[:5])}" + (", …" if len(bad) > 5 else "")
+    return f"{counts} can't be read: {', '.join(images[:5])}" + (", …" if len(images) > 5 else "")
 
 
-UNEVEN = 10  # the plan warns where the largest class has so many times the smallest's images
+UNEVEN = 10  # times the smallest class's images in the largest, from which the plan says so
 
 
 def classes_row(data, imbalance):

@@ -18,7 +18,7 @@ from harness.models.heads import head, heads, in_eval, run_with_input, sample_im
 from harness.processes import from_main
 from harness.training.features import cut_at_head, extract
 
-IMAGES = 5000  # at most so many to fit the probe to, and so many to score it on
+IMAGES = 5000  # the most that the probe is fitted to, and the most that it is scored on
 HELD_OUT = 0.2  # share of the train images read that score it, where there is no validation split
 LEAST_SPREAD = 0.01  # of its mean, or of the median spread: a feature that varies less is not used
 

@@ -38,7 +38,7 @@ class Record:
             sys.stdout.flush()
 
     def claim(self, recipe, overwrite, script, state):
-        """Take the folder on the main process. state: a checkpoint's state.json, or None."""
+        """Claim the folder, on the main process. state: a checkpoint's state.json, or None."""
         step, metrics = (state["step"], state.get("metrics")) if state else (None, None)
         self._lock, self._file = on_main(
             self.accelerator,

@@ -32,7 +32,7 @@ from harness.training.guard import GONE, STOP, Signals, StepGuard
 from harness.training.record import Record
 from harness.training.result import Result, as_json
 
-# With --nonfinite skip, the run stops after so many non-finite steps in a row.
+# With --nonfinite skip, the run stops after this many non-finite steps in a row.
 MAX_SKIPPED = 10
 
 UNWRITTEN = "the result could not be written"

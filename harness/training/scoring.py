@@ -10,7 +10,7 @@ from harness.processes import from_main
 from tricks.tta import average_views
 
 BATCH = (64, 256)  # fewest and most samples of an evaluation batch
-BATCH_PIXELS = 2**21  # between these limits, as many as have so many pixels together
+BATCH_PIXELS = 2**21  # pixels of an evaluation batch, within these limits
 
 
 def batch_starts(split) -> range:

@@ -76,15 +76,15 @@ def choose_strategy(accuracy, classes, images):
     """
     chance = 1 / classes
     skill = max(0.0, (accuracy - chance) / (1 - chance))
-    good = GOOD_FOR_FEW if images < FEW else GOOD_PROBE
+    threshold = GOOD_FOR_FEW if images < FEW else GOOD_PROBE
     numbers = f"probe accuracy {accuracy:.1%}, skill over chance {skill:.3f}"
     note = f" with {images} train images" if images < FEW else ""
-    if skill >= good:
-        reason = f"the frozen features tell the classes apart ({numbers} ≥ {good}{note})"
+    if skill >= threshold:
+        reason = f"the frozen features tell the classes apart ({numbers} ≥ {threshold}{note})"
         return "feature_extraction", reason
     return "full", (
-        f"the frozen features leave something to learn ({numbers} < {good}{note}; --strategy "
-        "feature_extraction takes seconds and stays about there)"
+        f"the frozen features leave something to learn ({numbers} < {threshold}{note}; --strategy "
+        "feature_extraction takes seconds and ends near the probe's accuracy)"
     )
 
 
@@ -177,16 +177,16 @@ def set_groups(optimizer, groups):
         del optimizer.state[parameter]
 
 
-def table(model, stages, per_epoch, cached):
+def table(model, stages, per_epoch, cached_stages):
     """What trains when, a row for each of the optimizer's groups and one for what is frozen.
 
-    cached: names of the stages that train on kept features. Leaves the model in the last stage.
+    cached_stages: names of those that train on kept features. Leaves the model in the last stage.
     """
     rows = []
     for stage in stages:
         groups = apply_stage(model, stage)
         draws, views = augmentation(stage.options), stage.options.views
-        if stage.name in cached:
+        if stage.name in cached_stages:
             other_views = f", the others {draws}" if views > 1 else ""
             draws = f"features kept: {views} views an image, the first as it is{other_views}"
         rows.append(

@@ -124,15 +124,15 @@ def find_checkpoint(source, folder, accelerator, say, overwrite=False):
     return checkpoint if accelerator.num_processes == 1 else _share(checkpoint, accelerator)
 
 
-def check_state(path, saved):
+def check_state(path, state):
     """A checkpoint's state.json, with defaults for what older versions did not write.
 
     Raises UserError where an entry is missing or can't be used, and where augmentation is drawn by
     another rule.
     """
-    if isinstance(saved, dict):
+    if isinstance(state, dict):
         defaults = {"nonfinite": [0, 0], "threads": [], "unscored": None, "draws": "by batch"}
-        saved = defaults | {"energy": {}, "evaluation_seconds": 0.0} | saved
+        state = defaults | {"energy": {}, "evaluation_seconds": 0.0} | state
     sums = len(SUMS) + 1
     checks = {
         "step": lambda v: type(v) is int and v >= 0,
@@ -151,13 +151,13 @@ def check_state(path, saved):
     }
     for name, fits in checks.items():
         try:
-            is_valid = fits(saved[name])
+            is_valid = fits(state[name])
         except (KeyError, TypeError):
             is_valid = False
         if not is_valid:
             raise UserError(f"{path}/state.json has no usable {name}")
-    _check_draws(path, saved["draws"])
-    return saved
+    _check_draws(path, state["draws"])
+    return state
 
 
 def _check_draws(path, rule):
