@@ -2,10 +2,10 @@
 
 accelerate launch ensemble_eval.py runs/a runs/b runs/c               report.md, with its pictures
 accelerate launch ensemble_eval.py runs/a runs/b --tta flip           two views of every image
-accelerate launch ensemble_eval.py runs/a runs/b --tta shift,crops:5  these against one view
+accelerate launch ensemble_eval.py runs/a runs/b --tta shift,crops:5  both against one view
 accelerate launch ensemble_eval.py runs/a --tta random:8              one network, nine views
 accelerate launch ensemble_eval.py runs/a runs/b --member_weights 0.7,0.3
-accelerate launch ensemble_eval.py runs/fold1 runs/fold2 runs/fold3   of --fold 1/3 to 3/3: as one
+accelerate launch ensemble_eval.py runs/fold1 runs/fold2 runs/fold3   a cross-validation by --fold
 """
 
 from harness.cli import flags
@@ -45,7 +45,7 @@ from tricks.ensemble import average_logits, average_probabilities
 def main(args):
     accelerator, machine = make_accelerator(args.mixed_precision, 1, args.threads, args.seed)
 
-    # members, views, images: all that can be refused is, before any long work
+    # members, views, images: whatever can be refused is refused before any long work
     members = in_turn(accelerator, lambda: read_members(args.members))
     names = [member.name for member in members]
     folder_options = flags.pick(FolderOptions, args)
@@ -65,7 +65,7 @@ def main(args):
     if args.dry_run:
         return
 
-    # predictions: one forward pass a member and view, or the files of an earlier one
+    # predictions: one forward pass for each member and view, or the file of an earlier pass
     splits = {"scored": images.scored} | ({"fitted": images.fitted} if images.fitted else {})
     labels = {role: torch.from_numpy(split.labels) for role, split in splits.items()}
     predictions = Predictions(
@@ -79,47 +79,47 @@ def main(args):
     )
     missing = []
     for member in members:
-        every = [view for kind in views for view in views[kind][member.preprocessing.size]]
-        missing.append(predictions.recall(member, every))
+        all_views = [view for kind in views for view in views[kind][member.preprocessing.size]]
+        missing.append(predictions.recall(member, all_views))
     models = [load_model(member) if m else None for member, m in zip(members, missing, strict=True)]
     with progress(accelerator, sum(map(predictions.count, missing))) as bar:
-        for member, model, absent in zip(members, models, missing, strict=True):
-            if absent:
+        for member, model, member_views in zip(members, models, missing, strict=True):
+            if member_views:
                 model.to(accelerator.device, memory_format=torch.channels_last)
-                predictions.compute(member, model, absent, bar)
+                predictions.compute(member, model, member_views, bar)
                 model.to("cpu")
 
     # combinations: from here on everything works on logits
-    def seen(kind, role):
+    def member_logits(kind, role):
         return torch.stack(
             [predictions.logits(m, role, views[kind][m.preprocessing.size]) for m in members]
         )
 
     kind = next(iter(views))
-    logits = {role: seen(kind, role) for role in splits}
+    logits = {role: member_logits(kind, role) for role in splits}
     results = combinations.member_results(names, logits, labels, args.seed)
     soups = Soups(accelerator, members, images, predictions, views[kind], folder, args.seed)
     if len(members) > 1:
         results += combinations.combined_results(
             names, logits, labels, args.seed, average=args.average, weights=weights
         )
-        own = results[: len(members)]
-        results += combinations.soup_results(groups, soups.logits, own, labels, args.seed)
+        singles = results[: len(members)]
+        results += combinations.soup_results(groups, soups.logits, singles, labels, args.seed)
     if not accelerator.is_main_process:
         return
     if images.fitted:  # each member's own temperature, for predict.py and exports
-        for member, own in zip(members, logits["fitted"], strict=True):
-            keep_temperature(member, own, labels["fitted"], images.fitted.name)
+        for member, fit_logits in zip(members, logits["fitted"], strict=True):
+            keep_temperature(member, fit_logits, labels["fitted"], images.fitted.name)
 
     # comparison: intervals, tests, diversity, what views gain
     mean = average_logits if args.average == "logits" else average_probabilities
     predicted = {}
-    for word in views:
-        each = seen(word, "scored")
-        predicted[word] = dict(zip(names, each.argmax(2), strict=True))
-        predicted[word]["average"] = mean(each).argmax(1)
+    for name in views:
+        view_logits = member_logits(name, "scored")
+        predicted[name] = dict(zip(names, view_logits.argmax(2), strict=True))
+        predicted[name]["average"] = mean(view_logits).argmax(1)
     truth = labels["scored"]
-    found = {
+    facts = {
         "name": folder.name,
         "source": images.source,
         "views": kind,
@@ -133,28 +133,28 @@ def main(args):
     }
 
     # report: the answer first, pictures take a second
-    print(report.answer(found), flush=True)
+    print(report.answer(facts), flush=True)
     claim_report(folder, "ensemble_eval.py")
-    report.write(folder, found, predictions.samples("scored", members[0].preprocessing))
+    report.write(folder, facts, predictions.samples("scored", members[0].preprocessing))
     replace_file(folder / "config.yaml", flags.to_yaml(flags.to_recipe(args)))
     soups.save_all(results)
     tracking = Tracking(
         accelerator, flags.pick(TrackingOptions, args), folder=folder, job_type="ensemble",
         tags=report.tags(members),
     )  # fmt: skip
-    report.track(tracking, found, folder)
+    report.track(tracking, facts, folder)
     print(report.closing(folder, tracking.line))
 
 
 def score_folds(args, accelerator, machine, folder, folds):
-    """The runs of a cross-validation: one report of what each says of the images it held out."""
+    """Score a cross-validation: one report on all images, each predicted by the run without it."""
     for fold in folds:
         accelerator.print(
             f"fold         {fold.number} of {len(folds)}: {fold.member.name}, "
             f"{len(fold.split):,} held-out images"
         )
-    whole = crossvalidation.joined(folds)
-    accelerator.print(f"scored       {len(whole):,} images, each by the run that held it out")
+    split = crossvalidation.joined(folds)
+    accelerator.print(f"scored       {len(split):,} images, each by the run that held it out")
     if args.dry_run:
         return
     predictions = Predictions(
@@ -176,11 +176,11 @@ def score_folds(args, accelerator, machine, folder, folds):
     if not accelerator.is_main_process:
         return
     classes = folds[0].member.classes
-    found, together = crossvalidation.facts(folder.name, folds, samples, logits, classes)
+    facts, all_samples = crossvalidation.facts(folder.name, folds, samples, logits, classes)
     claim_report(folder, "ensemble_eval.py")
-    training_report.write(folder, found, together)
+    training_report.write(folder, facts, all_samples)
     replace_file(folder / "config.yaml", flags.to_yaml(flags.to_recipe(args)))
-    print(f"\n{training_report.headline(found)}\nreport       {folder}/report.md, mistakes.csv")
+    print(f"\n{training_report.headline(facts)}\nreport       {folder}/report.md, mistakes.csv")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Give a trained network to others: one checked file or folder, preprocessing included.
+"""Export a trained network to one file or folder that is checked and includes preprocessing.
 
 accelerate launch export.py runs/x --to onnx                     pixels in, probabilities out
 accelerate launch export.py runs/x --to onnx --precision int8    a quarter of the size, judged
@@ -45,7 +45,7 @@ def main(args):
     accelerator, _ = make_accelerator("no", 1, args.threads, args.seed)
     only_process(accelerator, "export.py")
 
-    # what can be refused is, before any work
+    # whatever can be refused is refused before any work
     if not args.run:
         raise UserError("give the folder of a trained run: export.py runs/x --to onnx")
     if args.precision != "fp32" and args.to != "onnx":
@@ -57,12 +57,12 @@ def main(args):
     trained = read_trained(args.run)
     options = flags.pick(FolderOptions, args)
     folder = report_folder(options, f"export-{trained.name}-{args.to}", "export.py")
-    fitted = read_calibration(trained)
-    temperature = fitted["temperature"] if fitted else 1.0
+    calibration = read_calibration(trained)
+    temperature = calibration["temperature"] if calibration else 1.0
     images = check_images(trained, args.dataset, args.seed, args.precision == "int8")
     print(f"network      {trained.name}: {trained.config['architecture']}, "
           f"{trained.preprocessing.size} px, {len(trained.classes):,} classes, temperature "
-          f"{temperature:.3f}{'' if fitted else ' (no calibration.json)'}")  # fmt: skip
+          f"{temperature:.3f}{'' if calibration else ' (no calibration.json)'}")  # fmt: skip
     print(f"checked on   {images.source}")
     if args.dry_run:
         return
@@ -72,46 +72,46 @@ def main(args):
     classifier = graphs.Classifier(
         load_model(trained), preprocessing.mean, preprocessing.std, temperature
     ).eval()
-    ours = graphs.run_module(classifier, images.batches)
+    expected = graphs.run_module(classifier, images.batches)
     claim_report(folder, "export.py")
     if args.to in ("onnx", "torch"):
-        metadata = graphs.metadata_of(trained, temperature, images.batches[0][0], ours[0])
-        write_graph(args, trained, classifier, images, ours, folder, metadata)
+        metadata = graphs.metadata_of(trained, temperature, images.batches[0][0], expected[0])
+        write_graph(args, trained, classifier, images, expected, folder, metadata)
     else:
         pixels = images.batches[0]
         with torch.inference_mode():
             logits = classifier.model(pixels.float() * classifier.factor - classifier.shift)
-        off = folders.write_timm(trained, folder, logits, pixels)
-        print(f"timm         loads the folder; its logits differ by at most {off:.1e}")
+        distance = folders.write_timm(trained, folder, logits, pixels)
+        print(f"timm         loads the folder; its logits differ by at most {distance:.1e}")
 
     # the card, and the Hub
-    write_card(folder, trained, fitted, args.to, args.license)
+    write_card(folder, trained, calibration, args.to, args.license)
     replace_file(folder / "config.yaml", flags.to_yaml(options.recipe))
     for name in set(WRITTEN["onnx"] + WRITTEN["torch"] + WRITTEN["timm"]) - set(WRITTEN[args.to]):
-        (folder / name).unlink(missing_ok=True)  # of an export of another kind before
+        (folder / name).unlink(missing_ok=True)  # of an earlier export of another kind
     print(f"exported     {folder}/{', '.join(sorted(p.name for p in folder.glob('[!.]*')))}")
     if args.to == "hub":
         print(hub.push(folder, args.push, args.private))
 
 
-def write_graph(args, trained, classifier, images, ours, folder, metadata):
-    """model.onnx or model.pt2, once it is seen to answer as the run's network does."""
+def write_graph(args, trained, classifier, images, expected, folder, metadata):
+    """Write model.onnx or model.pt2, after checking that it answers as the run's network does."""
     preprocessing, size = trained.preprocessing, trained.preprocessing.size
     final = folder / ("model.onnx" if args.to == "onnx" else "model.pt2")
-    part = folder / f".{final.stem}.writing{final.suffix}"
-    others = [part]
+    unchecked = folder / f".{final.stem}.writing{final.suffix}"
+    temporary = [unchecked]
     try:
         if args.to == "torch":
-            graphs.write_torch(classifier, size, part, metadata)
-            theirs = graphs.run_torch(part, images.batches)
+            graphs.write_torch(classifier, size, unchecked, metadata)
+            probabilities = graphs.run_torch(unchecked, images.batches)
         else:
-            graphs.write_onnx(classifier, size, part, metadata)
-            theirs = graphs.run_onnx(part, images.batches)
-        off, changed = graphs.differences(theirs, ours)
-        print(f"fp32         probabilities differ by at most {off:.1e}; {changed} of "
-              f"{len(ours):,} images get another class")  # fmt: skip
-        if not off <= graphs.TOLERANCE or changed:
-            raise UserError("the export answers otherwise than the run's network: not written")
+            graphs.write_onnx(classifier, size, unchecked, metadata)
+            probabilities = graphs.run_onnx(unchecked, images.batches)
+        distance, changes = graphs.differences(probabilities, expected)
+        print(f"fp32         probabilities differ by at most {distance:.1e}; {changes} of "
+              f"{len(expected):,} images get another class")  # fmt: skip
+        if not distance <= graphs.TOLERANCE or changes:
+            raise UserError("the export gives other answers than the run's network: not written")
         if args.precision == "fp16":
             half = graphs.Classifier(
                 load_model(trained),
@@ -120,18 +120,21 @@ def write_graph(args, trained, classifier, images, ours, folder, metadata):
                 classifier.temperature,
                 torch.float16,
             )
-            graphs.write_onnx(half.eval(), size, part, metadata)
+            graphs.write_onnx(half.eval(), size, unchecked, metadata)
         elif args.precision == "int8":
-            others.append(folder / ".fp32.writing.onnx")
-            os.replace(part, others[-1])
-            graphs.write_int8(others[-1], part, images.calibration)
+            temporary.append(folder / ".fp32.writing.onnx")
+            os.replace(unchecked, temporary[-1])
+            graphs.write_int8(temporary[-1], unchecked, images.calibration)
         if args.precision != "fp32":
             images.check_drop(
-                graphs.run_onnx(part, images.batches), ours, args.precision, args.max_accuracy_drop
+                graphs.run_onnx(unchecked, images.batches),
+                expected,
+                args.precision,
+                args.max_accuracy_drop,
             )
-        os.replace(part, final)
+        os.replace(unchecked, final)
     finally:
-        for file in others:
+        for file in temporary:
             file.unlink(missing_ok=True)
 
 

@@ -70,28 +70,29 @@ def main(args):
     opening = open_run(args, "finetune.py")
     accelerator, data, pretrained = opening.accelerator, opening.data, opening.pretrained
     preprocessing = opening.preprocessing
-    cut = args.batch_size, args.gradient_accumulation_steps, accelerator.num_processes
-    check_batch(*cut, len(data.train), mixing=False)
+    batch_settings = args.batch_size, args.gradient_accumulation_steps, accelerator.num_processes
+    check_batch(*batch_settings, len(data.train), mixing=False)
     per_epoch = len(data.train) // args.batch_size
     of_run = flags.pick(staging.StageOptions, args)
 
     # model: a new head on loaded weights
     init = "own" if args.init == "auto" and pretrained.state else args.init
-    model, loaded, initialised = make_network(opening, flags.pick(ModelOptions, args), init)
+    model, loaded, initialisation = make_network(opening, flags.pick(ModelOptions, args), init)
 
     # strategy: a list of stages, each a function of the optimizer step
-    def fit(whole):
+    def fit(all_images):
         views = make_views(of_run, preprocessing)
         return fit_probe(
-            accelerator, model, splits, views, len(data.classes), args.seed, feature_cache, whole
-        )
+            accelerator, model, splits, views, len(data.classes), args.seed, feature_cache,
+            all_images,
+        )  # fmt: skip
 
     strategy, reason, splits, feature_cache, probe = args.strategy, "as asked", None, {}, None
     from_probe = args.strategy in ("auto", "feature_extraction") and loaded.head_is_new
     from_probe = from_probe and can_start_from_probe(model, preprocessing.size)
     if strategy == "auto":
         splits = decode_images(opening, args.verify_cache)
-        probe = fit(whole=False)
+        probe = fit(all_images=False)
         strategy, reason = staging.choose_strategy(
             probe.accuracy, len(data.classes), len(data.train)
         )
@@ -102,25 +103,25 @@ def main(args):
     )  # fmt: skip
     total = stages[-1].end
     for stage in stages:
-        part = check_batch(*cut, len(data.train), stage.options.mixes())
-    build.check_part(model, part, preprocessing.size)
-    cached = features.cacheable_stages(stages, model, preprocessing.size)
+        microbatch_size = check_batch(*batch_settings, len(data.train), stage.options.mixes())
+    build.check_part(model, microbatch_size, preprocessing.size)
+    cached_stages = features.cacheable_stages(stages, model, preprocessing.size)
     idle = staging.idle_flags(args.given, strategy)
     reason += f"; {', '.join(idle)} not used" if idle else ""
 
-    initialised = "a linear probe of the features" if from_probe else f"init {initialised}"
-    machine = opening.machine | {"weights": f"{loaded.text}; what is new: {initialised}"}
+    initialisation = "a linear probe of the features" if from_probe else f"init {initialisation}"
+    machine = opening.machine | {"weights": f"{loaded.text}; what is new: {initialisation}"}
     rows = opening.rows | {
         "strategy": f"{strategy}: {reason}",
         "lr": f"{args.optimizer}: see the stages",
     }
-    if seen := from_local_main(accelerator, lambda: seen_before(pretrained.recipes, data)):
+    if overlap := from_local_main(accelerator, lambda: seen_before(pretrained.recipes, data)):
         rows["note"] = (
-            f"{seen:,} of {len(data.val):,} val images were trained on by {args.weights}: the same "
-            "--seed and --val_fraction hold out the same images"
+            f"{overlap:,} of {len(data.val):,} val images were trained on by {args.weights}: the "
+            "same --seed and --val_fraction hold out the same images"
         )
     accelerator.print(plan.describe_run(args, machine, data, model, preprocessing, total, rows))
-    accelerator.print(staging.table(model, stages, per_epoch, cached))
+    accelerator.print(staging.table(model, stages, per_epoch, cached_stages))
     if args.dry_run:
         return
     splits = splits or decode_images(opening, args.verify_cache)
@@ -128,9 +129,9 @@ def main(args):
         accelerator.print(f"prepared     {describe_prepared(data, splits)}")
         return
     if from_probe:
-        probe = probe or fit(whole=bool(cached))
+        probe = probe or fit(all_images=bool(cached_stages))
         start_from_probe(model, probe)
-        accelerator.print(f"probe        {probe.words}: the head starts from it")
+        accelerator.print(f"probe        {probe.text}: the head starts from it")
     ema = ModelEma(model, args.ema_decay) if args.ema_decay else None
 
     # one optimizer for all stages: each gives it other groups
@@ -154,11 +155,11 @@ def main(args):
     )  # fmt: skip
 
     for stage in stages:
-        if stage.name not in cached:
+        if stage.name not in cached_stages:
             feature_cache.clear()  # no later stage wants the features
         if run.step < stage.end or (run.step == stage.end and run.unscored):
-            kept = feature_cache if stage.name in cached else None
-            train_stage(args, run, stage, optimizer, splits, preprocessing, data.classes, kept)
+            cache = feature_cache if stage.name in cached_stages else None
+            train_stage(args, run, stage, optimizer, splits, preprocessing, data.classes, cache)
 
     def predict(role):
         return evaluate_result(run, splits[role], make_views(of_run, preprocessing).evaluation)
@@ -170,23 +171,23 @@ def main(args):
         **({"probe": {"accuracy": probe.accuracy, "of": probe.source}} if probe else {}),
     }
     report = report_writer(opening, splits, args.slice_by)
-    summary = run.finish(predict, facts, report=report, before=opening.seconds)
+    summary = run.finish(predict, facts, report=report, setup_seconds=opening.seconds)
     accelerator.print(plan.closing(summary, opening.folder, run.record.tracking.line))
 
 
 def train_stage(args, run, stage, optimizer, splits, preprocessing, classes, feature_cache):
-    """Train what the stage trains, on images (feature_cache: None) or a head on kept features.
+    """Train one stage: on images or, where there is a feature_cache, a head on kept features.
 
-    feature_cache: the features kept so far, which this adds to.
+    feature_cache: a dict of the features kept so far, to which this adds; or None.
     """
     accelerator, options, model = run.accelerator, stage.options, run.module
     run.record.stage = stage.name
     staging.set_groups(optimizer.optimizer, staging.apply_stage(model, stage))
     check_groups(model, optimizer.param_groups)
-    frozen = frozen_digest(model)
-    views, network, changing = make_views(options, preprocessing), model, None
-    cached = feature_cache is not None
-    if cached:
+    digest = frozen_digest(model)
+    views, network, trained_names = make_views(options, preprocessing), model, None
+    is_cached = feature_cache is not None
+    if is_cached:
         if run.wants_picture():
             view = min(1, options.views - 1)
             number = min(args.batch_size, SHOWN)
@@ -200,10 +201,10 @@ def train_stage(args, run, stage, optimizer, splits, preprocessing, classes, fea
             run.asked_to_stop,
         ))  # fmt: skip
         views = features.CachedViews(options.views)
-        changing = {name for name, p in model.named_parameters() if p.requires_grad}
-    # DDP looks at what requires a gradient when it wraps, so every stage wraps anew. In a shell,
-    # because Accelerate marks what it has prepared and passes it by the next time
-    wrapped = accelerator.prepare(torch.nn.Sequential(network))
+        trained_names = {name for name, p in model.named_parameters() if p.requires_grad}
+    # DDP notes at wrapping which parameters require a gradient, so every stage wraps anew. It wraps
+    # a new Sequential, because Accelerate does not prepare the same module a second time
+    wrapper = accelerator.prepare(torch.nn.Sequential(network))
     batches = train_batches(
         splits["train"], views, accelerator, batch_size=args.batch_size, seed=args.seed,
         accumulation=args.gradient_accumulation_steps, total_steps=stage.end,
@@ -215,20 +216,20 @@ def train_stage(args, run, stage, optimizer, splits, preprocessing, classes, fea
     def epoch_scores():
         return evaluate_epoch(run, network, splits, views.evaluation)
 
-    for step, batch in run.steps(batches, epoch_scores, spacing=30 if cached else 0):
+    for step, batch in run.steps(batches, epoch_scores, spacing=30 if is_cached else 0):
         set_lr(optimizer, warmup_cosine(step - stage.start, stage.end - stage.start, stage.warmup))
         rng = generator(args.seed, "mixing", step)
         mix = draw_mixing(options, preprocessing.size, rng)
-        for part in batch:  # one, unless gradients are accumulated
-            with accelerator.accumulate(wrapped):
-                targets = F.one_hot(part.labels, len(classes)).float()
-                images, targets = mix(part.images, targets)
-                logits = wrapped(images)
+        for microbatch in batch:  # one, unless gradients are accumulated
+            with accelerator.accumulate(wrapper):
+                targets = F.one_hot(microbatch.labels, len(classes)).float()
+                images, targets = mix(microbatch.images, targets)
+                logits = wrapper(images)
                 loss = loss_of(logits, smooth_labels(targets, options.label_smoothing, shares))
                 accelerator.backward(loss)
             # how much of its target each prediction hits: accuracy weighted by λ
             run.count(loss, targets.gather(1, logits.argmax(1, keepdim=True)).mean())
-            if not cached and run.wants_picture():
+            if not is_cached and run.wants_picture():
                 save_train_batch(run.picture, views.to_pixels(images), targets, classes)
         norm = accelerator.clip_grad_norm_(network.parameters(), args.clip_grad_norm or math.inf)
         # a non-finite number on any process: all stop, or skip, before the update
@@ -236,19 +237,21 @@ def train_stage(args, run, stage, optimizer, splits, preprocessing, classes, fea
         optimizer.step()
         optimizer.zero_grad()
         if run.ema and not accelerator.optimizer_step_was_skipped:
-            run.ema.update(model, step, changing)
+            run.ema.update(model, step, trained_names)
         if step + 1 == stage.end:
-            check_frozen(run, stage, frozen)
+            check_frozen(run, stage, digest)
     accelerator._models.clear()  # the wrapper's buckets of gradients can go
 
 
-def check_frozen(run, stage, before):
-    """At the end of a stage, before its last checkpoint: stop where what is frozen has moved.
+def check_frozen(run, stage, digest):
+    """Stop at the end of a stage, before its last checkpoint, if frozen weights have changed.
 
-    before: the digest of it at the beginning, which takes as long as some steps on a GPU.
+    digest: of what is frozen, at the stage's start. On a GPU it takes as long as some steps.
     """
-    moved = torch.tensor(float(frozen_digest(run.module) != before), device=run.accelerator.device)
-    if run.accelerator.reduce(moved, "sum").item():
+    changed = torch.tensor(
+        float(frozen_digest(run.module) != digest), device=run.accelerator.device
+    )
+    if run.accelerator.reduce(changed, "sum").item():
         run.fail(f"stage {stage.name}: weights or buffers that are frozen have changed")
 
 

@@ -37,42 +37,43 @@ def main(args):
     accelerator, machine = make_accelerator("no", 1, args.threads, args.seed)
     rank, processes = accelerator.process_index, accelerator.num_processes
     device = accelerator.device
-    torch.set_float32_matmul_precision("highest")  # maps are few: fp32 proper on GPUs, too
+    torch.set_float32_matmul_precision("highest")  # maps are few: full fp32 on GPUs, too
     torch.backends.cudnn.allow_tf32 = False
 
-    # network and images: all that can be refused is, before any long work
-    methods = cams.known_words(args.method, CAM_METHODS, "--method")
+    # network and images: whatever can be refused is refused before any long work
+    methods = cams.parse_choices(args.method, CAM_METHODS, "--method")
     colour = colours(args.colormap)
-    asked, chosen, maps = (
-        flags.pick(kind, args)
-        for kind in (cams.NetworkOptions, cams.PictureOptions, cams.MapOptions)
-    )
-    cams.check_flags(asked, chosen, maps)
-    network = in_turn(accelerator, lambda: cams.find_network(asked))
+    network_options = flags.pick(cams.NetworkOptions, args)
+    picture_options = flags.pick(cams.PictureOptions, args)
+    map_options = flags.pick(cams.MapOptions, args)
+    cams.check_flags(network_options, picture_options, map_options)
+    network = in_turn(accelerator, lambda: cams.find_network(network_options))
     folder_options = flags.pick(FolderOptions, args)
     folder = report_folder(folder_options, f"gradcam-{network.name}", "gradcam.py")
     network.model.to(device)
-    pictures = cams.find_pictures(chosen, network, accelerator)
-    classes_of = cams.targets_of(maps, network, pictures)
+    pictures = cams.find_pictures(picture_options, network, accelerator)
+    classes_of = cams.targets_of(map_options, network, pictures)
     accelerator.print(report.plan(network, pictures, methods, machine))
     if args.dry_run:
         return
 
     # maps: a forward and a backward pass for 16 images at a time, shared out to the processes
-    mine = pictures[rank::processes]
-    with progress(accelerator, len(mine)) as bar:
-        parts = from_each(
+    share = pictures[rank::processes]
+    with progress(accelerator, len(share)) as bar:
+        shares = from_each(
             accelerator,
-            lambda: cams.explain(maps, network, mine, classes_of, methods, device, bar),
+            lambda: cams.explain(map_options, network, share, classes_of, methods, device, bar),
         )
-    found = cams.merged(parts, len(pictures))
+    explained = cams.merge(shares, len(pictures))
 
     # report
     if accelerator.is_main_process:
         claim_report(folder, "gradcam.py")
         of_data_set = bool(args.run) and not args.images and not args.dataset
         options = flags.pick(report.SheetOptions, args)
-        report.write(options, accelerator, folder, network, pictures, found, colour, of_data_set)
+        report.write(
+            options, accelerator, folder, network, pictures, explained, colour, of_data_set
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

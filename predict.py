@@ -39,7 +39,7 @@ from harness.training.folder import FolderOptions, claim_report, report_folder
 def main(args):
     accelerator, machine = make_accelerator(args.mixed_precision, 1, args.threads, args.seed)
 
-    # networks and images: all that can be refused is, before any long work
+    # networks and images: whatever can be refused is refused before any long work
     runs, paths = in_turn(accelerator, lambda: runs_and_paths(args.inputs or []))
     name = default_name([run.name for run in runs]).replace("ensemble-", "predict-", 1)
     folder_options = flags.pick(FolderOptions, args)
@@ -60,20 +60,20 @@ def main(args):
     if args.dry_run:
         return
 
-    # probabilities: threads decode while the network computes; of each image its top k is kept
+    # probabilities: threads decode while the network computes; the top k of each image are kept
     keep = report.keeper(args.top_k, sets, images.labels)
     with bar(len(images)) as progress_bar:
-        predictions, bad = probabilities_of(accelerator, networks, images, keep, progress_bar)
-    if len(bad) == len(images):
+        predictions, reasons = probabilities_of(accelerator, networks, images, keep, progress_bar)
+    if len(reasons) == len(images):
         raise UserError(f"none of the {len(images):,} images can be read: {images.names[0]}: "
-                        f"{bad[0]}")  # fmt: skip
+                        f"{reasons[0]}")  # fmt: skip
     if not accelerator.is_main_process:
         return
 
-    # what came out: the answer first
+    # results: the answer first
     classes = runs[0].classes
-    rows = list(report.rows_of(images, predictions, bad, classes, options))
-    summary = report.summarise(images, predictions, bad, networks, sets, options)
+    rows = list(report.rows_of(images, predictions, reasons, classes, options))
+    summary = report.summarise(images, predictions, reasons, networks, sets, options)
     for line in report.lines_of(rows, options):
         print(line)
     claim_report(folder, "predict.py")

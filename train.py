@@ -59,23 +59,23 @@ from tricks.schedule import set_lr
 
 
 def main(args):
-    # data: what is where, and later its pixels, decoded once; weights say how they want them
+    # data: which images there are; their pixels are decoded later, once, as the weights want them
     opening = open_run(args, "train.py")
     accelerator, data, pretrained = opening.accelerator, opening.data, opening.pretrained
     preprocessing, device = opening.preprocessing, accelerator.device
     tta_views = scored_views(args.tta, preprocessing.size, args.seed)
     batch_options = flags.pick(BatchOptions, args)
-    part = check_batch(
+    microbatch_size = check_batch(
         args.batch_size, args.gradient_accumulation_steps, accelerator.num_processes,
         len(data.train), batch_options.mixes(),
     )  # fmt: skip
-    per_epoch = len(data.train) // args.batch_size  # the images that don't fill a batch are left
+    per_epoch = len(data.train) // args.batch_size  # images that don't fill a batch are left out
     total = args.max_steps or args.epochs * per_epoch
 
     # model
-    model, loaded, initialised = make_network(opening, flags.pick(ModelOptions, args), args.init)
+    model, loaded, initialisation = make_network(opening, flags.pick(ModelOptions, args), args.init)
     start_size = build.check_start_size(model, args.model, args.start_size, preprocessing.size)
-    build.check_part(model, part, start_size)
+    build.check_part(model, microbatch_size, start_size)
 
     # optimizer and schedule: the learning rate is a function of the step, nothing to save
     optimizer_options = flags.pick(OptimizerOptions, args)
@@ -86,7 +86,7 @@ def main(args):
     steps_per_epoch = len(data.train) / args.batch_size
     warmup = min(round(args.warmup_epochs * steps_per_epoch), total // 2)
 
-    machine = opening.machine | {"weights": f"init {initialised}; {loaded.text}"}
+    machine = opening.machine | {"weights": f"init {initialisation}; {loaded.text}"}
     rows = opening.rows | {"lr": plan.rates(optimizer_options, steps_per_epoch, total, warmup)}
     accelerator.print(plan.describe_run(args, machine, data, model, preprocessing, total, rows))
     if args.dry_run:
@@ -99,11 +99,11 @@ def main(args):
     # tricks
     views = make_views(batch_options, preprocessing)
 
-    def some(n):
+    def train_images(n):
         return views.evaluation(splits["train"].take(torch.arange(len(data.train))[:n], device)[0])
 
     if pretrained.state is None:
-        build.whiten(model, some)
+        build.whiten(model, train_images)
     ema = ModelEma(model, args.ema_decay) if args.ema_decay else None
 
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -131,10 +131,10 @@ def main(args):
         size = progressive_size(step, total, start_size, preprocessing.size)
         rng = generator(args.seed, "mixing", step)
         mix = draw_mixing(batch_options, preprocessing.size, rng)
-        for part in batch:  # one, unless gradients are accumulated
+        for microbatch in batch:  # one, unless gradients are accumulated
             with accelerator.accumulate(model):
-                targets = F.one_hot(part.labels, len(data.classes)).float()
-                images, targets = mix(part.images, targets)
+                targets = F.one_hot(microbatch.labels, len(data.classes)).float()
+                images, targets = mix(microbatch.images, targets)
                 logits = model(resize_batch(images, size))
                 loss = loss_of(logits, smooth_labels(targets, args.label_smoothing, shares))
                 accelerator.backward(loss)
@@ -150,12 +150,12 @@ def main(args):
         if ema and not accelerator.optimizer_step_was_skipped:
             ema.update(run.module, step)
 
-    def predict(role, views_of_each=None):
-        return evaluate_result(run, splits[role], views.evaluation, views_of_each)
+    def predict(role, tta_views=None):
+        return evaluate_result(run, splits[role], views.evaluation, tta_views)
 
     summary = run.finish(
         predict, tta=tta_views and (lambda role: predict(role, tta_views)[0]),
-        report=report_writer(opening, splits, args.slice_by), before=opening.seconds,
+        report=report_writer(opening, splits, args.slice_by), setup_seconds=opening.seconds,
     )  # fmt: skip
     accelerator.print(plan.closing(summary, opening.folder, run.record.tracking.line))
 

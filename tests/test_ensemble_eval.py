@@ -366,7 +366,7 @@ def test_flags_that_do_not_fit_are_refused(runs, tmp_path):
     assert "crops are 1 to 5" in refused([runs.a], tmp_path, tta="none,crops:7")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.tex").write_text("")
-    assert "not of ensemble_eval.py" in refused([runs.a], tmp_path, run_name="taken")
+    assert "ensemble_eval.py did not write" in refused([runs.a], tmp_path, run_name="taken")
 
 
 @pytest.mark.parametrize("words", ["1,-1", "0,0", "a", "1,nan"])

@@ -299,7 +299,7 @@ def test_what_does_not_fit_is_refused(run, tmp_path):
     assert "--split has no effect" in said
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine.txt").write_text("")
-    assert "not of gradcam.py" in refused(tmp_path, run, run_name="taken")
+    assert "gradcam.py did not write" in refused(tmp_path, run, run_name="taken")
 
 
 @pytest.mark.slow

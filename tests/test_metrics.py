@@ -109,7 +109,7 @@ def test_an_evaluation_gives_what_was_asked_for_and_its_logits():
     torch.manual_seed(0)
     network, split = Network().eval(), make_split(513)
     names = list(METRICS)
-    scores, logits = evaluate(Alone(), network, split, prepare, metrics=names, whole=True)
+    scores, logits = evaluate(Alone(), network, split, prepare, metrics=names, with_logits=True)
     assert list(scores) == names and logits.shape == (513, 3)
     with torch.inference_mode():
         plain = network(prepare(split.stored[split.rows]))

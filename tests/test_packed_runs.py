@@ -55,7 +55,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(photos, straight, tmp_path, capsys):
 
 def test_nvjpeg_is_for_packed_pixels_on_a_gpu(photos, tmp_path, monkeypatch):
     flags = FLAGS | {"dataset": photos, "jpeg_decoder": "nvjpeg"}
-    with pytest.raises(UserError, match="--jpeg_decoder nvjpeg wants a CUDA GPU, this is cpu"):
+    with pytest.raises(UserError, match="--jpeg_decoder nvjpeg needs a CUDA GPU, this is cpu"):
         smallruns.train(tmp_path, **flags)
     args = smallruns.build_parser("train.py").read(["--jpeg_decoder=nvjpeg", "--pixels=decoded"])
     data = load_data(str(photos), val_fraction=0.25)

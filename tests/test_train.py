@@ -249,9 +249,9 @@ def test_bad_input_is_one_line_that_names_it(tmp_path):
     cases = [
         ({"model": "resnet81"}, 'unknown model "resnet81".*did you mean "resnet'),
         ({"dataset": "cifar11"}, 'unknown data set "cifar11", did you mean "cifar1'),
-        ({"batch_size": 47}, "--batch_size 47 does not divide by 1 processes × 2"),
-        ({"batch_size": 50}, "is 25 images a part, an odd number"),
-        ({"batch_size": 400}, "--batch_size 400 is over the 200 train images"),
+        ({"batch_size": 47}, "--batch_size 47 is not divisible by 1 processes × 2"),
+        ({"batch_size": 50}, "is 25 images at a time, an odd number"),
+        ({"batch_size": 400}, "--batch_size 400 is more than the 200 train images"),
         ({"weights": "nope.pth"}, "no weights at nope.pth"),
         ({"label_column": "lable"}, 'did you mean "label"'),
         ({"report_to": "wandbb"}, 'did you mean "wandb"'),

@@ -1,4 +1,4 @@
-"""Which network and which images gradcam.py explains, and what its maps are checked by."""
+"""Which network and which images gradcam.py explains, the maps, and how they are checked."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ from tricks.cam_checks import (
 )
 from tricks.tta import tta_views
 
-# Of weights about which nothing is known
+# For weights that come without preprocessing
 ASSUMED = Preprocessing(224, 0.875, "bilinear", *IMAGENET_STATISTICS)
 SHOWN = 16  # images of a split
 BATCH = 16  # images whose maps are made at once
-LOOKED_THROUGH = 128  # images that are classified at once, to find right and wrong ones
+PREDICTED = 128  # images that are classified at once, to find right and wrong ones
 STEPS = 32  # of deletion and insertion
 OF_WEIGHTS = ("weights", "weights_by_order", "mean", "std", "interpolation", "crop_pct")
 OF_SPLITS = (
@@ -95,16 +95,16 @@ class Network(NamedTuple):
     preprocessing: Preprocessing
     classes: list[str]
     run: object  # harness.models.trained.Trained, or None
-    words: str = ""  # of a network that is no run's: its weights, and how it wants images
-    temperature: float = 1.0  # of its probabilities
+    description: str = ""  # of one that is not a run's: its weights, how it wants images
+    temperature: float = 1.0  # which its logits are divided by
 
 
 class Picture(NamedTuple):
-    """One image: its uint8 pixels (3, S, S) as the network sees them, and what is known of it."""
+    """One image: uint8 pixels (3, S, S), as the network sees them, its origin and its class."""
 
     pixels: torch.Tensor
     source: str  # a file, or "test 14"
-    true: int | None
+    true: int | None  # its class, where it is known
     region: torch.Tensor | None  # bool (S, S)
     number: int = 0  # among the pictures
 
@@ -121,10 +121,10 @@ def find_network(options) -> Network:
         raise UserError("give the folder of a trained run, or --model and --images")
     if options.run:
         trained = read_trained(options.run)
-        fitted = read_calibration(trained)
+        calibration = read_calibration(trained)
         return Network(
             trained.name, load_model(trained), trained.preprocessing, trained.classes, trained,
-            temperature=fitted["temperature"] if fitted else 1.0,
+            temperature=calibration["temperature"] if calibration else 1.0,
         )  # fmt: skip
     weights = find_weights(options.weights or "default", options.model)
     if weights.state is None:
@@ -156,7 +156,7 @@ def find_network(options) -> Network:
 
 
 def classes_of(weights, model, by_order):
-    """How many classes the head of some weights has; UserError where they have none.
+    """How many classes the head of some weights has; UserError for weights without a head.
 
     model: the network's name. by_order: of --weights_by_order.
     """
@@ -185,26 +185,26 @@ def check_flags(network, pictures, maps):
         ("region_column", not maps.check, "--check measures the heat in it"),
         *((name, pictures.images, "--images names the images") for name in OF_SPLITS),
     ]
-    for name, idle, why in checks:
-        if idle and values[name]:
-            raise UserError(f"--{name} has no effect here: {why}")
+    for name, has_no_effect, reason in checks:
+        if has_no_effect and values[name]:
+            raise UserError(f"--{name} has no effect here: {reason}")
 
 
-def known_words(text, known, flag) -> list[str]:
-    """The words of a list with commas; UserError, with the nearest, for one that is not known."""
-    words = words_of(text)
-    for word in words:
-        if word not in known:
-            near = nearest(word, known) or f": there are {', '.join(known)}"
-            raise UserError(f'{flag}: "{word}" is not known{near}')
-    return words
+def parse_choices(text, choices, flag) -> list[str]:
+    """The names in a list with commas; UserError, with the nearest, for one not in choices."""
+    names = words_of(text)
+    for name in names:
+        if name not in choices:
+            hint = nearest(name, choices) or f": there are {', '.join(choices)}"
+            raise UserError(f'{flag}: "{name}" is not known{hint}')
+    return names
 
 
 # -- images --------------------------------------------------------------------------------------
 
 
 def find_pictures(options, network, accelerator) -> list[Picture]:
-    """The images to explain: --images, or of the run's data set; the same on all processes.
+    """The images to explain, from --images or the run's data set; the same on all processes.
 
     options: PictureOptions.
     """
@@ -213,14 +213,15 @@ def find_pictures(options, network, accelerator) -> list[Picture]:
         files = find_files(options.images, "--images ")[: options.max_images]
         depth = network.run and network.run.recipes[0].get("bit_depth")
         pictures = [
-            _picture(file, network.preprocessing, depth, options.skip_bad, say) for file in files
+            _file_picture(file, network.preprocessing, depth, options.skip_bad, say)
+            for file in files
         ]
         pictures = [picture for picture in pictures if picture]
         if not pictures:
             raise UserError("none of the images could be read")
         return _numbered(pictures)
     if not network.run:
-        raise UserError("--model needs --images: it was not trained on a data set that is known")
+        raise UserError("--model needs --images: there is no run that names its data set")
     flags = data_flags(
         network.run.recipes[0], dataset=options.dataset, image_column=options.image_column,
         label_column=options.label_column,
@@ -230,7 +231,7 @@ def find_pictures(options, network, accelerator) -> list[Picture]:
     role = options.split or ("val" if data.val is not None else "test")
     split = getattr(data, role)
     if split is None:
-        raise UserError(f"{data.source} has no split '{role}' for this run: another --split")
+        raise UserError(f"{data.source} has no split '{role}' for this run: give another --split")
     region_column = options.region_column
     if region_column and region_column not in split.dataset.features:
         raise UserError(
@@ -246,12 +247,12 @@ def find_pictures(options, network, accelerator) -> list[Picture]:
             split, int(k), role, data.image_column, options, network.preprocessing, say
         )
 
-    if not numbers:  # one process chooses: another device might see a close call otherwise
+    if not numbers:  # one process chooses: devices may differ where two classes are close
         numbers = from_main(
             accelerator,
             lambda: _right_and_wrong(options, network, accelerator.device, len(split), picture),
         )
-    pictures = [found for found in map(picture, numbers) if found]
+    pictures = [image for image in map(picture, numbers) if image]
     if not pictures:
         kind = f"is {options.only}" if options.only else "could be read"
         raise UserError(f"no image of split '{role}' {kind}")
@@ -262,22 +263,22 @@ def _numbered(pictures):
     return [picture._replace(number=number) for number, picture in enumerate(pictures)]
 
 
-def _picture(file, preprocessing, bit_depth, skip_bad, say):
+def _file_picture(file, preprocessing, bit_depth, skip_bad, say):
     try:
         pixels = evaluation_image(file, preprocessing, bit_depth)
-        return Picture(_seen(pixels, preprocessing), str(file), None, None)
+        return Picture(_view_pixels(pixels, preprocessing), str(file), None, None)
     except Exception as error:  # Pillow's readers raise a dozen types for a bad file
-        return _bad(file, error, skip_bad, say)
+        return _report_unreadable(file, error, skip_bad, say)
 
 
-def _bad(source, error, skip_bad, say):
+def _report_unreadable(source, error, skip_bad, say):
     reason = reason_of_image(error)
     if not skip_bad:
         raise UserError(f"cannot read {source}: {reason} (--skip_bad leaves it out)") from None
     say(f"left out     {source}: {reason}")
 
 
-def _seen(pixels, preprocessing):
+def _view_pixels(pixels, preprocessing):
     """The centre that the network sees, as in evaluation."""
     (view,) = tta_views("none", preprocessing.size)
     return view.apply(pixels.unsqueeze(0), torch.zeros(1, dtype=torch.int64))[0].contiguous()
@@ -289,16 +290,15 @@ def _row_picture(split, k, role, column, options, preprocessing, say):
     cell = columns[int(split.rows[k]) : int(split.rows[k]) + 1][column].to_pylist()[0]
     source = f"{role} {k}"
     try:
-        pixels = _seen(
-            evaluation_image(image_file(cell), preprocessing, split.bit_depth), preprocessing
-        )
+        pixels = evaluation_image(image_file(cell), preprocessing, split.bit_depth)
+        pixels = _view_pixels(pixels, preprocessing)
         region = None
         if row is not None:
             region = _region(row[options.region_column], row[column].size, preprocessing)
     except UserError:
         raise
     except Exception as error:
-        return _bad(f"image {k} of split '{role}'", error, options.skip_bad, say)
+        return _report_unreadable(f"image {k} of split '{role}'", error, options.skip_bad, say)
     return Picture(pixels, source, int(split.labels[k]), region)
 
 
@@ -309,42 +309,42 @@ def _region(value, size, preprocessing):
     if isinstance(value, Image.Image):
         mask = value.convert("L").point(lambda v: 255 if v else 0)
     elif np.shape(value) == (4,):
-        left, top, right, bottom = value
+        x0, y0, x1, y1 = value
         mask = Image.new("L", size)
-        ImageDraw.Draw(mask).rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), 255)
+        ImageDraw.Draw(mask).rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), 255)
     else:
         raise UserError(f"--region_column holds neither a box nor a mask: {str(value)[:60]}")
     file = io.BytesIO()
     mask.save(file, "PNG")
     file.seek(0)
-    return _seen(evaluation_image(file, preprocessing), preprocessing)[0] > 127
+    return _view_pixels(evaluation_image(file, preprocessing), preprocessing)[0] > 127
 
 
 @torch.inference_mode()
 def _right_and_wrong(options, network, device, total, picture):
-    """Numbers of images, in a seeded order: half right and half wrong where there are, or one kind.
+    """Numbers of images in a seeded order: half right and half wrong where possible, or one kind.
 
-    total: images of the split. picture: a number -> Picture, or None for a bad one.
+    total: images of the split. picture: a number -> Picture, or None for an unreadable image.
     """
     number = min(options.max_images or SHOWN, total)
     kinds = (options.only,) if options.only in ("right", "wrong") else ("right", "wrong")
     share = -(-number // len(kinds))
     numbers = {kind: [] for kind in kinds}
     order = torch.randperm(total, generator=generator(options.seed, "cams")).tolist()
-    for start in range(0, total, LOOKED_THROUGH):
-        batch = [(k, picture(k)) for k in order[start : start + LOOKED_THROUGH]]
-        batch = [(k, found) for k, found in batch if found]
-        predicted = predict(network, [found for _, found in batch], device).argmax(1).tolist()
-        for (k, found), label in zip(batch, predicted, strict=True):
-            kind = "right" if label == found.true else "wrong"
+    for start in range(0, total, PREDICTED):
+        batch = [(k, picture(k)) for k in order[start : start + PREDICTED]]
+        batch = [(k, image) for k, image in batch if image]
+        probabilities = predict(network, [image for _, image in batch], device)
+        for (k, image), label in zip(batch, probabilities.argmax(1).tolist(), strict=True):
+            kind = "right" if label == image.true else "wrong"
             if kind in numbers:
                 numbers[kind].append(k)
-        if all(len(those) >= share for those in numbers.values()):
+        if all(len(chosen) >= share for chosen in numbers.values()):
             break
     if len(kinds) == 1:
         return numbers[kinds[0]][:number]
-    wrong = numbers["wrong"][: max(number // 2, number - len(numbers["right"]))]
-    return numbers["right"][: number - len(wrong)] + wrong
+    wrong_numbers = numbers["wrong"][: max(number // 2, number - len(numbers["right"]))]
+    return numbers["right"][: number - len(wrong_numbers)] + wrong_numbers
 
 
 def to_input(network, pictures, device):
@@ -370,12 +370,12 @@ def predict(network, pictures, device):
 def targets_of(options, network, pictures):
     """A function (probabilities (n, classes), pictures) -> the classes to explain (n, k), int64.
 
-    options: MapOptions. Raises UserError for a class that is not known, and for the true one where
-    nobody knows it.
+    options: MapOptions. Raises UserError for a name that is not a class, and for the true class of
+    images without labels.
     """
     classes, target = network.classes, options.target
-    all_known = all(picture.true is not None for picture in pictures)
-    if (options.contrast or target == "true") and not all_known:
+    has_labels = all(picture.true is not None for picture in pictures)
+    if (options.contrast or target == "true") and not has_labels:
         raise UserError(
             "the true class of these images is not known: --target predicted, or a name"
         )
@@ -398,8 +398,8 @@ def targets_of(options, network, pictures):
     elif re.fullmatch(r"\d+", target) and int(target) < len(classes):
         number = int(target)
     else:
-        near = None if target.isdecimal() else nearest(target, classes)
-        hint = near or f" (numbers are 0 to {len(classes) - 1})"
+        hint = None if target.isdecimal() else nearest(target, classes)
+        hint = hint or f" (numbers are 0 to {len(classes) - 1})"
         raise UserError(f'--target: no class is called "{target}"{hint}')
     return lambda probabilities, batch: torch.full((len(probabilities), 1), number)
 
@@ -415,11 +415,12 @@ class Explained(NamedTuple):
 
 
 def explain(options, network, pictures, classes_of, methods, device, bar):
-    """Explained of a process's share of the pictures; None where it has none.
+    """Explained of the pictures of one process; None where it has no pictures.
 
-    options: MapOptions. Raises UserError: a layer that is none, a network without positions.
+    options: MapOptions. Raises UserError for a name that is not a layer, and for a network whose
+    layers have no positions.
     """
-    random, parts = None, []
+    random, batches = None, []
     try:
         with GradCam(network.model, options.layer) as cam:
             for start in range(0, len(pictures), BATCH):
@@ -428,28 +429,28 @@ def explain(options, network, pictures, classes_of, methods, device, bar):
                 probabilities = predict(network, batch, device)
                 classes = classes_of(probabilities, batch)
                 cams = cam(images, classes.to(device), methods)
-                maps = {method: of_all.cpu() for method, of_all in cams.maps.items()}
+                maps = {method: tensor.cpu() for method, tensor in cams.maps.items()}
                 checks = [{} for _ in batch]
                 if options.check:
                     random = random or reinitialized_copy(
                         network.model, generator(options.seed, "randomised")
                     )
-                    checked = probabilities.argmax(1) if options.all_classes else classes[:, 0]
-                    column = (classes == checked.unsqueeze(1)).int().argmax(1)
-                    of_one = {m: maps[m][torch.arange(len(batch)), column] for m in methods}
+                    targets = probabilities.argmax(1) if options.all_classes else classes[:, 0]
+                    column = (classes == targets.unsqueeze(1)).int().argmax(1)
+                    target_maps = {m: maps[m][torch.arange(len(batch)), column] for m in methods}
                     checks = check(
-                        options.seed, network, cam, random, batch, images, checked, of_one
+                        options.seed, network, cam, random, batch, images, targets, target_maps
                     )
-                parts.append((probabilities, classes, maps, checks))
+                batches.append((probabilities, classes, maps, checks))
                 bar.update(len(batch))
             layer = cam.layer
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"{network.name}: {error}") from None
-    if not parts:
+    if not batches:
         return None
-    probabilities, classes, maps, checks = zip(*parts, strict=True)
+    probabilities, classes, maps, checks = zip(*batches, strict=True)
     return Explained(
         layer, torch.cat(probabilities), torch.cat(classes),
         {method: torch.cat([batch[method] for batch in maps]) for method in methods},
@@ -458,12 +459,12 @@ def explain(options, network, pictures, classes_of, methods, device, bar):
 
 
 def heat_of(maps, size):
-    """Maps (..., h, w) -> heat in [0, 1] (..., size, size): what speaks against a class is none."""
+    """Maps (..., h, w) -> heat in [0, 1] (..., size, size); evidence against a class is 0."""
     return upsample_maps(normalize_maps(maps.relu()), (size, size))
 
 
 def check(seed, network, cam, random, pictures, images, classes, maps):
-    """What --check measures of one class (n,) of each picture, for every method: a dict each.
+    """What --check measures of one class of each picture: a dict {method: values} for each.
 
     AUC of deletion (low is good) and insertion (high is good), of the map and of a random one; the
     rank correlation with the map of a network with random weights (near 0 is good); the share of
@@ -483,21 +484,21 @@ def check(seed, network, cam, random, pictures, images, classes, maps):
         torch.rand(size, size, generator=generator(seed, "noise", picture.number))
         for picture in pictures
     ]
-    by_chance = areas(torch.stack(noise))
+    noise_areas = areas(torch.stack(noise))
     methods = list(maps)
     with GradCam(random, cam.layer) as random_cam:
         random_maps = random_cam(images, classes, methods).maps
     checks = [{} for _ in pictures]
     for method in methods:
         heat = heat_of(maps[method], size)
-        by_map = areas(heat)
+        map_areas = areas(heat)
         correlations = rank_correlation(maps[method], random_maps[method].cpu()).tolist()
         for k, picture in enumerate(pictures):
             checks[k][method] = {
-                "deletion": by_map[0][k],
-                "deletion_random": by_chance[0][k],
-                "insertion": by_map[1][k],
-                "insertion_random": by_chance[1][k],
+                "deletion": map_areas[0][k],
+                "deletion_random": noise_areas[0][k],
+                "insertion": map_areas[1][k],
+                "insertion_random": noise_areas[1][k],
                 "randomised": correlations[k] if correlations[k] == correlations[k] else None,
             }
             if picture.region is not None:
@@ -507,17 +508,17 @@ def check(seed, network, cam, random, pictures, images, classes, maps):
     return checks
 
 
-def merged(parts, number):
-    """The Explained of all pictures, of those that the processes made of every nth."""
-    parts = [part for part in parts if part]
-    processes = len(parts)
+def merge(shares, number):
+    """The Explained of all pictures. shares: of each process, which has every nth picture."""
+    shares = [share for share in shares if share]
+    processes = len(shares)
     order = [k for rank in range(processes) for k in range(rank, number, processes)]
     index = torch.tensor(order).argsort()
-    checks = [one for part in parts for one in part.checks]
+    checks = [values for share in shares for values in share.checks]
     return Explained(
-        parts[0].layer,
-        torch.cat([part.probabilities for part in parts])[index],
-        torch.cat([part.classes for part in parts])[index],
-        {m: torch.cat([part.maps[m] for part in parts])[index] for m in parts[0].maps},
+        shares[0].layer,
+        torch.cat([share.probabilities for share in shares])[index],
+        torch.cat([share.classes for share in shares])[index],
+        {m: torch.cat([share.maps[m] for share in shares])[index] for m in shares[0].maps},
         [checks[k] for k in index.tolist()],
     )

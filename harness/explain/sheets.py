@@ -11,7 +11,7 @@ from harness.errors import UserError, nearest
 from harness.pictures import GAP, LARGEST, LINE, TILE, draw_line, save_picture
 
 WIDEST = 1700  # px of a sheet: what a screen shows, and 20 cm at 216 dots an inch
-FRAME = 2  # px around a strip
+FRAME = 2  # px between the panels of a strip
 
 
 class Strip(NamedTuple):
@@ -28,7 +28,7 @@ def colours(name):
 
     if name not in matplotlib.colormaps:
         raise UserError(
-            f'--colormap: "{name}" is none of matplotlib\'s{nearest(name, matplotlib.colormaps)}'
+            f'--colormap: "{name}" is not one of matplotlib\'s{nearest(name, matplotlib.colormaps)}'
         )
     table = matplotlib.colormaps[name]
     return lambda heat: (table(np.asarray(heat))[..., :3] * 255).round().astype(np.uint8)
@@ -37,14 +37,14 @@ def colours(name):
 def overlay(pixels, heat, colour, alpha):
     """The image with the heat over it, as opaque as it is hot: no heat hides nothing.
 
-    pixels: uint8 (H, W, 3). heat: float (H, W) in [0, 1]. alpha: opacity of the hottest place.
+    pixels: uint8 (H, W, 3). heat: float (H, W) in [0, 1]. alpha: opacity of the hottest pixel.
     """
     share = alpha * np.asarray(heat)[..., None]
     return ((1 - share) * pixels + share * colour(heat)).round().astype(np.uint8)
 
 
 def save_sheet(path, strips, heading=()):
-    """All strips in as many columns as a screen has room for; heading: lines above them."""
+    """Save all strips as one picture, in as many columns as fit a screen; heading: lines above."""
     sizes = [_size(strip) for strip in strips]
     width, height = max(w for w, _ in sizes), max(h for _, h in sizes)
     columns = max(1, min(len(strips), (WIDEST - GAP) // (width + GAP)))
@@ -85,18 +85,18 @@ def _draw(canvas, draw, strip, at, tile):
     from PIL import Image
 
     x, y = at
-    whole, _ = _size(strip)
+    width, _ = _size(strip)
     for number, line in enumerate(strip.title):
-        draw_line(draw, line, (x, y + LINE * (number + 1) - 4), whole, centred=False)
+        draw_line(draw, line, (x, y + LINE * (number + 1) - 4), width, centred=False)
     y += LINE * len(strip.title)
     below = max(len(lines) for _, lines in strip.panels)
     for number, (pixels, lines) in enumerate(strip.panels):
-        left = x + number * (tile[0] + FRAME)
+        panel_x = x + number * (tile[0] + FRAME)
         grows = tile[0] >= pixels.shape[1]
         method = Image.Resampling.NEAREST if grows else Image.Resampling.BOX
-        canvas.paste(Image.fromarray(pixels).resize(tile, method), (left, y))
+        canvas.paste(Image.fromarray(pixels).resize(tile, method), (panel_x, y))
         for row, line in enumerate(lines):
-            draw_line(draw, line, (left, y + tile[1] + LINE * (row + 1) - 4), tile[0])
+            draw_line(draw, line, (panel_x, y + tile[1] + LINE * (row + 1) - 4), tile[0])
     y += tile[1] + LINE * below
     for number, line in enumerate(strip.notes):
-        draw_line(draw, line, (x, y + LINE * (number + 1) - 4), whole, centred=False)
+        draw_line(draw, line, (x, y + LINE * (number + 1) - 4), width, centred=False)

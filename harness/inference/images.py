@@ -1,4 +1,4 @@
-"""Which images predict.py is asked about, and their labels where these are known."""
+"""The images that predict.py classifies, and their labels where these are known."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Images(NamedTuple):
     names: list[str]
     read: Any  # int -> a path, or a binary file object; raises ValueError for an empty cell
     labels: torch.Tensor | None  # int64 (n,), or None where they are not known
-    source: str  # in words, for the plan
+    source: str  # as text, for the plan
     bit_depth: int | None = None  # of 16-bit gray images
 
     def __len__(self):
@@ -30,14 +30,14 @@ class Images(NamedTuple):
 
 
 def runs_and_paths(inputs):
-    """(the Trained of the inputs that are folders of finished runs, the others: paths of images).
+    """(Trained of the inputs that are folders of finished runs, the other inputs: image paths).
 
-    Raises UserError where the first input is no run, and for runs whose classes differ.
+    Raises UserError where the first input is not a run, and for runs whose classes differ.
     """
     runs = [read_trained(path) for path in inputs if _is_run(path)]
     if not inputs or not _is_run(inputs[0]):
         if inputs:
-            read_trained(inputs[0])  # says why it is none
+            read_trained(inputs[0])  # says why it is not a run
         raise UserError("give the folder of a trained run, then images: predict.py runs/x photos/")
     for run in runs[1:]:
         if run.classes != runs[0].classes:
@@ -83,12 +83,12 @@ def find_images(paths, options, run) -> Images:
 
 
 def of_dataset(dataset, image_column, rows, labels, source, bit_depth=None) -> Images:
-    """The rows of a data set, called by the paths it has, else by their numbers."""
+    """The rows of a data set; each is called by the path in its cell, or else by its number."""
     cells = dataset.select_columns(image_column).with_format("arrow")
     rows, paths = [int(row) for row in rows], []
     for start in range(0, len(rows), 1000):
-        part = cells.select(rows[start : start + 1000]).with_format("arrow")[:][image_column]
-        paths += part.combine_chunks().field("path").to_pylist()
+        column = cells.select(rows[start : start + 1000]).with_format("arrow")[:][image_column]
+        paths += column.combine_chunks().field("path").to_pylist()
 
     def read(k):
         cell = cells[rows[k] : rows[k] + 1][image_column].to_pylist()[0]
@@ -99,49 +99,52 @@ def of_dataset(dataset, image_column, rows, labels, source, bit_depth=None) -> I
 
 
 def labels_of_folders(files, paths, classes):
-    """int64 (n,) where every file lies below a folder that is called as a class, else None.
+    """int64 (n,) where every file lies below a folder with the name of a class, else None.
 
-    Only folders below a path that was given count, and that folder itself.
+    Only the folders in `paths` and those below them count.
     """
-    known = {name: k for k, name in enumerate(classes)}
+    numbers = {name: k for k, name in enumerate(classes)}
     roots = {Path(path).expanduser() for path in paths}
     labels = []
     for file in files:
-        below = []
+        names = []
         for folder in file.parents:
-            below.append(folder.name)
+            names.append(folder.name)
             if folder in roots:
                 break
-        found = [known[name] for name in below if name in known]
-        if not found:
+        matches = [numbers[name] for name in names if name in numbers]
+        if not matches:
             return None
-        labels.append(found[0])
+        labels.append(matches[0])
     return torch.tensor(labels)
 
 
-def labels_of_column(dataset, asked, run):
+def labels_of_column(dataset, label_column, run):
     """int64 (n,) where the data set's labels are all classes of the run, else None.
 
-    asked: of --label_column, or None.
+    label_column: of the flag, or None.
     """
-    if asked and asked not in dataset.features:
+    if label_column and label_column not in dataset.features:
         raise UserError(
-            f"--label_column {asked}: there is no such column{nearest(asked, dataset.features)}"
+            f"--label_column {label_column}: there is no such column"
+            f"{nearest(label_column, dataset.features)}"
         )
-    column = asked or run.recipes[0].get("label_column") or run.config.get("label_column")
+    column = label_column or run.recipes[0].get("label_column") or run.config.get("label_column")
     column = column or next((c for c in ("label", "labels", "fine_label") if c in dataset.features),
                             None)  # fmt: skip
     if column not in dataset.features:
         return None
     names = getattr(dataset.features[column], "names", None)
-    known = {name: k for k, name in enumerate(run.classes)}
+    numbers = {name: k for k, name in enumerate(run.classes)}
     values = dataset.select_columns([column]).with_format("arrow")[:][column].to_pylist()
     if names is not None:
         values = [names[v] if v is not None and 0 <= v < len(names) else None for v in values]
-    labels = [known.get(str(value)) for value in values]
+    labels = [numbers.get(str(value)) for value in values]
     if None in labels:
-        if asked:
+        if label_column:
             k = labels.index(None)
-            raise UserError(f"--label_column {asked}: {values[k]!r} of row {k} is no class of it")
+            raise UserError(
+                f"--label_column {label_column}: {values[k]!r} of row {k} is not a class of the run"
+            )
         return None
     return torch.tensor(labels)

@@ -1,7 +1,8 @@
 """Probabilities of images: threads read and decode while the network computes.
 
-The images are cut into fixed batches by index and dealt to the processes in turn, so that the
-numbers do not depend on how many share the work. What can't be read is named, the rest is done.
+The images are cut into fixed batches by index and shared out to the processes in turn, so that the
+probabilities do not depend on how many processes share the work. Images that can't be read are
+reported, and do not stop the others.
 """
 
 from __future__ import annotations
@@ -36,68 +37,68 @@ class Network(NamedTuple):
     trained: object  # harness.models.trained.Trained
     model: object
     views: list  # of tricks.tta
-    temperature: float  # of calibration.json; 1 without it
+    temperature: float  # of calibration.json; 1.0 without one
     calibrated: bool
 
 
 def load_networks(runs, view_sets, device) -> list[Network]:
-    """runs: Trained. view_sets: {pixels a side: views}."""
+    """The Network of each run. runs: Trained. view_sets: {pixels a side: views}."""
     networks = []
     for run in runs:
-        known = read_calibration(run)
+        calibration = read_calibration(run)
         model = load_model(run).to(device, memory_format=torch.channels_last)
         networks.append(
             Network(
                 run, model, view_sets[run.preprocessing.size],
-                known["temperature"] if known else 1.0, known is not None,
+                calibration["temperature"] if calibration else 1.0, calibration is not None,
             )
         )  # fmt: skip
     return networks
 
 
 def probabilities_of(accelerator, networks, images, keep, bar):
-    """(what `keep` makes of every image, in order; {number: why} of those that can't be read).
+    """(what `keep` returns for every image, in order; {number: reason} of unreadable images).
 
     networks: their calibrated probabilities are averaged. images: harness.inference.images.Images.
     keep: a function (numbers (k,), probabilities float32 (k, classes) on the CPU) -> a list of k
-    things, small ones: all of them go to all processes. Unreadable images have None.
+    objects. They should be small, as each goes to every process. Unreadable images have None.
     """
     starts = range(0, len(images), BATCH)
-    own = range(accelerator.process_index, len(starts), accelerator.num_processes)
+    batches = range(accelerator.process_index, len(starts), accelerator.num_processes)
     preprocessings = list(dict.fromkeys(network.trained.preprocessing for network in networks))
-    found, bad = {}, {}
+    results, reasons = {}, {}
     with ThreadPoolExecutor(threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) as pool:
 
         def begin(batch):
             numbers = range(starts[batch], min(starts[batch] + BATCH, len(images)))
             return [(k, pool.submit(decode_one, images, k, preprocessings)) for k in numbers]
 
-        left = iter(own)
-        ahead = deque(begin(batch) for batch in islice(left, AHEAD))
+        queue = iter(batches)
+        ahead = deque(begin(batch) for batch in islice(queue, AHEAD))
         while ahead:
             jobs = ahead.popleft()
-            ahead.extend(begin(batch) for batch in islice(left, 1))
-            done = {k: job.result() for k, job in jobs}
-            bad |= {k: why for k, why in done.items() if isinstance(why, str)}
-            numbers = [k for k, pixels in done.items() if not isinstance(pixels, str)]
+            ahead.extend(begin(batch) for batch in islice(queue, 1))
+            outcomes = {k: job.result() for k, job in jobs}  # pixels, or why there are none
+            reasons |= {k: outcome for k, outcome in outcomes.items() if isinstance(outcome, str)}
+            numbers = [k for k, outcome in outcomes.items() if not isinstance(outcome, str)]
             if numbers:
                 stacks = {
-                    preprocessing: torch.stack([done[k][n] for k in numbers])
+                    preprocessing: torch.stack([outcomes[k][n] for k in numbers])
                     for n, preprocessing in enumerate(preprocessings)
                 }
                 index = torch.tensor(numbers)
                 mean = forward(accelerator, networks, stacks, index)
-                found |= dict(zip(numbers, keep(index, mean), strict=True))
+                results |= dict(zip(numbers, keep(index, mean), strict=True))
             bar.update(min(len(jobs) * accelerator.num_processes, bar.total - bar.n))
-    parts = from_each(accelerator, lambda: (found, bad))
-    found = {k: value for part, _ in parts for k, value in part.items()}
-    bad = {k: why for _, part in parts for k, why in part.items()}
-    assert len(found) + len(bad) == len(images), "an image was left out without a word"
-    return [found.get(k) for k in range(len(images))], dict(sorted(bad.items()))
+    shares = from_each(accelerator, lambda: (results, reasons))
+    results = {k: result for share, _ in shares for k, result in share.items()}
+    reasons = {k: reason for _, share in shares for k, reason in share.items()}
+    assert len(results) + len(reasons) == len(images), "an image was left out without a word"
+    return [results.get(k) for k in range(len(images))], dict(sorted(reasons.items()))
 
 
 def decode_one(images, k, preprocessings):
-    """The pixels of one image for each Preprocessing, or why they can't be had."""
+    """The pixels of one image for each Preprocessing, or the reason why it can't be read."""
     try:
         file = images.read(k)
         data = file.read() if hasattr(file, "read") else Path(file).read_bytes()
@@ -118,9 +119,10 @@ def forward(accelerator, networks, stacks, index):
         pixels = stacks[preprocessing].to(accelerator.device)
         logits = []
         for view in network.views:
-            seen = normalize_batch(view.apply(pixels, index), preprocessing.mean, preprocessing.std)
+            inputs = view.apply(pixels, index)
+            inputs = normalize_batch(inputs, preprocessing.mean, preprocessing.std)
             with accelerator.autocast():
-                logits.append(network.model(seen).float().cpu())
+                logits.append(network.model(inputs).float().cpu())
         merged = logits[0].double()
         if len(logits) > 1:
             weights = [view.weight for view in network.views]
@@ -133,10 +135,12 @@ def evaluation_pixels_of(images, preprocessing):
     """(uint8 (n, 3, S, S), what the network sees; the numbers of the images that can be read)."""
     (view,) = tta_views("none", preprocessing.size)
     with ThreadPoolExecutor(threads()) as pool:
-        found = pool.map(lambda k: decode_one(images, k, [preprocessing]), range(len(images)))
-        kept = [(k, pixels[0]) for k, pixels in enumerate(found) if not isinstance(pixels, str)]
-    if not kept:
+        outcomes = pool.map(lambda k: decode_one(images, k, [preprocessing]), range(len(images)))
+        pixels = {
+            k: decoded[0] for k, decoded in enumerate(outcomes) if not isinstance(decoded, str)
+        }
+    if not pixels:
         raise UserError("none of the held-out images can be read")
-    numbers = [k for k, _ in kept]
-    stacked = torch.stack([pixels for _, pixels in kept])
-    return view.apply(stacked, torch.tensor(numbers)).contiguous(), numbers
+    numbers = list(pixels)
+    stack = torch.stack(list(pixels.values()))
+    return view.apply(stack, torch.tensor(numbers)).contiguous(), numbers

@@ -1,4 +1,4 @@
-"""A trained run in somebody's own program."""
+"""`load_run`: use a trained run in a program of your own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Run(NamedTuple):
 
     model: nn.Module in eval mode, (n, 3, S, S) -> logits (n, classes). preprocess: a path, a binary
     file object or a PIL image -> float32 (1, 3, S, S), as in evaluation. classes: names in the
-    order of the logits. temperature: what to divide logits by before a softmax, 1.0 where none was
+    order of the logits. temperature: divide logits by it before a softmax; 1.0 where none was
     fitted.
     """
 
@@ -30,9 +30,9 @@ class Run(NamedTuple):
 
 
 def load_run(folder) -> Run:
-    """The network of a run folder on the CPU. Raises UserError for what is no finished run."""
+    """The network of a run folder on the CPU. Raises UserError for any other folder."""
     trained = read_trained(folder)
-    preprocessing, known = trained.preprocessing, read_calibration(trained)
+    preprocessing, calibration = trained.preprocessing, read_calibration(trained)
     (view,) = tta_views("none", preprocessing.size)
 
     def preprocess(image):
@@ -41,8 +41,8 @@ def load_run(folder) -> Run:
             image.save(file, "PNG" if image.mode not in ("CMYK", "YCbCr", "HSV", "LAB") else "TIFF")
             image = io.BytesIO(file.getvalue())
         pixels = evaluation_image(image, preprocessing, trained.recipes[0].get("bit_depth"))
-        seen = view.apply(pixels.unsqueeze(0), torch.zeros(1, dtype=torch.int64))
-        return normalize_batch(seen, preprocessing.mean, preprocessing.std)
+        pixels = view.apply(pixels.unsqueeze(0), torch.zeros(1, dtype=torch.int64))
+        return normalize_batch(pixels, preprocessing.mean, preprocessing.std)
 
-    temperature = known["temperature"] if known else 1.0
+    temperature = calibration["temperature"] if calibration else 1.0
     return Run(load_model(trained), preprocess, trained.classes, temperature)

@@ -1,4 +1,4 @@
-"""What predict.py writes and says: a row an image, a sheet of the first ones, a summary."""
+"""The output of predict.py: a row for each image, a sheet of the first images, a summary."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from harness.pictures import drawable, save_tiles
 from harness.reports.sections import interval, percent
 
 SHEET = 32  # images on predictions.png
-LINES = 20  # images up to which the terminal has a line each
+LINES = 20  # images up to which each has a line on the terminal
 
 
 @dataclass(frozen=True)
 class PredictionOptions:
-    """What is told of each image. Each is a flag's name."""
+    """What is reported of each image. Each is a flag's name."""
 
     top_k: int
     min_probability: float
@@ -34,12 +34,12 @@ class PredictionOptions:
 
 
 class Prediction(NamedTuple):
-    """What is kept of an image's probabilities."""
+    """What an image's probabilities are reduced to."""
 
     classes: list[int]  # the likeliest, as many as --top_k
     probabilities: list[float]
-    inside: list[int] | None  # the set of --coverage
-    true: float | None  # the probability of the true class, where that is known
+    label_set: list[int] | None  # of --coverage
+    true: float | None  # the probability of the true class, where it is known
 
 
 def keeper(top_k, sets, labels):
@@ -47,46 +47,46 @@ def keeper(top_k, sets, labels):
 
     def keep(index, probabilities):
         best = probabilities.topk(min(top_k, probabilities.shape[1]))
-        inside = sets.of(probabilities) if sets else [None] * len(index)
+        label_sets = sets.of(probabilities) if sets else [None] * len(index)
         true = [None] * len(index)
         if labels is not None:
             true = probabilities.gather(1, labels[index].unsqueeze(1)).squeeze(1).tolist()
-        rows = zip(best.indices.tolist(), best.values.tolist(), inside, true, strict=True)
+        rows = zip(best.indices.tolist(), best.values.tolist(), label_sets, true, strict=True)
         return [Prediction(*row) for row in rows]
 
     return keep
 
 
-def rows_of(images, predictions, bad, classes, options):
-    """A dict an image, in order: what predictions.csv and the others hold.
+def rows_of(images, predictions, reasons, classes, options):
+    """A dict for each image, in order: the rows of predictions.csv, .jsonl and .parquet.
 
-    options: PredictionOptions, here and below.
+    reasons: {number: why} of unreadable images. options: PredictionOptions, here and below.
     """
     for k, (name, prediction) in enumerate(zip(images.names, predictions, strict=True)):
         row = {"image": name}
         if images.labels is not None:
             row["true"] = classes[images.labels[k]]
-        for place in range(min(options.top_k, len(classes))):
+        for rank in range(min(options.top_k, len(classes))):
             label, probability = None, None
             if prediction:
-                label = classes[prediction.classes[place]]
-                probability = round(prediction.probabilities[place], 6)
-            row |= {f"class_{place + 1}": label, f"probability_{place + 1}": probability}
+                label = classes[prediction.classes[rank]]
+                probability = round(prediction.probabilities[rank], 6)
+            row |= {f"class_{rank + 1}": label, f"probability_{rank + 1}": probability}
         if options.min_probability:
             sure = prediction and prediction.probabilities[0] >= options.min_probability
             row["abstain"] = None if not prediction else not sure
         if options.coverage:
-            row["set"] = prediction and [classes[label] for label in prediction.inside]
-        row["error"] = bad.get(k)
+            row["set"] = prediction and [classes[label] for label in prediction.label_set]
+        row["error"] = reasons.get(k)
         yield row
 
 
 def write(folder, rows, images, predictions, classes, runs, options, summary):
-    """predictions.csv (or .jsonl, .parquet), predictions.png and summary.json."""
+    """Write predictions.csv (or .jsonl, .parquet), predictions.png and summary.json."""
     name = f"predictions.{options.format}"
-    for other in ("csv", "jsonl", "parquet"):
-        if other != options.format:
-            (folder / f"predictions.{other}").unlink(missing_ok=True)
+    for format in WRITERS:
+        if format != options.format:
+            (folder / f"predictions.{format}").unlink(missing_ok=True)
     replace_file(folder / name, WRITERS[options.format](rows))
     replace_file(folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     save_sheet(folder / "predictions.png", images, predictions, classes, runs[0].preprocessing)
@@ -111,7 +111,7 @@ def _as_parquet(rows):
     import pyarrow
     import pyarrow.parquet
 
-    def safe(value):  # names of files may be no Unicode
+    def safe(value):  # a file's name need not be Unicode
         return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
     rows = [{name: safe(value) for name, value in row.items()} for row in rows]
@@ -124,10 +124,10 @@ WRITERS = {"csv": _as_csv, "jsonl": _as_jsonl, "parquet": _as_parquet}
 
 
 def save_sheet(path, images, predictions, classes, preprocessing):
-    """The first images with what they were taken for."""
-    shown = [k for k, prediction in enumerate(predictions) if prediction][:SHEET]
+    """Save a picture of the first images with their predicted classes."""
+    numbers = [k for k, prediction in enumerate(predictions) if prediction][:SHEET]
     size, tiles, captions = preprocessing.size, [], []
-    for k in shown:
+    for k in numbers:
         pixels = evaluation_image(images.read(k), preprocessing, images.bit_depth)
         start = round((pixels.shape[-1] - size) / 2)
         tiles.append(pixels[:, start : start + size, start : start + size])
@@ -142,59 +142,60 @@ def save_sheet(path, images, predictions, classes, preprocessing):
         save_tiles(path, torch.stack(tiles), captions)
 
 
-def summarise(images, predictions, bad, networks, sets, options):
+def summarise(images, predictions, reasons, networks, sets, options):
     """summary.json: counts, and scores where labels are known."""
-    done = [(k, p) for k, p in enumerate(predictions) if p]
-    found = {
+    readable = [(k, p) for k, p in enumerate(predictions) if p]
+    summary = {
         "images": len(images),
-        "unreadable": {images.names[k]: why for k, why in bad.items()},
+        "unreadable": {images.names[k]: reason for k, reason in reasons.items()},
         "runs": [
             {"folder": str(n.trained.folder), "temperature": n.temperature,
              "calibrated": n.calibrated}
             for n in networks
         ],
     }  # fmt: skip
-    sure = [(k, p) for k, p in done if p.probabilities[0] >= (options.min_probability or 0)]
+    sure = [(k, p) for k, p in readable if p.probabilities[0] >= (options.min_probability or 0)]
     if options.min_probability:
-        found["abstained"] = len(done) - len(sure)
+        summary["abstained"] = len(readable) - len(sure)
     if sets:
-        found["sets"] = sets._asdict() | {
-            "mean_size": sum(len(p.inside) for _, p in done) / max(1, len(done)),
-            "empty": sum(not p.inside for _, p in done),
+        summary["sets"] = sets._asdict() | {
+            "mean_size": sum(len(p.label_set) for _, p in readable) / max(1, len(readable)),
+            "empty": sum(not p.label_set for _, p in readable),
         }
     if images.labels is not None:
-        truth = images.labels.tolist()
-        for name, some in {
-            "all": done,
+        labels, count = images.labels.tolist(), len(readable)
+        for name, group in {
+            "all": readable,
             **({"sure": sure} if options.min_probability else {}),
         }.items():
-            hits = sum(p.classes[0] == truth[k] for k, p in some)
-            found.setdefault("accuracy", {})[name] = {
-                "images": len(some), "right": hits, "accuracy": hits / max(1, len(some)),
-                "interval": wilson_interval(hits, len(some)),
+            hits = sum(p.classes[0] == labels[k] for k, p in group)
+            summary.setdefault("accuracy", {})[name] = {
+                "images": len(group), "right": hits, "accuracy": hits / max(1, len(group)),
+                "interval": wilson_interval(hits, len(group)),
             }  # fmt: skip
         if sets:
-            held = sum(truth[k] in p.inside for k, p in done)
-            found["sets"] |= {
-                "held": held / max(1, len(done)), "interval": wilson_interval(held, len(done)),
+            hits = sum(labels[k] in p.label_set for k, p in readable)
+            summary["sets"] |= {
+                "held": hits / max(1, count), "interval": wilson_interval(hits, count),
             }  # fmt: skip
-    return found
+    return summary
 
 
 def plan(images, networks, sets, options, machine) -> str:
+    """What is about to happen, one fact on each line."""
     rows = []
     for network in networks:
         trained = network.trained
-        how = (
+        calibration = (
             f"temperature {network.temperature:.3f}"
             if network.calibrated
             else "no calibration.json: probabilities as they are"
         )
-        about = f"{trained.config['architecture']}, {trained.preprocessing.size} px"
-        about += f", {len(trained.classes):,} classes; {how}"
-        rows.append(("network", f"{trained.name}: {about}"))
-    known = "not known" if images.labels is None else "known: predictions are scored"
-    rows.append(("images", f"{len(images):,}: {images.source}; labels {known}"))
+        text = f"{trained.config['architecture']}, {trained.preprocessing.size} px"
+        text += f", {len(trained.classes):,} classes; {calibration}"
+        rows.append(("network", f"{trained.name}: {text}"))
+    labels = "not known" if images.labels is None else "known: predictions are scored"
+    rows.append(("images", f"{len(images):,}: {images.source}; labels {labels}"))
     if options.tta != "none":
         rows.append(("views", options.tta))
     if sets:
@@ -207,17 +208,17 @@ def plan(images, networks, sets, options, machine) -> str:
 
 
 def lines_of(rows, options):
-    """A line an image for few, else how many of each class."""
+    """A line for each image or, where there are many, the number of images of each class."""
     if len(rows) <= LINES:
         for row in rows:
             if row["error"]:
                 continue
-            words = [
+            classes = [
                 f"{row[f'class_{k}']} {row[f'probability_{k}']:.2f}"
                 for k in range(1, 1 + options.top_k)
                 if row.get(f"class_{k}") is not None
             ]
-            text = f"{row['image']}   {', '.join(words)}"
+            text = f"{row['image']}   {', '.join(classes)}"
             text += "   abstains" if row.get("abstain") else ""
             text += (
                 f"   set: {', '.join(row['set']) or 'empty'}" if row.get("set") is not None else ""
@@ -228,39 +229,40 @@ def lines_of(rows, options):
     for row in rows:
         if row["class_1"] is not None:
             counts[row["class_1"]] = counts.get(row["class_1"], 0) + 1
-    most = sorted(counts.items(), key=lambda item: -item[1])[:LINES]
-    for name, count in most:
+    ranking = sorted(counts.items(), key=lambda item: -item[1])
+    for name, count in ranking[:LINES]:
         yield one_line(f"{count:>8,}  {name}")
     if len(counts) > LINES:
         yield f"          and {len(counts) - LINES:,} other classes"
 
 
 def closing(folder, summary, options):
-    """The last lines: what could not be read, the scores, where the files are."""
+    """The last lines: images that can't be read, the scores, where the files are."""
     lines = []
-    bad = summary["unreadable"]
-    for name, why in list(bad.items())[:10]:
-        lines.append(one_line(f"unreadable   {name}: {why}"))
-    if len(bad) > 10:
-        lines.append(f"unreadable   and {len(bad) - 10:,} others, see the column error")
+    unreadable = summary["unreadable"]
+    for name, reason in list(unreadable.items())[:10]:
+        lines.append(one_line(f"unreadable   {name}: {reason}"))
+    if len(unreadable) > 10:
+        lines.append(f"unreadable   and {len(unreadable) - 10:,} others, see the column error")
     for name, score in summary.get("accuracy", {}).items():
-        word = (
+        title = (
             "accuracy" if name == "all" else f"of those with at least {options.min_probability:g}"
         )
         lines.append(
-            f"{word:<12} {percent(score['accuracy'])} % of {score['images']:,} "
+            f"{title:<12} {percent(score['accuracy'])} % of {score['images']:,} "
             f"({interval(score['interval'])})"
         )
     if "abstained" in summary:
-        lines.append(f"abstained    {summary['abstained']:,} of {summary['images'] - len(bad):,}")
+        readable = summary["images"] - len(unreadable)
+        lines.append(f"abstained    {summary['abstained']:,} of {readable:,}")
     if "sets" in summary:
         sets = summary["sets"]
-        held = (
+        score = (
             f", {percent(sets['held'])} % hold the class ({interval(sets['interval'])})"
             if ("held" in sets)
             else ""
         )
-        lines.append(f"sets         {sets['mean_size']:.2f} classes on average{held}")
+        lines.append(f"sets         {sets['mean_size']:.2f} classes on average{score}")
     lines.append(
         f"predictions  {folder}/predictions.{options.format}, predictions.png, summary.json"
     )

@@ -1,7 +1,7 @@
 """Energy of a run by the machine's own counters: RAPL of the CPUs, NVML of NVIDIA's GPUs.
 
-RAPL: https://www.kernel.org/doc/html/latest/power/powercap/powercap.html (often readable by root
-alone). NVML: nvmlDeviceGetTotalEnergyConsumption, https://docs.nvidia.com/deploy/nvml-api/
+RAPL: https://www.kernel.org/doc/html/latest/power/powercap/powercap.html (often readable only
+by root). NVML: nvmlDeviceGetTotalEnergyConsumption, https://docs.nvidia.com/deploy/nvml-api/
 """
 
 from __future__ import annotations
@@ -14,25 +14,26 @@ import torch
 from harness.processes import from_each
 
 POWERCAP = Path("/sys/class/powercap")
-SECONDS = 30  # between two readings of RAPL, whose counters start again after minutes
+SECONDS = 30  # between two readings of RAPL, whose counters wrap around within minutes
 
 
 class EnergyMeter:
     """Joules since it was made, of all processes together.
 
-    before: what `total` said in the checkpoint that the run goes on from; None for a new run. What
-    some process can't read, or could not before, is left out.
+    earlier_total: what `total` returned in the checkpoint that the run continues; None for a new
+    run. A counter that some process can't read, or could not read earlier, is left out.
     """
 
-    def __init__(self, accelerator, before=None, powercap=None):
+    def __init__(self, accelerator, earlier_total=None, powercap=None):
         self.accelerator = accelerator
-        self._before = {"cpu": 0.0, "gpu": 0.0} if before is None else before
+        zero = {"cpu": 0.0, "gpu": 0.0}
+        self._earlier_total = zero if earlier_total is None else earlier_total
         packages = _packages(powercap or POWERCAP) if accelerator.is_local_main_process else None
         self._cpu = PackageCounters(packages) if packages else None
         self._gpu = _gpu_counter(accelerator.device)
         self._gpu_start = self._gpu() if self._gpu else None
-        self._keys = list(self._before)  # first all that may be known, then what can be read
-        self._keys = list(self.total())
+        self._keys = list(self._earlier_total)
+        self._keys = list(self.total())  # those that can be read
 
     def _of_process(self):
         """{"cpu": joules, "gpu": joules} of this process; None for what it can't read."""
@@ -49,9 +50,9 @@ class EnergyMeter:
         """
         if not self._keys:
             return {}
-        every = from_each(self.accelerator, self._of_process)
-        readable = [key for key in self._keys if all(one[key] is not None for one in every)]
-        return {key: self._before[key] + sum(one[key] for one in every) for key in readable}
+        readings = from_each(self.accelerator, self._of_process)
+        keys = [key for key in self._keys if all(r[key] is not None for r in readings)]
+        return {key: self._earlier_total[key] + sum(r[key] for r in readings) for key in keys}
 
     def close(self):
         if self._cpu:
@@ -59,28 +60,29 @@ class EnergyMeter:
 
 
 class PackageCounters:
-    """RAPL's counters of CPU packages added up; a thread reads them before they start again.
+    """The sum of RAPL's counters of CPU packages; a thread reads them before they wrap around.
 
-    packages: [(path of energy_uj, microjoules after which it starts again)].
+    packages: [(path of energy_uj, microjoules at which it starts again at zero)].
     """
 
     def __init__(self, packages, seconds=SECONDS):
         self._packages, self._sum, self._lock = packages, 0.0, threading.Lock()
-        self._last = [_microjoules(path) for path, _ in packages]
+        self._previous = [_microjoules(path) for path, _ in packages]
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._keep_reading, args=(seconds,), daemon=True)
         self._thread.start()
 
     def joules(self) -> float | None:
-        """Since it was made; None once a counter could not be read."""
+        """Joules since this was made; None after a counter could not be read."""
         with self._lock:
-            now = [_microjoules(path) for path, _ in self._packages]
-            if self._sum is None or None in now or None in self._last:
+            values = [_microjoules(path) for path, _ in self._packages]
+            if self._sum is None or None in values or None in self._previous:
                 self._sum = None
                 return None
-            for (_, most), last, value in zip(self._packages, self._last, now, strict=True):
-                self._sum += (value - last if value >= last else value + most - last) / 1e6
-            self._last = now
+            counters = zip(self._packages, self._previous, values, strict=True)
+            for (_, limit), start, value in counters:
+                self._sum += (value - start if value >= start else value + limit - start) / 1e6
+            self._previous = values
             return self._sum
 
     def _keep_reading(self, seconds):
@@ -93,13 +95,13 @@ class PackageCounters:
 
 
 def _packages(powercap):
-    """The readable counters of whole packages: intel-rapl:0 (AMD's too), not their parts."""
-    found = []
+    """The readable counters of whole packages: intel-rapl:0 (AMD's too), not of their parts."""
+    packages = []
     for zone in sorted(powercap.glob("intel-rapl:*")):
-        most = _microjoules(zone / "max_energy_range_uj")
-        if zone.name.count(":") == 1 and most and _microjoules(zone / "energy_uj") is not None:
-            found.append((zone / "energy_uj", most))
-    return found
+        limit = _microjoules(zone / "max_energy_range_uj")
+        if zone.name.count(":") == 1 and limit and _microjoules(zone / "energy_uj") is not None:
+            packages.append((zone / "energy_uj", limit))
+    return packages
 
 
 def _microjoules(path):
@@ -110,7 +112,7 @@ def _microjoules(path):
 
 
 def _gpu_counter(device):
-    """A function that gives the joules of this process's GPU since its driver started, or None."""
+    """A function: () -> joules of this process's GPU since its driver started; or None."""
     if device.type != "cuda":
         return None
     try:

@@ -1,4 +1,4 @@
-"""Features of the frozen part, computed once: what a head that trains alone learns from.
+"""Features of the frozen part of a network, computed once: a head that trains alone takes them.
 
 Where only the head trains, the rest of the network gives the same output for the same pixels every
 time. So each image's features are computed for a few augmented views, and every epoch draws one of
@@ -35,14 +35,14 @@ from harness.training.stages import apply_stage
 
 
 class Cut(NamedTuple):
-    """Where a network is cut: `tail` maps to logits what `entry`, its first module, receives."""
+    """Where a network is cut: `tail` maps the input of its first module, `entry`, to logits."""
 
     entry: nn.Module
     tail: nn.Module
 
 
 class CachedViews:
-    """In the place of harness.data.batches.Views for samples that are features (n, views, ...)."""
+    """Replaces harness.data.batches.Views where samples are features (n, views, ...)."""
 
     alternating = False  # images were mirrored, or not, when their features were computed
 
@@ -50,7 +50,7 @@ class CachedViews:
         self.views = views
 
     def draw(self, n, rng, flips=None, sizes=None):
-        """Draw which view each of n samples shows, from SampleStreams; the rest is for images."""
+        """Draw the view of each of n samples. rng: SampleStreams. flips, sizes: not used."""
         return {"view": (rng(n, 1).squeeze(1) * self.views).long()}
 
     def train(self, features, draw):
@@ -65,80 +65,80 @@ class CachedViews:
 
 def cut_at_head(model) -> Cut:
     """Cut before the head and the parameter-free layers that lead to it (dropout, flatten)."""
-    name, last = head(model)
+    name, layer = head(model)
     parent = model.get_submodule(name.rpartition(".")[0])
     if type(parent) is not nn.Sequential:
-        return Cut(last, last)
+        return Cut(layer, layer)
     children = list(parent)
-    first = children.index(last)
-    while first and not any(True for _ in children[first - 1].parameters()):
-        first -= 1
-    return Cut(children[first], nn.Sequential(*children[first:]))
+    start = children.index(layer)
+    while start and not any(True for _ in children[start - 1].parameters()):
+        start -= 1
+    return Cut(children[start], nn.Sequential(*children[start:]))
 
 
 @torch.no_grad()
 def can_cache(model, size, cut) -> bool:
-    """Whether, with the model's present modes, its logits are `cut.tail` of constant features.
+    """Whether, in the model's present modes, its logits are `cut.tail` of constant features.
 
-    Not so where something outside the tail trains, draws at random or adapts, or where the
-    network goes on after its head (squeezenet).
+    The features change where something outside the tail trains, draws at random or adapts. And the
+    logits are not those of the tail where the network goes on after its head (squeezenet).
     """
     if getattr(model, "drop_rate", 0) and not any(
         isinstance(m, _DropoutNd) for m in cut.tail.modules()
     ):
         return False  # timm's networks may call dropout as a function
-    inside = {id(module) for module in cut.tail.modules()}
+    tail_modules = {id(module) for module in cut.tail.modules()}
     for module in model.modules():
         random = isinstance(module, _DropoutNd | StochasticDepth | DropoutLinear) and module.p
         if (
-            id(module) not in inside
+            id(module) not in tail_modules
             and module.training
             and (random or isinstance(module, _BatchNorm))
         ):
             return False
-    trained = {id(p) for p in cut.tail.parameters()}
-    if any(p.requires_grad and id(p) not in trained for p in model.parameters()):
+    tail_parameters = {id(p) for p in cut.tail.parameters()}
+    if any(p.requires_grad and id(p) not in tail_parameters for p in model.parameters()):
         return False
     with trial_heads(model), in_eval(model):
         logits, features = run_with_input(model, cut.entry, sample_image(model, size))
-        again = cut.tail(features.clone())
-    return again.shape == logits.shape and torch.equal(again, logits)
+        tail_logits = cut.tail(features.clone())
+    return tail_logits.shape == logits.shape and torch.equal(tail_logits, logits)
 
 
 def cacheable_stages(stages, model, size) -> list[str]:
     """The names of the stages that train on kept features: the first ones, if only a head trains.
 
-    Not a later one, whose frozen part has been trained: the averaged weights would want features
-    of their own. Nor one that mixes images. Leaves the model in one of the stages.
+    No stage counts after one that trained the frozen part, because the averaged weights would need
+    features of their own; and none that mixes images. The model is left in one of the stages.
     """
     names = []
     for stage in stages:
         apply_stage(model, stage)
-        wanted = stage.options.views and not stage.options.mixes()
-        if not wanted or not can_cache(model, size, cut_at_head(model)):
+        may_cache = stage.options.views and not stage.options.mixes()
+        if not may_cache or not can_cache(model, size, cut_at_head(model)):
             break
         names.append(stage.name)
     return names
 
 
 def extract_splits(accelerator, model, splits, views, number, seed, feature_cache, stop=None):
-    """{role: Samples of features} of train (`number` views) and what the epochs evaluate."""
-    evaluated = "val" if "val" in splits else "test"
-    wanted = {"train": number, evaluated: 1}
+    """{role: Samples of features}: `number` views of train, one of the split that epochs score."""
+    eval_role = "val" if "val" in splits else "test"
+    view_counts = {"train": number, eval_role: 1}
     return {
         role: extract(
             accelerator, model, splits[role], views, count, seed, feature_cache, role, stop
         )
-        for role, count in wanted.items()
+        for role, count in view_counts.items()
         if role in splits
     }
 
 
 def view_batch(samples, views, rows, view, seed, device="cpu"):
-    """Images (float32, normalised) of these rows as view `view` shows them, and their labels.
+    """(images of some rows in view number `view`, normalised float32; their labels).
 
-    rows: int64 (n,). View 0 is that of evaluation; what another draws depends on seed, view and
-    row alone.
+    rows: int64 (n,). View 0 is the one of evaluation; the draws of any other depend only on the
+    seed, the view and the row.
     """
     device = torch.device(device)
     if view == 0:
@@ -152,25 +152,25 @@ def view_batch(samples, views, rows, view, seed, device="cpu"):
 
 @torch.no_grad()
 def extract(accelerator, model, samples, views, number, seed, feature_cache, name, stop=None):
-    """Samples whose "pixels" are features (n, number, ...): view 0 as in evaluation, others drawn.
+    """Samples whose "pixels" are features (n, number, ...) of images: view 0 is not augmented.
 
     model: the unwrapped module, its frozen part in eval mode. samples, views: harness.data.batches.
     feature_cache: a dict of features that is read and added to, so that nothing is computed twice.
-    The batches are dealt to the processes, and all get all of them.
+    The batches are shared out to the processes, and every process gets the features of all.
 
-    Raises UserError where the features would take more than the memory left; after a signal
-    StopAsked, on all processes. stop: as for harness.training.scoring.evaluate.
+    Raises UserError where the features would take more than the free memory; and StopAsked, on all
+    processes, after a signal to one. stop: as for harness.training.scoring.evaluate.
     """
     starts, total = batch_starts(samples), len(samples.labels)
-    drawn = repr(sorted(vars(views).items()))
-    keys = [(name, view, drawn if view else None) for view in range(number)]
+    augmentation = repr(sorted(vars(views).items()))
+    keys = [(name, view, augmentation if view else None) for view in range(number)]
     cut, progress = cut_at_head(model), accelerator.is_local_main_process
-    todo = [key for key in keys if key not in feature_cache]
+    missing_keys = [key for key in keys if key not in feature_cache]
     bar = tqdm(
-        total=total * len(todo), desc=f"features of {name}", unit=" images", delay=1, leave=False,
-        disable=not progress,
+        total=total * len(missing_keys), desc=f"features of {name}", unit=" images", delay=1,
+        leave=False, disable=not progress,
     )  # fmt: skip
-    for key in todo:
+    for key in missing_keys:
         features, view = None, key[1]
         for k in range(accelerator.process_index, len(starts), accelerator.num_processes):
             if stop and stop():
@@ -178,12 +178,12 @@ def extract(accelerator, model, samples, views, number, seed, feature_cache, nam
             rows = torch.arange(starts[k], min(starts[k] + starts.step, total))
             images, _ = view_batch(samples, views, rows, view, seed, accelerator.device)
             with accelerator.autocast():
-                _, found = run_with_input(model, cut.entry, images)
+                _, batch = run_with_input(model, cut.entry, images)
             if features is None:
-                _check_memory(total * number, found[0])
-                features = found.new_zeros(total, *found.shape[1:], device="cpu")
-            features[starts[k] : starts[k] + len(found)] = found.cpu()
-            bar.update(min(len(found) * accelerator.num_processes, bar.total - bar.n))
+                _check_memory(total * number, batch[0])
+                features = batch.new_zeros(total, *batch.shape[1:], device="cpu")
+            features[starts[k] : starts[k] + len(batch)] = batch.cpu()
+            bar.update(min(len(batch) * accelerator.num_processes, bar.total - bar.n))
         stopped = sum(from_each(accelerator, stop)) if stop else 0
         if stopped:
             raise StopAsked(stopped)
@@ -193,15 +193,15 @@ def extract(accelerator, model, samples, views, number, seed, feature_cache, nam
     return Samples(stacked, torch.arange(total), samples.labels)
 
 
-def _check_memory(number, one):
-    # Every process of this machine holds all views, and once more while they are put together
+def _check_memory(number, view):
+    # Every process of this machine holds all views, and a second copy while they are stacked
     copies = 2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    wanted = copies * number * one.numel() * one.element_size()
+    size = copies * number * view.numel() * view.element_size()
     free = psutil.virtual_memory().available
-    if wanted > free:
+    if size > free:
         raise UserError(
-            f"the features of {number:,} views would take {wanted / 2**30:.1f} GiB of "
-            f"{free / 2**30:.1f} GiB of free memory: fewer --views, or 0 for none kept"
+            f"the features of {number:,} views would take {size / 2**30:.1f} GiB of "
+            f"{free / 2**30:.1f} GiB of free memory: give fewer --views, or 0 to keep none"
         )
 
 
@@ -211,8 +211,8 @@ def _from_all(accelerator, features):
         return features
     # A process that had no batch does not know the shape
     shapes = [None] * accelerator.num_processes
-    mine = None if features is None else (features.shape, features.dtype)
-    torch.distributed.all_gather_object(shapes, mine)
+    signature = None if features is None else (features.shape, features.dtype)
+    torch.distributed.all_gather_object(shapes, signature)
     shape, dtype = next(shape for shape in shapes if shape)
     features = torch.zeros(shape, dtype=dtype) if features is None else features
     return accelerator.reduce(features.to(accelerator.device), "sum").cpu()

@@ -1,4 +1,4 @@
-"""The folder of a run: who may have it, what stands in it, and where the numbers came from."""
+"""The folder of a run or report: whose it is, what it may hold, which versions wrote it."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ WRITTEN_BY_RUN = (
     "calibration.json", "README.md", "report.html", *report.WRITTEN,
 )  # fmt: skip
 FILES = (".lock", MARK, *(name for name in WRITTEN_BY_RUN if "." in name))
-OURS = re.compile(r"\.(lock|run\.json|.*\.writing)")  # beside them
+HIDDEN_FILES = re.compile(r"\.(lock|run\.json|.*\.writing)")  # of ours, beside those of the run
 METRICS_BEFORE = "metrics.before-*.jsonl"
 IN_CHECKPOINTS = re.compile(r"step-\d+|set-aside-step-\d+|\.writing-.*")
 
 
 @dataclass(frozen=True)
 class FolderOptions:
-    """Where a run or a report is written, and over what. Each is a flag's name but `recipe`."""
+    """Where a run or a report is written, and over what. Each is a flag's name, but `recipe`."""
 
     output_dir: str
     run_name: str | None
@@ -54,7 +54,7 @@ class FolderOptions:
 
 
 def report_folder(options, name, script):
-    """The folder of a report, `name` without --run_name; a report of this script is replaced.
+    """The folder of a report: --run_name, else `name`. A report of the same script is replaced.
 
     options: FolderOptions. One that was made with other flags is named in a line. Raises UserError
     where the folder holds anything else, or can't be written.
@@ -71,15 +71,15 @@ def report_folder(options, name, script):
 
 def _replaced(folder, recipe):
     """The line for a report that this one replaces, made with other flags; "" where none is."""
-    before = _recipe_in(folder)
-    if not before:
+    old_flags = _recipe_in(folder)
+    if not old_flags:
         return ""
-    now = yaml.safe_load(flags.to_yaml(recipe))
-    names = now.keys() & before.keys() - set(flags.named("operational"))
+    new_flags = yaml.safe_load(flags.to_yaml(recipe))
+    names = new_flags.keys() & old_flags.keys() - set(flags.named("operational"))
     changes = [
         f"{name} {shortened(' '.join(map(str, value)) if isinstance(value, list) else value)}"
         for name in sorted(names)
-        if (value := before[name]) != now[name]
+        if (value := old_flags[name]) != new_flags[name]
     ]
     if not changes:
         return ""
@@ -90,14 +90,14 @@ def _replaced(folder, recipe):
 
 
 def claim_report(folder, script):
-    """Make the folder of a report and say whose it is."""
+    """Make the folder of a report and note in it which script it belongs to."""
     folder.mkdir(parents=True, exist_ok=True)
     if not _read_mark(folder):
         _write_mark(folder, {"script": script})
 
 
-def _of_sweep():
-    """What tells the folders of a W&B sweep's trials apart: the agent's id of the run."""
+def _trial_suffix():
+    """What tells the folders of a W&B sweep's trials apart: the id that the agent gives each."""
     trial = os.environ.get("WANDB_RUN_ID", "") if os.environ.get("WANDB_SWEEP_ID") else ""
     return f"-{file_name(trial)}" if trial else ""
 
@@ -114,7 +114,7 @@ def _check_writable(folder, output_dir):
 
 
 def _read_mark(folder):
-    """The mark of a folder as a dict; empty where there is none, or it can't be read."""
+    """The mark of a folder as a dict; empty where there is none or it can't be read."""
     if not has_file(folder / MARK):
         return {}
     try:
@@ -129,26 +129,26 @@ def _write_mark(folder, mark):
 
 
 def _owner(folder, recipe, script):
-    """The folder's mark, {} where it is free; raises UserError where anything else lies there."""
+    """The mark of a folder, {} of an empty one; raises UserError where it is not this script's."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose another --run_name")
-    for place in (folder, *folder.parents):
-        if place.is_symlink() and not place.exists():
+    for path in (folder, *folder.parents):
+        if path.is_symlink() and not path.exists():
             raise UserError(
-                f"{place} is a dangling link: {os.readlink(place)} is not there; bring it back, or "
-                "choose another place"
+                f"{path} is a dangling link: {os.readlink(path)} is not there; bring it back, or "
+                "choose another folder"
             )
     names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
     for name in FILES:
         has_file(folder / name)
     mark = _read_mark(folder)
-    others = [name for name in names if not OURS.fullmatch(name)]
-    if not mark and others and not _of_older_version(folder, recipe):
+    contents = [name for name in names if not HIDDEN_FILES.fullmatch(name)]
+    if not mark and contents and not _of_older_version(folder, recipe):
         raise UserError(
-            f"{folder} holds files that are not of {script}, as {others[0]}: choose another "
-            "--run_name"
+            f"{folder} holds files that {script} did not write, such as {contents[0]}: choose "
+            "another --run_name"
         )
-    if not mark and others:
+    if not mark and contents:
         mark = {"script": script}
     if mark and mark["script"] != script:
         raise UserError(f"{folder} holds what {mark['script']} wrote: choose another --run_name")
@@ -156,13 +156,13 @@ def _owner(folder, recipe, script):
 
 
 def _of_older_version(folder, recipe):
-    """Whether config.yaml has this script's flags: what runs and reports wrote without a mark."""
-    older = _recipe_in(folder)
-    return len(older) > 8 and len(older.keys() - recipe.keys()) < 4
+    """Whether config.yaml has this script's flags: older versions wrote that and no mark."""
+    old_flags = _recipe_in(folder)
+    return len(old_flags) > 8 and len(old_flags.keys() - recipe.keys()) < 4
 
 
 def _recipe_in(folder):
-    """The flags in a folder's config.yaml; {} where there is none that can be read."""
+    """The flags in a folder's config.yaml; {} where it is missing or can't be read."""
     if not has_file(folder / "config.yaml"):
         return {}
     try:
@@ -173,44 +173,45 @@ def _recipe_in(folder):
 
 
 def default_name(dataset, model, seed):
-    """The name of a run without --run_name, of these flags."""
+    """The name of a run with these flags and without --run_name."""
     dataset = re.sub(r"[^\w.-]+", "_", Path(dataset).name or dataset)
     model = re.sub(r"[^\w.-]+", "_", model)  # timm/NAME, hf-hub:owner/name
     return f"{dataset}-{model}-s{seed}"
 
 
 def check_folder(options, name, script):
-    """The folder of this run, `name` without --run_name; UserError where it holds another one.
+    """The folder of this run: --run_name, else `name`. Raises UserError where it holds another run.
 
-    options: FolderOptions. Also where --report_to names no tracker: all that can be refused is,
-    before any long work.
+    options: FolderOptions. It also raises where --report_to names no tracker, so that whatever can
+    be refused is refused before any long work.
     """
     _check_trackers(options)
-    folder = Path(options.output_dir) / ((options.run_name or name) + _of_sweep())
+    folder = Path(options.output_dir) / ((options.run_name or name) + _trial_suffix())
     mark = _owner(folder, options.recipe, script)
-    taken = bool(mark) and not mark.get("clearing") and (folder / "config.yaml").exists()
+    has_run = bool(mark) and not mark.get("clearing") and (folder / "config.yaml").exists()
     _check_writable(folder, options.output_dir)
-    asked, overwrite = options.resume_from_checkpoint, options.overwrite
-    if taken and asked == "auto" and is_finished(folder) and not overwrite:
+    resume, overwrite = options.resume_from_checkpoint, options.overwrite
+    if has_run and resume == "auto" and is_finished(folder) and not overwrite:
         _check_finished(folder, options.recipe)
         return folder
-    if asked not in (None, "auto") and folder.resolve() == Path(asked).resolve():
+    if resume not in (None, "auto") and folder.resolve() == Path(resume).resolve():
         raise UserError(
-            f"--resume_from_checkpoint {asked} is the run's folder: give auto for its newest "
+            f"--resume_from_checkpoint {resume} is the run's folder: give auto for its newest "
             "checkpoint, or the path of one, checkpoints/step-…"
         )
-    foreign = asked not in (None, "auto") and folder.resolve() not in Path(asked).resolve().parents
-    if taken and foreign and not overwrite:
+    is_foreign = resume not in (None, "auto")
+    is_foreign = is_foreign and folder.resolve() not in Path(resume).resolve().parents
+    if has_run and is_foreign and not overwrite:
         raise UserError(
-            f"--resume_from_checkpoint {asked} is not of {folder}, which holds another run: "
+            f"--resume_from_checkpoint {resume} is not of {folder}, which holds another run: "
             "choose another --run_name, or replace that run with --overwrite"
         )
-    if taken and not asked and not overwrite and is_finished(folder):
+    if has_run and not resume and not overwrite and is_finished(folder):
         raise UserError(
             f"{folder} holds a finished run: replace it with --overwrite, or choose another "
             "--run_name"
         )
-    if taken and not asked and not overwrite:
+    if has_run and not resume and not overwrite:
         raise UserError(
             f"{folder} holds a run already: continue it with --resume_from_checkpoint auto, "
             "replace it with --overwrite, or choose another --run_name"
@@ -219,73 +220,74 @@ def check_folder(options, name, script):
 
 
 def _check_finished(folder, recipe):
-    """Raise UserError where a finished run lacks its result, or had other flags than these."""
+    """Raise UserError where a finished run lacks its result or had other flags than these."""
     for name in ("model.safetensors", "config.json", "summary.json"):
         if not (folder / name).exists():
             raise UserError(
-                f"{folder} is of a finished run, and {name} is not there any more: bring it back, "
+                f"{folder} holds a finished run, but {name} is not there any more: bring it back, "
                 "or start anew with --overwrite"
             )
-    load_weights(folder)  # are they what was written?
-    before = _recipe_in(folder)
-    if not before:
-        raise UserError(f"{folder} is of a finished run whose config.yaml can't be read")
-    now = yaml.safe_load(flags.to_yaml(recipe))
-    names = now.keys() & before.keys() - {*flags.named("operational"), "mixed_precision"}
+    load_weights(folder)  # raises UserError where the weights are damaged
+    old_flags = _recipe_in(folder)
+    if not old_flags:
+        raise UserError(f"{folder} holds a finished run whose config.yaml can't be read")
+    new_flags = yaml.safe_load(flags.to_yaml(recipe))
+    names = new_flags.keys() & old_flags.keys() - {*flags.named("operational"), "mixed_precision"}
     for name in sorted(names):
-        moved = name == "dataset" and all(os.sep in str(v) for v in (now[name], before[name]))
-        if now[name] != before[name] and not moved:
+        old, new = old_flags[name], new_flags[name]
+        both_paths = name == "dataset" and all(os.sep in str(value) for value in (new, old))
+        if new != old and not both_paths:  # a data set may have been moved
             raise UserError(
-                f"{folder} is of a finished run with --{name} {before[name]}, here it is "
-                f"{now[name]}: give another --run_name, or replace it with --overwrite"
+                f"{folder} holds a finished run with --{name} {old}, this command has {new}: give "
+                "another --run_name, or replace it with --overwrite"
             )
 
 
 def is_finished(folder) -> bool:
-    """Whether a run came to its end there and its checkpoints were removed (--keep_checkpoints)."""
+    """Whether the folder's run has ended and its checkpoints were removed (--keep_checkpoints)."""
     return "finished" in _read_mark(folder)
 
 
-def keep_result_alone(folder, step):
-    """Put down in the folder's mark that the run is finished, then remove its checkpoints.
+def remove_checkpoints(folder, step):
+    """Note in the folder's mark that the run is finished, then remove its checkpoints.
 
-    To be called once the result is on the disk. Killed in between, some of them stay. What can't be
-    removed is named.
+    To be called when the result is on the disk. If the process is killed meanwhile, some of them
+    stay. Those that can't be removed are printed.
     """
     _write_mark(folder, _read_mark(folder) | {"finished": step})
-    place = folder / "checkpoints"
-    for path in list(place.iterdir()) if place.is_dir() else []:
+    root = folder / "checkpoints"
+    for path in list(root.iterdir()) if root.is_dir() else []:
         try:
             if IN_CHECKPOINTS.fullmatch(path.name):
                 _remove(path)
         except OSError as error:
             print(f"note         {path} could not be removed: {error.strerror}", flush=True)
-    with contextlib.suppress(OSError):  # what no run wrote is in it, or it is a link
-        place.rmdir()
+    with contextlib.suppress(OSError):  # it is a link, or holds files that no run wrote
+        root.rmdir()
 
 
 def is_cleared(folder) -> bool:
-    """Whether --overwrite has begun to clear the folder, and what is left does not count."""
+    """Whether --overwrite has begun to clear the folder: what it still holds does not count."""
     return bool(_read_mark(folder).get("clearing"))
 
 
 def check_nothing_lost(folder):
-    """Raise UserError where a run without a checkpoint to continue from once had one."""
+    """Raise UserError where a run that has no checkpoint to continue from once had one."""
     mark = _read_mark(folder)
-    place = folder / "checkpoints"
-    why = None
-    if place.is_symlink() and not place.exists():
-        why = f"{place} is a link to {os.readlink(place)}, which is not there"
-    elif place.exists() and not place.is_dir():
-        why = f"{place} is a file"
+    root = folder / "checkpoints"
+    reason = None
+    if root.is_symlink() and not root.exists():
+        reason = f"{root} is a link to {os.readlink(root)}, which is not there"
+    elif root.exists() and not root.is_dir():
+        reason = f"{root} is a file"
     elif mark.get("checkpoint") is not None:
-        why = f"{folder} had a checkpoint of step {mark['checkpoint']}, and has none now"
+        reason = f"{folder} had a checkpoint of step {mark['checkpoint']}, and has none now"
     else:
         results = [n for n in ("model.safetensors", "config.json") if (folder / n).exists()]
         if results:
-            why = f"{folder} has {' and '.join(results)}, but no checkpoint to continue from"
-    if why:
-        raise UserError(f"{why}: bring the checkpoints back, or start anew with --overwrite")
+            reason = f"{folder} has {' and '.join(results)}, but no checkpoint to continue from"
+    if reason:
+        raise UserError(f"{reason}: bring the checkpoints back, or start anew with --overwrite")
 
 
 def claim_folder(folder, recipe, overwrite, resumed_step, script, metrics=None, say=print):
@@ -293,16 +295,16 @@ def claim_folder(folder, recipe, overwrite, resumed_step, script, metrics=None, 
 
     recipe: for config.yaml. overwrite: of the flag. resumed_step: the step of the checkpoint that
     the run goes on from, or None for a new run. metrics: what that checkpoint says of
-    metrics.jsonl. Metrics of later steps are dropped, they will be written again; checkpoints of
-    later steps are set aside under another name. say: a function of a line, for what is missing.
-    Killed at any moment, the same command goes on. Returns (the lock, which holds until it is
-    closed or the process ends; the MetricsFile).
+    metrics.jsonl. Metrics of later steps are dropped, because they will be written again;
+    checkpoints of later steps get another name. say: a function that prints a line, for what is
+    missing. After a kill at any moment, the same command goes on. Returns (the lock, which holds
+    until it is closed or the process ends; the MetricsFile).
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
     mark = _read_mark(folder) or {"script": script, "written": WRITTEN_BY_RUN, "checkpoint": None}
-    mark = {key: value for key, value in mark.items() if key != "finished"}  # it goes on, or anew
-    # A run of an older version wrote fewer files: what has such a name is somebody's own
+    mark = {key: value for key, value in mark.items() if key != "finished"}  # not any more
+    # A run of an older version wrote fewer files: one of a newer name is not the run's
     for name in set(WRITTEN_BY_RUN) - set(mark.get("written") or WRITTEN_BY_RUN):
         if (folder / name).exists():
             raise UserError(
@@ -323,11 +325,11 @@ def claim_folder(folder, recipe, overwrite, resumed_step, script, metrics=None, 
         mark = mark | {"checkpoint": None}
     mark = mark | {"written": WRITTEN_BY_RUN}
     _write_mark(folder, {k: v for k, v in mark.items() if k != "clearing"})
-    # Damaged ones, or those after an older one that was named: not this run's past any more
-    for late in checkpoints(folder / "checkpoints"):
-        if resumed_step is not None and int(late.name[5:]) > resumed_step:
-            shutil.rmtree(late.with_name(f"set-aside-{late.name}"), ignore_errors=True)
-            late.rename(late.with_name(f"set-aside-{late.name}"))
+    # Damaged ones, or those after an older one that the user named: no longer part of this run
+    for path in checkpoints(folder / "checkpoints"):
+        if resumed_step is not None and int(path.name[5:]) > resumed_step:
+            shutil.rmtree(path.with_name(f"set-aside-{path.name}"), ignore_errors=True)
+            path.rename(path.with_name(f"set-aside-{path.name}"))
     records = MetricsFile(folder / "metrics.jsonl")
     if resumed_step is None:
         aside = records.set_aside()
@@ -340,7 +342,7 @@ def claim_folder(folder, recipe, overwrite, resumed_step, script, metrics=None, 
 
 
 def note_checkpoint(folder, step):
-    """Put down in the folder's mark that a checkpoint was complete once."""
+    """Note in the folder's mark that the run has had a complete checkpoint, the first at `step`."""
     mark = _read_mark(folder)
     if mark and mark.get("checkpoint") is None:
         _write_mark(folder, mark | {"checkpoint": step})
@@ -355,21 +357,21 @@ def still_held(folder, lock) -> bool:
 
 
 def _clear(folder, mark):
-    """Remove what a run wrote, and raise UserError before anything for a file that it did not."""
-    place = folder / "checkpoints"
-    inside = list(place.iterdir()) if place.is_dir() else []
-    foreign = [p.name for p in inside if not IN_CHECKPOINTS.fullmatch(p.name)]
-    if foreign:
+    """Remove what a run wrote; if no run wrote a file in checkpoints/, raise UserError before."""
+    root = folder / "checkpoints"
+    contents = list(root.iterdir()) if root.is_dir() else []
+    foreign_names = [p.name for p in contents if not IN_CHECKPOINTS.fullmatch(p.name)]
+    if foreign_names:
         raise UserError(
-            f"{place} holds {foreign[0]}, which no run wrote: move it away, or choose another "
+            f"{root} holds {foreign_names[0]}, which no run wrote: move it away, or choose another "
             "--run_name"
         )
-    for path in inside:
+    for path in contents:
         _remove(path)
     for name in mark.get("written") or WRITTEN_BY_RUN:
         path = folder / name
         if name == "checkpoints" and path.is_symlink() and path.is_dir():
-            continue  # a disk of its own: the link stays
+            continue  # checkpoints are on another disk: the link stays
         if name in WRITTEN_BY_RUN:
             _remove(path)
     for path in [*folder.glob(METRICS_BEFORE), *folder.glob(".*.writing")]:
@@ -384,7 +386,7 @@ def _remove(path):
 
 
 def versions():
-    """Versions of what computes the result, as far as it is installed."""
+    """Versions of the packages that compute the result, as far as they are installed."""
     versions = {"python": sys.version.split()[0]}
     for name in ("torch", "torchvision", "accelerate", "datasets", "safetensors"):
         with contextlib.suppress(PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""What `--imbalance` does about uneven classes: the loss of a batch, and words for the plan.
+"""What `--imbalance` does about uneven classes: the loss of a batch, and a phrase for the plan.
 
 The order of the epochs, which `balanced` and `sqrt` change, is in harness.data.batches.
 """
@@ -15,10 +15,10 @@ from tricks.logit_adjustment import add_priors, log_priors
 
 
 def make_loss(options, labels, classes, device):
-    """(loss of a batch, what smoothed labels are spread over) by `--imbalance`.
+    """(the loss function of `--imbalance`, the classes' shares for label smoothing or None).
 
-    The loss is a function (logits (n, K), targets (n, K)) -> its mean, a 0-d tensor. The other is
-    the `shares` of tricks.label_smoothing, float32 (K,) on the device, or None.
+    The function maps (logits (n, K), targets (n, K)) to the mean loss, a 0-d tensor. The shares,
+    float32 (K,) on the device, are the `shares` of tricks.label_smoothing.
 
     options: BatchOptions. labels: int64 (N,), of all train images.
     """
@@ -38,25 +38,25 @@ def make_loss(options, labels, classes, device):
     return adjusted, shares
 
 
-def check_flags(kind, stages, given, shard_store):
-    """Raise UserError for a combination of flags that would have no effect or can't be had.
+def check_flags(kind, stages, flag_names, shard_store):
+    """Raise UserError for flags that have no effect or can't be combined.
 
-    kind: of `--imbalance`. stages: of `--stages`, or None. given: names of the flags that are not
-    at their defaults. shard_store: of that flag.
+    kind: of `--imbalance`. stages: of `--stages`, or None. flag_names: of those that are not at
+    their defaults. shard_store: of that flag.
     """
     kinds = {kind, *(stage.get("imbalance") for stage in stages or ())}
-    if "imbalance_tau" in given and "logit_adjustment" not in kinds:
+    if "imbalance_tau" in flag_names and "logit_adjustment" not in kinds:
         raise UserError(
             f"--imbalance_tau has no effect with --imbalance {kind}: it is for logit_adjustment"
         )
     if shard_store and kind in SHARE_POWER:
         raise UserError(
-            f"--imbalance {kind} orders all train images, with --shard_store each "
-            "machine has a share: --imbalance logit_adjustment works there"
+            f"--imbalance {kind} draws from all train images, but with --shard_store each "
+            "machine has only a share of them: use --imbalance logit_adjustment"
         )
 
 
-def in_words(kind, tau) -> str:
+def describe(kind, tau) -> str:
     """What `--imbalance` (not "none") does, for the plan. tau: of logit adjustment."""
     return {
         "logit_adjustment": f"logit adjustment τ {tau:g}",

@@ -1,4 +1,4 @@
-"""metrics.jsonl: what was recorded, kept in step with the checkpoints."""
+"""metrics.jsonl: the records of a run, cut back to the checkpoint when the run resumes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harness.files import has_file, replace_file
 
 
 def read_metrics(path):
-    """The records of a metrics.jsonl up to the first line that is none."""
+    """The records of a metrics.jsonl up to the first line that is damaged."""
     records = []
     if has_file(path):
         for line in Path(path).read_bytes().splitlines():
@@ -24,7 +24,7 @@ def read_metrics(path):
 
 
 class MetricsFile:
-    """Records are added at the end; `state` says how much a checkpoint may count on.
+    """Records are added at the end; `state` tells a checkpoint how many bytes belong to it.
 
     path: of metrics.jsonl.
     """
@@ -41,40 +41,40 @@ class MetricsFile:
         self._count(line)
 
     def state(self):
-        """[bytes, sha256] of what was written until now."""
+        """[bytes, sha256] of the records written so far."""
         return [self._bytes, self._digest.hexdigest()]
 
     def sync(self):
-        """Force what was written to the disk."""
+        """Force the records to the disk."""
         with open(self.path, "rb") as file:
             os.fsync(file.fileno())
 
-    def cut_back(self, step, saved=None):
-        """Keep the records up to a checkpoint's step; returns what is missing, in words, or None.
+    def cut_back(self, step, state=None):
+        """Keep the records up to a checkpoint's step; returns a text on missing ones, or None.
 
-        saved: what `state` said at that checkpoint, None where an older version wrote it. Raises
-        UserError for a file that is damaged before that, by its line.
+        state: what `state` returned at that checkpoint; None where an older version wrote it.
+        Raises UserError, with the line's number, where the file is damaged before that step.
         """
         data = self.path.read_bytes() if has_file(self.path) else b""
         missing = None
-        if saved and hashlib.sha256(data[: saved[0]]).hexdigest() == saved[1]:
-            kept = data[: saved[0]]
+        size, digest = state or (0, None)
+        if state and hashlib.sha256(data[:size]).hexdigest() == digest:
+            records = data[:size]
         else:
-            kept = self._up_to(step, data)
-            if saved and len(kept) < saved[0]:
-                missing = (
-                    f"{self.path} has {len(kept):,} of the {saved[0]:,} bytes up to step {step}"
-                )
-            elif saved and kept:
+            records = self._up_to(step, data)
+            if state and len(records) < size:
+                share = f"{len(records):,} of the {size:,} bytes"
+                missing = f"{self.path} has {share} up to step {step}"
+            elif state and records:
                 raise UserError(
-                    f"{self.path} is not as the checkpoint of step {step} left it: bring it back, "
-                    "or move it away to go on without the records until then"
+                    f"{self.path} was changed after the checkpoint of step {step}: bring back what "
+                    "it was, or move it away to go on without the records until then"
                 )
-        self._start_with(kept)
+        self._start_with(records)
         return missing
 
     def set_aside(self):
-        """Begin with no records; those that are there go to another name, which is returned."""
+        """Begin without records. An older file gets another name; returns its path, or None."""
         aside = None
         if has_file(self.path) and self.path.stat().st_size:
             n = 1
@@ -88,8 +88,7 @@ class MetricsFile:
         lines = data.splitlines(keepends=True)
         for number, line in enumerate(lines, 1):
             try:
-                at = json.loads(line)["step"]
-                late = at > step
+                is_later = json.loads(line)["step"] > step
             except (ValueError, KeyError, TypeError, RecursionError):
                 if number == len(lines):  # cut short by a kill
                     return b"".join(lines[: number - 1])
@@ -97,7 +96,7 @@ class MetricsFile:
                     f"{self.path}, line {number} is damaged: bring the file back, or move it away "
                     "to go on without the records until now"
                 ) from None
-            if late:
+            if is_later:
                 return b"".join(lines[: number - 1])
         return data if data.endswith(b"\n") or not data else data + b"\n"
 

@@ -39,13 +39,13 @@ class Opening(NamedTuple):
     """What a script knows before it makes a network."""
 
     accelerator: Accelerator
-    machine: dict[str, str]  # words about it, for the plan
+    machine: dict[str, str]  # what the plan says of it, by row
     folder: Path
     data: Data
-    pretrained: Any  # from find_weights
+    pretrained: Any  # from harness.models.weights.find_weights
     preprocessing: Preprocessing
-    rows: dict[str, str]  # of the plan: where the preprocessing and the pixels come from
-    on_gpu: bool  # whether JPEGs are decoded there
+    rows: dict[str, str]  # of the plan, on where the preprocessing and the pixels come from
+    on_gpu: bool  # whether the GPU decodes JPEGs
     stem: str  # as resolved
     seconds: dict[str, float]  # "start": since this process began; "decoding", once it is done
 
@@ -62,46 +62,48 @@ class ModelOptions:
 
 
 def make_network(opening, options, init):
-    """(model, what was loaded, in a word how what is new was drawn) of ModelOptions.
+    """(model, harness.models.weights.Loaded, the name of the initialisation of new weights).
 
-    init: of `--init`, for what `--weights` leaves. The model is on the device, channels_last.
+    options: ModelOptions. init: of `--init`, for the weights that `--weights` does not give. The
+    model is on the device, channels_last.
     """
     size, pretrained, classes = opening.preprocessing.size, opening.pretrained, opening.data.classes
     model = build.build_model(
         options.model, len(classes), image_size=size, stem=opening.stem, dropout=options.dropout,
         head=options.head,
     )  # fmt: skip
-    drawn = build.initialise(model, init, generator(options.seed, "init"))
+    initialisation = build.initialise(model, init, generator(options.seed, "init"))
     loaded = load_pretrained(model, pretrained, classes, options.weights_by_order)
     if loaded.head_is_new and pretrained.state:
-        drawn = start_heads(model, size, generator(options.seed, "head"))
+        initialisation = start_heads(model, size, generator(options.seed, "head"))
     model.to(opening.accelerator.device, memory_format=torch.channels_last)
-    return model, loaded, drawn
+    return model, loaded, initialisation
 
 
 def decode_images(opening, verify, shard=False):
-    """{role: Samples} of all splits; images of val and test that are in train, too, are named.
+    """{role: Samples} of all splits; images of val and test that train holds, too, are printed.
 
     verify: of --verify_cache. shard: of --shard_store.
     """
     data, preprocessing, accelerator = opening.data, opening.preprocessing, opening.accelerator
-    began = time.perf_counter()
+    start = time.perf_counter()
     splits = decode_splits(data, preprocessing, accelerator, shard=shard, verify=verify)
     if opening.on_gpu:
         splits["train"].stored.on_gpu = True
     if accelerator.is_main_process:
         for line in identical_images(data, preprocessing, splits):
             print(one_line(line), flush=True)
-    opening.seconds["decoding"] = time.perf_counter() - began
+    opening.seconds["decoding"] = time.perf_counter() - start
     return splits
 
 
 def report_writer(opening, splits, slice_by):
     """A function (role, logits, val_logits) that writes all reports into the finished run's folder.
 
-    splits: {role: harness.data.stores.Samples}. slice_by: of the flag. The temperature is fitted on
-    val_logits, where val chose the weights; else None: nothing was held out to fit it on. Where
-    nothing was scored, role and logits are None: only README.md and report.html are written.
+    splits: {role: harness.data.stores.Samples}. slice_by: of the flag. The temperature is fitted to
+    val_logits; they are None where val did not choose the weights, and then no temperature is
+    fitted. Where nothing was scored, role and logits are None, and only README.md and report.html
+    are written.
     """
     data, folder = opening.data, opening.folder
 
@@ -113,25 +115,25 @@ def report_writer(opening, splits, slice_by):
         page.write_page(folder, trained)
 
     def write_scores(role, logits, val_logits):
-        fitted = None
+        temperature_fit = None
         if val_logits is not None:
-            fitted = fit_calibration(val_logits, splits["val"].labels, "val")
+            temperature_fit = fit_calibration(val_logits, splits["val"].labels, "val")
         (folder / calibration.FILE).unlink(missing_ok=True)
-        if fitted:
-            calibration.write_calibration(folder, fitted)
-        found = report.facts(
+        if temperature_fit:
+            calibration.write_calibration(folder, temperature_fit)
+        facts = report.facts(
             folder.name, role, getattr(data, role), splits[role], data.image_column, data.classes,
-            logits, slice_by, fitted,
+            logits, slice_by, temperature_fit,
         )  # fmt: skip
-        report.write(folder, found, splits[role])
-        if doubt := report.nothing_learned(found):
-            print(f"note         {one_line(doubt)}", flush=True)
+        report.write(folder, facts, splits[role])
+        if warning := report.nothing_learned(facts):
+            print(f"note         {one_line(warning)}", flush=True)
 
     return write
 
 
 def open_run(args, script) -> Opening:
-    """Look for everything that the flags name; a mistake answers before anything is computed.
+    """Find everything that the flags name: mistakes are reported before anything is computed.
 
     args: the parsed flags. script: its file name. Raises UserError for what is not there.
     """
@@ -151,7 +153,7 @@ def open_run(args, script) -> Opening:
         accelerator,
         {name: recipe[name] for name in recipe if name not in (*operational, "dataset")},
     )
-    # a mistyped name answers before a data set is looked for
+    # a mistyped name is reported before a data set is looked for
     in_turn(accelerator, lambda: find_model(args.model))
     data = plan.load(args.dataset, flags.pick(DataOptions, args), accelerator)
     if "select_by" in args.given and data.val is None:
@@ -159,21 +161,24 @@ def open_run(args, script) -> Opening:
             f"--select_by {args.select_by} chooses the best epoch on validation images, and there "
             "are none: --val_fraction 0.1 holds some out"
         )
-    scored = [split for split in (data.val, data.test) if split is not None]
-    in_turn(accelerator, lambda: check_slices(args.slice_by, scored, data.image_column))
+    eval_splits = [split for split in (data.val, data.test) if split is not None]
+    in_turn(accelerator, lambda: check_slices(args.slice_by, eval_splits, data.image_column))
     pretrained = in_turn(accelerator, lambda: find_weights(args.weights, args.model, args.stem))
-    asked = flags.pick(PreprocessingOptions, args)
+    preprocessing_options = flags.pick(PreprocessingOptions, args)
     preprocessing = plan.choose_preprocessing(
-        asked, args.image_size, args.crop_scale, data, pretrained
+        preprocessing_options, args.image_size, args.crop_scale, data, pretrained
     )
     if args.jpeg_decoder == "nvjpeg" and accelerator.device.type != "cuda":
-        raise UserError(f"--jpeg_decoder nvjpeg wants a CUDA GPU, this is {accelerator.device}")
+        raise UserError(f"--jpeg_decoder nvjpeg needs a CUDA GPU, this is {accelerator.device}")
     store = flags.pick(StoreOptions, args)
     preprocessing, pixels = from_main(accelerator, lambda: choose_store(store, data, preprocessing))
-    # before anything is made of it: networks with other heads would wait for each other for ever
+    # before a network is made: with different heads the processes would wait for ever
     facts = {"classes": data.classes, "split_sizes": plan.sizes(data), "dataset": args.dataset}
     check_same(accelerator, {**facts, **plan.data_identity(data, preprocessing)})
-    rows = {"prepared": plan.preprocessing_from(asked, pretrained, data), "pixels": pixels}
+    rows = {
+        "prepared": plan.preprocessing_from(preprocessing_options, pretrained, data),
+        "pixels": pixels,
+    }
     stem = build.resolve_stem(args.model, pretrained.stem or args.stem, preprocessing.size)
     seconds = {"start": time.time() - psutil.Process().create_time()}
     return Opening(

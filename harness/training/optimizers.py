@@ -1,4 +1,4 @@
-"""Parameter groups and optimizer of train.py's flags, and torch's optimizer of both scripts'."""
+"""The parameter groups of train.py, and the optimizer of both training scripts."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class OptimizerOptions:
 def make_groups(model, options):
     """Parameter groups: kernels decay, norms and biases don't, each with a rate of its own.
 
-    options: OptimizerOptions. What Muon orthogonalises has a group of its own.
+    options: OptimizerOptions. The kernels that Muon orthogonalises have groups of their own.
     """
     lr, head_lr = options.lr, options.head_lr
-    last = torch.nn.ModuleList(module for _, module in heads(model))
-    of_head = {id(p) for p in last.parameters()}
+    head_modules = torch.nn.ModuleList(module for _, module in heads(model))
+    of_head = {id(p) for p in head_modules.parameters()}
     groups = []
     for group in weight_decay_groups(model, options.weight_decay, options.norm_weight_decay):
         if group["name"] == "norm_and_bias":
@@ -44,14 +44,14 @@ def make_groups(model, options):
         body = [p for p in group["params"] if not head_lr or id(p) not in of_head]
         groups += [group | {"params": body, "lr": lr}] if body else []
         groups += [group | {"name": "head", "params": head, "lr": head_lr}] if head else []
-    return muon_groups(groups, last) if options.optimizer == "muon" else groups
+    return muon_groups(groups, head_modules) if options.optimizer == "muon" else groups
 
 
 def make_optimizer(options, parameters, accelerator, lr):
     """The optimizer of OptimizerOptions over parameters or groups, not yet prepared.
 
-    torch's are fused on a GPU, but where a gradient scaler has to look at the gradients first
-    (fp16). lr: of the groups that have none of their own.
+    torch's optimizers are fused on a GPU, except where a gradient scaler has to look at the
+    gradients first (fp16). lr: of groups without one.
     """
     fused = True if accelerator.device.type == "cuda" and accelerator.scaler is None else None
     momentum = options.momentum
@@ -64,9 +64,10 @@ def make_optimizer(options, parameters, accelerator, lr):
 
 
 def withholds_on_device(optimizer, device):
-    """Whether it leaves out an update for which its `found_inf` is 1, without the host's knowledge.
+    """Whether the device itself leaves out an update where the optimizer's `found_inf` is 1.
 
-    Fused optimizers do. Muon can; on a CPU, where nothing is gained by it, it need not.
+    Then the host need not know. Fused optimizers do so, and Muon on a GPU; on a CPU it would gain
+    nothing.
     """
     fused = bool(optimizer.defaults.get("fused"))
     return fused or (isinstance(optimizer, Muon) and device.type == "cuda")

@@ -1,4 +1,4 @@
-"""The plan a script prints before it starts, the facts it keeps, the line it ends with."""
+"""The plan that a script prints first, the facts that its result keeps, its last lines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CROP_PCT = 0.875  # of the stored pixels, what the network sees, where random cr
 
 
 def load(dataset, options, accelerator):
-    """The data set of `--dataset` and DataOptions, looked through by one process a machine."""
+    """The data set of `--dataset`, read by one process of each machine. options: DataOptions."""
     return from_local_main(accelerator, lambda: load_data(dataset, **vars(options)))
 
 
@@ -36,16 +36,18 @@ def sizes(data):
 NOTHING_HELD_OUT = "no validation or test images: --val_fraction 0.1 holds some out"
 
 
-def left_out(data):
+def unreadable_images(data):
     """How many images --bad_images skip left out, and the first of them."""
-    bad = [
-        f"{split} {row} ({why})" for split, rows in data.bad.items() for row, why in rows.items()
+    images = [
+        f"{split} {row} ({reason})"
+        for split, rows in data.bad.items()
+        for row, reason in rows.items()
     ]
     counts = ", ".join(f"{len(rows):,} of {split}" for split, rows in data.bad.items())
-    return f"{counts} can't be read: {', '.join(bad[:5])}" + (", …" if len(bad) > 5 else "")
+    return f"{counts} can't be read: {', '.join(images[:5])}" + (", …" if len(images) > 5 else "")
 
 
-UNEVEN = 10  # times the images of the smallest class in the largest: worth a word
+UNEVEN = 10  # times the smallest class's images in the largest, from which the plan says so
 
 
 def classes_row(data, imbalance):
@@ -64,29 +66,29 @@ def classes_row(data, imbalance):
     return row
 
 
-def left_out_of_means(metrics, data):
-    """Notes: classes without an image in a scored split, where AUROC or AP are asked for.
+def notes_on_metrics(metrics, data):
+    """Notes on the classes that AUROC and AP leave out, having no image in a scored split.
 
     metrics: names of those that are computed.
     """
-    notes, asked = [], {"auroc", "ap"} & set(metrics)
-    for split in (data.val, data.test) if asked else ():
-        there = np.unique(split.labels) if split is not None else range(len(data.classes))
-        without = [name for k, name in enumerate(data.classes) if k not in set(there)]
-        if without:
+    notes, class_means = [], {"auroc", "ap"} & set(metrics)
+    for split in (data.val, data.test) if class_means else ():
+        labels = np.unique(split.labels) if split is not None else range(len(data.classes))
+        absent_names = [name for k, name in enumerate(data.classes) if k not in set(labels)]
+        if absent_names:
             notes.append(
-                f"{' and '.join(sorted(asked))} leave out {len(without):,} of "
+                f"{' and '.join(sorted(class_means))} leave out {len(absent_names):,} of "
                 f"{len(data.classes):,} classes, which have no image in '{split.name}': "
-                f"{few(without)}"
+                f"{few(absent_names)}"
             )
     return notes
 
 
 def choose_preprocessing(options, image_size, crop_scale, data, pretrained):
-    """How images are prepared: as the weights say of themselves, else by the data set's facts.
+    """The Preprocessing of images: the one that the weights come with, else the data set's.
 
     options: PreprocessingOptions. image_size, crop_scale: of the flags. pretrained: from
-    harness.models.weights.find_weights. What flags name wins.
+    harness.models.weights.find_weights. Flags overrule both.
     """
     # A random resized crop enlarges what it cuts out, so it cuts from more pixels
     preprocessing = pretrained.preprocessing or Preprocessing(
@@ -99,26 +101,26 @@ def choose_preprocessing(options, image_size, crop_scale, data, pretrained):
 def preprocessing_from(options, pretrained, data):
     """Where the preprocessing comes from, in words. options: PreprocessingOptions."""
     imagenets = (data.mean, data.std) == IMAGENET_STATISTICS
-    own = "ImageNet's mean and std" if imagenets else "the data set's own mean and std"
-    words = pretrained.origin or own
+    statistics = "ImageNet's mean and std" if imagenets else "the data set's own mean and std"
+    text = pretrained.origin or statistics
     if pretrained.state and not pretrained.origin:
-        words = f"assumed ({words}): nothing beside the weights says how they want images"
-    return words + options.as_text()
+        text = f"assumed ({text}): nothing beside the weights says how they want images"
+    return text + options.as_text()
 
 
 def describe_run(args, machine, data, model, preprocessing, total, rows):
-    """What is about to happen, a fact a line.
+    """The plan as text: what is about to happen, one fact on each line.
 
-    args: all flags, since those that are not at their defaults are told. machine: words of
-    make_accelerator, and "weights". preprocessing: Preprocessing. total: steps. rows: {name: words}
-    that only the script knows, with its "lr".
+    args: all flags, because the plan lists those that are not at their defaults. machine: the rows
+    of make_accelerator, and "weights". preprocessing: Preprocessing. total: steps. rows:
+    {name: text} of what only the script knows, "lr" among them.
     """
     per_epoch, rest = divmod(len(data.train), args.batch_size)
     about = build.describe(model)
     network = find_model(args.model)
     accumulation = args.gradient_accumulation_steps
     processes = machine["processes"]
-    part = args.batch_size // (processes * accumulation)
+    microbatch_size = args.batch_size // (processes * accumulation)
     larger = preprocessing.stored_size != preprocessing.size
     stored = f" from {preprocessing.stored_size}×{preprocessing.stored_size}" if larger else ""
     colours = ", ".join(
@@ -131,7 +133,7 @@ def describe_run(args, machine, data, model, preprocessing, total, rows):
         + f"; {len(data.classes)} classes"
         + ("" if data.val or data.test else f"; {NOTHING_HELD_OUT}"),
         "classes": classes_row(data, args.imbalance),
-        **({"left out": left_out(data)} if data.bad else {}),
+        **({"left out": unreadable_images(data)} if data.bad else {}),
         "images": f"{preprocessing.size}×{preprocessing.size}{stored} "
         + f"{preprocessing.interpolation}, {colours}; {augmentation(args)}",
         "model": f"{network.name} ({network.library}), {about['parameters']:,} parameters, "
@@ -140,21 +142,22 @@ def describe_run(args, machine, data, model, preprocessing, total, rows):
         "steps": f"{total:,} = {total / per_epoch:.4g} epochs of {per_epoch}"
         + (f" ({rest} images an epoch don't fill a batch)" if rest else ""),
         "batch": f"{args.batch_size} = {processes} processes × {accumulation} accumulation"
-        + f" × {part}",
+        + f" × {microbatch_size}",
         **rows,
         "ema": _ema(args.ema_decay, per_epoch, total),
         "precision": machine["precision"],
         "device": f"{machine['device']}, {machine['threads']} CPU threads a process",
     }
-    notes = [*data.notes, *left_out_of_means(computed(args.metrics, args.select_by), data)]
-    read = [("left out", line) for line in data.left_out] + [("note", n) for n in notes]
+    notes = [*data.notes, *notes_on_metrics(computed(args.metrics, args.select_by), data)]
+    remarks = [("left out", line) for line in data.left_out] + [("note", n) for n in notes]
     rest = len(data.train) % args.batch_size
     if rest > len(data.train) / 5:
-        words = f"warning: every epoch leaves out {rest:,} of {len(data.train):,} train images"
-        read.append(("note", f"{words}, as --batch_size {args.batch_size} does not divide them"))
-    rows = [*rows.items(), *_given(args.given, vars(args))]
-    place = 2  # behind the data and its classes
-    return facts([*rows[:place], *read, *rows[place:]])
+        warning = f"warning: every epoch leaves out {rest:,} of {len(data.train):,} train images"
+        reason = f"as --batch_size {args.batch_size} does not divide them"
+        remarks.append(("note", f"{warning}, {reason}"))
+    rows = [*rows.items(), *_flag_rows(args.given, vars(args))]
+    position = 2  # behind the data and its classes
+    return facts([*rows[:position], *remarks, *rows[position:]])
 
 
 SCHEDULES = {"cosine": warmup_cosine, "linear": warmup_linear}  # of --schedule
@@ -168,22 +171,25 @@ def rates(options, steps_per_epoch, total, warmup):
     """
     schedule = SCHEDULES[options.schedule]
     points = (0, warmup, total // 2, total * 3 // 4, total - 1)
-    words = ", ".join(
+    text = ", ".join(
         f"{options.lr * schedule(s, total, warmup):.3g} at {s}" for s in sorted(set(points))
     )
-    wanted = round(options.warmup_epochs * steps_per_epoch)
-    if warmup < wanted:
-        words += f"; warm-up cut from {wanted:,} to {warmup:,} steps, half of this short run"
-    others = {"the head": options.head_lr, "norms and biases": options.bias_lr}
-    words += "".join(f"; {what} from {rate:g}" for what, rate in others.items() if rate)
-    return f"{options.optimizer}: {words}"
+    full_warmup = round(options.warmup_epochs * steps_per_epoch)
+    if warmup < full_warmup:
+        text += f"; warm-up cut from {full_warmup:,} to {warmup:,} steps, half of this short run"
+    group_rates = {"the head": options.head_lr, "norms and biases": options.bias_lr}
+    text += "".join(f"; {group} from {rate:g}" for group, rate in group_rates.items() if rate)
+    return f"{options.optimizer}: {text}"
 
 
-def _given(given, values):
-    """The flags that are not at their defaults, a row for each place where they were said."""
+def _flag_rows(sources, values):
+    """The flags that are not at their defaults, one row for each source: a recipe, the command.
+
+    sources: {flag: source}. values: {flag: value}.
+    """
     rows = []
-    for source in dict.fromkeys(given.values()):
-        flags = [f"{name} {values[name]}" for name, where in given.items() if where == source]
+    for source in dict.fromkeys(sources.values()):
+        flags = [f"{name} {values[name]}" for name in sources if sources[name] == source]
         rows.append(("flags", f"{', '.join(flags)} ({source})"))
     return rows or [("flags", "all at their defaults")]
 
@@ -196,23 +202,23 @@ def augmentation(options):
     if options.augment != "none" and options.flip == "alternating":
         facts += ["alternating flips"]
     facts += [f"erasing {options.random_erasing:g}"] if options.random_erasing else []
-    mixed = {"mixup": options.mixup_alpha, "CutMix": options.cutmix_alpha}
+    alphas = {"mixup": options.mixup_alpha, "CutMix": options.cutmix_alpha}
     if options.mix_prob:
-        facts += [f"{name} α {alpha:g}" for name, alpha in mixed.items() if alpha]
+        facts += [f"{name} α {alpha:g}" for name, alpha in alphas.items() if alpha]
     facts += [f"smoothing {options.label_smoothing:g}"] if options.label_smoothing else []
     if options.imbalance != "none":
-        facts += [imbalance.in_words(options.imbalance, options.imbalance_tau)]
+        facts += [imbalance.describe(options.imbalance, options.imbalance_tau)]
     return ", ".join(facts)
 
 
 def _ema(decay, steps_per_epoch, total):
     if not decay:
         return "off"
-    last = decay_at(total - 1, decay)
-    held = f", in the end {last:.4g} (warm-up)" if last < decay else ""
-    steps = half_life(last)
+    final_decay = decay_at(total - 1, decay)
+    note = f", in the end {final_decay:.4g} (warm-up)" if final_decay < decay else ""
+    steps = half_life(final_decay)
     epochs = steps / steps_per_epoch
-    return f"decay {decay}{held}: half-life {steps:,.0f} steps = {epochs:.1f} epochs"
+    return f"decay {decay}{note}: half-life {steps:,.0f} steps = {epochs:.1f} epochs"
 
 
 def result_config(
@@ -220,8 +226,8 @@ def result_config(
 ):  # fmt: skip
     """config.json: all that another script needs to use the result.
 
-    model, dropout: of the flags. preprocessing: Preprocessing. stem: as resolved. pretrained: what
-    it started from. head: "linear" or "mlp".
+    model, dropout: of the flags. preprocessing: Preprocessing. stem: as resolved. pretrained: the
+    weights that training started from. head: "linear" or "mlp".
     """
     network = find_model(model)
     return {
@@ -258,39 +264,39 @@ def data_identity(data, preprocessing):
         if split is not None:
             labels.update(split.rows.tobytes() + split.labels.tobytes())
     return {
-        **({"content": data.content} if data.content else {}),  # first: it says the most
+        **({"content": data.content} if data.content else {}),  # first: its error says the most
         "data_sha256": labels.hexdigest(),
         "pixels": preprocessing._replace(packed_side=0).as_list(),
         "split_sizes": sizes(data),
     }
 
 
-WORSE_THAN_PROBE = 0.03  # a result so far under the probe of its features is worth a word
+WORSE_THAN_PROBE = 0.03  # accuracy of a result under that of the probe: a warning from here on
 
 
 def under_probe(summary):
-    """The line for a result well under the linear probe of the features it began with, or ""."""
+    """A line where a result is well under the linear probe of its first features, else ""."""
     accuracy, probe = summary["accuracy"], summary.get("probe")
     if accuracy is None or not probe or accuracy >= probe["accuracy"] - WORSE_THAN_PROBE:
         return ""
-    less = (probe["accuracy"] - accuracy) * 100
+    points = (probe["accuracy"] - accuracy) * 100
     return (
-        f"note         {less:.1f} points under a linear probe of the features it began with "
-        f"({probe['accuracy']:.1%} of {probe['of']} images): training lost what they knew; lower "
-        "rates or fewer --epochs may keep it\n"
+        f"note         {points:.1f} points under a linear probe of the features it began with "
+        f"({probe['accuracy']:.1%} of {probe['of']} images): training made them worse; lower "
+        "rates or fewer --epochs may help\n"
     )
 
 
-def _parts_of_time(seconds):
-    """What the seconds of a run were, and those before it: {"training": 3.2, …} in words."""
-    words = {name: f"{name} {value:.0f} s" for name, value in seconds.items()}
-    before = ", ".join(words[name] for name in ("start", "decoding") if name in words)
-    during = f"{words['training']}, {words['evaluation']}"
-    return f"{during}; before that {before}" if before else during
+def _time_text(seconds):
+    """What a run spent its seconds on, and those before it. seconds: {"training": 3.2, …}."""
+    texts = {name: f"{name} {value:.0f} s" for name, value in seconds.items()}
+    setup = ", ".join(texts[name] for name in ("start", "decoding") if name in texts)
+    run = f"{texts['training']}, {texts['evaluation']}"
+    return f"{run}; before that {setup}" if setup else run
 
 
 def closing(summary, folder, tracked):
-    """The last lines: what came out, and where it is.
+    """The last lines of a script: the score, and where the files are.
 
     tracked: where the run is tracked; "" on other machines than the first, which have no files.
     """
@@ -309,7 +315,7 @@ def closing(summary, folder, tracked):
         score += f"; epoch {summary['best_epoch']}, the best on {splits['val']:,} val images"
     text = (
         f"\n{score} ({summary['weights']} weights) after {summary['steps']:,} steps, "
-        f"{summary['seconds']:.0f} s ({_parts_of_time(summary['seconds_of'])})\n"
+        f"{summary['seconds']:.0f} s ({_time_text(summary['seconds_of'])})\n"
         f"{under_probe(summary)}"
     )
     if not tracked:

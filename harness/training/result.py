@@ -1,4 +1,4 @@
-"""The result of a run: its weights, those of the best epoch where val chose, and the summary."""
+"""The result of a run: weights, those of the best epoch where val chooses, and the summary."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Result:
 
     recipe: all flags, for config.json. select_by: of the flag. config: what else config.json says.
     best: {"epoch", "step", "scores"} of the best epoch on val so far, and best_weights its
-    weights; None without val. The files follow the checkpoint that has the same: see `write`.
+    weights; None without val. The run calls `write` after the checkpoint that holds the same.
     """
 
     def __init__(self, folder, recipe, select_by, config, module, ema):
@@ -28,7 +28,7 @@ class Result:
         self.module, self.ema = module, ema
         self.suffix, self.kind = ("_ema", "ema") if ema else ("", "raw")
         self.best, self.best_weights = None, None
-        self._on_disk = None  # which of `best` model.safetensors is, on the main process
+        self._on_disk = None  # the `best` that model.safetensors is of, on the main process
 
     def averaged(self):
         """A context in which the model has the averaged weights, if there are any."""
@@ -52,7 +52,7 @@ class Result:
         return True
 
     def write(self, best, weights):
-        """Write model.safetensors and config.json, unless those of this `best` are there."""
+        """Write model.safetensors and config.json, unless those of this `best` are on the disk."""
         if best is not self._on_disk:
             data, digest = result_bytes(weights)
             config = self.config | {
@@ -67,7 +67,7 @@ class Result:
         self._on_disk = best
 
     def summarise(self, accelerator, scores, facts):
-        """The contents of summary.json. scores: {"SPLIT/METRIC": value}; facts: what else."""
+        """The contents of summary.json. scores: {"SPLIT/METRIC": value}; facts: more of them."""
         split = self.scored_split(scores)
         return {
             "split": split,

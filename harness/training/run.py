@@ -1,8 +1,8 @@
 """A run: its steps, its checkpoints, where it resumes. What is mechanical in every script.
 
-The script's loop holds what is learned from a batch; around it, `Run` resumes where the run was,
-heeds what the guard of each step says, writes checkpoints and evaluates at the end of epochs. Its
-parts: harness.training.guard (what may stop a step), record (what is told) and result.
+The script's loop says how a batch is learned from; around it, `Run` resumes where the run was, acts
+on the guard's check of each step, writes checkpoints and evaluates at the end of epochs. It uses
+harness.training.guard (what may stop a step), record (what is reported) and result.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from harness.tracking import TrackingOptions
 from harness.training import state
 from harness.training.checkpoint import CheckpointWriter, checkpoints
 from harness.training.energy import EnergyMeter
-from harness.training.folder import keep_result_alone, note_checkpoint
+from harness.training.folder import note_checkpoint, remove_checkpoints
 from harness.training.guard import GONE, STOP, Signals, StepGuard
 from harness.training.record import Record
 from harness.training.result import Result, as_json
 
-# With --nonfinite skip: so many non-finite steps in a row, and the run stops all the same.
-MOST_SKIPPED = 10
+# With --nonfinite skip, the run stops after this many non-finite steps in a row.
+MAX_SKIPPED = 10
 
 UNWRITTEN = "the result could not be written"
 
@@ -46,7 +46,7 @@ class Length(NamedTuple):
 
 @dataclass(frozen=True)
 class RunOptions(TrackingOptions):
-    """What a run goes by, whatever it trains. Each is a flag's name, but `given` and `recipe`."""
+    """What a run depends on, whatever it trains. Each is a flag's name, but `given`, `recipe`."""
 
     seed: int
     batch_size: int
@@ -67,23 +67,23 @@ class RunOptions(TrackingOptions):
 
 
 def check_batch(batch_size, accumulation, processes, train_size, mixing):
-    """The images of one forward pass, --batch_size over processes and accumulation steps.
+    """The images of a microbatch: --batch_size divided by processes and accumulation steps.
 
-    Raises UserError where the batch cannot be cut into equal parts, or train cannot fill it.
+    Raises UserError where the batch can't be cut into equal microbatches, or train can't fill it.
     """
-    parts = processes * accumulation
-    what = f"{processes} processes × {accumulation} accumulation steps"
-    if batch_size % parts:
-        raise UserError(f"--batch_size {batch_size} does not divide by {what} = {parts}")
-    part = batch_size // parts
-    if mixing and parts > 1 and part % 2:
+    count = processes * accumulation
+    product = f"{processes} processes × {accumulation} accumulation steps"
+    if batch_size % count:
+        raise UserError(f"--batch_size {batch_size} is not divisible by {product} = {count}")
+    size = batch_size // count
+    if mixing and count > 1 and size % 2:
         raise UserError(
-            f"--batch_size {batch_size} over {what} is {part} images a part, an odd number: "
-            "mixing pairs neighbours, so choose an even part (or --mix_prob 0)"
+            f"--batch_size {batch_size} over {product} is {size} images at a time, an odd number: "
+            "mixing pairs neighbours, so choose an even number (or --mix_prob 0)"
         )
     if train_size < batch_size:
-        raise UserError(f"--batch_size {batch_size} is over the {train_size} train images")
-    return part
+        raise UserError(f"--batch_size {batch_size} is more than the {train_size} train images")
+    return size
 
 
 class Run:
@@ -91,8 +91,7 @@ class Run:
 
     options: RunOptions. folder: from `check_folder`. model and optimizer: prepared or plain;
     the optimizer holds every parameter that will ever be trained. ema: a ModelEma or None.
-    config: what the result is (config.json). identity: facts about the data that a resumed run
-    must share.
+    config: the result's config.json. identity: facts about the data that a resumed run must share.
     """
 
     def __init__(
@@ -125,20 +124,20 @@ class Run:
         self.scores = {}
         self.nonfinite = self._in_a_row = 0  # steps skipped
         self._stop = 0  # the signal that all processes agreed on
-        self.unscored = None  # of an epoch that has ended and is not evaluated
-        self._writer, self._checkpoint_of = CheckpointWriter(), None  # the step of the last
+        self.unscored = None  # numbers (state.UNSCORED) of an epoch that is not evaluated yet
+        self._writer, self._checkpoint_of = CheckpointWriter(), None  # step of the last one
         self._shown = False
         self.picture = folder / "train_batch.png"
 
-        resumed = self._resume() if options.resume_from_checkpoint else None
+        resumed_state = self._resume() if options.resume_from_checkpoint else None
         self._threads = from_each(accelerator, torch.get_num_threads)
-        self.energy = EnergyMeter(accelerator, resumed and resumed["energy"])
+        self.energy = EnergyMeter(accelerator, resumed_state and resumed_state["energy"])
         script = f"{config['job_type']}.py"
-        self.record.claim(options.recipe, options.overwrite, script, resumed)
-        if best := self.result.best:  # the files may be of a later one, if the run was killed
+        self.record.claim(options.recipe, options.overwrite, script, resumed_state)
+        if best := self.result.best:  # the files may be of a later epoch, if the run was killed
             weights = self.result.best_weights
             on_main(accelerator, lambda: self.result.write(best, weights), UNWRITTEN)
-        run_id = resumed and resumed["run_id"]
+        run_id = resumed_state and resumed_state["run_id"]
         self.record.start(options, config, length.total, self.step, run_id)
         self.signals.listen()
         self._since = self._checkpointed = time.perf_counter()
@@ -146,11 +145,11 @@ class Run:
     # ---------------------------------------------------------------- the steps
 
     def steps(self, batches, evaluate, spacing=0):
-        """Yield (step, parts of the batch) for every optimizer step that `batches` has.
+        """Yield (step, microbatches) for every optimizer step that `batches` has.
 
-        batches: a function of the first step -> iterator of batches. evaluate: a function
-        without arguments -> {"val/acc": ...}, called at the end of epochs. spacing: seconds that
-        lie between checkpoints at the least, where an epoch takes less than writing one.
+        batches: a function of the first step -> iterator of lists of microbatches. evaluate: a
+        function without arguments -> {"val/acc": ...}, called at the end of epochs. spacing: least
+        seconds between two checkpoints, for epochs that take less time than writing one.
         """
         self._first_step, self._spacing = self.step, spacing
         self._epoch_began, self._epoch_images = time.perf_counter(), 0
@@ -171,7 +170,7 @@ class Run:
         self._heed_checks(0)
 
     def count(self, loss, mixed_acc):
-        """Add one part of the batch: its mean loss and mean accuracy, tensors on the device."""
+        """Add one microbatch: its mean loss and mean accuracy, tensors on the device."""
         self.guard.count(loss, mixed_acc)
 
     def sync_step(self, grad_norm):
@@ -193,7 +192,7 @@ class Run:
             self._heed_stop(check.stop, check.step + 1)
 
     def _heed_stop(self, stop, next_step):
-        """stop: the sum of what the processes were asked."""
+        """Act on signals. stop: the sum of their numbers in STOP over the processes."""
         if stop >= STOP[GONE]:
             self.fail(
                 f"{self.folder} was removed while this run was writing to it, or another run "
@@ -203,9 +202,9 @@ class Run:
             self._stop = signal.SIGTERM if stop >= STOP[signal.SIGTERM] else signal.SIGINT
 
     def interruptible(self, work):
-        """`work()`; after a signal, which it may raise as StopAsked, the run is left in good order.
+        """`work()`; if it raises StopAsked after a signal, end the run in good order.
 
-        Its checkpoint is the one of the last step, so that a resumed run does the work again.
+        The checkpoint is of the last step, so that a resumed run does the work again.
         """
         try:
             return work()
@@ -217,38 +216,38 @@ class Run:
         self._leave()
 
     def _skip_or_stop(self, step, loss, norm):
-        if not self._skips or self._in_a_row == MOST_SKIPPED:
+        if not self._skips or self._in_a_row == MAX_SKIPPED:
             self._stop_nonfinite(step, loss, norm)
         self.nonfinite += 1
         if self.nonfinite == 1:
             self.say(
                 f"warning: step {step}: loss is {loss:.4g}, gradient norm is {norm:.4g}; skipped, "
-                "as others will be (train/nonfinite counts them)"
+                "as later ones will be (train/nonfinite counts them)"
             )
 
     def _stop_nonfinite(self, step, loss, norm):
         self._settle()
         self.accelerator.wait_for_everyone()
-        kept = checkpoints(self.folder / "checkpoints")
-        last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
-        others = ", BatchNorm's statistics are not finite" if math.isfinite(loss + norm) else ""
+        paths = checkpoints(self.folder / "checkpoints")
+        hint = f"the last good checkpoint is {paths[-1]}" if paths else "there is no checkpoint yet"
+        statistics = ", BatchNorm's statistics are not finite" if math.isfinite(loss + norm) else ""
         skipped = f" and after {self._in_a_row - 1} skipped ones" if self._in_a_row > 1 else ""
         self.fail(
-            f"step {step}: loss is {loss:.4g}, gradient norm is {norm:.4g}{others}; stopped before "
-            f"the update{skipped}, {last}; a lower --lr or --mixed_precision no may help"
+            f"step {step}: loss is {loss:.4g}, gradient norm is {norm:.4g}{statistics}; stopped "
+            f"before the update{skipped}, {hint}; a lower --lr or --mixed_precision no may help"
         )
 
     def fail(self, reason):
-        """Leave in good order with an error; on all processes, or on none."""
+        """End the run in good order with an error. Called on all processes, or on none."""
         self.record.bar.close()
         self._close(exit_code=1)
         raise RunStopped(reason)
 
     def wants_picture(self):
         """True once, on the main process: for the first batch that this process sees."""
-        wanted = self.main and not self._shown
+        is_first = self.main and not self._shown
         self._shown = True
-        return wanted
+        return is_first
 
     # ---------------------------------------------------------------- after a step
 
@@ -259,15 +258,15 @@ class Run:
         end_of_epoch = self.step % per_epoch == 0 or self.step == total
         # Once an epoch at least: the last multiple of the interval may lie before this epoch
         epoch_began = (self.step - 1) // per_epoch * per_epoch
-        logged = self.step // options.logging_steps * options.logging_steps
-        none_yet = end_of_epoch and logged <= epoch_began
-        if logged == self.step or none_yet or self.step == total:
+        log_step = self.step // options.logging_steps * options.logging_steps
+        none_yet = end_of_epoch and log_step <= epoch_began
+        if log_step == self.step or none_yet or self.step == total:
             self._log_interval()
         if end_of_epoch:
             self._end_epoch()
-        every = options.checkpointing_steps
-        due = every != "epoch" and self.step % every == 0
-        if every == "epoch" and end_of_epoch:
+        interval = options.checkpointing_steps
+        due = interval != "epoch" and self.step % interval == 0
+        if interval == "epoch" and end_of_epoch:
             due = not self._spacing or self._long_enough()
         stopping = self._stop or self.step == options.stop_after
         if due or stopping or self.step == total:
@@ -275,14 +274,14 @@ class Run:
             self._checkpoint(must=bool(self._stop))
         if self._stop and self.step < total:
             self._leave()
-        if self.unscored:  # after its checkpoint, which may take as long
+        if self.unscored:  # after its checkpoint, because evaluation may take as long as the epoch
             self._score_epoch(evaluate)
         if stopping and self.step < total:
             self._wait_for_checkpoint()
             self._leave()
 
     def _long_enough(self):
-        """Whether the last checkpoint is `spacing` seconds old: by one clock, for all processes."""
+        """Whether the last checkpoint is `spacing` seconds old, by the main process's clock."""
         return from_main(
             self.accelerator, lambda: time.perf_counter() - self._checkpointed >= self._spacing
         )
@@ -292,7 +291,7 @@ class Run:
         loss, mixed_acc, norm, steps = self.guard.interval.tolist()
         self.guard.interval.zero_()
         record, loss = {}, loss / steps if steps else math.nan
-        if steps:  # else all were skipped
+        if steps:  # not all were skipped
             record["train/loss"] = loss
             record["train/mixed_acc"] = mixed_acc / steps
             record["train/grad_norm"] = norm / steps
@@ -313,7 +312,7 @@ class Run:
         return {f"train/lr/{g.get('label', g['name'])}": g["lr"] for g in groups}
 
     def _heed_folder(self, is_there):
-        """Where the folder is gone, or another run's, all stop before the next update."""
+        """Stop all processes before the next update where the folder is gone or another run's."""
         if not is_there:
             self.signals.received = GONE
 
@@ -332,9 +331,9 @@ class Run:
         record = {f"epoch/{name}": epoch[name] for name in names}
         if epoch["epoch"] % self.options.eval_epochs == 0 or self.step == self.length.total:
             self._heed_checks(0)
-            began = time.perf_counter()
+            start = time.perf_counter()
             self.scores = scores = self.interruptible(evaluate)
-            self.evaluation_seconds += time.perf_counter() - began
+            self.evaluation_seconds += time.perf_counter() - start
             better = self.result.consider(epoch["epoch"], self.step, scores)
             if better and self.main and self._checkpoint_of == self.step:
                 best = self.result.best, self.result.best_weights
@@ -351,7 +350,7 @@ class Run:
     # ---------------------------------------------------------------- checkpoints
 
     def _checkpoint(self, must):
-        """Begin to write one, in the background; wait for it where it must be there."""
+        """Begin to write a checkpoint in the background. must: wait until it is written."""
         energy = self.energy.total()
         if self.main:
             self._settle()
@@ -388,24 +387,24 @@ class Run:
         best, weights = self.result.best, self.result.best_weights
         tensors |= {"best": weights} if best else {}
 
-        def first():
+        def on_start():
             self._check_has_folder()
             self.record.sync()
 
-        def then():
+        def on_finish():
             note_checkpoint(self.folder, step)
-            # The result follows the checkpoint that has it, or that a resumed run finds it from:
-            # it may not fall behind
+            # The files of the result are written after a checkpoint that holds the same, or from
+            # which a resumed run makes the same; they are never older than the checkpoint before
             self.result.write(best, weights)
 
         step = self.step
         self._writer.start(
             self.folder / "checkpoints", step, tensors, counters, self.options.max_checkpoints,
-            first, then,
+            on_start, on_finish,
         )  # fmt: skip
 
     def _settle(self):
-        """Wait for the checkpoint that is being written; where it failed, say so and give why."""
+        """Wait for the checkpoint that is being written; prints and returns its error, if any."""
         try:
             self._writer.wait()
         except OSError as error:
@@ -414,23 +413,23 @@ class Run:
             return error
 
     def _check_has_folder(self):
-        there = self.record.has_folder()
-        self._heed_folder(there)
-        if not there:
+        has_folder = self.record.has_folder()
+        self._heed_folder(has_folder)
+        if not has_folder:
             raise OSError(f"{self.folder} was removed, or another run has it")
 
     # ---------------------------------------------------------------- the end
 
-    def finish(self, predict, facts=None, tta=None, report=None, before=None):
+    def finish(self, predict, facts=None, tta=None, report=None, setup_seconds=None):
         """Write the result, the summary, the report and the curves; returns the summary.
 
         predict: a function of a split's role -> ({metric: value}, logits) of the weights in the
-        model; it is called with the result's: where val chose them for test, else for what was
-        scored at the last epoch. facts: what else the summary should say. tta: a function of a
-        role -> {metric: value} over several views of each image, for the scored split. report: a
-        function (role, logits, logits of val or None) that writes it into the folder, on the main
-        process; role and logits are None where nothing was scored. before: {"start", "decoding"},
-        seconds that came before the run.
+        model, which are the result's. It is called for test where val chose the weights, and for
+        the splits whose logits the report needs. facts: further entries of the summary. tta: a
+        function of a role -> {metric: value} over several views of each image, for the scored
+        split. report: a function (role, logits, logits of val or None) that writes the report into
+        the folder, on the main process; role and logits are None where nothing was scored.
+        setup_seconds: {"start", "decoding"}, before the run.
         """
         self.record.bar.close()
         result, best = self.result, self.result.best
@@ -447,33 +446,33 @@ class Run:
         if best is not None:
             self.module.load_state_dict(weights)
         with result.averaged() if best is None else contextlib.nullcontext():
-            final, split, logits, held_out = self._scores_of_result(predict, tta, bool(report))
-        facts = self._facts(before or {}) | (facts or {})
+            final, split, logits, val_logits = self._scores_of_result(predict, tta, bool(report))
+        facts = self._facts(setup_seconds or {}) | (facts or {})
         summary = result.summarise(self.accelerator, final, facts)
         if self.main:
             replace_file(self.folder / "summary.json", as_json(summary))
             self.record.draw_curves(self.step)
         if report:
             failure = "the report could not be written"
-            on_main(self.accelerator, lambda: report(split, logits, held_out), failure)
+            on_main(self.accelerator, lambda: report(split, logits, val_logits), failure)
         if self.main:
             tracking = self.record.tracking
             tracking.summary({**final, "seconds": self.seconds})
             if self.options.log_model:
                 tracking.log_model(self.folder / "model.safetensors", {"scores": final})
         if self.options.keep_checkpoints == "final":
-            on_main(self.accelerator, lambda: keep_result_alone(self.folder, self.step))
+            on_main(self.accelerator, lambda: remove_checkpoints(self.folder, self.step))
         self._close(exit_code=0)
         return summary
 
     def _scores_of_result(self, predict, tta, reports):
-        """(scores, the split that counts or None, its logits, those of val or None).
+        """(scores, the role of the scored split or None, its logits, the logits of val or None).
 
-        The weights in the model are the result's. reports: whether logits are wanted at all.
+        The weights in the model are the result's. reports: whether a report needs the logits.
         """
         result, best = self.result, self.result.best
         final, logits = dict(best["scores"] if best else self.scores), None
-        began = time.perf_counter()
+        start = time.perf_counter()
         if best is not None and "test" in self.config["data"]["splits"]:
             scores, logits = self.interruptible(lambda: predict("test"))
             final |= {f"test/{k}{result.suffix}": v for k, v in scores.items()}
@@ -483,28 +482,29 @@ class Run:
             final |= {f"{split}/{k}_tta": v for k, v in scores.items()}
         if split and reports and logits is None:
             logits = self.interruptible(lambda: predict(split))[1]
-        held_out = logits if split == "val" else None
-        if best is not None and reports and held_out is None:
-            held_out = self.interruptible(lambda: predict("val"))[1]
-        took = time.perf_counter() - began
-        self.seconds, self.evaluation_seconds = self.seconds + took, self.evaluation_seconds + took
-        return final, split, logits, held_out
+        val_logits = logits if split == "val" else None
+        if best is not None and reports and val_logits is None:
+            val_logits = self.interruptible(lambda: predict("val"))[1]
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        self.evaluation_seconds += seconds
+        return final, split, logits, val_logits
 
-    def _facts(self, before):
-        of_run = self.seconds - self.evaluation_seconds
-        parts = before | {"training": of_run, "evaluation": self.evaluation_seconds}
+    def _facts(self, setup_seconds):
+        training = self.seconds - self.evaluation_seconds
+        seconds_of = setup_seconds | {"training": training, "evaluation": self.evaluation_seconds}
         return {
             "steps": self.step,
             "nonfinite": self.nonfinite,
             "epochs": self.step / self.length.per_epoch,
             "seconds": round(self.seconds, 3),
-            "seconds_of": {name: round(value, 3) for name, value in parts.items()},
+            "seconds_of": {name: round(value, 3) for name, value in seconds_of.items()},
             **({"energy": energy} if (energy := self.energy.total()) else {}),
             "images_per_second": round(self.images_per_second, 1),
         }
 
     def _leave(self):
-        """After a signal or --stop_after: the checkpoint is written, leave in good order."""
+        """End the run early, after a signal or --stop_after, when its checkpoint is written."""
         self.record.bar.close()
         code = 128 + self._stop if self._stop else 0
         self.say(
@@ -518,7 +518,7 @@ class Run:
 
     def _close(self, exit_code):
         self._settle()
-        self.accelerator.wait_for_everyone()  # first: a tracker may take its time
+        self.accelerator.wait_for_everyone()  # before the trackers, which may take long
         self.energy.close()
         self.record.close(exit_code)
         self.signals.restore()
@@ -526,43 +526,44 @@ class Run:
     # ---------------------------------------------------------------- where it was
 
     def _resume(self):
-        """Restore the checkpoint that is asked for, if there is one; returns its state.json."""
-        say, asked = self.say, self.options.resume_from_checkpoint
-        found = state.find_checkpoint(
-            asked, self.folder, self.accelerator, say, self.options.overwrite
+        """Restore the checkpoint to resume from, if there is one; returns its state.json."""
+        say, source = self.say, self.options.resume_from_checkpoint
+        checkpoint = state.find_checkpoint(
+            source, self.folder, self.accelerator, say, self.options.overwrite
         )
-        if found is None:
+        if checkpoint is None:
             say(f"no checkpoint yet in {self.folder}: starting from step 0")
             return None
-        path, tensors, saved = found
-        saved = state.check_state(path, saved)
-        state.check_identity(path, saved["identity"], self.identity, self.options.given)
+        path, tensors, saved_state = checkpoint
+        saved_state = state.check_state(path, saved_state)
+        state.check_identity(path, saved_state["identity"], self.identity, self.options.given)
         state.restore_tensors(
-            path, tensors, self.module, self.optimizer, self.ema, saved.get("moments")
+            path, tensors, self.module, self.optimizer, self.ema, saved_state.get("moments")
         )
-        if self.accelerator.scaler and saved["scaler"]:
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
-        self.step, self.seconds = saved["step"], saved["seconds"]
-        self.evaluation_seconds = saved["evaluation_seconds"]
-        self.result.best, self.result.best_weights = saved["best"], tensors.get("best")
-        self.scores, self.unscored = saved["scores"], saved["unscored"]
+        if self.accelerator.scaler and saved_state["scaler"]:
+            self.accelerator.scaler.load_state_dict(saved_state["scaler"])
+        self.step, self.seconds = saved_state["step"], saved_state["seconds"]
+        self.evaluation_seconds = saved_state["evaluation_seconds"]
+        self.result.best, self.result.best_weights = saved_state["best"], tensors.get("best")
+        self.scores, self.unscored = saved_state["scores"], saved_state["unscored"]
         self._checkpoint_of = self.step
-        self.nonfinite, self._in_a_row = saved["nonfinite"]
+        self.nonfinite, self._in_a_row = saved_state["nonfinite"]
         for sums, name in ((self.guard.interval, "interval"), (self.guard.epoch, "epoch")):
-            sums += torch.tensor(saved[name], device=sums.device)
+            sums += torch.tensor(saved_state[name], device=sums.device)
         say(f"resuming     {path}, step {self.step} of {self.length.total}")
         if self.options.stop_after and self.options.stop_after <= self.step < self.length.total:
             say(f"stopped already: --stop_after {self.options.stop_after}")
             raise SystemExit(0)
-        self._keep_threads(saved["threads"])
-        return saved
+        self._keep_threads(saved_state["threads"])
+        return saved_state
 
-    def _keep_threads(self, saved):
-        """Compute on as many CPU threads as before: another number adds up in another order.
+    def _keep_threads(self, counts):
+        """Compute on as many CPU threads as before: another number would add in another order.
 
-        saved: those of each process; with another number of processes the bits differ anyway.
+        counts: of each process, from the checkpoint. With another number of processes the bits
+        differ anyway.
         """
-        now, rank = torch.get_num_threads(), self.accelerator.process_index
-        if len(saved) == self.accelerator.num_processes and saved[rank] != now:
-            torch.set_num_threads(saved[rank])
-            self.say(f"threads      {saved[rank]} as before, not {now}: so the bits stay the same")
+        threads, rank = torch.get_num_threads(), self.accelerator.process_index
+        if len(counts) == self.accelerator.num_processes and counts[rank] != threads:
+            torch.set_num_threads(counts[rank])
+            self.say(f"threads      {counts[rank]} as before, not {threads}: for the same bits")

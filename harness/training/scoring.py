@@ -10,7 +10,7 @@ from harness.processes import from_main
 from tricks.tta import average_views
 
 BATCH = (64, 256)  # fewest and most samples of an evaluation batch
-BATCH_PIXELS = 2**21  # and between them as many as have so many pixels
+BATCH_PIXELS = 2**21  # pixels of an evaluation batch, within these limits
 
 
 def batch_starts(split) -> range:
@@ -21,26 +21,26 @@ def batch_starts(split) -> range:
 
 
 def evaluate(
-    accelerator, model, split, prepare, tta_views=None, stop=None, metrics=ALWAYS, whole=False
+    accelerator, model, split, prepare, tta_views=None, stop=None, metrics=ALWAYS, with_logits=False
 ):
     """{name: value} of the metrics of `model` on one split.
 
     model: the unwrapped module. split: harness.data.stores.Samples. prepare: uint8 batch on the
     device -> what the network takes. tta_views: of tricks.tta, whose probabilities are averaged;
-    None for the image as it is. stop: a function without arguments -> a number over 0 where this
-    process was asked to leave off (`Run.asked_to_stop`). metrics: names in
-    harness.metrics.METRICS. whole: return ({name: value}, logits), all logits in the order of the
-    samples, float32 (n, classes) on the CPU.
+    None for the image as it is. stop: a function without arguments -> a number over 0 after a
+    signal to this process (`Run.asked_to_stop`). metrics: names in harness.metrics.METRICS.
+    with_logits: return ({name: value}, logits), all logits in the order of the samples, float32
+    (n, classes) on the CPU.
 
-    The samples are cut into fixed batches by index and dealt to the processes in turn; sums are
-    kept per batch and added in the order of the batches. So neither padding nor duplicates exist,
-    and the result does not depend on how many processes shared the work. Raises StopAsked on all
-    processes where one was asked to.
+    The samples are cut into fixed batches by index, which are shared out to the processes in turn;
+    each batch has its own sums, added in the order of the batches. So there is no padding and no
+    duplicate, and the result does not depend on how many processes share the work. Raises
+    StopAsked, on all processes, after a signal to one.
     """
     total = len(split.labels)
     summed = [name for name in metrics if METRICS[name].batch_sum]
     of_all = [name for name in metrics if METRICS[name].of_all]
-    keeps_logits = whole or bool(of_all)
+    keeps_logits = with_logits or bool(of_all)
     sums, logits = _forward(
         accelerator, model, split, prepare, tta_views, stop, summed, keeps_logits
     )
@@ -57,14 +57,14 @@ def evaluate(
             lambda: {n: METRICS[n].of_all(logits.double(), split.labels) for n in of_all},
         )
     scores = {name: scores[name] for name in metrics}
-    return (scores, logits) if whole else scores
+    return (scores, logits) if with_logits else scores
 
 
 @torch.inference_mode()
 def _forward(accelerator, model, split, prepare, tta_views, stop, summed, keeps_logits):
     """(sums of each batch (batches, summed + samples + stop), logits (n, classes) or None).
 
-    Both on the device, zero where the work was another process's.
+    Both on the device, and zero for the batches of other processes.
     """
     total, starts, logits = len(split.labels), batch_starts(split), None
     sums = torch.zeros(len(starts), len(summed) + 2, device=accelerator.device)
@@ -77,17 +77,18 @@ def _forward(accelerator, model, split, prepare, tta_views, stop, summed, keeps_
         images, labels = split.take(index, accelerator.device)
         with accelerator.autocast():
             if tta_views is None:
-                found = model(prepare(images)).float()
+                batch_logits = model(prepare(images)).float()
             else:
                 views = [model(prepare(view.apply(images, index))).float() for view in tta_views]
                 weights = [view.weight for view in tta_views]
-                found = average_views(torch.stack(views), weights, check=False)
-        # Filled there: new_tensor would copy from the host's memory, and wait for the device
-        values = torch.stack([METRICS[n].batch_sum(found, labels).float() for n in summed])
+                batch_logits = average_views(torch.stack(views), weights, check=False)
+        values = torch.stack([METRICS[n].batch_sum(batch_logits, labels).float() for n in summed])
+        # new_full writes on the device; new_tensor would copy from the host, and wait for the copy
         sums[k, :-1] = torch.cat([values, values.new_full((1,), len(labels))])
         if keeps_logits:
-            logits = found.new_zeros(total, found.shape[1]) if logits is None else logits
-            logits[starts[k] : starts[k] + len(index)] = found
+            if logits is None:
+                logits = batch_logits.new_zeros(total, batch_logits.shape[1])
+            logits[starts[k] : starts[k] + len(index)] = batch_logits
     for module, training in modes:
         module.training = training
     if stop:
@@ -96,14 +97,14 @@ def _forward(accelerator, model, split, prepare, tta_views, stop, summed, keeps_
 
 
 def _read_sums(accelerator, sums):
-    """The sums over all batches and processes as numbers: where an evaluation waits, once."""
+    """The sums over all batches and processes as numbers; only here an evaluation waits."""
     return accelerator.reduce(sums, "sum").cpu().double().sum(0).tolist()
 
 
 def _read_logits(accelerator, logits, total):
     """All logits on the CPU of every process. logits: (total, classes), or None without a batch.
 
-    Each sample is one process's, and zero on the others: so the sum over the processes is exact.
+    Each sample belongs to one process and is zero on the others: the sum over them is exact.
     """
     if accelerator.num_processes > 1:
         classes = logits.shape[1] if accelerator.is_main_process else 0  # it always has a batch
@@ -115,32 +116,33 @@ def _read_logits(accelerator, logits, total):
 
 
 def evaluate_epoch(run, network, splits, prepare):
-    """{"val/acc": …, "val/acc_ema": …} at the end of an epoch: of test without val, else nothing.
+    """{"val/acc": …, "val/acc_ema": …} at the end of an epoch: of val, else of test, else {}.
 
-    run: a Run. network: what sees the samples of `splits`: the run's module, or a part of it.
+    run: a Run. network: the run's module, or the part of it that takes the samples of `splits`.
     prepare: as for `evaluate`.
     """
     split = "val" if "val" in splits else "test"
     if split not in splits:
         return {}
 
-    def once():
+    def evaluate_weights():
         return evaluate(
             run.accelerator, network, splits[split], prepare, stop=run.asked_to_stop,
             metrics=computed(run.options.metrics, run.options.select_by),
         )  # fmt: skip
 
-    return {f"{split}/{name}": value for name, value in score(run.module, run.ema, once).items()}
+    scores = score(run.module, run.ema, evaluate_weights)
+    return {f"{split}/{name}": value for name, value in scores.items()}
 
 
 def evaluate_result(run, split, prepare, tta_views=None):
-    """({metric: value}, logits) of the weights in the run's network: see `Run.finish`.
+    """({metric: value}, logits) of the weights that the run's network holds: see `Run.finish`.
 
     split: Samples. prepare, tta_views: as for `evaluate`.
     """
     return evaluate(
         run.accelerator, run.module, split, prepare, tta_views, run.asked_to_stop,
-        metrics=computed(run.options.metrics, run.options.select_by), whole=True,
+        metrics=computed(run.options.metrics, run.options.select_by), with_logits=True,
     )  # fmt: skip
 
 

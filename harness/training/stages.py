@@ -19,23 +19,23 @@ from tricks.lr_groups import layer_decay_rates, prefix_groups
 
 # Peak learning rates where the flags name none (AdamW)
 HEAD_LR, FULL_LR, FULL_DECAY = 1e-3, 5e-4, 0.75
-PROBE_LR = 5e-3  # of a head that trains alone all along
+PROBE_LR = 5e-3  # of the head, where nothing else ever trains
 EPOCHS = {"feature_extraction": 30, "full": 30}  # staged: 5 + 10 + 15
 STEM_LR = 1e-6
-NORM_MODES = {"eval": "eval", "train": "auto", "all": "train"}  # --bn_mode, as freeze_except's
+NORM_MODES = {"eval": "eval", "train": "auto", "all": "train"}  # --bn_mode -> freeze_except's mode
 STAGED_LR = (1e-5, 1e-5, 5e-5, 1e-4)  # of the quarters of the network, from the stem to the head
 
-# What `auto` goes by. From this skill of the probe on, training every layer has at most 2 points to
-# gain, at fifteen to fifty times the cost; below it, full fine-tuning won with 5 to 500 images a
-# class. With a handful of images it has points to lose where the probe does well
+# How `auto` chooses. Where the skill of the probe is at least this, training every layer gains at
+# most 2 points, at fifteen to fifty times the cost; below it, full fine-tuning won with 5 to 500
+# images a class. With a handful of images it loses points where the probe does well
 # (docs/results.md, finetune_peers and transfer)
 GOOD_PROBE = 0.98
-FEW, GOOD_FOR_FEW = 100, 0.85  # train images, and what is good enough with fewer
+FEW, GOOD_FOR_FEW = 100, 0.85  # train images, and the skill that is enough with fewer
 
 
 @dataclass(frozen=True)
 class StageOptions(BatchOptions):
-    """What a stage may have otherwise than the run. Each is a flag's name."""
+    """The settings that a stage may have of its own. Each is a flag's name."""
 
     layer_decay: float | None  # None: FULL_DECAY with strategy "full", else 1
     bn_mode: str
@@ -62,7 +62,7 @@ class Stage(NamedTuple):
 
     name: str
     rates: dict[str, float]  # module or parameter prefix -> peak learning rate
-    options: StageOptions  # the run's, with the stage's own in their place
+    options: StageOptions  # the run's, overruled by the stage's own
     start: int  # the first optimizer step
     end: int  # the one after the last
     warmup: int  # steps
@@ -76,22 +76,22 @@ def choose_strategy(accuracy, classes, images):
     """
     chance = 1 / classes
     skill = max(0.0, (accuracy - chance) / (1 - chance))
-    good = GOOD_FOR_FEW if images < FEW else GOOD_PROBE
+    threshold = GOOD_FOR_FEW if images < FEW else GOOD_PROBE
     numbers = f"probe accuracy {accuracy:.1%}, skill over chance {skill:.3f}"
-    few = f" with {images} train images" if images < FEW else ""
-    if skill >= good:
-        why = f"the frozen features tell the classes apart ({numbers} ≥ {good}{few})"
-        return "feature_extraction", why
+    note = f" with {images} train images" if images < FEW else ""
+    if skill >= threshold:
+        reason = f"the frozen features tell the classes apart ({numbers} ≥ {threshold}{note})"
+        return "feature_extraction", reason
     return "full", (
-        f"the frozen features leave something to learn ({numbers} < {good}{few}; --strategy "
-        "feature_extraction takes seconds and stays about there)"
+        f"the frozen features leave something to learn ({numbers} < {threshold}{note}; --strategy "
+        "feature_extraction takes seconds and ends near the probe's accuracy)"
     )
 
 
 def make_stages(options, of_run, strategy, model, blocks, per_epoch, pretrained):
-    """The stages of a run, those without a step left out.
+    """The stages of a run, but for those without a step.
 
-    options: StrategyOptions. of_run: the StageOptions of stages without their own. strategy: as
+    options: StrategyOptions. of_run: the StageOptions of a stage without its own. strategy: as
     resolved. blocks: from harness.models.build. per_epoch: optimizer steps. pretrained: whether the
     network has weights of another training, whose BatchNorm statistics `--bn_mode auto` keeps.
     --epochs and --max_steps are shared out over the stages in proportion to their own epochs.
@@ -100,29 +100,29 @@ def make_stages(options, of_run, strategy, model, blocks, per_epoch, pretrained)
     prefix that matches nothing or lies under another one. Leaves the model in the last stage.
     """
     idle = idle_flags(options.given, strategy)
-    if idle and options.strategy != "auto":  # auto could not know; the plan says it
-        flag, why = next(iter(idle.items()))
-        raise UserError(f"{flag} has no effect with --strategy {strategy}: {why}")
+    if idle and options.strategy != "auto":  # with auto it is no mistake: the plan says it
+        flag, reason = next(iter(idle.items()))
+        raise UserError(f"{flag} has no effect with --strategy {strategy}: {reason}")
     if strategy == "staged":
-        wanted = options.stages or default_stages(blocks)
+        settings = options.stages or default_stages(blocks)
     else:
         rates = {"head": PROBE_LR} if strategy == "feature_extraction" else {"all": FULL_LR}
         rates = {prefix: options.lr or rate for prefix, rate in rates.items()}
-        wanted = [{"epochs": options.epochs or EPOCHS[strategy], "train": rates}]
+        settings = [{"epochs": options.epochs or EPOCHS[strategy], "train": rates}]
     decay = of_run.layer_decay or (FULL_DECAY if strategy == "full" else 1.0)
     of_run = replace(of_run, layer_decay=decay)
 
-    own_epochs = sum(stage["epochs"] for stage in wanted)
-    total = options.max_steps or (options.epochs or own_epochs) * per_epoch
-    stages, passed = [], 0
-    for n, stage in enumerate(wanted, start=1):
-        own = {f.name: stage[f.name] for f in fields(StageOptions) if f.name in stage}
-        of_stage = replace(of_run, **own)
+    all_epochs = sum(stage["epochs"] for stage in settings)
+    total = options.max_steps or (options.epochs or all_epochs) * per_epoch
+    stages, epochs = [], 0
+    for n, stage in enumerate(settings, start=1):
+        stage_flags = {f.name: stage[f.name] for f in fields(StageOptions) if f.name in stage}
+        of_stage = replace(of_run, **stage_flags)
         if of_stage.bn_mode == "auto":
             of_stage = replace(of_stage, bn_mode="eval" if pretrained else "train")
         name = f"{n} {stage.get('name') or _name(stage['train'])}"
-        start, passed = round(total * passed / own_epochs), passed + stage["epochs"]
-        end = round(total * passed / own_epochs)
+        start, epochs = round(total * epochs / all_epochs), epochs + stage["epochs"]
+        end = round(total * epochs / all_epochs)
         try:
             rates = _rates(stage["train"], of_stage.layer_decay, blocks)
             warmup = min(round(of_stage.warmup_epochs * per_epoch), (end - start) // 2)
@@ -136,22 +136,23 @@ def make_stages(options, of_run, strategy, model, blocks, per_epoch, pretrained)
 
 
 def default_stages(blocks):
-    """The chapter's three: the head; the last blocks too; everything, slower towards the stem.
+    """Three stages: the head; the last blocks, too; everything, slower towards the stem.
 
     For ResNets: fc 1e-3; layer4 1e-4 and fc 1e-3; conv1 and bn1 1e-6, layer1 and layer2 1e-5,
-    layer3 5e-5, layer4 1e-4, fc 5e-4. In other families the quarters of the network take the
-    places of the four layers.
+    layer3 5e-5, layer4 1e-4, fc 5e-4. In other families the quarters of the network stand for the
+    four layers.
     """
     stem, *body, _ = blocks
     quarters = [3 - 4 * (len(body) - 1 - k) // len(body) for k in range(len(body))]
-    late = [block for block, quarter in zip(body, quarters, strict=True) if quarter == 3]
-    late_rates = {prefix: STAGED_LR[3] for block in late for prefix in block}
+    late_blocks = [block for block, quarter in zip(body, quarters, strict=True) if quarter == 3]
+    late_rates = {prefix: STAGED_LR[3] for block in late_blocks for prefix in block}
     everything = {prefix: STEM_LR for prefix in stem} | {
         prefix: STAGED_LR[quarter]
         for block, quarter in zip(body, quarters, strict=True)
         for prefix in block
     }
-    late_name = " to ".join(dict.fromkeys((late[0][0], late[-1][-1]))) if late else "body"
+    ends = (late_blocks[0][0], late_blocks[-1][-1]) if late_blocks else ("body",)
+    late_name = " to ".join(dict.fromkeys(ends))
     return [
         {"name": "head", "epochs": 5, "train": {"head": HEAD_LR}},
         {"name": f"{late_name}, head", "epochs": 10, "train": {**late_rates, "head": HEAD_LR}},
@@ -167,7 +168,7 @@ def apply_stage(model, stage):
 
 
 def set_groups(optimizer, groups):
-    """Give a torch optimizer other groups. What trains on keeps its moments, others lose theirs."""
+    """Give a torch optimizer other groups. Parameters that train on keep their moments."""
     trained = {id(parameter) for group in groups for parameter in group["params"]}
     optimizer.param_groups.clear()
     for group in groups:
@@ -176,21 +177,21 @@ def set_groups(optimizer, groups):
         del optimizer.state[parameter]
 
 
-def table(model, stages, per_epoch, cached):
+def table(model, stages, per_epoch, cached_stages):
     """What trains when, a row for each of the optimizer's groups and one for what is frozen.
 
-    cached: names of the stages that train on kept features. Leaves the model in the last stage.
+    cached_stages: names of those that train on kept features. Leaves the model in the last stage.
     """
     rows = []
     for stage in stages:
         groups = apply_stage(model, stage)
-        how, views = augmentation(stage.options), stage.options.views
-        if stage.name in cached:
-            drawn = f", the others {how}" if views > 1 else ""
-            how = f"features kept: {views} views an image, the first as it is{drawn}"
+        draws, views = augmentation(stage.options), stage.options.views
+        if stage.name in cached_stages:
+            other_views = f", the others {draws}" if views > 1 else ""
+            draws = f"features kept: {views} views an image, the first as it is{other_views}"
         rows.append(
             f"stage {stage.name}: {(stage.end - stage.start) / per_epoch:.4g} epochs, steps "
-            f"{stage.start:,} to {stage.end:,}, warm-up {stage.warmup:,}; {how}"
+            f"{stage.start:,} to {stage.end:,}, warm-up {stage.warmup:,}; {draws}"
         )
         rows.append(_row("group", "parameters", "lr", "decay", "", "BatchNorm"))
         for group in groups:
@@ -225,12 +226,12 @@ def _norm_mode(model, prefixes, outside=False):
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and outside != any(_under(name, p) for p in prefixes)
     }
-    words = {frozenset(): "-", frozenset({True}): "adapts", frozenset({False}): "as it is"}
-    return words.get(frozenset(modes), "mixed")
+    texts = {frozenset(): "-", frozenset({True}): "adapts", frozenset({False}): "as it is"}
+    return texts.get(frozenset(modes), "mixed")
 
 
-def idle_flags(given, strategy):
-    """{flag: why} of those that were given and that this strategy has no use for."""
+def idle_flags(flag_names, strategy):
+    """{flag: reason} of those among some flags that have no effect with this strategy."""
     idle = {
         "staged": {"lr": "its stages have their own (train: {module: lr})"},
         "feature_extraction": {
@@ -238,28 +239,30 @@ def idle_flags(given, strategy):
         },
         "full": {"stages": "it has one, everything", "views": "no head trains alone"},
     }  # fmt: skip
-    return {f"--{name}": why for name, why in idle[strategy].items() if name in given}
+    reasons = idle[strategy].items()
+    return {f"--{name}": reason for name, reason in reasons if name in flag_names}
 
 
 def _rates(train, decay, blocks):
     """{prefix: peak rate}, with "head" and "all" resolved and the layer decay applied."""
     factors = layer_decay_rates([block[0] for block in blocks], 1.0, decay)
-    inner = {prefix: factors[block[0]] for block in blocks for prefix in block}
+    block_factors = {prefix: factors[block[0]] for block in blocks for prefix in block}
     rates = {}
-    named = [
-        (asked, prefix, rate)
-        for asked, rate in train.items()
-        for prefix in (blocks[-1] if asked == "head" else [asked])
+    entries = [
+        (name, module, rate)
+        for name, rate in train.items()
+        for module in (blocks[-1] if name == "head" else [name])
     ]
-    for asked, prefix, rate in named:
-        inside = list(inner) if prefix == "all" else [p for p in inner if _under(p, prefix)]
-        parts = inside if prefix == "all" or (inside and decay != 1) else [prefix]
-        for part in parts:
-            if part in rates:
-                raise ValueError(f"{part} is in it twice: {asked} covers it too")
-            # A part of no block is a mistake, which freeze_except names
-            factor = next((f for p, f in inner.items() if _under(part, p)), 1.0)
-            rates[part] = rate * factor
+    for name, module, rate in entries:
+        prefixes = [p for p in block_factors if module == "all" or _under(p, module)]
+        if module != "all" and (not prefixes or decay == 1):
+            prefixes = [module]
+        for prefix in prefixes:
+            if prefix in rates:
+                raise ValueError(f"{prefix} is in it twice: {name} covers it too")
+            # A prefix of no block is a mistake, which freeze_except reports
+            factor = next((f for p, f in block_factors.items() if _under(prefix, p)), 1.0)
+            rates[prefix] = rate * factor
     return rates
 
 

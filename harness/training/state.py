@@ -15,10 +15,16 @@ from harness.processes import on_main
 from harness.training.checkpoint import Damaged, load_checkpoint, newest_valid
 from harness.training.folder import check_nothing_lost, is_cleared
 
-# The last commit that continues a checkpoint of an older rule of drawing. "by batch", by which
-# every process drew for the whole batch, is what checkpoints had before they named a rule
+# For each older rule by which augmentation was drawn, the last commit that continues its
+# checkpoints. "by batch": every process drew for the whole batch; checkpoints did not name it yet
 CONTINUED_BY = {"by batch": "b75d8de"}
-UNSCORED = ["epoch", "loss", "mixed_acc", "steps", "images_per_second"]  # of an epoch's end
+UNSCORED = [
+    "epoch",
+    "loss",
+    "mixed_acc",
+    "steps",
+    "images_per_second",
+]  # of an epoch that has ended
 SUMS = ("loss", "mixed_acc", "grad_norm")  # what is summed over the steps of an interval
 
 
@@ -40,13 +46,13 @@ def gather_tensors(model, optimizer, ema):
 
 
 def restore_tensors(path, tensors, model, optimizer, ema, moments=None):
-    """Put what `gather_tensors` gave back; raises UserError before anything is touched.
+    """Put the tensors of `gather_tensors` back; raises UserError before anything is changed.
 
     moments: how many tensors the optimizer had, where that is known.
     """
     if moments not in (None, len(tensors["optimizer"])):
         raise UserError(
-            f"{path}/optimizer.safetensors has {len(tensors['optimizer'])} tensors, there were "
+            f"{path}/optimizer.safetensors has {len(tensors['optimizer'])} tensors instead of "
             f"{moments}"
         )
     _check(path, "model", tensors["model"], clean_state_dict(model))
@@ -62,69 +68,71 @@ def restore_tensors(path, tensors, model, optimizer, ema, moments=None):
 
 
 def copy_by_kind(tensors):
-    """The values of the floats and of the whole numbers among `tensors`, a vector each."""
+    """Copies of the values of `tensors`: one vector of the floats, one of the integers."""
     return [torch.cat([t.detach().reshape(-1) for t in kind]) for kind in _kinds(tensors)]
 
 
 @torch.no_grad()
 def write_back(tensors, vector):
-    """Give the tensors the values that follow each other in `vector`, in one call for all."""
+    """Give the tensors the values of `vector`, one after the other, in one call for all."""
     pieces = vector.split([t.numel() for t in tensors])
     if tensors:
         torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(pieces, tensors, strict=True)])
 
 
 @torch.no_grad()
-def put_back(tensors, before, where):
-    """Give the tensors the values that `copy_by_kind` took, if `where`, a boolean on the device.
+def put_back(tensors, copies, condition):
+    """Give the tensors the values of `copy_by_kind` again where `condition` is true.
 
-    By choosing, not by arithmetic: NaN goes. And without the host's knowledge of `where`.
+    condition: a 0-d boolean on the device, which the host need not know. torch.where chooses
+    values; arithmetic with the condition would keep NaN.
     """
-    for kind, old, now in zip(_kinds(tensors), before, copy_by_kind(tensors), strict=True):
-        pieces = torch.where(where, old, now).split([t.numel() for t in kind])
+    for kind, old, new in zip(_kinds(tensors), copies, copy_by_kind(tensors), strict=True):
+        pieces = torch.where(condition, old, new).split([t.numel() for t in kind])
         torch._foreach_copy_(kind, [p.view(t.shape) for p, t in zip(pieces, kind, strict=True)])
 
 
 def _kinds(tensors):
     floats = [t for t in tensors if t.is_floating_point()]
-    others = [t for t in tensors if not t.is_floating_point()]
-    return [kind for kind in (floats, others) if kind]
+    integers = [t for t in tensors if not t.is_floating_point()]
+    return [kind for kind in (floats, integers) if kind]
 
 
-def find_checkpoint(asked, folder, accelerator, say, overwrite=False):
-    """(path, tensors, state) of the checkpoint to resume from, or None; the same everywhere.
+def find_checkpoint(source, folder, accelerator, say, overwrite=False):
+    """(path, tensors, state) of the checkpoint to resume from, or None; on all processes the same.
 
-    asked: "auto" for the newest valid one of this run, or a path. Raises UserError where the run
-    had one and has none now, unless it may be overwritten. The main process reads it and
-    hands it to the others, which may be on machines that don't see its disk.
+    source: "auto" for the newest valid one of this run, or a path. Raises UserError where the run
+    had a checkpoint and has none now, unless it may be overwritten. The main process reads the
+    checkpoint and sends it to the others, which may be on machines without its disk.
     """
-    found = None
+    checkpoint = None
 
     def read():
-        nonlocal found
-        if asked == "auto":
+        nonlocal checkpoint
+        if source == "auto":
             if not is_cleared(folder):
-                found = newest_valid(folder / "checkpoints", say)
-                if found is None and not overwrite:
+                checkpoint = newest_valid(folder / "checkpoints", say)
+                if checkpoint is None and not overwrite:
                     check_nothing_lost(folder)
             return
         try:
-            found = Path(asked), *load_checkpoint(asked)
+            checkpoint = Path(source), *load_checkpoint(source)
         except Damaged as damage:
-            raise UserError(f"--resume_from_checkpoint {asked}: {damage}") from None
+            raise UserError(f"--resume_from_checkpoint {source}: {damage}") from None
 
     on_main(accelerator, read)
-    return found if accelerator.num_processes == 1 else _share(found, accelerator)
+    return checkpoint if accelerator.num_processes == 1 else _share(checkpoint, accelerator)
 
 
-def check_state(path, saved):
-    """A checkpoint's state.json, with what an older version did not write.
+def check_state(path, state):
+    """A checkpoint's state.json, with defaults for what older versions did not write.
 
-    Raises UserError unless it says where a run is, and for another rule of drawing.
+    Raises UserError where an entry is missing or can't be used, and where augmentation is drawn by
+    another rule.
     """
-    if isinstance(saved, dict):
-        older = {"nonfinite": [0, 0], "threads": [], "unscored": None, "draws": "by batch"}
-        saved = older | {"energy": {}, "evaluation_seconds": 0.0} | saved
+    if isinstance(state, dict):
+        defaults = {"nonfinite": [0, 0], "threads": [], "unscored": None, "draws": "by batch"}
+        state = defaults | {"energy": {}, "evaluation_seconds": 0.0} | state
     sums = len(SUMS) + 1
     checks = {
         "step": lambda v: type(v) is int and v >= 0,
@@ -143,83 +151,81 @@ def check_state(path, saved):
     }
     for name, fits in checks.items():
         try:
-            known = fits(saved[name])
+            is_valid = fits(state[name])
         except (KeyError, TypeError):
-            known = False
-        if not known:
+            is_valid = False
+        if not is_valid:
             raise UserError(f"{path}/state.json has no usable {name}")
-    _check_draws(path, saved["draws"])
-    return saved
+    _check_draws(path, state["draws"])
+    return state
 
 
 def _check_draws(path, rule):
-    """Raise UserError, with what continues it, unless a checkpoint is of this rule of drawing."""
+    """Raise UserError, with the commit that continues it, for a checkpoint of another rule."""
     if rule == DRAWS:
         return
-    who = "a newer version may continue"
+    hint = "a newer version may continue"
     if rule in CONTINUED_BY:
-        who = f"commit {CONTINUED_BY[rule]} is the last that continues"
+        hint = f"commit {CONTINUED_BY[rule]} is the last that continues"
     raise UserError(
-        f"{path} was written with augmentation drawn {rule}, this version draws it {DRAWS}: {who} "
+        f"{path} was written with augmentation drawn {rule}, this version draws it {DRAWS}: {hint} "
         "it, or give another --run_name to start anew"
     )
 
 
-def check_identity(path, saved, ours, given):
-    """Raise UserError, naming the first difference, unless a checkpoint is of these very flags.
+def check_identity(path, old, new, flag_names):
+    """Raise UserError, with the first difference, unless a checkpoint is of these very flags.
 
-    given: the flags that are not at their defaults; a checkpoint of an older version may not know
-    the others.
+    old, new: the identities of the checkpoint and of this run. flag_names: of those that are not at
+    their defaults; others may be missing in the checkpoint of an older version.
     """
-    if "store" in ours:  # there was only this one before
-        saved = {"store": "decoded", **saved}
-    for name in [*ours, *(saved.keys() - ours.keys())]:
-        if name in named("operational") or (name not in saved and name not in given):
-            continue  # gradient_accumulation_steps was none of these once
-        if name == "dataset" and "content" in ours and saved.get("content") == ours["content"]:
-            continue  # the same images, in another place
-        if name == "content" and saved[name] != ours.get(name):
-            raise UserError(f"{path} was written with other images: {_changes(saved, ours)}")
-        if saved.get(name) != ours.get(name) and name == "data_sha256":
-            raise UserError(f"{path} was written with other images or labels{_sizes(saved, ours)}")
-        if name == "store" and saved[name] != ours[name]:
+    if "store" in new:  # older versions had no other store
+        old = {"store": "decoded", **old}
+    for name in [*new, *(old.keys() - new.keys())]:
+        if name in named("operational") or (name not in old and name not in flag_names):
+            continue  # older checkpoints hold gradient_accumulation_steps, not operational then
+        if name == "dataset" and "content" in new and old.get("content") == new["content"]:
+            continue  # the same images, in another folder
+        if name == "content" and old[name] != new.get(name):
+            raise UserError(f"{path} was written with other images: {_changes(old, new)}")
+        if old.get(name) != new.get(name) and name == "data_sha256":
+            raise UserError(f"{path} was written with other images or labels{_sizes(old, new)}")
+        if name == "store" and old[name] != new[name]:
+            raise UserError(f"{path} was written with other pixels: {_store(old[name], new[name])}")
+        if old.get(name) != new.get(name):
             raise UserError(
-                f"{path} was written with other pixels: {_store(saved[name], ours[name])}"
-            )
-        if saved.get(name) != ours.get(name):
-            raise UserError(
-                f"{path} was written with {name} {saved.get(name)}, this command has "
-                f"{ours.get(name)}: give the same flags to continue it, or another --run_name to "
+                f"{path} was written with {name} {old.get(name)}, this command has "
+                f"{new.get(name)}: give the same flags to continue it, or another --run_name to "
                 "start anew"
             )
 
 
-def _sizes(saved, ours):
+def _sizes(old, new):
     """How many images of which split there were and are, where that differs."""
-    before, now = saved.get("split_sizes") or {}, ours.get("split_sizes") or {}
-    words = [
-        f"{split} had {before.get(split, 0):,}, now {now.get(split, 0):,}"
-        for split in {**before, **now}
-        if before.get(split) != now.get(split)
+    old_sizes, new_sizes = old.get("split_sizes") or {}, new.get("split_sizes") or {}
+    differences = [
+        f"{split} had {old_sizes.get(split, 0):,}, now {new_sizes.get(split, 0):,}"
+        for split in {**old_sizes, **new_sizes}
+        if old_sizes.get(split) != new_sizes.get(split)
     ]
-    why = f": {', '.join(words)}" if words else ", though as many"
-    return f"{why}. Bring them back to continue this run, or give another --run_name to start anew"
+    text = f": {', '.join(differences)}" if differences else ", though as many"
+    return f"{text}. Bring them back to continue this run, or give another --run_name to start anew"
 
 
-def _store(before, now):
-    """Which store of pixels there was and is."""
-    kinds = ["decoded" if store == "decoded" else "packed" for store in (before, now)]
+def _store(old, new):
+    """How the store of pixels differs."""
+    kinds = ["decoded" if store == "decoded" else "packed" for store in (old, new)]
     if kinds[0] != kinds[1]:
         return f"the {kinds[0]} ones, these are {kinds[1]}; --pixels {kinds[0]} continues it"
-    if before.get("decoder") != now.get("decoder"):
+    if old.get("decoder") != new.get("decoder"):
         return (
-            f"{before.get('decoder')} decoded them, here it is {now.get('decoder')}; install that "
+            f"{old.get('decoder')} decoded them, here it is {new.get('decoder')}; install that "
             "version to continue it, or give another --run_name to start anew"
         )
-    if before.get("shares") != now.get("shares"):
+    if old.get("shares") != new.get("shares"):
         return (
-            f"{before.get('shares') or 'all'} shares of the train images, here "
-            f"{now.get('shares') or 'all'}; give --shard_store and as many machines to continue it"
+            f"{old.get('shares') or 'all'} shares of the train images, here "
+            f"{new.get('shares') or 'all'}; give --shard_store and as many machines to continue it"
         )
     return (
         "its packed store was made by other versions, or for larger crops; give another --run_name "
@@ -227,35 +233,38 @@ def _store(before, now):
     )
 
 
-def _changes(saved, ours):
-    """What of the images is another than a checkpoint says, a split at a time."""
-    before, now = saved["content"], ours.get("content") or {}
-    words = []
-    for split in [*before, *(now.keys() - before.keys())]:
-        if before.get(split) == now.get(split):
+def _changes(old, new):
+    """How the image files differ from those of a checkpoint, split by split."""
+    old_content, new_content = old["content"], new.get("content") or {}
+    differences = []
+    for split in [*old_content, *(new_content.keys() - old_content.keys())]:
+        if old_content.get(split) == new_content.get(split):
             continue
-        had, have = (content.get(split, [0, ""])[0] for content in (before, now))
+        counts = (content.get(split, [0, ""])[0] for content in (old_content, new_content))
+        old_count, new_count = counts
         difference = "as many files, but other names, sizes or labels"
-        if have != had:
-            difference = f"{abs(have - had):,} {'more' if have > had else 'fewer'} files"
-        words.append(f"split '{split}' has {difference}")
+        if new_count != old_count:
+            direction = "more" if new_count > old_count else "fewer"
+            difference = f"{abs(new_count - old_count):,} {direction} files"
+        differences.append(f"split '{split}' has {difference}")
     return (
-        "; ".join(words)
+        "; ".join(differences)
         + ". Bring them back to continue this run, or give another --run_name to start anew"
     )
 
 
-def _share(found, accelerator):
-    path, tensors, state = found or (None, {}, None)
+def _share(checkpoint, accelerator):
+    """The main process's checkpoint, or None, on all processes."""
+    path, tensors, state = checkpoint or (None, {}, None)
     shapes = {f: {n: (t.shape, t.dtype) for n, t in g.items()} for f, g in tensors.items()}
     path, shapes, state = broadcast_object_list([path, shapes, state])
-    shared = {}
+    copies = {}
     for file, group in shapes.items():
-        shared[file] = {}
+        copies[file] = {}
         for name, (shape, dtype) in group.items():
-            mine = tensors[file][name] if tensors else torch.empty(shape, dtype=dtype)
-            shared[file][name] = broadcast(mine.to(accelerator.device)).cpu()
-    return path and (path, shared, state)
+            tensor = tensors[file][name] if tensors else torch.empty(shape, dtype=dtype)
+            copies[file][name] = broadcast(tensor.to(accelerator.device)).cpu()
+    return path and (path, copies, state)
 
 
 def _optimizer_state(path, moments, model, optimizer):
@@ -277,13 +286,13 @@ def _optimizer_state(path, moments, model, optimizer):
     return packed
 
 
-def _check(path, file, got, expected):
-    strays = sorted(got.keys() ^ expected.keys())
+def _check(path, file, tensors, expected):
+    strays = sorted(tensors.keys() ^ expected.keys())
     strays = strays or [
-        k for k, v in expected.items() if (got[k].shape, got[k].dtype) != (v.shape, v.dtype)
+        k for k, v in expected.items() if (tensors[k].shape, tensors[k].dtype) != (v.shape, v.dtype)
     ]
     if strays:
-        more = f" and {len(strays) - 3} more" if len(strays) > 3 else ""
+        rest = f" and {len(strays) - 3} more" if len(strays) > 3 else ""
         raise UserError(
-            f"{path}/{file}.safetensors does not fit this model in {', '.join(strays[:3])}{more}"
+            f"{path}/{file}.safetensors does not fit this model in {', '.join(strays[:3])}{rest}"
         )

@@ -1,12 +1,12 @@
-"""A few steps straight, and the same killed half-way and resumed, compared bit by bit.
+"""Compare a short run with one that is killed half-way and resumed, bit by bit.
 
     python -m harness.training.verify_resume 20 accelerate launch train.py --config mine.yaml
 
-The number is that of the optimizer steps, what follows is any command that starts train.py or
-finetune.py. It is run three times on this machine, with folders of its own: to the end; until the
-checkpoint of the middle is there, when SIGKILL ends all its processes; and from there to the end.
-Compared are every number that was logged, after each step, and every tensor of the last
-checkpoint. The exit status is 0 for PASS.
+The number is that of the optimizer steps; any command that starts train.py or finetune.py may
+follow. The command is run three times on this machine, in temporary folders: from the start to the
+end; again until the checkpoint of the middle is written, when SIGKILL ends all its processes; and
+from there to the end. All numbers that were logged after each step and all tensors of the last
+checkpoint have to be the same. The exit status is 0 for PASS.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ USAGE = "python -m harness.training.verify_resume STEPS accelerate launch train.
 
 
 def verify_resume(steps, command) -> str:
-    """Run `command` for so many steps as above; the line that says PASS.
+    """Run `command` for `steps` steps as described above; returns the line that says PASS.
 
-    steps: at least 2. command: a list of words. Raises RunStopped with the first difference, and
-    where a run ended with an error.
+    steps: at least 2. command: a list of arguments. Raises RunStopped with the first difference,
+    and where a run ended with an error.
     """
     with tempfile.TemporaryDirectory() as root:
         command = [
@@ -53,7 +53,7 @@ def verify_resume(steps, command) -> str:
 
 
 def _run(command, kill_at=None):
-    """One run, whose processes are killed when the folder `kill_at` is there."""
+    """Run the command; its processes are killed as soon as the folder `kill_at` exists."""
     with tempfile.TemporaryFile("w+") as output:  # a pipe that nobody reads would fill up
         try:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -69,55 +69,59 @@ def _run(command, kill_at=None):
             _kill(process)
         if process.returncode and kill_at is None:
             output.seek(0)
-            last = " / ".join(output.read().strip().splitlines()[-3:])
-            raise RunStopped(f"a run ended with status {process.returncode}: {last}")
+            lines = " / ".join(output.read().strip().splitlines()[-3:])
+            raise RunStopped(f"a run ended with status {process.returncode}: {lines}")
 
 
 def _kill(process):
-    """SIGKILL for a process and for those that it started; a launcher's have their own session."""
+    """SIGKILL for a process and all that it started, which may be in sessions of their own."""
     with contextlib.suppress(psutil.NoSuchProcess):
         launcher = psutil.Process(process.pid)
-        every = [launcher, *launcher.children(recursive=True)]
-        for one in every:
+        workers = launcher.children(recursive=True)
+        for running in (launcher, *workers):
             with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
-        psutil.wait_procs(every[1:])
+                running.kill()
+        psutil.wait_procs(workers)
     process.wait()
 
 
 def compare(straight, killed, steps) -> str:
     """The line that says PASS of the folders of two runs; raises RunStopped where they differ."""
-    ours, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (straight, killed))
-    if not ours:
+    records, resumed_records = (
+        read_metrics(folder / "metrics.jsonl") for folder in (straight, killed)
+    )
+    if not records:
         raise UserError("the command ended without a step: does it start train.py or finetune.py?")
-    if ours[-1]["step"] != steps:
-        raise UserError(f"{steps} steps were asked for, the run ends after {ours[-1]['step']}")
-    for one, other in zip(ours, theirs, strict=False):
-        for name in {**one, **other}:
-            if json.dumps(one.get(name)) != json.dumps(other.get(name)):
+    if records[-1]["step"] != steps:
+        raise UserError(f"{steps} steps were asked for, the run ends after {records[-1]['step']}")
+    for record, resumed in zip(records, resumed_records, strict=False):
+        for name in {**record, **resumed}:
+            if json.dumps(record.get(name)) != json.dumps(resumed.get(name)):
                 raise RunStopped(
-                    f"FAIL: step {one['step']}: {name} is {other.get(name)} after a kill and "
-                    f"resume, {one.get(name)} without{_hint()}"
+                    f"FAIL: step {record['step']}: {name} is {resumed.get(name)} after a kill and "
+                    f"resume, {record.get(name)} without{_hint()}"
                 )
-    if len(ours) != len(theirs):
+    if len(records) != len(resumed_records):
         raise RunStopped(
-            f"FAIL: {len(theirs)} records after a kill and resume, {len(ours)} without"
+            f"FAIL: {len(resumed_records)} records after a kill and resume, {len(records)} without"
         )
-    (one, _), (other, _) = (
+    (tensors, _), (resumed_tensors, _) = (
         load_checkpoint(checkpoints(folder / "checkpoints")[-1]) for folder in (straight, killed)
     )
     count = 0
-    for file in one:
-        for name, tensor in one[file].items():
+    for file in tensors:
+        for name, tensor in tensors[file].items():
             count += 1
-            if not torch.equal(tensor, other[file][name]):
-                apart = (tensor.double() - other[file][name].double()).abs().max()
+            resumed = resumed_tensors[file][name]
+            if not torch.equal(tensor, resumed):
+                distance = (tensor.double() - resumed.double()).abs().max()
                 raise RunStopped(
-                    f"FAIL: after step {steps}: {file} {name} differs by up to {apart:.3g}{_hint()}"
+                    f"FAIL: after step {steps}: {file} {name} differs by up to "
+                    f"{distance:.3g}{_hint()}"
                 )
     return (
-        f"PASS: {steps} steps, killed and resumed at {steps // 2}: {len(ours)} records and {count} "
-        "tensors are the same, bit by bit"
+        f"PASS: {steps} steps, killed and resumed at {steps // 2}: {len(records)} records and "
+        f"{count} tensors are the same, bit by bit"
     )
 
 
@@ -129,12 +133,12 @@ def _leave(number, frame):
     raise SystemExit(128 + number)
 
 
-def main(words):
-    if len(words) < 2 or not words[0].isdecimal() or int(words[0]) < 2:
+def main(argv):
+    if len(argv) < 2 or not argv[0].isdecimal() or int(argv[0]) < 2:
         raise SystemExit(f"usage: {USAGE}, STEPS at least 2")
-    signal.signal(signal.SIGTERM, _leave)  # so that what is begun here is ended, too
+    signal.signal(signal.SIGTERM, _leave)  # so that _run ends the command, too
     try:
-        print(verify_resume(int(words[0]), words[1:]))
+        print(verify_resume(int(argv[0]), argv[1:]))
     except (UserError, RunStopped) as error:
         raise SystemExit(f"verify_resume: {error}") from None
 

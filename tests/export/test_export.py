@@ -138,7 +138,7 @@ def scrambled(fp32, path):
 def test_an_export_that_answers_otherwise_is_not_written(run, tmp_path, monkeypatch):
     real = graphs.run_onnx
     monkeypatch.setattr(graphs, "run_onnx", lambda *a: real(*a).roll(1, 1))
-    with pytest.raises(UserError, match="answers otherwise than the run's network: not written"):
+    with pytest.raises(UserError, match="gives other answers than the run's network: not written"):
         export(tmp_path, run, to="onnx")
     assert not (tmp_path / "e/model.onnx").exists()
 

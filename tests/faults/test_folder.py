@@ -217,7 +217,7 @@ def test_a_folder_of_another_program_is_not_a_run(tmp_path):
     (folder / "config.yaml").write_text("model: {name: net}\nseed: 1\noutput_dir: x\n")
     (folder / "model.safetensors").write_text("theirs")
     for flags in ({}, {"overwrite": True}, AUTO, AUTO | {"overwrite": True}):
-        with pytest.raises(UserError, match=r"holds files that are not of train.py"):
+        with pytest.raises(UserError, match=r"holds files that train.py did not write"):
             smallruns.train(tmp_path, **FLAGS | flags)
     assert len(list(folder.rglob("last.ckpt"))) == 3
 

@@ -179,7 +179,7 @@ def test_a_data_set_with_labels_and_one_without(runs, tmp_path, capsys):
         (["run", "photos", "nothing.jpg"], {}, "nothing.jpg: no such file or folder"),
         (["run", "empty"], {}, "no images in this folder"),
         (["run", "photos"], {"split": "test"}, "--split has no effect here"),
-        (["run", "photos"], {"coverage": 0.9999}, "wants at least 9,999 held-out images"),
+        (["run", "photos"], {"coverage": 0.9999}, "needs at least 9,999 held-out images"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(runs, photos, tmp_path, words, flags, line):

@@ -435,7 +435,7 @@ def held(monkeypatch):
 def test_training_goes_on_while_it_is_written_and_does_not_change_it(tmp_path, held):
     tensors, state = contents(5)
     writer, after = CheckpointWriter(), []
-    writer.start(tmp_path, 5, tensors, state, keep=2, then=lambda: after.append(1))
+    writer.start(tmp_path, 5, tensors, state, keep=2, on_finish=lambda: after.append(1))
     for group in tensors.values():
         for tensor in group.values():
             tensor.zero_()

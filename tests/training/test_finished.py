@@ -35,7 +35,7 @@ def test_resumed_it_says_so_and_changes_nothing(finished, tmp_path, capsys):
 
 
 def test_other_flags_are_another_run(finished, tmp_path):
-    with pytest.raises(UserError, match=r"finished run with --epochs 1, here it is 2: give anothe"):
+    with pytest.raises(UserError, match=r"finished run with --epochs 1, this command has 2"):
         smallruns.train(tmp_path, **FLAGS | {"epochs": 2}, **AUTO)
     with pytest.raises(UserError, match="holds a finished run: replace it with --overwrite"):
         smallruns.train(tmp_path, **FLAGS)
@@ -43,7 +43,7 @@ def test_other_flags_are_another_run(finished, tmp_path):
 
 def test_a_result_that_is_gone_is_not_made_up(finished, tmp_path):
     (finished / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"finished run, and model.safetensors is not there any mo"):
+    with pytest.raises(UserError, match=r"finished run, but model.safetensors is not there any m"):
         smallruns.train(tmp_path, **FLAGS, **AUTO)
     _, status = smallruns.train(tmp_path, **FLAGS, **AUTO, overwrite=True)
     assert status == 0 and (finished / "model.safetensors").exists()

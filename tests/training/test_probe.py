@@ -85,13 +85,13 @@ def fitted(train, val=None, width=20, **flags):
 def test_it_is_scored_on_what_it_was_not_fitted_to():
     easy = samples(*blobs(400, noise=0.5))
     seen = fitted(easy)
-    assert seen.accuracy > 0.95 and seen.words.endswith("% of 80 held-out train images")
+    assert seen.accuracy > 0.95 and seen.text.endswith("% of 80 held-out train images")
     noise = torch.randn(200, 150, generator=generator(0, "noise"))
     # 150 numbers fit 160 images of pure noise perfectly; held-out images tell
     assert fitted(samples(noise, torch.arange(200) % 4), width=150).accuracy < 0.5
     val = samples(*blobs(100, noise=0.5, seed=5))
     seen = fitted(easy, val)
-    assert seen.accuracy > 0.95 and seen.words.endswith("of 100 val images")
+    assert seen.accuracy > 0.95 and seen.text.endswith("of 100 val images")
     assert fitted(easy, val._replace(labels=(val.labels + 1) % 4)).accuracy < 0.05
 
 
@@ -102,8 +102,8 @@ def test_the_head_gets_what_all_images_say():
     np.testing.assert_allclose(both[0].weight, both[1].weight.detach(), atol=1e-4)
 
 
-@pytest.mark.parametrize(("whole", "read"), [(False, 50 + 40), (True, 400 + 100)])
-def test_it_reads_only_the_images_it_needs(monkeypatch, whole, read):
+@pytest.mark.parametrize(("all_images", "read"), [(False, 50 + 40), (True, 400 + 100)])
+def test_it_reads_only_the_images_it_needs(monkeypatch, all_images, read):
     """Unless a stage will want the features of all."""
     monkeypatch.setattr(probe, "IMAGES", 50)
     counted, known = [], {}
@@ -111,10 +111,10 @@ def test_it_reads_only_the_images_it_needs(monkeypatch, whole, read):
     monkeypatch.setattr(
         Samples, "take", lambda self, i, device: counted.append(len(i)) or taken(self, i, device)
     )
-    val = samples(*blobs(100 if whole else 40, seed=5))
-    fitted(samples(*blobs(400)), val, known=known, whole=whole)
+    val = samples(*blobs(100 if all_images else 40, seed=5))
+    fitted(samples(*blobs(400)), val, known=known, all_images=all_images)
     assert sum(counted) == read
-    assert bool(known) == whole or len(val.labels) == 40
+    assert bool(known) == all_images or len(val.labels) == 40
 
 
 # -- and its head --------------------------------------------------------------------------------

@@ -194,7 +194,7 @@ def test_a_flag_that_an_older_version_did_not_know_counts_as_its_default():
     from harness.training.state import check_identity
 
     saved = {"lr": 0.1, "flip_prob": 0.5}
-    check_identity("step-1", saved, saved | {"flip": "random"}, given={"lr": "command line"})
+    check_identity("step-1", saved, saved | {"flip": "random"}, flag_names={"lr"})
     for given, ours in (({"flip": "here"}, saved | {"flip": "alternating"}), ({}, {"lr": 0.1})):
         with pytest.raises(UserError, match="step-1 was written with flip"):
             check_identity("step-1", saved, ours, given)

@@ -172,7 +172,7 @@ def test_a_stage_has_its_own_augmentation_and_leaves_the_others():
 
 def test_the_table_says_what_is_frozen_and_what_batchnorm_does():
     made, model, _ = make(parse("--weight_decay=0.02"))
-    lines = stages.table(model, made, 10, cached=[made[0].name]).splitlines()
+    lines = stages.table(model, made, 10, cached_stages=[made[0].name]).splitlines()
     heads = [line for line in lines if line.startswith("stage")]
     assert len(heads) == 3 and "features kept: 2 views" in heads[0]
     assert "features" not in heads[1] and heads[1].endswith("smoothing 0.1")

@@ -148,7 +148,7 @@ def test_stages_have_one_each_and_kept_features_too(uneven, tmp_path):
     [
         ({"imbalance_tau": 2}, "--imbalance_tau has no effect with --imbalance none"),
         ({"imbalance_tau": 2, "imbalance": "sqrt"}, "no effect with --imbalance sqrt"),
-        ({"imbalance": "balanced", "shard_store": True}, "each machine has a share"),
+        ({"imbalance": "balanced", "shard_store": True}, "each machine has only a share"),
     ],
 )
 def test_flags_that_cannot_be_had_together(uneven, tmp_path, flags, line):
