@@ -217,14 +217,14 @@ def _fault(file, shape, verify):
     try:
         pixels = np.load(file, mmap_mode="r")
     except (OSError, ValueError, EOFError):
-        return "cut short, or no .npy"
+        return "cut short, or not an .npy file"
     # np.load reads .npz files as well, and gives no array for them
     if not isinstance(pixels, np.ndarray) or pixels.shape != shape or pixels.dtype != np.uint8:
         return "other pixels"
     index = _read_index(file)
     starts = range(0, len(pixels), HASHED)
     if index is None or len(index["hashes"]) != len(starts):
-        return "without the file of their hashes"
+        return "its file of hashes is missing or damaged"
     numbers = range(len(starts))
     if not verify:
         numbers = sorted(random.SystemRandom().sample(numbers, min(SAMPLED, len(numbers))))
@@ -379,7 +379,7 @@ def unreadable(dataset, image_column, name, row, reason):
     if dataset._indices is not None:
         row = dataset._indices.column(0)[row].as_py()
     return (
-        f"cannot read image {row} of split '{name}'{path}: {reason}; mend it, or leave such "
+        f"cannot read image {row} of split '{name}'{path}: {reason}; repair it, or leave such "
         "images out of training with --bad_images skip"
     )
 

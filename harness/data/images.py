@@ -232,7 +232,7 @@ def _classes(listing, file, train_split) -> list[str]:
     twice = [name for name, count in Counter(names).items() if count > 1]
     missing = [name for name in order if name not in set(names)]
     if twice or missing:
-        fault = f"{few(twice)} is there twice" if twice else f"no line is {few(missing)}"
+        fault = f"{few(twice)} is there twice" if twice else f"{few(missing)} is missing"
         raise UserError(f"--classes {file}: {fault}; it must name every class once, one on a line")
     return names
 

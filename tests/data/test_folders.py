@@ -212,7 +212,7 @@ def test_an_order_of_the_classes(tmp_path):
     assert dropped.classes == ["cow", "ant", "bee"]
     assert sorted(dropped.train.labels) == [0, 1, 2]
     file.write_text("cow\nant\n")
-    with pytest.raises(UserError, match="no line is bee"):
+    with pytest.raises(UserError, match="bee is missing"):
         load_data(str(root), classes=str(file))
 
 
