@@ -8,10 +8,11 @@ from PIL import Image
 
 import faulty
 import smallruns
+from harness.cli import flags as cli_flags
 from harness.data import jpegs, packed, packing
 from harness.data.preprocessing import Preprocessing
 from harness.data.sources import load_data
-from harness.data.stores import choose_store
+from harness.data.stores import StoreOptions, choose_store
 from harness.errors import UserError
 
 FLAGS = {
@@ -60,7 +61,8 @@ def test_nvjpeg_is_for_packed_pixels_on_a_gpu(photos, tmp_path, monkeypatch):
     args = smallruns.build_parser("train.py").read(["--jpeg_decoder=nvjpeg", "--pixels=decoded"])
     data = load_data(str(photos), val_fraction=0.25)
     with pytest.raises(UserError, match="--jpeg_decoder nvjpeg is for packed pixels"):
-        choose_store(args, data, Preprocessing(32, 0.875, "bilinear", (0.5,) * 3, (0.5,) * 3))
+        options = cli_flags.pick(StoreOptions, args)
+        choose_store(options, data, Preprocessing(32, 0.875, "bilinear", (0.5,) * 3, (0.5,) * 3))
 
 
 def test_other_pixels_do_not_continue_a_run(photos, tmp_path, monkeypatch):

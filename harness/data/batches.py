@@ -19,35 +19,43 @@ from tricks.cutmix import cutmix_batch, draw_cutmix
 from tricks.mixup import draw_mixup, mixup_batch, neighbour_pairs
 from tricks.tta import tta_views
 
-# The rule by which a batch is drawn, as checkpoints name it: a checkpoint of another rule would go
-# on with other draws. Whoever changes the rule renames it, see harness.training.state.CONTINUED_BY
+# The name of the rule by which the random numbers of a batch are drawn. Checkpoints carry it: a run
+# that is resumed under another rule would draw other numbers. Whoever changes the rule renames it,
+# see harness.training.state.CONTINUED_BY
 DRAWS = "by sample"
 
 
-# --imbalance: a class's share of an epoch is in proportion to so much a power of its images
+# --imbalance: a class's share of an epoch is proportional to this power of its number of images
 SHARE_POWER = {"balanced": 0.0, "sqrt": 0.5}
 
 
-class Part(NamedTuple):
-    """The slice of a step's batch that one forward pass of one process sees, on its device."""
+class MicroBatch(NamedTuple):
+    """The slice of a step's batch for one forward pass of one process, on its device."""
 
-    # augmented and normalised (n, 3, H, W), float32; or kept features (n, ...)
+    # augmented and normalised (n, 3, H, W), float32; or stored features (n, ...)
     images: torch.Tensor
     labels: torch.Tensor  # int64 (n,)
 
 
 class Views:
-    """Batches of uint8 pixels -> what the network takes: whole batches, every sample its own draw.
+    """Turns whole batches of uint8 pixels into the network's input, with draws for each sample.
 
-    augment: a word of flags.AUGMENTS. padding: pixels of the random crop, 0 for none. flip_prob
-    and erasing: probabilities. alternating: `train_batches` hands `draw` the flips, drawn once an
-    image. ops and magnitude: RandAugment's. mean and std: a number a channel. size: pixels a side
-    that the network sees; stored: of the images that come in, None for `size`. packed: images come
-    from the packed store, cut by the boxes of the draw. crop_scale: the least share of the area in
-    a random resized crop, which takes the place of the padded crop; 0: the padded crop. Without a
-    resized crop, larger images are cut to their centre.
+    Args:
+        size: px a side that the network sees.
+        mean, std: one number per channel.
+        augment: one of flags.AUGMENTS.
+        padding: px around the image for the random crop, 0 for no such crop.
+        flip_prob, erasing: probabilities.
+        ops, magnitude: RandAugment's.
+        alternating: `train_batches` gives the flips to `draw`; an image's first one is drawn, and
+            then every epoch mirrors it the other way.
+        stored: px a side of the images that come in, None for `size`.
+        crop_scale: the least share of the area that a random resized crop takes; it replaces the
+            padded crop. 0 for the padded crop. Without a resized crop, larger images are cut to
+            their centre.
+        packed: the images come from the packed store, already cut to the boxes of the draw.
 
-    Raises ValueError where fewer pixels are stored than seen.
+    Raises ValueError where `stored` is below `size`.
     """
 
     def __init__(
@@ -78,9 +86,9 @@ class Views:
     def draw(self, n, rng, flips=None, sizes=None):
         """Draw for n samples, on the CPU: tensors (or tuples of them) of length n.
 
-        rng: harness.counters.SampleStreams of them, or a torch.Generator. flips: bool (n,), what
-        is mirrored, instead of a draw. sizes: heights and widths of packed images, int64 (n,)
-        each; "boxes" of the draw are for `Samples.take`.
+        rng: harness.counters.SampleStreams of these samples, or a torch.Generator. flips: bool
+        (n,), which of them are mirrored, instead of a draw. sizes: heights and widths of packed
+        images, int64 (n,) each; "boxes" of the draw are for `Samples.take`.
         """
         size, draw = self.size, {}
         if self.augment != "none" and self.crop_scale:
@@ -108,7 +116,7 @@ class Views:
 
     def train(self, images, draw):
         """The augmented, normalised batch (n, 3, size, size), float32, channels_last."""
-        with torch.inference_mode():  # of many small operations an eighth is autograd's bookkeeping
+        with torch.inference_mode():  # autograd's bookkeeping would be an eighth of the time
             if "resized" in draw:
                 images = augment.resized_crop_batch(images, draw["resized"], self.size)
             images = self._centre(images)
@@ -125,7 +133,7 @@ class Views:
         return images
 
     def evaluation(self, images):
-        """The centre of the images, normalised; nothing drawn."""
+        """The centre of the images, normalised, without random draws."""
         return augment.normalize_batch(self._centre(images), self.mean, self.std)
 
     def _centre(self, images):
@@ -133,7 +141,7 @@ class Views:
         return images[..., start : start + self.size, start : start + self.size]
 
     def to_pixels(self, images):
-        """Back from normalised to uint8 pixels on the CPU, for pictures."""
+        """Normalised images as uint8 pixels on the CPU again, for pictures."""
         images = images.float().cpu()
         mean = torch.tensor(self.mean).view(-1, 1, 1)
         std = torch.tensor(self.std).view(-1, 1, 1)
@@ -142,7 +150,7 @@ class Views:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is drawn for every image in every epoch. Each is a flag's name."""
+    """What is drawn for every image in every epoch. Each field has the name of its flag."""
 
     augment: str
     flip: str
@@ -156,7 +164,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Mixing:
-    """How images of a batch are mixed. Each is a flag's name."""
+    """How images of a batch are mixed. Each field has the name of its flag."""
 
     mixup_alpha: float
     cutmix_alpha: float
@@ -169,7 +177,7 @@ class Mixing:
 
 @dataclass(frozen=True)
 class BatchOptions(Augmentation, Mixing):
-    """What makes a batch, its targets and their weights of the images. Each is a flag's name."""
+    """How images become a batch with targets and weights. Each field has the name of its flag."""
 
     label_smoothing: float
     imbalance: str
@@ -190,7 +198,7 @@ def make_views(options, preprocessing):
 
 
 def scored_views(kind, size, seed):
-    """tricks.tta's views of `--tta`, or None for none; a kind that is none is a UserError."""
+    """The views of `--tta`, see tricks.tta; None for "none". UserError for an unknown kind."""
     if kind == "none":
         return None
     try:
@@ -200,15 +208,16 @@ def scored_views(kind, size, seed):
 
 
 def draw_mixing(options, size, rng):
-    """This step's mixing, as a function (images, targets) -> (images, targets).
+    """Draw the mixing of one step: a function (images, targets) -> (images, targets).
 
-    options: Mixing. With probability `mix_prob` the step mixes, by mixup or CutMix at even odds
-    where both alphas are above 0. One draw a step; neighbours in the batch are mixed.
+    options: Mixing. A step is mixed with probability `mix_prob`. Where both alphas are above 0,
+    mixup and CutMix are equally likely. One draw serves the whole step, in which neighbours in the
+    batch are mixed.
     """
-    mixes, cuts = torch.rand(2, generator=rng).tolist()
-    if mixes >= options.mix_prob or not options.mixes():
+    mix_draw, cutmix_draw = torch.rand(2, generator=rng).tolist()
+    if mix_draw >= options.mix_prob or not options.mixes():
         return lambda images, targets: (images, targets)
-    if options.cutmix_alpha and (not options.mixup_alpha or cuts < 0.5):
+    if options.cutmix_alpha and (not options.mixup_alpha or cutmix_draw < 0.5):
         box, _ = draw_cutmix(options.cutmix_alpha, size, size, rng)
         return lambda x, y: cutmix_batch(x, y, box, neighbour_pairs(len(x)))[:2]
     lam = draw_mixup(options.mixup_alpha, rng)
@@ -216,9 +225,9 @@ def draw_mixing(options, size, rng):
 
 
 def row_order(labels, seed, epoch, imbalance="none"):
-    """The rows of an epoch in order, int64 (n,): a function of nothing but these.
+    """The order in which an epoch shows the rows, int64 (n,). It depends on the arguments alone.
 
-    labels: int64 (n,). imbalance: of the flag; "balanced" and "sqrt" show rare classes more often.
+    labels: int64 (n,). imbalance: the flag; "balanced" and "sqrt" show rare classes more often.
     """
     if imbalance not in SHARE_POWER:
         return epoch_order(len(labels), seed, epoch)
@@ -230,27 +239,27 @@ def row_order(labels, seed, epoch, imbalance="none"):
 def train_batches(
     split, views, accelerator, *, batch_size, accumulation, seed, total_steps, imbalance="none"
 ):
-    """A function of the first step -> iterator over the steps' batches, each an iterator of Parts.
+    """A function of the first step. It gives each step's batch, as an iterator of MicroBatches.
 
     The order of an epoch is `row_order` (or, where machines have shares, a permutation of each
-    share), and a sample's draws are a function of (seed, step, its place in the whole batch). The
-    batch is cut into accumulation × processes equal parts, and each process draws for its own, so
-    neither depends on how many share the work. Parts are made when they are asked for; with CUDA
-    two ahead, in a thread and on a stream of their own.
+    share), and a sample's draws are a function of (seed, step, position in the whole batch). The
+    batch is cut into accumulation × processes micro-batches of one size, and each process draws
+    for its own. So neither order nor draws depend on the number of processes. A micro-batch is made
+    when it is asked for; with CUDA two are made in advance, in a thread and on a stream of its own.
     """
     device, rank = accelerator.device, accelerator.process_index
     processes = accelerator.num_processes
     n = batch_size // (accumulation * processes)
     per_epoch = len(split.labels) // batch_size
-    # The places of this process's samples in the whole batch, a row a part
-    places = torch.arange(batch_size).view(accumulation, processes, n)[:, rank]
-    order = {}  # of one epoch, the last one used
+    # The positions of this process's samples in the whole batch, one row per micro-batch
+    positions = torch.arange(batch_size).view(accumulation, processes, n)[:, rank]
+    order = {}  # of the epoch that was last used
     first_flips = None
     if views.alternating:
         rng = generator(seed, "flips")
         first_flips = augment.draw_flips(len(split.labels), views.flip_prob, rng)
 
-    def part_of(step, turn):
+    def make_micro_batch(step, index):
         epoch, batch = divmod(step, per_epoch)
         if epoch not in order:
             order.clear()
@@ -259,45 +268,45 @@ def train_batches(
                 if split.shares
                 else row_order(split.labels, seed, epoch, imbalance)
             )
-        rows = order[epoch][batch * batch_size + places[turn]]
+        rows = order[epoch][batch * batch_size + positions[index]]
         flips = None
         if first_flips is not None:
             flips = augment.alternate_flips(first_flips[rows], epoch)
-        streams = SampleStreams(seed, "views", step, places=places[turn])
+        streams = SampleStreams(seed, "views", step, places=positions[index])
         draw = views.draw(n, streams, flips, split.sizes(rows))
         images, labels = split.take(rows, device, draw.get("boxes"))
-        return Part(views.train(images, draw), labels)
+        return MicroBatch(views.train(images, draw), labels)
 
-    def from_step(first):
-        steps = range(first, total_steps)
-        places = ((step, turn) for step in steps for turn in range(accumulation))
+    def from_step(first_step):
+        steps = range(first_step, total_steps)
+        arguments = ((step, index) for step in steps for index in range(accumulation))
         # On a CPU a thread would take a core; MPS crashes where two threads issue work
-        make = _two_ahead if device.type == "cuda" else starmap
-        parts = make(part_of, places)
+        apply = _starmap_ahead if device.type == "cuda" else starmap
+        micro_batches = apply(make_micro_batch, arguments)
         for _ in steps:
-            yield islice(parts, accumulation)
+            yield islice(micro_batches, accumulation)
 
     return from_step
 
 
-def _two_ahead(function, arguments):
-    """As itertools.starmap, for a function that makes tensors on a CUDA device.
+def _starmap_ahead(function, arguments):
+    """As itertools.starmap, two results in advance, of a function that makes CUDA tensors.
 
-    A small network's step is short: while it is under way, the host prepares the next parts.
+    A small network's step is short: while it runs, the host prepares the next micro-batches.
     """
     stream = torch.cuda.Stream()
 
-    def make(each):
+    def call(values):
         with torch.cuda.stream(stream):
-            return function(*each), stream.record_event()
+            return function(*values), stream.record_event()
 
     with ThreadPoolExecutor(max_workers=1) as pool:
-        ahead = deque(pool.submit(make, each) for each in islice(arguments, 2))
-        while ahead:
-            made, event = ahead.popleft().result()
-            ahead.extend(pool.submit(make, each) for each in islice(arguments, 1))
-            here = torch.cuda.current_stream()
-            here.wait_event(event)
-            for tensor in made:
-                tensor.record_stream(here)  # else its memory could be another's too early
-            yield made
+        futures = deque(pool.submit(call, values) for values in islice(arguments, 2))
+        while futures:
+            tensors, event = futures.popleft().result()
+            futures.extend(pool.submit(call, values) for values in islice(arguments, 1))
+            consumer = torch.cuda.current_stream()
+            consumer.wait_event(event)
+            for tensor in tensors:
+                tensor.record_stream(consumer)  # else its memory could be reused too early
+            yield tensors

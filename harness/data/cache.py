@@ -3,8 +3,8 @@
 Decoding costs 20 to 100 times what a whole training batch's augmentation costs, so it is done
 once per data set and image size, by all processes of a machine together. The result lies in the
 cache folder of `datasets`, under `pixels/`, and may be deleted at any time: the next start makes
-it again. Two files: KEY.npy, the pixels; and KEY.json, the hashes of every HASHED images, and which
-images could not be read.
+it again. It has two files: KEY.npy, the pixels; and KEY.json, a hash for every HASHED images, and
+which images could not be read.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from harness.processes import ALONE
 
 DECODE_VERSION = 2  # part of the cache key: raise it whenever decode_image's output changes
 BLOCK = 256  # images a thread decodes at a time
-HASHED = 16  # images a hash is of; BLOCK is a multiple
+HASHED = 16  # images under one hash; BLOCK is a multiple of it
 HASH_BYTES = 8
-IMAGE_BYTES = 8  # of the hash of one image, by which identical ones are found
-SAMPLED = 64  # hashes that are compared at each start
+IMAGE_BYTES = 8  # of the hash of one image, by which identical images are found
+SAMPLED = 64  # hashes that each start compares with the pixels
 
 
 def decode_split(
@@ -48,8 +48,8 @@ def decode_split(
 
     The cache key is the data set's fingerprint, the column, the size, the interpolation and
     `DECODE_VERSION`, so a second start, another process or another run finds the files. Any number
-    of runs may call this at once: one of them decodes while the others wait for its lock. What is
-    found there damaged is made again, and said.
+    of runs may call this at once: one of them decodes while the others wait for its lock. A damaged
+    file is made again, and a line says so.
 
     Args:
         dataset: a `datasets.Dataset`; its rows are decoded in order.
@@ -58,20 +58,20 @@ def decode_split(
         name: what the split is called in messages.
         interpolation: Pillow's filter, see `decode_image`.
         progress: show a bar, on one process of each machine, when it takes more than a second.
-        rows: the rows that will be used, None for all; what can't be read among the others is
-            left black.
+        rows: the rows that will be used, None for all. An image outside of them that can't be read
+            becomes black.
         bit_depth: of 16-bit gray images, see `decode_image`.
-        accelerator: whose processes all call this, and share the work on each machine. Without it
-            this process does all.
-        verify: compare the hashes of all that is found in the cache; else of SAMPLED places.
+        accelerator: all its processes call this, and those of one machine share the work. Without
+            it this process does all.
+        verify: compare all hashes of a file from the cache with its pixels, not only SAMPLED.
 
     Returns:
         uint8 (len(dataset), 3, size, size), memory-mapped and never to be written to: the
         mapping is read-only, and writing to it kills the process. `gather` copies.
 
     Raises:
-        UserError: an image that can't be read (split, index and file named), no room, or an
-            unknown interpolation.
+        UserError: an image that can't be read (the message names split, index and file), a full
+            disk, or an unknown interpolation.
     """
     if interpolation not in FILTERS:
         raise UserError(
@@ -91,7 +91,7 @@ def decode_split(
     progress = progress and accelerator.is_local_main_process
     job = _Job(encoded(dataset, image_column), decode, refuse, name, progress)
     _make(file, shape, job, accelerator, verify)
-    refuse(_read_index(file)["bad"])  # of files that another run made, which used other rows
+    refuse(_read_index(file)["bad"])  # another run may have made the file, and used other rows
     # Mode "r": Linux refuses a copy-on-write mapping that is larger than the memory.
     pixels = np.load(file, mmap_mode="r")
     with warnings.catch_warnings():
@@ -100,16 +100,16 @@ def decode_split(
 
 
 def cached(dataset, image_column, size, interpolation="bilinear", bit_depth=None):
-    """The file of what `decode_split` makes, which need not be there."""
+    """The file that `decode_split` makes, whether it exists or not."""
     key = (image_column, size, interpolation, DECODE_VERSION, *([bit_depth] if bit_depth else ()))
     return cache_file(dataset, *key).with_suffix(".npy")
 
 
 def image_hashes(dataset, image_column, size, interpolation="bilinear", bit_depth=None):
-    """uint64 (n,): what tells apart the decoded images of a data set; None where it is not known.
+    """uint64 (n,): a hash of each decoded image of a data set; None where there are no hashes.
 
-    As `decode_split` was asked for them. Equal for images that are the same, pixel for pixel; 0 for
-    those that can't be read.
+    The arguments are those that `decode_split` was called with. Images have one hash if they are
+    the same, pixel for pixel; images that can't be read have 0.
     """
     index = _read_index(cached(dataset, image_column, size, interpolation, bit_depth))
     if index is None or index["images"] is None or len(index["images"]) != len(dataset):
@@ -120,10 +120,10 @@ def image_hashes(dataset, image_column, size, interpolation="bilinear", bit_dept
 
 
 def find_bad(dataset, image_column, *, name, bit_depth=None, progress=True):
-    """{row: why} of the images of `dataset` that can't be decoded, with their files' names.
+    """{row: reason} of the images of `dataset` that can't be decoded, with their files' names.
 
-    The first start decodes every image once for it, the next ones read a file. Any number of
-    processes may call this at once.
+    The first start decodes every image once to find them, later ones read the result from a file.
+    Any number of processes may call this at once.
     """
     key = (image_column, "bad", DECODE_VERSION, *([bit_depth] if bit_depth else ()))
     file, images = cache_file(dataset, *key), encoded(dataset, image_column)
@@ -142,15 +142,18 @@ def find_bad(dataset, image_column, *, name, bit_depth=None, progress=True):
             "HF_DATASETS_CACHE to a folder that has it"
         ) from error
     paths = {row: _path(images, image_column, row) for row in index["bad"]}
-    return {row: f"{paths[row]}: {why}" if paths[row] else why for row, why in index["bad"].items()}
+    return {
+        row: f"{paths[row]}: {reason}" if paths[row] else reason
+        for row, reason in index["bad"].items()
+    }
 
 
 # ---------------------------------------------------------------- the files
 
 
 def cache_file(dataset, *key):
-    """The cache's file, without a suffix, of what `key` makes of a data set."""
-    # The fingerprint names the content, after select() too; `datasets` shows it nowhere else.
+    """The file in the cache, without a suffix, for a data set and what `key` says of it."""
+    # The fingerprint stands for the content, after select() too. No public attribute has it.
     key = repr((dataset._fingerprint, *key)).encode()
     name = hashlib.blake2b(key, digest_size=12).hexdigest()
     return cache_folder() / name
@@ -164,9 +167,9 @@ def cache_folder():
 
 
 def _read_index(file):
-    """{"bad": {row: why}, "hashes": [bytes], "images": uint64 (n,)} of a file of pixels.
+    """{"bad": {row: reason}, "hashes": [bytes], "images": uint64 (n,)} of a file of pixels.
 
-    None where none fits its hash. "images" is None in files of older versions.
+    None where there is no index, or a damaged one. "images" is None in files of older versions.
     """
     if not has_file(file.with_suffix(".json")):
         return None
@@ -183,19 +186,19 @@ def _read_index(file):
     images = content.get("images")
     return {
         "hashes": hashes,
-        "bad": {int(row): why for row, why in bad.items()},
+        "bad": {int(row): reason for row, reason in bad.items()},
         "images": None if images is None else np.frombuffer(bytes.fromhex(images), "<u8"),
     }
 
 
-def _write_index(file, found):
-    """found: a _Share of all images."""
-    hashes = b"".join(digest for _, digest in sorted(found.hashes.items()))
-    images = b"".join(digests for _, digests in sorted(found.images.items()))
+def _write_index(file, outcome):
+    """outcome: an _Outcome of all images."""
+    hashes = b"".join(digest for _, digest in sorted(outcome.hashes.items()))
+    images = b"".join(digests for _, digests in sorted(outcome.images.items()))
     content = json.dumps(
         {
             "hashes": hashes.hex(),
-            "bad": dict(sorted(found.bad.items())),
+            "bad": dict(sorted(outcome.bad.items())),
             "images": images.hex(),
         }
     )
@@ -208,36 +211,36 @@ def _hash(data):
 
 
 def _fault(file, shape, verify):
-    """Why the pixels in `file` can't be used: "" if they can, "none" where there is no file."""
+    """Why the pixels in `file` can't be used; "" if they can, "none" where there is no file."""
     if not has_file(file):
         return "none"
     try:
         pixels = np.load(file, mmap_mode="r")
     except (OSError, ValueError, EOFError):
-        return "cut short, or no .npy"
-    # Of an .npz, which np.load reads as well, it gives no array
+        return "cut short, or not an .npy file"
+    # np.load reads .npz files as well, and gives no array for them
     if not isinstance(pixels, np.ndarray) or pixels.shape != shape or pixels.dtype != np.uint8:
         return "other pixels"
     index = _read_index(file)
     starts = range(0, len(pixels), HASHED)
     if index is None or len(index["hashes"]) != len(starts):
-        return "without the file of their hashes"
-    places = range(len(starts))
+        return "its file of hashes is missing or damaged"
+    numbers = range(len(starts))
     if not verify:
-        places = sorted(random.SystemRandom().sample(places, min(SAMPLED, len(places))))
+        numbers = sorted(random.SystemRandom().sample(numbers, min(SAMPLED, len(numbers))))
     with ThreadPoolExecutor(threads()) as pool:
-        hashes = pool.map(lambda k: _hash(pixels[starts[k] : starts[k] + HASHED]), places)
-        for k, found in zip(places, hashes, strict=True):
-            if found != index["hashes"][k]:
+        hashes = pool.map(lambda k: _hash(pixels[starts[k] : starts[k] + HASHED]), numbers)
+        for k, digest in zip(numbers, hashes, strict=True):
+            if digest != index["hashes"][k]:
                 return f"other bytes in images {starts[k]:,} to {starts[k] + HASHED - 1:,}"
     return ""
 
 
 def _remove_left_overs(folder):
-    """Delete what killed processes had begun: nobody holds its lock."""
-    for part in folder.glob("*.part"):
-        if lock := lock_of(part.with_suffix(".npy"), wait=False):
-            part.unlink(missing_ok=True)
+    """Delete the unfinished files of killed processes: those whose lock nobody holds."""
+    for part_file in folder.glob("*.part"):
+        if lock := lock_of(part_file.with_suffix(".npy"), wait=False):
+            part_file.unlink(missing_ok=True)
             lock.release()
 
 
@@ -249,83 +252,83 @@ class _Job(NamedTuple):
 
     images: object  # see harness.data.pixels.encoded
     decode: object  # a file -> uint8 (3, size, size)
-    refuse: object  # takes {row: why} of an image that can't be read; raises where it is needed
+    refuse: object  # takes {row: reason} of an unreadable image; raises UserError if it is needed
     name: str
     progress: bool
 
 
-class _Share(NamedTuple):
-    """What came of a part of the images."""
+class _Outcome(NamedTuple):
+    """The outcome of decoding some of the images."""
 
-    hashes: dict  # the first row of each HASHED: the hash of their pixels
-    images: dict  # the same: the hashes of each of them, joined
-    bad: dict  # {row: why}
+    hashes: dict  # {first row of HASHED images: the hash of their pixels}
+    images: dict  # {first row of HASHED images: the hashes of the single images, joined}
+    bad: dict  # {row: reason}
 
 
 def _make(file, shape, job, accelerator, verify):
-    """See that `file` holds the pixels: on each machine its processes decode them, or wait."""
-    part = file.with_suffix(".part")
+    """Make sure that `file` holds the pixels: each machine's processes decode them, or wait."""
+    part_file = file.with_suffix(".part")
 
     def begin():
         _remove_left_overs(file.parent)
-        _allocate(part, shape)
+        _allocate(part_file, shape)
 
-    def share(place, processes):
-        return _decode_part(part, job, place, processes)
+    def make_share(rank, processes):
+        return _decode_part(part_file, job, rank, processes)
 
-    def end(shares):
-        found = _Share({}, {}, {})
-        for one in shares:
-            found.hashes.update(one.hashes)
-            found.images.update(one.images)
-            found.bad.update(one.bad)
-        with open(part, "r+b") as handle:
+    def end(outcomes):
+        total = _Outcome({}, {}, {})
+        for outcome in outcomes:
+            total.hashes.update(outcome.hashes)
+            total.images.update(outcome.images)
+            total.bad.update(outcome.bad)
+        with open(part_file, "r+b") as handle:
             os.fsync(handle.fileno())
-        _write_index(file, found)
-        os.replace(part, file)
+        _write_index(file, total)
+        os.replace(part_file, file)
 
     make_together(
-        accelerator, file, lambda: _fault(file, shape, verify), begin, share, end,
-        leave=lambda: part.unlink(missing_ok=True), made_by="decoded",
+        accelerator, file, lambda: _fault(file, shape, verify), begin, make_share, end,
+        leave=lambda: part_file.unlink(missing_ok=True), made_by="decoded",
         failure=f"cannot write the decoded images of split '{job.name}' ({np.prod(shape):,} bytes)",
     )  # fmt: skip
 
 
-def _allocate(part, shape):
-    """Make the file: a full disk is an error now, but under a memory map it would be SIGBUS."""
-    if shutil.disk_usage(part.parent).free < int(np.prod(shape)):
+def _allocate(part_file, shape):
+    """Make the file in full size: if the disk filled up later, the memory map would get SIGBUS."""
+    if shutil.disk_usage(part_file.parent).free < int(np.prod(shape)):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
+    np.lib.format.open_memmap(part_file, mode="w+", dtype=np.uint8, shape=shape)
     if hasattr(os, "posix_fallocate"):
-        with open(part, "r+b") as handle:
+        with open(part_file, "r+b") as handle:
             os.posix_fallocate(handle.fileno(), 0, os.fstat(handle.fileno()).st_size)
 
 
-def _decode_part(part, job, place, processes):
+def _decode_part(part_file, job, rank, processes):
     """Decode one process's share of the images into the file."""
-    pixels = np.lib.format.open_memmap(part, mode="r+")
+    pixels = np.lib.format.open_memmap(part_file, mode="r+")
     try:
-        share = _decode(job, pixels.__setitem__, place, processes, part.exists, pixels)
+        outcome = _decode(job, pixels.__setitem__, rank, processes, part_file.exists, pixels)
     except BaseException:
-        part.unlink(missing_ok=True)  # so that the other processes leave off, too
+        part_file.unlink(missing_ok=True)  # so that the other processes stop, too
         raise
     pixels.flush()
-    return share
+    return outcome
 
 
-def _decode(job, keep, place=0, processes=1, wanted=lambda: True, pixels=None):
-    """keep(row, pixels) for the images of every `processes`-th block from `place`; -> _Share.
+def _decode(job, store, rank=0, processes=1, keep_going=lambda: True, pixels=None):
+    """Call store(row, pixels) for the images of every `processes`-th block, from number `rank` on.
 
-    Over as many threads as there are cores for this process. wanted: whether to go on. pixels:
-    what `keep` filled, to be hashed.
+    Returns an _Outcome. Uses as many threads as this process has cores. keep_going: called before
+    each block; False ends the work. pixels: the array that `store` fills, to be hashed.
     """
     import xxhash  # comes with `datasets`, which is imported late, too
 
     (column,), total = job.images.column_names, len(job.images)
-    share = _Share({}, {}, {})
+    outcome = _Outcome({}, {}, {})
 
     def decode_block(start):
-        if not wanted():
+        if not keep_going():
             return 0
         block = job.images[start : start + BLOCK][column].to_pylist()
         for row, image in enumerate(block, start):
@@ -333,14 +336,14 @@ def _decode(job, keep, place=0, processes=1, wanted=lambda: True, pixels=None):
                 decoded = job.decode(image_file(image))
             except Exception as error:  # Pillow's readers raise a dozen types for a bad file
                 job.refuse({row: reason_of_image(error)})
-                share.bad[row] = reason_of_image(error)
+                outcome.bad[row] = reason_of_image(error)
             else:
-                keep(row, decoded)
+                store(row, decoded)
         if pixels is not None:
             for row in range(start, start + len(block), HASHED):
-                share.hashes[row] = _hash(pixels[row : row + HASHED])
-                each = [xxhash.xxh3_64_intdigest(image) for image in pixels[row : row + HASHED]]
-                share.images[row] = np.array(each, "<u8").tobytes()
+                outcome.hashes[row] = _hash(pixels[row : row + HASHED])
+                digests = [xxhash.xxh3_64_intdigest(image) for image in pixels[row : row + HASHED]]
+                outcome.images[row] = np.array(digests, "<u8").tobytes()
         return len(block)
 
     bar = tqdm(
@@ -348,39 +351,40 @@ def _decode(job, keep, place=0, processes=1, wanted=lambda: True, pixels=None):
         disable=not job.progress,
     )  # fmt: skip
     with bar, warnings.catch_warnings(), ThreadPoolExecutor(threads(processes)) as pool:
-        # decode_image refuses what this only warns of.
+        # decode_image refuses the images that this warns of.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
-            for done in pool.map(decode_block, range(place * BLOCK, total, processes * BLOCK)):
-                bar.update(min(done * processes, total - bar.n))
+            for count in pool.map(decode_block, range(rank * BLOCK, total, processes * BLOCK)):
+                bar.update(min(count * processes, total - bar.n))
         except BaseException:  # Ctrl-C too: don't decode the rest before leaving
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    return share
+    return outcome
 
 
-# ---------------------------------------------------------------- words
+# ---------------------------------------------------------------- messages
 
 
 def reason_of_image(error):
+    """Why an image can't be read, for the user, from what a reader of images raised."""
     unknown = isinstance(error, UnidentifiedImageError)  # Pillow's text shows a memory address
     text = str(error).partition("\n")[0] or type(error).__name__
     return "not an image format Pillow knows" if unknown else text
 
 
 def unreadable(dataset, image_column, name, row, reason):
-    """One line that lets the user find the bad image: the index is the one before any cut."""
+    """One line by which the user finds the bad image: its index is the one before any cut."""
     path = _path(encoded(dataset, image_column), image_column, row)
     path = f" ({path})" if path else ""
     if dataset._indices is not None:
         row = dataset._indices.column(0)[row].as_py()
     return (
-        f"cannot read image {row} of split '{name}'{path}: {reason}; mend it, or leave such "
+        f"cannot read image {row} of split '{name}'{path}: {reason}; repair it, or leave such "
         "images out of training with --bad_images skip"
     )
 
 
 def _path(images, image_column, row):
-    """The file of an image, as far as the data set knows it, or None."""
+    """The path of an image, or None where the data set has none."""
     (image,) = images[row : row + 1][image_column].to_pylist()
     return image["path"] if image else None

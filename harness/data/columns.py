@@ -1,4 +1,4 @@
-"""Columns of a data set: which one holds the images, which one the labels, and what they say."""
+"""Columns of a data set: which one holds the images, which one the labels, and which classes."""
 
 from __future__ import annotations
 
@@ -10,30 +10,32 @@ from harness.data.tables import class_values, find_label
 from harness.errors import UserError, nearest
 
 
-def find_image_column(features, given):
+def find_image_column(features, column):
+    """`column` where it is given, else the only column of images."""
     import datasets
 
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-    return _find_column(features, given, images, "--image_column", "of images")
+    return _find_column(features, column, images, "--image_column", "images")
 
 
-def find_label_column(features, given, image_column):
-    """The given column; the one that is called label; the only ClassLabel, integer or string one.
+def find_label_column(features, column, image_column):
+    """`column` where it is given, else the only column that can hold the labels.
 
-    A column called label (or labels, class, target, category) wins over all others, whatever its
-    type. No column of another type is taken unless it is called so or given.
+    A column called label (or labels, class, target, category) goes before all others, whatever its
+    type. Without one, columns of ClassLabel go before columns of integers or strings. A column of
+    another type is never taken for its type alone.
     """
 
-    others = {name: kind for name, kind in features.items() if name != image_column}
-    if given:
-        return _find_column(features, given, list(others), "--label_column", "of labels")
-    kinds = {name: _kind_of_label(feature) for name, feature in others.items()}
-    found = find_label("the data set", kinds)
-    return found or _find_column(features, None, [], "--label_column", "of labels")
+    candidates = {name: feature for name, feature in features.items() if name != image_column}
+    if column:
+        return _find_column(features, column, list(candidates), "--label_column", "labels")
+    kinds = {name: _kind_of_label(feature) for name, feature in candidates.items()}
+    label_column = find_label("the data set", kinds)
+    return label_column or _find_column(features, None, [], "--label_column", "labels")
 
 
 def _kind_of_label(feature):
-    """What `find_label` wants to know of a column."""
+    """The kind of a column, as `find_label` needs it."""
     import datasets
 
     if isinstance(feature, datasets.ClassLabel):
@@ -44,26 +46,29 @@ def _kind_of_label(feature):
     return "plain" if plain else "other"
 
 
-def _find_column(features, given, candidates, flag, kind):
-    """The given column if it is a candidate, or the only candidate."""
+def _find_column(features, column, candidates, flag, content):
+    """`column` if it is one of the candidates, or the only candidate if no column is given."""
     columns = ", ".join(f"{name} ({_type_name(feature)})" for name, feature in features.items())
-    if given and given not in features:
-        near = nearest(given, features)
+    if column and column not in features:
+        near = nearest(column, features)
         raise UserError(
-            f"{flag} {given}: there is no such column{near} (the columns are {columns})"
+            f"{flag} {column}: there is no such column{near} (the columns are {columns})"
         )
-    if given and given not in candidates:
-        raise UserError(f"{flag} {given}: the column is not {kind}; the columns are {columns}")
-    if not given and len(candidates) != 1:
+    if column and column not in candidates:
+        raise UserError(
+            f"{flag} {column}: the column does not hold {content}; the columns are {columns}"
+        )
+    if not column and len(candidates) != 1:
         count = len(candidates) or "no"
         raise UserError(
-            f"there are {count} columns {kind}: name one with {flag}; the columns are {columns}"
+            f"there are {count} columns of {content}: name one with {flag}; the columns are "
+            f"{columns}"
         )
-    return given or candidates[0]
+    return column or candidates[0]
 
 
 def _type_name(feature):
-    """What a user knows the column's type as: images, classes, int64, string."""
+    """A column's type in the words of users: images, classes, int64, string."""
     kind = type(feature).__name__
     if kind == "Value":
         return feature.dtype
@@ -71,7 +76,7 @@ def _type_name(feature):
 
 
 def check_split(name, split, features, image_column, label_column):
-    """A split has images, and the columns and classes of train."""
+    """Raise UserError unless a split has images, and the columns and classes of train."""
     if len(split) == 0:
         raise UserError(f"split '{name}' is empty")
     for column in (image_column, label_column):
@@ -87,11 +92,13 @@ def check_split(name, split, features, image_column, label_column):
             )
     train_names = getattr(features[label_column], "names", None)
     if getattr(split.features[label_column], "names", None) != train_names:
-        raise UserError(f"the classes of split '{name}' are not those of train, or in other order")
+        raise UserError(
+            f"the classes of split '{name}' are not those of train, or are in another order"
+        )
 
 
 def _kind(feature):
-    """What two splits must share: Image, ClassLabel, whole numbers of any width, text."""
+    """The kind of a column, which must be the same in all splits; integers of any width are one."""
     name = _type_name(feature)
     return "text" if "string" in name else re.sub(r"^u?int\d+$", "whole", name)
 
@@ -106,7 +113,7 @@ def find_classes(train, label_column):
 
 
 def _values(dataset, column):
-    """The labels as Arrow values: whole numbers or text; floats and booleans become these.
+    """The labels as Arrow values: whole numbers or text, which floats and booleans become too.
 
     Raises UserError for lists and for numbers that are not whole.
     """
@@ -123,30 +130,30 @@ def _values(dataset, column):
 
 
 def read_labels(name, role, split, label_column, values):
-    """int64 (n,): the place of each row's label among `values`."""
+    """int64 (n,): the index in `values` of each row's label."""
     import pyarrow
     import pyarrow.compute
 
     stored, values = _values(split, label_column), pyarrow.array(values)
-    without = f", or leave the split out: --{role}_split none" if role != "train" else ""
+    alternative = f", or leave the split out: --{role}_split none" if role != "train" else ""
     if stored.null_count:
         rows = np.flatnonzero(pyarrow.compute.is_null(stored).to_numpy())
         raise UserError(
             f"{len(rows):,} of {len(stored):,} images of split '{name}' have no label (image "
-            f"{', '.join(map(str, rows[:3]))}): give them one or take them out{without}"
+            f"{', '.join(map(str, rows[:3]))}): give them one or take them out{alternative}"
         )
     if stored.type != values.type:  # int8 beside int64, string beside large_string
         stored = stored.cast(values.type)
-    places = pyarrow.compute.index_in(stored, values)
-    if places.null_count:
-        row = pyarrow.compute.index(pyarrow.compute.is_null(places), True).as_py()
+    indices = pyarrow.compute.index_in(stored, values)
+    if indices.null_count:
+        row = pyarrow.compute.index(pyarrow.compute.is_null(indices), True).as_py()
         value = stored[row].as_py()
         span = f"0 to {len(values) - 1}" if isinstance(value, int) else "those of train"
         raise UserError(
             f"image {row} of split '{name}' has the label {value!r}, but the classes are {span}: "
-            f"correct it{without}"
+            f"correct it{alternative}"
         )
-    return places.to_numpy().astype(np.int64)
+    return indices.to_numpy().astype(np.int64)
 
 
 def _arrow_column(dataset, column):

@@ -1,8 +1,8 @@
-"""Image folders: which file is an image of which class in which split, by the tree alone.
+"""Image folders: the split and the class of each image, by the tree of folders alone.
 
 The class is the first folder under the split, as in torchvision's ImageFolder, whatever lies
-deeper. File names decide nothing. What is left out is counted and named; what is ambiguous is
-refused. `read_folder` has the rules in their order.
+deeper. File names decide nothing. Images that are left out are counted and named; ambiguous
+folders are refused. `read_folder` has the rules in their order.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from harness.data.listing import (
 )
 from harness.errors import UserError
 
-# A word of a folder's name -> the split that it is
+# Word in the name of a folder -> the split that it stands for
 SPLIT_WORDS = {
     "train": "train", "training": "train", "trainset": "train",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
@@ -35,7 +35,7 @@ SPLIT_WORDS = {
 UNLABELLED = re.compile(
     r"(test|testing|val|valid|validation|eval|evaluation|unlabell?ed|inference)\d*"
 )
-# Folders that rather hold all images, or what belongs to them, than those of one class
+# Names of folders that hold all images, or what belongs to them, rather than those of one class
 GENERIC = {
     "image", "images", "img", "imgs", "jpegimages", "photo", "photos", "picture", "pictures",
     "pics", "data", "dataset", "files", "mask", "masks", "annotation", "annotations", "label",
@@ -51,42 +51,42 @@ STRICTLY_SPLIT = re.compile(rf"({'|'.join(SPLIT_WORDS)})\d*")
 
 
 def split_of(name) -> str | None:
-    """The split that a folder's name says; None where it says none or two.
+    """The split that a folder's name stands for; None if it has no such word, or two.
 
     >>> split_of("seg_train"), split_of("test1"), split_of("TrainingSet"), split_of("contest")
     ('train', 'test', 'train', None)
     """
-    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
-    splits = {SPLIT_WORDS[word.lower()] for word in words if word.lower() in SPLIT_WORDS}
+    tokens = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
+    splits = {SPLIT_WORDS[token.lower()] for token in tokens if token.lower() in SPLIT_WORDS}
     return splits.pop() if len(splits) == 1 else None
 
 
 def by_split(folders) -> dict[str, Folder]:
-    """{split: folder} of those with a split's name; raises UserError for two of one split."""
-    found: dict[str, Folder] = {}
+    """{split: folder} of the folders with a split's name; UserError for two of one split."""
+    splits: dict[str, Folder] = {}
     for folder in folders:
         split = split_of(folder.name)
-        if split in found:
+        if split in splits:
             raise UserError(
-                f"{found[split].shown()} and {folder.shown()} are both the split '{split}': keep "
+                f"{splits[split].shown()} and {folder.shown()} are both the split '{split}': keep "
                 "one of them"
             )
         if split:
-            found[split] = folder
-    return {split: found[split] for split in ("train", "validation", "test") if split in found}
+            splits[split] = folder
+    return {split: splits[split] for split in ("train", "validation", "test") if split in splits}
 
 
 def read_folder(root, tree, layout="auto") -> Listing:
-    """The splits and classes of a tree of images. Raises UserError where it can't be told.
+    """The splits and classes of a tree of images. Raises UserError where they are ambiguous.
 
-    In this order, each at the root or wrapped in one folder:
-    1. folders with a split's name that hold class folders, train among them: TRAIN/CLASS;
-    2. every folder holds such folders with images directly inside: CLASS/TRAIN;
-    3. several folders that are data sets of their own: refused;
-    4. folders are classes, unless all have a split's name, which is refused; a flat test folder
-       beside them is unlabelled.
-    layout: "classes", every folder is a class; "splits", every folder with a split's name is a
-    split; or "auto".
+    The first rule that fits holds, at the root or, where that is all it has, in its only folder:
+    1. Folders with a split's name hold class folders, and one of them is train: TRAIN/CLASS.
+    2. Every folder holds folders with a split's name and images directly inside: CLASS/TRAIN.
+    3. Several folders are data sets of their own: refused.
+    4. Folders are classes, and a flat test folder beside them is unlabelled. Where all folders have
+       a split's name, they are refused.
+    layout: "classes" for every folder as a class; "splits" for every folder with a split's name as
+    a split; or "auto", for these rules.
     """
     top = _unwrapped(tree, layout)
     if not top.with_images():
@@ -97,8 +97,8 @@ def read_folder(root, tree, layout="auto") -> Listing:
         listing = _under_splits(top, splits)
     elif layout == "splits":
         raise UserError(f"--layout splits: {root} has no train folder that holds class folders")
-    elif parts := _splits_of_classes(top):
-        listing = _under_classes(parts)
+    elif class_splits := _splits_of_classes(top):
+        listing = _under_classes(class_splits)
     else:
         _refuse_several(root, top)
         listing = _class_folders(root, top)
@@ -106,7 +106,7 @@ def read_folder(root, tree, layout="auto") -> Listing:
 
 
 def _unwrapped(tree, layout):
-    """The folder that the splits or classes are in: the root, or its only folder with images."""
+    """The folder in which the splits or classes are: the root, or its only folder with images."""
     inside = tree.with_images()
     if len(inside) != 1 or tree.images or (layout == "classes" and inside[0].images):
         return tree
@@ -117,17 +117,17 @@ def _unwrapped(tree, layout):
 
 
 def _split_folders(top) -> dict[str, Folder]:
-    """{split: folder} of the folders with a split's name that hold class folders, if train is one.
+    """{split: folder} of the folders with a split's name that hold class folders.
 
-    seg_train/seg_train/CLASS is as seg_train/CLASS.
+    Empty without one for train. seg_train/seg_train/CLASS is read as seg_train/CLASS.
     """
-    found = by_split(folder for folder in top.with_images() if folder.with_images())
-    for split, folder in found.items():
+    splits = by_split(folder for folder in top.with_images() if folder.with_images())
+    for split, folder in splits.items():
         inside = folder.with_images()
         again = len(inside) == 1 and not folder.images and split_of(inside[0].name) == split
         if again and inside[0].with_images():
-            found[split] = inside[0]
-    return found if "train" in found else {}
+            splits[split] = inside[0]
+    return splits if "train" in splits else {}
 
 
 def _under_splits(top, splits):
@@ -136,70 +136,74 @@ def _under_splits(top, splits):
         flat = not folder.with_images()
         if flat and (split_of(folder.name) or UNLABELLED.fullmatch(folder.name.lower())):
             listing.leave_unlabelled(Images.of(folder).paths)
-    of_train = {folder.name for folder in splits["train"].with_images()}
+    train_classes = {folder.name for folder in splits["train"].with_images()}
     for split, folder in splits.items():
         classes = folder.with_images()
-        if split != "train" and len(classes) == 1 and _is_one_for_all(classes[0], of_train):
+        if split != "train" and len(classes) == 1 and _holds_all_classes(classes[0], train_classes):
             listing.leave_unlabelled(Images.of(folder).paths)
             continue
         listing.splits[split] = Images.joined(Images.of(c, c.name) for c in classes)
-        _tell_odd_classes(listing, folder, classes)
+        _note_odd_classes(listing, folder, classes)
     return listing
 
 
-def _is_one_for_all(folder, classes=()):
-    """Whether the only folder of a split holds its images of all classes: test/images/*.jpg."""
+def _holds_all_classes(folder, train_classes=()):
+    """Whether a split's only folder holds its images of all classes, as test/images/*.jpg."""
     name = folder.name.lower()
-    return folder.name not in classes and bool(name in GENERIC or split_of(name))
+    return folder.name not in train_classes and bool(name in GENERIC or split_of(name))
 
 
 def labelled_splits(tree) -> dict[str, Images]:
     """{split: images} of the folders with a split's name that hold class folders."""
     for top in tops(tree):
-        found = {}
+        splits = {}
         for split, folder in by_split(top.with_images()).items():
             classes = folder.with_images()
-            if len(classes) > 1 or (classes and not _is_one_for_all(classes[0])):
-                found[split] = Images.joined(Images.of(c, c.name) for c in classes)
-        if found:
-            return found
+            if len(classes) > 1 or (classes and not _holds_all_classes(classes[0])):
+                splits[split] = Images.joined(Images.of(c, c.name) for c in classes)
+        if splits:
+            return splits
     return {}
 
 
 def _splits_of_classes(top) -> dict[str, dict[str, Folder]]:
-    """{class: {split: folder}} where the classes hold the splits; UserError if only some do."""
-    parts = {
+    """{class: {split: folder}} where class folders hold the splits; UserError if only some do."""
+    class_splits = {
         folder.name: by_split(child for child in folder.folders if child.images)
         for folder in top.with_images()
     }
-    having = [name for name, found in parts.items() if "train" in found]
-    without = [name for name in parts if name not in having]
-    if having and without:
+    with_train = [name for name, splits in class_splits.items() if "train" in splits]
+    without = [name for name in class_splits if name not in with_train]
+    if with_train and without:
         raise UserError(
-            f"{having[0]}/ holds the folder of a train split, but {few(without)} "
+            f"{with_train[0]}/ holds the folder of a train split, but {few(without)} "
             f"{'does' if len(without) == 1 else 'do'} not: --layout classes treats every folder as "
             "a class"
         )
-    return parts if having else {}
+    return class_splits if with_train else {}
 
 
-def _under_classes(parts):
+def _under_classes(class_splits):
     listing = Listing({}, has_splits=True)
     listing.notes.append("the splits lie in the class folders: CLASS/train")
     for split in ("train", "validation", "test"):
-        found = [Images.of(of[split], name) for name, of in parts.items() if split in of]
-        if found:
-            listing.splits[split] = Images.joined(found)
+        images = [
+            Images.of(splits[split], name)
+            for name, splits in class_splits.items()
+            if split in splits
+        ]
+        if images:
+            listing.splits[split] = Images.joined(images)
     return listing
 
 
 def _refuse_several(root, top):
     """Raise UserError for a folder of several data sets, each with splits and classes."""
-    found = [f.name for f in top.with_images() if not split_of(f.name) and _has_train(f)]
-    if found:
+    names = [f.name for f in top.with_images() if not split_of(f.name) and _has_train(f)]
+    if names:
         raise UserError(
-            f"{root} holds {counted(len(found), 'data set')} with splits of their own, "
-            f"{few(found)}: give one of them as --dataset ({EXPECTED})"
+            f"{root} holds {counted(len(names), 'data set')} with splits of their own, "
+            f"{few(names)}: give one of them as --dataset ({EXPECTED})"
         )
 
 
@@ -208,7 +212,7 @@ def _has_train(folder):
 
 
 def _class_folders(root, top):
-    """Every folder is a class, but for flat ones that are called as if they were unlabelled."""
+    """Every folder is a class, except flat ones whose names say that they are unlabelled."""
     folders = top.with_images()
     named = [f for f in folders if split_of(f.name)]
     with_classes = [f for f in named if f.with_images()]
@@ -238,12 +242,12 @@ def _class_folders(root, top):
 
 def _as_classes(top, folders):
     listing = Listing({"train": Images.joined(Images.of(f, f.name) for f in folders)})
-    _tell_odd_classes(listing, top, folders)
+    _note_odd_classes(listing, top, folders)
     return listing
 
 
-def _tell_odd_classes(listing, parent, classes):
-    """Notes on classes that may be none, and on folders that may be classes."""
+def _note_odd_classes(listing, parent, classes):
+    """Add notes on folders that perhaps should not be classes, and on those without images."""
     parents = [f for f in classes if not f.images]
     if parents:
         listing.notes.append(
@@ -255,44 +259,44 @@ def _tell_odd_classes(listing, parent, classes):
     if generic:
         listing.notes.append(
             f"{few(generic)} {'is a class' if len(generic) == 1 else 'are classes'} here, as every "
-            "folder is; where a table has the labels, --labels FILE"
+            "folder is; if a table has the labels, give it as --labels FILE"
         )
     empty = [f.shown() for f in parent.folders if not f.total]
     if empty:
         listing.notes.append(f"no image that can be read in {few(empty)}: not a class")
 
 
-MOST_WORDS = 8  # that file names begin with, for a pattern that names them
+MAX_PREFIXES = 8  # words that file names begin with, in a pattern that lists them
 
 
 def other_ways(tree):
-    """What to do where folders do not say the classes, with the table that may."""
+    """Advice for when folders do not say the classes, with the tables that may say them."""
     top = [tree, *tree.folders]
     tables = [f"{f.path}/{name}".lstrip("/") for f in top for name in f.tables]
-    there = f" ({'there is' if len(tables) == 1 else 'there are'} {few(tables)})" if tables else ""
+    listed = f" ({'there is' if len(tables) == 1 else 'there are'} {few(tables)})" if tables else ""
     names = [name for folder in tree.walk() for name in folder.images]
     pattern = _pattern_of(names)
     example = f"'{pattern}' here{_alike(pattern)}" if pattern else "'/(cat|dog)[.]'"
     return (
-        f"Where file names hold the class, --label_pattern reads it from them, as {example}; "
-        f"where a table does, --labels FILE{there}"
+        f"If the file names say the class, --label_pattern reads it from them, as {example}; "
+        f"if a table does, give it as --labels FILE{listed}"
     )
 
 
 def _pattern_of(names):
-    """A --label_pattern for file names that begin with few words, as cat.0.jpg; "" for others.
+    """A --label_pattern if all file names begin with one of a few words, as cat.0.jpg; else "".
 
     What cameras call every file is no class: such files may be the smaller part of the others.
     """
-    first = [match[0] for name in names if (match := re.match(r"[^\W\d_]+", name))]
-    words = Counter(word for word in first if word.casefold() not in CAMERA_WORDS)
-    if not 1 < len(words) <= MOST_WORDS or len(first) < len(names):
+    matches = [match[0] for name in names if (match := re.match(r"[^\W\d_]+", name))]
+    prefixes = Counter(prefix for prefix in matches if prefix.casefold() not in CAMERA_WORDS)
+    if not 1 < len(prefixes) <= MAX_PREFIXES or len(matches) < len(names):
         return ""
-    if words.total() < len(names) / 2:
+    if prefixes.total() < len(names) / 2:
         return ""
-    if min(words.values()) < 2:
+    if min(prefixes.values()) < 2:
         return ""
-    longest_first = sorted(words, key=lambda word: (-len(word), word))
+    longest_first = sorted(prefixes, key=lambda prefix: (-len(prefix), prefix))
     return f"/({'|'.join(longest_first)})(?![^\\W\\d_])"
 
 
@@ -310,9 +314,9 @@ def _alike(pattern):
 
 def _no_classes(root, tree):
     if not tree.images:
-        others = sum((folder.others for folder in tree.walk()), Counter())
-        found = ", ".join(by_suffix(others)) or "nothing"
-        return f"{root} has no images: {EXPECTED}, found {found}"
+        other_files = sum((folder.other_files for folder in tree.walk()), Counter())
+        content = ", ".join(by_suffix(other_files)) or "nothing"
+        return f"{root} has no images: {EXPECTED}, found {content}"
     return (
         f"{root} has {counted(len(tree.images), 'image')} directly inside and no class folders: "
         f"{EXPECTED}, found {tree.images[0]}. If it is the folder of one class, give the folder "
@@ -320,7 +324,7 @@ def _no_classes(root, tree):
     )
 
 
-# -- what the file names say ---------------------------------------------------------------------
+# -- classes by file names -----------------------------------------------------------------------
 
 
 def read_pattern(root, tree, pattern) -> Listing:
@@ -331,14 +335,14 @@ def read_pattern(root, tree, pattern) -> Listing:
         raise UserError(f"--label_pattern {pattern}: {error}") from None
     if regex.groups != 1:
         raise UserError(
-            f"--label_pattern {pattern} has {regex.groups} groups: the class is what its one group "
-            "matches, as in '/(cat|dog)[.]'; (?:…) groups without being one"
+            f"--label_pattern {pattern} has {regex.groups} groups: it must have one, which matches "
+            "the class, as in '/(cat|dog)[.]'; parentheses that begin with ?: are no group"
         )
     listing = Listing({}, "folders of the splits", f"from file names by {pattern}")
     splits = split_images(tree)
     for split, images in splits.items():
-        found = [search_path(regex, path) for path in images.paths]
-        labels = [match and match[1] and class_key(match[1]) for match in found]
+        matches = [search_path(regex, path) for path in images.paths]
+        labels = [match and match[1] and class_key(match[1]) for match in matches]
         matched = np.array([bool(label) for label in labels])
         if not matched.any():
             listing.leave_unlabelled(images.paths)
@@ -348,14 +352,14 @@ def read_pattern(root, tree, pattern) -> Listing:
         if len(without) > len(images) / 2:
             raise UserError(
                 f"--label_pattern {pattern} matches {matched.sum():,} of {len(images):,} images of "
-                f"split '{split}', under half; not {few(without)}"
+                f"split '{split}', under half; it does not match {few(without)}"
             )
         if without:
             listing.reported += without
             listing.left_out.append(
                 f"{len(without):,} of {split} that --label_pattern does not match: {few(without)}"
             )
-        listing.splits[split] = images.where(matched)
+        listing.splits[split] = images.select(matched)
     if "train" not in listing.splits:
         example = few(splits["train"].paths if "train" in splits else (), 1)
         raise UserError(
@@ -367,32 +371,33 @@ def read_pattern(root, tree, pattern) -> Listing:
 def split_images(tree) -> dict[str, Images]:
     """{split: images} by the folders with a split's name, wherever they lie.
 
-    Images in none of these are train where there is no train folder, else of no split.
+    Beside a train folder, all folders with a split's name count (seg_train, seg_test); elsewhere
+    only those with the whole name of a split: test, test1, val and so on.
 
-    Of siblings with a train folder among them, all with a split's name are meant (seg_train,
-    seg_test); elsewhere only what is called test, test1, val and so on, and nothing more.
+    Images outside of these folders are train if there is no train folder, else of no split.
     """
-    parts: dict[str, list[Images]] = {}
-    others = []
+    splits: dict[str, list[Images]] = {}
+    outside = []
     todo = [tree]
     while todo:
         folder = todo.pop()
-        of = {child.path: split_of(child.name) for child in folder.with_images()}
-        if set(of.values()) == {"train", None}:
-            of = {}  # a class called train among others
-        others.append(Images.directly_in(folder))
+        names = {child.path: split_of(child.name) for child in folder.with_images()}
+        if set(names.values()) == {"train", None}:
+            names = {}  # train is the name of a class here
+        outside.append(Images.directly_in(folder))
         for child in reversed(folder.with_images()):
-            split = of.get(child.path)
-            if split and ("train" in of.values() or STRICTLY_SPLIT.fullmatch(child.name.lower())):
-                parts.setdefault(split, []).append(Images.of(child))
+            split = names.get(child.path)
+            beside_train = "train" in names.values()
+            if split and (beside_train or STRICTLY_SPLIT.fullmatch(child.name.lower())):
+                splits.setdefault(split, []).append(Images.of(child))
             else:
                 todo.append(child)
-    if "train" not in parts:
-        parts["train"] = others
+    if "train" not in splits:
+        splits["train"] = outside
     return {
-        split: Images.joined(parts[split])
+        split: Images.joined(splits[split])
         for split in ("train", "validation", "test")
-        if split in parts
+        if split in splits
     }
 
 

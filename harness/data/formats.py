@@ -9,10 +9,10 @@ from PIL import Image, UnidentifiedImageError
 
 from harness.files import is_lfs_pointer
 
-# Formats of Pillow that are not opened, each with its reason. A test holds that every other
-# format of the tested Pillow was looked at.
+# Formats of Pillow that are not opened, each with its reason. A test fails for every format of the
+# tested Pillow that nobody has considered yet.
 REFUSED = {
-    "EPS": "it would be run by Ghostscript",
+    "EPS": "a program that Ghostscript would run",
     "WMF": "vector drawings, which Windows alone renders",
     "BUFR": "weather data, which Pillow only identifies",
     "GRIB": "weather data, which Pillow only identifies",
@@ -45,14 +45,15 @@ def opened_formats() -> tuple[str, ...]:
 @functools.cache
 def image_suffixes() -> frozenset[str]:
     """Suffixes of files that are taken for images, in lower case and with the dot."""
-    known = {*opened_formats(), "MPO"}  # which the reader of JPEGs opens
-    return frozenset(s for s, kind in Image.registered_extensions().items() if kind in known)
+    formats = {*opened_formats(), "MPO"}  # which the reader of JPEGs opens
+    suffixes = Image.registered_extensions()
+    return frozenset(suffix for suffix, name in suffixes.items() if name in formats)
 
 
 def open_image(file):
-    """`Image.open` for every format but the refused ones; raises as it does.
+    """As `Image.open`, but only for formats that are not refused.
 
-    Raises ValueError for a Git LFS pointer in an image's place.
+    Raises what `Image.open` raises, and ValueError for a Git LFS pointer in the place of an image.
     """
     try:
         return Image.open(file, formats=opened_formats())
@@ -63,7 +64,7 @@ def open_image(file):
 
 
 def why_left_out(suffix) -> str:
-    """Why files of this suffix are left out, in a few words; "" for those that are no images."""
+    """Why files of this suffix are left out, in a few words; "" where they are not images."""
     kind = Image.registered_extensions().get(suffix)
     if kind in REFUSED:
         return f"{kind}: {REFUSED[kind]}"

@@ -1,4 +1,4 @@
-"""A folder of images, with or without tables, as `datasets` of paths and classes."""
+"""A folder of images, with or without tables of labels, as `datasets` of paths and classes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from harness.console import printable
 from harness.data.folders import GENERIC, other_ways, read_folder, read_pattern, split_of
 from harness.data.labels import (
     OtherTableError,
-    compared,
+    choose_listing,
     find_tables,
     other_tables,
     read_tables,
@@ -36,17 +36,18 @@ from harness.errors import UserError
 
 @dataclass
 class Stored:
-    """The stored splits of a data set, and what the plan has to say of them."""
+    """The stored splits of a data set, and what the plan says about them."""
 
     splits: dict  # name -> datasets.Dataset
-    label_column: str | None = None  # where it is known
-    labels_from: str = ""  # what says the labels, where no column alone does
-    source: str = ""  # where they came from: id@revision, or a folder
+    label_column: str | None = None  # None: still to be found
+    labels_from: str = ""  # where the labels come from; "": the label column
+    source: str = ""  # id@revision of the Hub, or a folder
     notes: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     content: dict[str, list] = field(default_factory=dict)  # split -> [images, sha256], of folders
 
     def at(self, source):
+        """The same splits with this source."""
         return replace(self, source=source)
 
 
@@ -56,13 +57,13 @@ def load_images(
 ) -> Stored:  # fmt: skip
     """List a folder of images and give its splits as data sets with the columns image and label.
 
-    Two hashes: the fingerprint of each data set (root, names, sizes, times, labels) names what was
-    decoded of it in the local cache; `content` (relative paths, sizes, labels) is the same on
-    another machine and in another place. A file whose content alone changes, with its size and
-    time as before, is taken for the old one.
+    There are two hashes. The fingerprint of each data set (root, names, sizes, times, labels) is
+    the key of its decoded pixels in the local cache. `content` (relative paths, sizes, labels) is
+    the same on another machine and in another folder. A file that changes without another size or
+    time is taken for the old one.
 
-    tree: what `scan` found there. choose: a function of the splits' names, which gives those that
-    are used: classes of another do not matter.
+    tree: the result of `scan`, if there is one already. choose: a function from the names of the
+    splits to those that are used; the classes of other splits do not matter.
 
     Raises UserError for all that harness.data.folders and harness.data.tables refuse, for classes
     of another split that train lacks, and for a --classes file that does not name the classes.
@@ -92,8 +93,8 @@ def load_images(
         {}, "label", listing.labels_from, notes=listing.notes, left_out=listing.left_out
     )
     for split, images in listing.splits.items():
-        places = {name: k for k, name in enumerate(names)}
-        numbers = np.array([places[label] for label in images.labels], np.int64)
+        indices = {name: k for k, name in enumerate(names)}
+        numbers = np.array([indices[label] for label in images.labels], np.int64)
         stored.splits[split] = _dataset(root, images, numbers, names)
         digest = hashlib.sha256()
         order = sorted(range(len(images)), key=images.paths.__getitem__)
@@ -112,8 +113,8 @@ def _read(root, tree, layout, label_pattern, labels, file_column, label_column):
         if columns:
             raise UserError(f"{columns[0]} has no effect: --label_pattern says the classes")
         return read_pattern(root, tree, label_pattern), ()
-    given = _given_tables(labels, root) if labels else {}
-    tables = given or (find_tables(root, tree) if layout == "auto" else {})
+    flag_tables = _tables_of_flag(labels, root) if labels else {}
+    tables = flag_tables or (find_tables(root, tree) if layout == "auto" else {})
     if not tables:
         if columns:
             raise UserError(
@@ -122,8 +123,8 @@ def _read(root, tree, layout, label_pattern, labels, file_column, label_column):
             )
         return _by_folder_or_parquet(root, tree, layout)
     by_folder = None
-    if "" not in given:
-        with contextlib.suppress(UserError):  # without class folders the table alone says it
+    if "" not in flag_tables:
+        with contextlib.suppress(UserError):  # without class folders, the tables say the classes
             by_folder = read_folder(root, tree, "auto")
         if by_folder and not _may_be_classes(set(by_folder.splits["train"].labels), tables):
             by_folder = None
@@ -131,19 +132,19 @@ def _read(root, tree, layout, label_pattern, labels, file_column, label_column):
     try:
         by_table = read_tables(root, tree, tables, file_column, label_column, by_folder)
     except OtherTableError as error:
-        if given or columns or not by_folder:
+        if flag_tables or columns or not by_folder:
             raise
-        by_folder.notes.append(f"{names} is not used, the class folders are: {error}")
+        by_folder.notes.append(f"{names} is not used, but the class folders are: {error}")
         return by_folder, tables.values()
-    if by_folder and not given:
-        return compared(root, by_folder, by_table, tables), tables.values()
+    if by_folder and not flag_tables:
+        return choose_listing(root, by_folder, by_table, tables), tables.values()
     return by_table, tables.values()
 
 
 def _by_folder_or_parquet(root, tree, layout):
-    """By class folders, or where there are none by parquet files that name the images."""
+    """Labels by class folders; without these, by parquet files that name the images."""
     files = parquet_files(tree) if layout == "auto" else []
-    refused = None
+    folder_error = None
     try:
         listing = read_folder(root, tree, layout)
         if not files or len(set(listing.splits["train"].labels)) > 1:
@@ -151,54 +152,55 @@ def _by_folder_or_parquet(root, tree, layout):
     except UserError as error:
         if not files:
             raise
-        refused = error
+        folder_error = error
     splits = parquet_splits(files)
-    if any(len(its) > 1 for its in splits.values()):
-        raise UserError(f"{root}: {few(files)} are tables of labels: make one of each split")
-    tables = {split: str(root / its[0]) for split, its in splits.items()}
+    if any(len(paths) > 1 for paths in splits.values()):
+        raise UserError(
+            f"{root}: {few(files)} are tables of labels: join those of one split into one file"
+        )
+    tables = {split: str(root / paths[0]) for split, paths in splits.items()}
     if len(tables) == 1:
         tables = {"": next(iter(tables.values()))}
     try:
         return read_tables(root, tree, tables), tables.values()
     except OtherTableError:
-        if refused:
-            raise refused from None
+        if folder_error:
+            raise folder_error from None
         return listing, ()
 
 
 def _may_be_classes(names, tables) -> bool:
-    """Whether folders of these names say classes where there are tables as well."""
+    """Whether folders of these names can be classes where there are tables as well."""
     if tables and all(name.lower() in GENERIC or split_of(name) for name in names):
         return False  # train/ and masks/
     return len(names) > 1
 
 
-def _given_tables(given, root) -> dict[str, str]:
+def _tables_of_flag(value, root) -> dict[str, str]:
     """{split or "": path} of --labels FILE or train=FILE,val=FILE."""
-    found = {}
-    words = re.split(r",\s*", given)
-    if not all(re.match(r"\w+=", word) for word in words):
-        words = [f"={given}"]
-    for word in words:
-        split, _, path = word.partition("=")
+    tables = {}
+    items = re.split(r",\s*", value)
+    if not all(re.match(r"\w+=", item) for item in items):
+        items = [f"={value}"]
+    for item in items:
+        split, _, path = item.partition("=")
         if split and not split_of(split):
-            raise UserError(f"--labels {word}: {split} is no split (train, val or test)")
+            raise UserError(f"--labels {item}: {split} is no split (train, val or test)")
         split = split and split_of(split)
-        if split in found:
-            raise UserError(f"--labels {given} names two tables for one split")
+        if split in tables:
+            raise UserError(f"--labels {value} names two tables for one split")
         path = Path(path).expanduser()
-        found[split] = str(path if path.is_file() else Path(root) / path)
-    return found
+        tables[split] = str(path if path.is_file() else Path(root) / path)
+    return tables
 
 
 def _classes(listing, file, train_split) -> list[str]:
-    """The names of the classes in order; makes the labels of all splits names of these."""
-    of_split = {split: set(images.labels) for split, images in listing.splits.items()}
-    every = set().union(*of_split.values())
-    if all(isinstance(label, int) for label in every):
-        order = [str(label) for label in sorted(every)]
+    """The names of the classes in order; turns the labels of all splits into these names."""
+    labels = set().union(*(images.labels for images in listing.splits.values()))
+    if all(isinstance(label, int) for label in labels):
+        order = [str(label) for label in sorted(labels)]
     else:
-        order = sorted({str(label) for label in every})
+        order = sorted({str(label) for label in labels})
     for images in listing.splits.values():
         images.labels = [str(label) for label in images.labels]
     train = set(listing.splits[train_split].labels)
@@ -221,22 +223,22 @@ def _classes(listing, file, train_split) -> list[str]:
         return order
     try:
         with open(file, encoding="utf-8-sig") as lines:
-            given = [class_key(line.rstrip("\r\n")) for line in lines if line.strip()]
-        given = [name if name in order else name.strip() for name in given]
+            names = [class_key(line.rstrip("\r\n")) for line in lines if line.strip()]
+        names = [name if name in order else name.strip() for name in names]
     except OSError as error:
         raise UserError(f"--classes {file}: {error.strerror}") from None
     except UnicodeError:
         raise UserError(f"--classes {file} is not in UTF-8: save it as UTF-8") from None
-    twice = [name for name, count in Counter(given).items() if count > 1]
-    missing = [name for name in order if name not in set(given)]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    missing = [name for name in order if name not in set(names)]
     if twice or missing:
-        why = f"{few(twice)} is there twice" if twice else f"no line is {few(missing)}"
-        raise UserError(f"--classes {file}: {why}; it must name every class once, one on a line")
-    return given
+        fault = f"{few(twice)} is there twice" if twice else f"{few(missing)} is missing"
+        raise UserError(f"--classes {file}: {fault}; it must name every class once, one on a line")
+    return names
 
 
 def _dataset(root, images: Images, numbers, names):
-    """A datasets.Dataset of the images' paths, their classes and what else a table says."""
+    """A datasets.Dataset of the images' paths, their classes and further columns of a table."""
     import datasets
     import pyarrow
 
@@ -248,18 +250,18 @@ def _dataset(root, images: Images, numbers, names):
         "label": pyarrow.array(numbers),
     }
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
-    for name, values in images.others.items():
+    for name, values in images.columns.items():
         name = name if name not in columns else f"table_{name}"
         try:
             columns[name] = pyarrow.array(values)
         except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError, UnicodeError):
-            texts = [None if v is None else printable(v) for v in values]  # of several types
+            texts = [None if v is None else printable(v) for v in values]  # mixed types
             columns[name] = pyarrow.array(texts)
         features[name] = datasets.features.features.generate_from_arrow_type(columns[name].type)
     digest = hashlib.blake2b(base.encode(), digest_size=8)
     digest.update("\0".join([*images.paths, *names]).encode())
     digest.update(images.stats[:, :2].tobytes() + numbers.tobytes())
-    digest.update(repr(images.others).encode())
+    digest.update(repr(images.columns).encode())
     return datasets.Dataset(
         datasets.table.InMemoryTable(pyarrow.table(columns)),
         info=datasets.DatasetInfo(features=datasets.Features(features)),

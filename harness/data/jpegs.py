@@ -1,4 +1,4 @@
-"""One image of the packed store: an upright JPEG, and the pixels that are cut out of it."""
+"""One image of the packed store: an upright JPEG, and the crops that are decoded from it."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ except ImportError:
 
 SIDE_STEP = 64  # px; stored sides are multiples, so that close sizes share a store
 MOST_PX = 65500  # a side of a JPEG
-QUALITY = 95  # of what is encoded here, without subsampled colours
+QUALITY = 95  # of the JPEGs that are encoded here, without subsampled colours
 ORIENTATION = 0x0112  # EXIF's tag
 
 
 def packed_side(size, stored_size, crop_scale) -> int:
-    """Px of the shorter side that no crop of `size` px has to be enlarged from.
+    """Px of the shorter side at which no crop has to be enlarged to `size` px.
 
-    stored_size: px of the shorter side that evaluation wants. crop_scale: the least share of the
-    area that a random resized crop takes, 0 for none.
+    stored_size: px of the shorter side that evaluation needs. crop_scale: the least share of the
+    area that a random resized crop takes, 0 without such crops.
     """
-    least = max(stored_size, size / math.sqrt(crop_scale) if crop_scale else 0)
-    return math.ceil(least / SIDE_STEP) * SIDE_STEP
+    min_side = max(stored_size, size / math.sqrt(crop_scale) if crop_scale else 0)
+    return math.ceil(min_side / SIDE_STEP) * SIDE_STEP
 
 
 def decoder(on_gpu=False) -> str:
-    """The name and version of what decodes: another one may give other pixels.
+    """The name and version of the decoder: another one may give other pixels.
 
-    on_gpu: what decodes the crops of training.
+    on_gpu: the decoder of training's crops on a GPU.
     """
     if on_gpu:
         return f"nvJPEG of CUDA {torch.version.cuda}, torchvision {torchvision.__version__}"
@@ -54,14 +54,14 @@ def decoder(on_gpu=False) -> str:
 def pack_image(data, side, bit_depth=None):
     """An image file's bytes as an upright JPEG whose shorter side has at most `side` px.
 
-    Returns (bytes, width, height). The same bytes for a JPEG in gray or YCbCr colours that is no
-    larger and not turned by EXIF. What else Pillow reads is prepared as
-    `harness.data.pixels.decode_image` does, shrunk to `side` (Lanczos) and encoded.
+    Returns (bytes, width, height). A JPEG in gray or YCbCr colours that is no larger, and that EXIF
+    does not turn, keeps its bytes. Any other image is prepared as by
+    `harness.data.pixels.decode_image`, shrunk to `side` (Lanczos) and encoded.
 
-    Raises ValueError, or whatever Pillow raises, for what can't be read.
+    Raises ValueError, or whatever Pillow raises, for an image that can't be read.
     """
     with warnings.catch_warnings():
-        # check_pixels refuses what this only warns of.
+        # check_pixels refuses the images that this warns of.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with open_image(io.BytesIO(data)) as image:
             check_pixels(image)
@@ -86,12 +86,12 @@ def _is_plain_jpeg(image):
         return False  # RGB in the file itself
     try:
         return image.getexif().get(ORIENTATION, 1) in (0, 1)
-    except Exception:  # damaged EXIF raises what it likes; the way through Pillow says what holds
+    except Exception:  # damaged EXIF raises many types; Pillow then decides how the image stands
         return False
 
 
 def _decodes(data):
-    """Whether the whole JPEG can be decoded, without a warning; at an eighth, which is quick."""
+    """Whether the whole JPEG can be decoded without a warning; it is read at an eighth."""
     if simplejpeg:
         try:
             simplejpeg.decode_jpeg(data, "RGB", min_height=1, min_width=1)
@@ -113,8 +113,8 @@ def decode_jpeg(data, width, height, factor=1):
     width, height: px as stored. h and w are height and width over the factor, rounded up.
     """
     if simplejpeg:
-        least = {"min_height": -(-height // factor), "min_width": -(-width // factor)}
-        return simplejpeg.decode_jpeg(data, "RGB", strict=False, **least)
+        sides = {"min_height": -(-height // factor), "min_width": -(-width // factor)}
+        return simplejpeg.decode_jpeg(data, "RGB", strict=False, **sides)
     with Image.open(io.BytesIO(data), formats=["JPEG", "MPO"]) as image:
         if factor > 1:
             image.draft("RGB", (width // factor, height // factor))
@@ -124,9 +124,9 @@ def decode_jpeg(data, width, height, factor=1):
 def decode_crop(data, width, height, box, size):
     """A box of a packed JPEG, resized to size × size: uint8 (3, size, size).
 
-    box: top, left, height and width in px of the stored image. Antialiased bilinear. A box of more
-    than 2 · size px a side is decoded at a half, a quarter or an eighth, to no less than that, and
-    then lies on whole pixels of the reduced image.
+    box: top, left, height and width in px of the stored image. The resize is bilinear with
+    antialiasing. A large box is decoded at a half, a quarter or an eighth, if its sides still have
+    2 · size px then; its edges are rounded to whole pixels of the reduced image.
     """
     top, left, h, w = box
     factor = next(f for f in (8, 4, 2, 1) if min(h, w) >= 2 * size * f or f == 1)
@@ -137,11 +137,11 @@ def decode_crop(data, width, height, box, size):
 
 
 def decode_crops_on(device, files, boxes, size):
-    """As decode_crop for many images at once, all on a CUDA device, by its nvJPEG decoder.
+    """As decode_crop, but for many images at once, by the nvJPEG decoder of a CUDA device.
 
     files: the JPEGs' bytes. boxes: (top, left, height, width) of each. Returns uint8
-    (n, 3, size, size) there. Nothing is reduced while decoding; the pixels depend on the versions
-    of nvJPEG and of the driver. Raises UserError for what it can't decode.
+    (n, 3, size, size) on the device. Images are decoded at full size; the pixels depend on the
+    versions of nvJPEG and of the driver. Raises UserError for images that nvJPEG can't decode.
     """
     from torchvision.io import ImageReadMode, decode_jpeg  # "cpu" works too: for tests
 
@@ -159,7 +159,7 @@ def decode_crops_on(device, files, boxes, size):
 
 
 def decode_centre(data, width, height, preprocessing):
-    """What evaluation shows of a packed JPEG: uint8 (3, size, size).
+    """The pixels of a packed JPEG for evaluation: uint8 (3, size, size).
 
     The shorter side is resized to stored_size and the centre cut out, as by torchvision's
     Resize and CenterCrop. preprocessing: a Preprocessing.
@@ -167,7 +167,7 @@ def decode_centre(data, width, height, preprocessing):
     short, size = preprocessing.stored_size, preprocessing.size
     factor = next(f for f in (8, 4, 2, 1) if min(height, width) >= 2 * short * f or f == 1)
     image = Image.fromarray(decode_jpeg(data, width, height, factor))
-    # The sides that torchvision's Resize gives, and where its CenterCrop begins
+    # The sides after torchvision's Resize, and the corner of its CenterCrop
     wide, tall = (int(short * side / min(width, height)) for side in (width, height))
     left, top = round((wide - size) / 2), round((tall - size) / 2)
     if image.size == (wide, tall):
@@ -180,7 +180,7 @@ def decode_centre(data, width, height, preprocessing):
 
 
 def evaluation_pixels(file, preprocessing, bit_depth=None):
-    """What evaluation shows of an image file under packed_side: uint8 (3, size, size).
+    """The pixels of an image file for evaluation with a packed store: uint8 (3, size, size).
 
     file: a path, or a binary file object.
     """

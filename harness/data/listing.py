@@ -1,4 +1,4 @@
-"""The tree of a folder of images, and what was taken of it: splits, classes, what was left out."""
+"""The tree of a folder of images, and what is used of it: splits, classes, what is left out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from harness.data.formats import image_suffixes, why_left_out
 from harness.errors import UserError
 
-IGNORED = {  # and all that begins with a dot
+IGNORED = {  # as are all names that begin with a dot
     "__macosx", "thumbs.db", "desktop.ini", "@eadir", "#recycle", "$recycle.bin", "lost+found",
     "system volume information",
 }  # fmt: skip
@@ -26,7 +26,7 @@ EXPECTED = "expected CLASS/*.jpg or train/CLASS/*.jpg"
 
 @dataclass
 class Folder:
-    """A folder and what is in it, hidden things left out."""
+    """A folder and what is in it, without hidden files and folders."""
 
     name: str
     path: str  # relative to the root, with /; "" for the root
@@ -34,8 +34,8 @@ class Folder:
     images: list[str] = field(default_factory=list)  # names
     stats: np.ndarray | None = None  # int64 (images, 4): size, time in ns, device, inode
     tables: list[str] = field(default_factory=list)  # names of files that may be tables of labels
-    others: Counter = field(default_factory=Counter)  # files that are no images, by suffix
-    skipped: dict[str, list[str]] = field(default_factory=dict)  # what it is -> paths
+    other_files: Counter = field(default_factory=Counter)  # suffix -> files that are no images
+    skipped: dict[str, list[str]] = field(default_factory=dict)  # kind, as "broken link" -> paths
     total: int = 0  # images in it and below
 
     def walk(self):
@@ -51,16 +51,17 @@ class Folder:
         return [folder for folder in self.folders if folder.total]
 
     def shown(self) -> str:
+        """The folder as messages name it."""
         return f"{self.path or '.'}/"
 
 
 def hidden(name) -> bool:
-    """Whether a file or folder of this name is passed by."""
+    """Whether a file or folder of this name is ignored."""
     return name.startswith(".") or name.lower() in IGNORED
 
 
 def scan(root) -> Folder:
-    """All below `root`, links followed. Raises UserError for a link that leads in a circle."""
+    """The tree below `root`. Follows links, and raises UserError for one that leads in a circle."""
     suffixes = image_suffixes()
     top = Folder("", "")
     todo = [(top, os.fspath(root), (_identity(os.stat(root)),))]
@@ -94,31 +95,31 @@ def scan(root) -> Folder:
             folder.stats = np.array(stats, np.int64).reshape(-1, 4)
             bar.update(len(entries))
             todo += reversed(inside)
-    for folder in reversed(order):  # those below come after those above
+    for folder in reversed(order):  # a folder comes after all that lie in it
         folder.total = len(folder.images) + sum(child.total for child in folder.folders)
     return top
 
 
 def _identity(status):
-    """What is the same for all links to a folder; None where the file system has no such number."""
+    """What all links to one folder have in common; None if the file system has no such numbers."""
     return (status.st_dev, status.st_ino) if status.st_ino else None
 
 
 def _add_file(folder, entry, suffixes, stats):
-    """Note a file as an image, with its numbers in `stats`, or as something else."""
+    """Add a file to the folder: as an image, with its row of `stats`, or as another file."""
     suffix = os.path.splitext(entry.name)[1].lower()
     if suffix in suffixes:
         status = entry.stat()
         folder.images.append(entry.name)
         stats.append((status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino))
         return
-    folder.others[suffix or "no suffix"] += 1
+    folder.other_files[suffix or "no suffix"] += 1
     if suffix in TABLE_SUFFIXES:
         folder.tables.append(entry.name)
 
 
 def _kind(entry):
-    """ "folder", "file", or what it is instead."""
+    """ "folder", "file", or what else an entry of a folder is."""
     try:
         entry.name.encode()
         if entry.is_dir():
@@ -134,82 +135,83 @@ def _kind(entry):
 
 @dataclass
 class Images:
-    """Images of one split. Image i is `paths[i]`, relative to the root, of class `labels[i]`."""
+    """Images of one split. Image i is at `paths[i]`, relative to the root, of class `labels[i]`."""
 
     paths: list[str]
     stats: np.ndarray  # int64 (n, 4), see Folder
-    labels: list | None  # names of classes, or whole numbers; None where none are known
-    others: dict[str, list] = field(default_factory=dict)  # further columns of a table
+    labels: list | None  # names of classes, or whole numbers; None without labels
+    columns: dict[str, list] = field(default_factory=dict)  # further columns of a table
 
     def __len__(self):
         return len(self.paths)
 
     @staticmethod
     def directly_in(folder) -> Images:
-        """The images in a folder, not those below, without labels."""
+        """The images in a folder, without labels and without those in its folders."""
         start = f"{folder.path}/" if folder.path else ""
         return Images([start + name for name in folder.images], folder.stats, None)
 
     @staticmethod
     def of(folder, label=None) -> Images:
-        """All images below a folder, of one class or of none."""
-        images = Images.joined(Images.directly_in(each) for each in folder.walk())
+        """All images in a folder and below, with one label or without labels."""
+        images = Images.joined(Images.directly_in(child) for child in folder.walk())
         images.labels = None if label is None else [class_key(label)] * len(images)
         return images
 
     @staticmethod
-    def joined(parts) -> Images:
-        parts = list(parts)
-        stats = [part.stats for part in parts]
-        labels = [label for part in parts for label in part.labels or ()]
+    def joined(lists) -> Images:
+        """One Images of several, without their further columns."""
+        lists = list(lists)
+        stats = [images.stats for images in lists]
+        labels = [label for images in lists for label in images.labels or ()]
         return Images(
-            [path for part in parts for path in part.paths],
+            [path for images in lists for path in images.paths],
             np.concatenate(stats) if stats else np.zeros((0, 4), np.int64),
             labels or None,
         )
 
-    def where(self, keep) -> Images:
-        """The images at the places where `keep`, booleans, is true."""
-        chosen = np.flatnonzero(keep)
+    def select(self, mask) -> Images:
+        """The images for which `mask`, bool (n,), is true."""
+        chosen = np.flatnonzero(mask)
         labels = None if self.labels is None else [self.labels[k] for k in chosen]
-        others = {name: [values[k] for k in chosen] for name, values in self.others.items()}
-        return Images([self.paths[k] for k in chosen], self.stats[chosen], labels, others)
+        columns = {name: [values[k] for k in chosen] for name, values in self.columns.items()}
+        return Images([self.paths[k] for k in chosen], self.stats[chosen], labels, columns)
 
 
 @dataclass
 class Listing:
-    """What a folder of images is: its splits with their classes, and what was not taken."""
+    """What is used of a folder of images, as splits with classes, and what is left out."""
 
     splits: dict[str, Images]
-    inside: str = "class folders"  # what the images of the splits are in
+    inside: str = "class folders"  # the folders that hold the images of the splits, for messages
     labels_from: str = "from class folders"  # for the plan
     has_splits: bool = False  # whether folders say which split an image is of
-    unlabelled: Counter = field(default_factory=Counter)  # folder -> how many images
+    unlabelled: Counter = field(default_factory=Counter)  # folder -> number of images
     reported: list[str] = field(default_factory=list)  # images that left_out counts already
-    left_out: list[str] = field(default_factory=list)  # in words
+    left_out: list[str] = field(default_factory=list)  # lines for the plan
     notes: list[str] = field(default_factory=list)  # for the plan
 
     def leave_unlabelled(self, paths):
-        """These images have no label."""
+        """Count these images as unlabelled."""
         folders = {path.rpartition("/")[0] for path in paths}
         self.unlabelled[os.path.commonpath(folders) if folders else ""] += len(paths)
         self.reported += paths
 
 
 def count_left_out(listing, tree, root, tables=()):
-    """Add to listing.left_out all that lies below the root and was not taken, with the reason.
+    """Add to listing.left_out all that lies below the root and is not used, with the reason.
 
     tables: paths of the tables that were read. Raises UserError where more images are outside of
-    the classes than inside.
+    the class folders than inside.
     """
-    known = set(listing.reported)
+    counted_paths = set(listing.reported)
     for images in listing.splits.values():
-        known.update(images.paths)
-    taken = sum(map(len, listing.splits.values()))
-    loose = [path for path in Images.of(tree).paths if path not in known]
-    if len(loose) > taken and listing.inside == "class folders":
+        counted_paths.update(images.paths)
+    num_inside = sum(map(len, listing.splits.values()))
+    loose = [path for path in Images.of(tree).paths if path not in counted_paths]
+    if len(loose) > num_inside and listing.inside == "class folders":
         raise UserError(
-            f"{root} has {taken:,} images in class folders and {len(loose):,} outside of "
+            f"{root} has {num_inside:,} images in class folders and {len(loose):,} outside of "
             f"them ({few(loose)}): {EXPECTED}; --layout classes treats every folder as a class"
         )
     if loose:
@@ -221,12 +223,12 @@ def count_left_out(listing, tree, root, tables=()):
             f"{counted(number, 'image')} of {path or '.'}/, which are unlabelled: they can be "
             "predicted, not trained on"
         )
-    others = sum((folder.others for folder in tree.walk()), Counter())
-    here = os.path.abspath(root)
+    other_files = sum((folder.other_files for folder in tree.walk()), Counter())
+    base = os.path.abspath(root)
     for table in {os.path.abspath(table) for table in tables}:
-        if table.startswith(f"{here}/"):
-            others[os.path.splitext(table)[1].lower()] -= 1
-    listing.left_out += by_suffix(+others)
+        if table.startswith(f"{base}/"):
+            other_files[os.path.splitext(table)[1].lower()] -= 1
+    listing.left_out += by_suffix(+other_files)
     skipped: dict[str, list[str]] = {}
     for folder in tree.walk():
         for kind, paths in folder.skipped.items():
@@ -235,93 +237,95 @@ def count_left_out(listing, tree, root, tables=()):
         listing.left_out.append(f"{counted(len(paths), kind)}: {few(paths)}")
 
 
-def by_suffix(others):
-    """ "60 .heic: pip install pillow-heif" for each kind of file that is no image."""
-    words = []
-    for suffix, number in sorted(others.items()):
-        why = why_left_out(suffix)
-        words.append(f"{number:,} {suffix}: {why or 'not images'}")
-    return words
+def by_suffix(other_files):
+    """A line such as "60 .heic: pip install pillow-heif" for each suffix of other files."""
+    return [
+        f"{number:,} {suffix}: {why_left_out(suffix) or 'not images'}"
+        for suffix, number in sorted(other_files.items())
+    ]
 
 
 def remove_repeated(listing):
-    """Leave out images that links reach a second time; UserError if in another class or split."""
+    """Leave out images that links reach twice; UserError for one in two classes or splits."""
     stats = np.concatenate([images.stats for images in listing.splits.values()])
     if not stats[:, 3].any():  # a file system without such numbers
         return
-    _, first, place = np.unique(stats[:, 2:], axis=0, return_index=True, return_inverse=True)
-    first = first[place.reshape(-1)]
-    again = np.flatnonzero(first != np.arange(len(first)))
-    names, parts = list(listing.splits), list(listing.splits.values())
-    starts = np.cumsum([0, *map(len, parts)])
-    part = np.repeat(np.arange(len(parts)), [len(images) for images in parts])
+    _, firsts, files = np.unique(stats[:, 2:], axis=0, return_index=True, return_inverse=True)
+    originals = firsts[files.reshape(-1)]  # of each image: the first image of the same file
+    repeats = np.flatnonzero(originals != np.arange(len(originals)))
+    names, splits = list(listing.splits), list(listing.splits.values())
+    starts = np.cumsum([0, *map(len, splits)])
+    split_of = np.repeat(np.arange(len(splits)), [len(images) for images in splits])
 
-    def of(k, column):
-        return getattr(parts[part[k]], column)[k - starts[part[k]]]
+    def value(k, column):
+        return getattr(splits[split_of[k]], column)[k - starts[split_of[k]]]
 
-    across = again[part[again] != part[first[again]]]
+    across = repeats[split_of[repeats] != split_of[originals[repeats]]]
     if len(across):
-        k, same = across[0], first[across[0]]
+        k, original = across[0], originals[across[0]]
         raise UserError(
-            f"{counted(len(across), 'image')} of split '{names[part[k]]}' "
-            f"{'is' if len(across) == 1 else 'are'} in split '{names[part[same]]}' too: "
-            f"{of(k, 'paths')} and {of(same, 'paths')} are the same file"
+            f"{counted(len(across), 'image')} of split '{names[split_of[k]]}' "
+            f"{'is' if len(across) == 1 else 'are'} in split '{names[split_of[original]]}' too: "
+            f"{value(k, 'paths')} and {value(original, 'paths')} are the same file"
         )
-    for k in again:
-        if of(k, "labels") != of(first[k], "labels"):
+    for k in repeats:
+        if value(k, "labels") != value(originals[k], "labels"):
             raise UserError(
-                f"{of(first[k], 'paths')} and {of(k, 'paths')} are the same file, of two classes "
-                f"in split '{names[part[k]]}'"
+                f"{value(originals[k], 'paths')} and {value(k, 'paths')} are the same file, of two "
+                f"classes in split '{names[split_of[k]]}'"
             )
-    for k, (name, images) in enumerate(zip(names, parts, strict=True)):
-        twice = again[part[again] == k] - starts[k]
+    for k, (name, images) in enumerate(zip(names, splits, strict=True)):
+        twice = repeats[split_of[repeats] == k] - starts[k]
         if len(twice):
-            listing.splits[name] = images.where(~np.isin(np.arange(len(images)), twice))
+            listing.splits[name] = images.select(~np.isin(np.arange(len(images)), twice))
             listing.left_out.append(
                 f"{counted(len(twice), 'image')} of {name} that links reach twice"
             )
 
 
-def few(names, most=3):
+def few(names, limit=3):
+    """The first names, and how many more there are: "a, b, c and 2 more"."""
     names = list(names)
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def counted(number, noun):
+    """A number and a noun: "1 image", "1,200 images"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def class_key(name) -> str:
-    """A class's name in one Unicode form, so that a name typed on two systems is one class."""
+    """The name of a class in one Unicode form, so that a name typed on two systems is one class."""
     return unicodedata.normalize("NFC", name)
 
 
 def search_path(regex, path):
-    """The match of a compiled pattern in a relative path, or in it with a slash in front.
+    """The match of a compiled pattern in a relative path, or in the path with a slash in front.
 
-    So that '/(cat|dog)[.]' fits train/cat.0.jpg, and cat.0.jpg too.
+    The slash makes '/(cat|dog)[.]' match cat.0.jpg as well as train/cat.0.jpg.
     """
     return regex.search(class_key(path)) or regex.search(f"/{class_key(path)}")
 
 
 def find_files(paths, flag="") -> list[Path]:
-    """Files, the images in folders, and what patterns match, in order and once each.
+    """The files of `paths`: files, the images in folders, and what patterns match.
 
-    flag: where they were given, for messages. Raises UserError for what is not there.
+    They come in this order, each once. flag: the flag that has the paths, for messages. Raises
+    UserError for a path without files.
     """
     files = []
     for path in paths:
-        place = Path(path).expanduser()
-        if place.is_dir():
-            inside = sorted(place / path for path in Images.of(scan(place)).paths)
+        expanded = Path(path).expanduser()
+        if expanded.is_dir():
+            inside = sorted(expanded / path for path in Images.of(scan(expanded)).paths)
             if not inside:
                 raise UserError(f"{flag}{path}: no images in this folder")
             files += inside
-        elif place.exists():
-            files.append(place)
+        elif expanded.exists():
+            files.append(expanded)
         elif re.search(r"[*?\[]", path):
-            matched = sorted(Path(file) for file in glob.glob(str(place), recursive=True))
+            matched = sorted(Path(file) for file in glob.glob(str(expanded), recursive=True))
             if not matched:
                 raise UserError(f"{flag}{path}: no file matches")
             files += matched

@@ -1,4 +1,4 @@
-"""Files that all processes of a machine make together, once, while other runs wait for them."""
+"""Files that all processes of a machine make together, once, while other runs wait."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ from harness.processes import cores, from_each, from_local_main
 WAIT_SILENTLY_S = 10
 
 
-def make_together(accelerator, file, fault, begin, share, end, *, leave, made_by, failure):
-    """See that `file` can be used: on each machine its processes make it, or wait for who does.
+def make_together(accelerator, file, fault, begin, make_share, end, *, leave, made_by, failure):
+    """Make sure that `file` can be used: the processes of each machine make it together.
 
-    Called by all processes; any number of runs may do so at once, as the file has a lock.
+    Where another run makes the file already, they wait for it. All processes call this, and any
+    number of runs may do so at once, as the file has a lock.
 
     Args:
         file: a Path; its folder is made.
-        fault: () -> why the file can't be used: "" if it can, "none" where there is none.
-        begin: () -> None, under the lock and before any work, on one process of the machine.
-        share: (place, processes) -> what this process, one of so many of the machine, has made.
-        end: (what each has made) -> None, on one process: now the file is there.
+        fault: () -> why the file can't be used; "" if it can, "none" where there is no file.
+        begin: () -> None. Prepares the work, under the lock, on one process of the machine.
+        make_share: (rank, processes) -> result. Does the share of process `rank` of the machine's
+            `processes`.
+        end: ([result of each process of the machine]) -> None. Completes the file, on one process.
+        leave: () -> None. Cleans up before the lock is released, after an error as well.
         made_by: what happens to the images, a participle: "decoded".
-        leave: () -> None, whatever happened, before the lock is given back.
-        failure: how the line begins when the disk refuses.
+        failure: the beginning of the error message when the disk is full or refuses to write.
 
     Raises UserError, on all processes, where one of these functions does or the disk is full.
     """
-    lock = task = shares = None
-    made = False
+    lock = task = results = None
+    complete = False
 
-    def on_disk(action):  # what fails there is heard by all processes, in the user's words
+    def on_disk(action):  # turns an error of the disk into a UserError, which all processes get
         try:
             return action()
         except OSError as error:
@@ -43,32 +45,32 @@ def make_together(accelerator, file, fault, begin, share, end, *, leave, made_by
 
     def start():  # on one process of each machine
         nonlocal lock
-        why = "" if made else fault()
-        if not why:
+        reason = "" if complete else fault()
+        if not reason:
             return "done"
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = lock_of(file, wait=False)
         if lock is None:
             return "wait"
-        why = fault()
-        if not why:  # made in the meantime
+        reason = fault()
+        if not reason:  # another run has made it in the meantime
             release()
             return "done"
-        if why != "none":
-            print(f"{file} is damaged ({why}): its images are {made_by} again", flush=True)
+        if reason != "none":
+            print(f"{file} is damaged ({reason}): its images are {made_by} again", flush=True)
         begin()
         return "make"
 
     def work():
-        return share(place, len(peers)) if task == "make" else None
+        return make_share(rank, len(peers)) if task == "make" else None
 
     def finish():  # on one process of each machine
-        nonlocal made
+        nonlocal complete
         if task == "wait":
             lock_of(file).release()
         if task == "make":
-            end([shares[k] for k in peers])
-            made = True
+            end([results[k] for k in peers])
+            complete = True
             release()
 
     def release():
@@ -78,32 +80,32 @@ def make_together(accelerator, file, fault, begin, share, end, *, leave, made_by
             lock.release()
             lock = None
 
-    # In three steps that all processes take together, as machines that share the folder wait for
-    # one of them
+    # Three steps, which all processes take together. Where machines share the folder, one of them
+    # makes the file and the others wait
     try:
-        peers, place = _peers(accelerator)
+        peers, rank = _peers(accelerator)
         while True:
             task = from_local_main(accelerator, lambda: on_disk(start))
             if set(from_each(accelerator, lambda task=task: task)) == {"done"}:
                 return
-            shares = from_each(accelerator, lambda: on_disk(work))
+            results = from_each(accelerator, lambda: on_disk(work))
             from_local_main(accelerator, lambda: on_disk(finish))
     finally:
         release()
 
 
 def _peers(accelerator):
-    """The indices of the processes of this machine, and this one's place among them."""
-    own = accelerator.process_index - accelerator.local_process_index
-    firsts = from_each(accelerator, lambda: own)
-    peers = [k for k, first in enumerate(firsts) if first == own]
+    """The indices of this machine's processes, and the rank of this process among them."""
+    first_index = accelerator.process_index - accelerator.local_process_index
+    first_indices = from_each(accelerator, lambda: first_index)
+    peers = [k for k, index in enumerate(first_indices) if index == first_index]
     return peers, peers.index(accelerator.process_index)
 
 
 def lock_of(file, wait=True):
-    """The lock of a file, held; None, without wait, where another process has it.
+    """Acquire and return the lock of a file. Without wait: None where another process holds it.
 
-    After 10 s of waiting it is said.
+    After 10 s of waiting, a line says so.
     """
     lock = FileLock(f"{file}.lock")
     try:
@@ -117,7 +119,7 @@ def lock_of(file, wait=True):
 
 
 def threads(processes=1):
-    """As many as this process has cores, where that many processes share a machine's."""
-    own = cores()
-    dealt_out = own < (os.cpu_count() or 1)  # already, to each process its own
-    return own if dealt_out else -(-own // processes)
+    """The number of threads for one of `processes` on this machine: its share of the cores."""
+    usable = cores()
+    dealt_out = usable < (os.cpu_count() or 1)  # each process has its own cores already
+    return usable if dealt_out else -(-usable // processes)

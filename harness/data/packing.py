@@ -1,6 +1,6 @@
 """Making the packed store: once per data set, by all processes of a machine together.
 
-One that was killed goes on where it was.
+After a kill, the next run goes on with the images that are missing.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from harness.files import has_file, sync_folder
 from harness.processes import ALONE, from_local_main
 
 PACK_VERSION = 1  # part of the cache key: raise it whenever `pack_image`'s output changes
-KEPT_DAYS = 7  # for which a making that was killed may go on
+KEPT_DAYS = 7  # how long the files of a killed run stay, so that another may go on
 
 
 def find_packed(dataset, image_column, side, bit_depth=None, share=None):
-    """The index of a split's store of this side, which need not be there.
+    """The index of a split's store for this side, whether it exists or not.
 
-    One of a larger side serves where none of its images is larger than `side`: it has the same
-    bytes. Otherwise the pixels would depend on what else lies in the cache.
+    A store of a larger side is used only if none of its images is larger than `side`, as it then
+    has the same bytes. If it were used always, the pixels would depend on what is in the cache.
 
     share: the rows that are stored, None for all.
     """
@@ -53,24 +53,25 @@ def find_packed(dataset, image_column, side, bit_depth=None, share=None):
     if share is not None:
         key += ("share", hashlib.blake2b(share.tobytes(), digest_size=8).hexdigest())
     base = cache_file(dataset, *key)
-    there = []
+    stores = []
     for file in filter(Path.is_file, base.parent.glob(f"{base.name}-*.index")):
         with contextlib.suppress(ValueError):
-            there.append((int(file.stem.rpartition("-")[2]), file))
-    for its, file in sorted(there):
-        if its >= side and not _fault(file) and (its == side or _shortest(file) <= side):
+            stores.append((int(file.stem.rpartition("-")[2]), file))
+    for stored_side, file in sorted(stores):
+        fits = stored_side >= side and not _fault(file)
+        if fits and (stored_side == side or _largest_side(file) <= side):
             return file
     return base.with_name(f"{base.name}-{side}.index")
 
 
-def _shortest(file):
-    """The largest of the shorter sides of a store's images, px."""
+def _largest_side(file):
+    """The shorter side of the image in a store where it is largest, px."""
     _, entries = read_index(file)
     return int(np.minimum(entries["width"], entries["height"]).max(initial=0))
 
 
 def packed_size(file):
-    """The bytes of a store's two files, or None where there is none."""
+    """The size of a store's two files in bytes, or None where there are none."""
     try:
         return file.stat().st_size + file.with_suffix(".jpegs").stat().st_size
     except OSError:
@@ -78,7 +79,7 @@ def packed_size(file):
 
 
 def packed_bytes(images, row, side, bit_depth=None):
-    """The bytes that an image takes in the store; 0 where it can't be read. images: `encoded`."""
+    """The size of an image in the store in bytes, 0 if it can't be read. images: see `encoded`."""
     try:
         return len(pack_image(Source(images).bytes(row), side, bit_depth)[0])
     except Exception:  # Pillow's readers raise a dozen types; packing names the image
@@ -86,26 +87,26 @@ def packed_bytes(images, row, side, bit_depth=None):
 
 
 def _fault(file):
-    """Why a store can't be used: "" if it can, "none" where there is no index."""
+    """Why a store can't be used; "" if it can, "none" where there is no index."""
     blob = file.with_suffix(".jpegs")
-    if not all(has_file(each) for each in (file, blob)):
+    if not all(map(has_file, (file, blob))):
         return "none"
     try:
         header, _ = read_index(file)
-        found = blob.stat().st_size
+        size = blob.stat().st_size
     except FileNotFoundError:
         return "none"
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return "its index is damaged"
-    return "" if found == header["bytes"] else f"{found:,} bytes instead of {header['bytes']:,}"
+    return "" if size == header["bytes"] else f"{size:,} bytes instead of {header['bytes']:,}"
 
 
 class _Job(NamedTuple):
     source: Source
-    stored: object  # the rows to be packed, in their order
+    rows: object  # to pack, in this order
     side: int
     bit_depth: int | None
-    refuse: object  # takes {row: why} of an image that can't be read; raises where it is needed
+    refuse: object  # takes {row: reason} of an unreadable image; raises UserError if it is needed
     name: str
     progress: bool
 
@@ -123,16 +124,17 @@ def pack_split(
         image_column: the name of its `Image` column.
         preprocessing: a Preprocessing with its packed_side.
         name: what the split is called in messages.
-        rows: the rows that will be used, None for all; what can't be read among the others is
-            left out.
+        rows: the rows that will be used, None for all. An image outside of them that can't be read
+            is left out.
         bit_depth: of 16-bit gray images, see `harness.data.pixels.decode_image`.
-        share: the rows that this machine stores, None for all; others that are asked for are
-            packed each time anew.
-        accelerator: whose processes all call this, and share the work on each machine.
-        verify: compare all bytes with their checksums now, and not when they are read.
+        share: the rows that this machine stores, None for all. Another row is packed anew each
+            time it is read.
+        accelerator: all its processes call this, and those of one machine share the work.
+        verify: compare all bytes with their checksums now, not only when they are read.
         progress: show a bar, on one process of each machine, when it takes more than a second.
 
-    Raises UserError for an image that can't be read (split, index and file named), or no room.
+    Raises UserError for an image that can't be read (the message names split, index and file), or a
+    full disk.
     """
     used = np.ones(len(dataset), bool) if rows is None else np.isin(np.arange(len(dataset)), rows)
 
@@ -142,22 +144,24 @@ def pack_split(
                 raise UserError(unreadable(dataset, image_column, name, row, reason))
 
     images = encoded(dataset, image_column)
-    # A run that begins while another makes a larger store is content with its own
+    # A run that starts while another one makes a larger store makes a store of its own
     file = from_local_main(
         accelerator,
         lambda: find_packed(dataset, image_column, preprocessing.packed_side, bit_depth, share),
     )
     progress = progress and accelerator.is_local_main_process
-    stored = range(len(images)) if share is None else share
-    job = _Job(Source(images), stored, preprocessing.packed_side, bit_depth, refuse, name, progress)
+    job = _Job(
+        Source(images), range(len(images)) if share is None else share, preprocessing.packed_side,
+        bit_depth, refuse, name, progress,
+    )  # fmt: skip
     making = _Making(file)
     make_together(
-        accelerator, file, lambda: _fault(file), lambda: making.begin(len(stored)),
-        lambda place, processes: making.share(job, place, processes), lambda _: making.end(job),
+        accelerator, file, lambda: _fault(file), lambda: making.begin(len(job.rows)),
+        lambda rank, processes: making.pack_share(job, rank, processes), lambda _: making.end(job),
         leave=making.leave, made_by="packed", failure=f"cannot pack the images of split '{name}'",
     )  # fmt: skip
     header, _ = read_index(file)
-    refuse({int(row): why for row, why in header["bad"].items()})
+    refuse({int(row): reason for row, reason in header["bad"].items()})
     packed = PackedImages(file, images, preprocessing, bit_depth, name)
     if verify and accelerator.is_local_main_process:
         packed.verify(progress)
@@ -165,20 +169,22 @@ def pack_split(
 
 
 class _Making:
-    """The files of a store that is being made, which several processes add to.
+    """The files of a store that is being made, to which several processes add.
 
-    KEY-SIDE.jpegs.packing takes the bytes, in whatever order they come; KEY-SIDE.index.packing a
-    line for each chunk of images that is in there, so that who finds the two goes on with the rest.
+    KEY-SIDE.jpegs.packing gets the bytes, in the order in which they come. KEY-SIDE.index.packing
+    gets a line for each chunk of images in it, so that a later run can go on with the others.
     """
 
     def __init__(self, file):
         self.file, self.blob = file, file.with_suffix(".jpegs")
         self.bytes = self.blob.with_name(f"{self.blob.name}.packing")
         self.journal = file.with_name(f"{file.name}.packing")
-        self.stopped = file.with_name(f"{file.name}.stopped")  # one process has: the others leave
+        # Made by a process that fails, so that the others stop, too
+        self.stopped = file.with_name(f"{file.name}.stopped")
         self._adding = threading.Lock()
 
     def begin(self, count):
+        """Prepare the files, and keep what an earlier run has packed. count: images to pack."""
         for file in (self.bytes, self.journal, self.stopped):
             has_file(file)
         _remove_left_overs(self.file.parent)
@@ -188,35 +194,36 @@ class _Making:
         chunks, *ends = self._chunks()
         for file, end in zip((self.journal, self.bytes), ends, strict=True):
             with open(file, "ab") as handle:
-                handle.truncate(end)  # of a last line and its images that were cut off
-        if done := sum(len(one["entries"]) for one in chunks):
-            print(f"{done:,} of {count:,} images were packed before: going on", flush=True)
+                handle.truncate(end)  # removes a last line that was cut off, and its images
+        if packed := sum(len(chunk["entries"]) for chunk in chunks):
+            print(f"{packed:,} of {count:,} images were packed before: going on", flush=True)
 
-    def share(self, job, place, processes):
-        """Pack every `processes`-th chunk from `place` that is not there yet."""
+    def pack_share(self, job, rank, processes):
+        """Pack every `processes`-th of the missing chunks, from number `rank` on."""
         chunks, *_ = self._chunks()
-        done = {one["first"] for one in chunks}
-        firsts = [k for k in range(0, len(job.stored), CHUNK) if k not in done]
+        packed = {chunk["first"] for chunk in chunks}
+        missing = [k for k in range(0, len(job.rows), CHUNK) if k not in packed]
         bar = tqdm(
-            total=len(job.stored), initial=CHUNK * len(done), desc=f"packing {job.name}",
+            total=len(job.rows), initial=CHUNK * len(packed), desc=f"packing {job.name}",
             unit=" images", delay=1, leave=False, disable=not job.progress,
         )  # fmt: skip
         with bar, ThreadPoolExecutor(threads(processes)) as pool:
             try:
-                own = firsts[place::processes]
-                for packed in pool.map(lambda first: self._pack(job, first), own):
-                    bar.update(min(packed * processes, bar.total - bar.n))
+                share = missing[rank::processes]
+                for count in pool.map(lambda start: self._pack(job, start), share):
+                    bar.update(min(count * processes, bar.total - bar.n))
             except BaseException:  # Ctrl-C too
-                with contextlib.suppress(OSError):  # of a disk that is full
+                with contextlib.suppress(OSError):  # the disk may be full
                     self.stopped.touch()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
-    def _pack(self, job, first):
+    def _pack(self, job, start):
+        """Pack the chunk that begins at number `start` of the job's rows; returns its length."""
         if self.stopped.exists():
             return 0
-        rows = [int(row) for row in job.stored[first : first + CHUNK]]
-        entries, bad, parts, place = np.zeros(len(rows), ENTRY), {}, [], 0
+        rows = [int(row) for row in job.rows[start : start + CHUNK]]
+        entries, bad, jpegs, end = np.zeros(len(rows), ENTRY), {}, [], 0
         for k, row in enumerate(rows):
             try:
                 data = job.source.bytes(row)
@@ -225,32 +232,37 @@ class _Making:
                 job.refuse({row: reason_of_image(error)})
                 bad[row] = reason_of_image(error)
                 continue
-            offset = place
+            offset = end
             if packed is data and job.source.in_table(row):
                 offset = IN_DATASET
             else:
-                parts.append(bytes(packed))
-                place += len(packed)
+                jpegs.append(bytes(packed))
+                end += len(packed)
             entries[k] = (offset, len(packed), width, height, zlib.crc32(packed))
-        self._add(first, entries, bad, b"".join(parts))
+        self._add(start, entries, bad, b"".join(jpegs))
         return len(rows)
 
-    def _add(self, first, entries, bad, data):
-        # flock is between processes, and the threads of one share it
+    def _add(self, chunk_start, entries, bad, data):
+        """Add a chunk: its bytes to the one file, and its line to the other."""
+        # The threads of a process share its flock, so they need a lock of their own
         with self._adding, open(self.bytes, "r+b") as blob, open(self.journal, "ab") as journal:
             fcntl.flock(blob, fcntl.LOCK_EX)
             start = blob.seek(0, os.SEEK_END)
             entries["offset"][entries["offset"] != IN_DATASET] += np.uint64(start)
             blob.write(data)
             blob.flush()
-            line = {"first": first, "end": start + len(data), "entries": entries.tobytes().hex(),
-                    "bad": bad}  # fmt: skip
+            line = {
+                "first": chunk_start,
+                "end": start + len(data),
+                "entries": entries.tobytes().hex(),
+                "bad": bad,
+            }
             text = json.dumps(line).encode()
             journal.write(b"%08x %s\n" % (zlib.crc32(text), text))
 
     def _chunks(self):
-        """(the lines of the journal, their bytes, and those of the images they speak of)."""
-        found, read, end = {}, 0, 0
+        """(chunks in the journal, the length of their lines, the length of their images' bytes)."""
+        chunks, length, end = {}, 0, 0
         with (
             contextlib.suppress(OSError, ValueError, KeyError),
             open(self.journal, "rb") as journal,
@@ -260,25 +272,26 @@ class _Making:
                 check, _, content = text.rstrip(b"\n").partition(b" ")
                 if int(check, 16) != zlib.crc32(content):
                     break
-                one = json.loads(content)
-                if one["end"] > size:
+                chunk = json.loads(content)
+                if chunk["end"] > size:
                     break
-                one["entries"] = np.frombuffer(bytes.fromhex(one["entries"]), ENTRY)
-                # A process whose peer was killed and came back may have packed the same images
-                found.setdefault(one["first"], one)
-                read, end = read + len(text), max(end, one["end"])
-        return list(found.values()), read, end
+                chunk["entries"] = np.frombuffer(bytes.fromhex(chunk["entries"]), ENTRY)
+                # After a kill and a restart, two processes may have packed the same chunk
+                chunks.setdefault(chunk["first"], chunk)
+                length, end = length + len(text), max(end, chunk["end"])
+        return list(chunks.values()), length, end
 
     def end(self, job):
+        """Complete the store: write its index and give the files their names."""
         chunks, _, size = self._chunks()
-        chunks.sort(key=lambda one: one["first"])
-        packed = np.concatenate([np.zeros(0, ENTRY), *(one["entries"] for one in chunks)])
-        if len(packed) != len(job.stored):
+        chunks.sort(key=lambda chunk: chunk["first"])
+        packed = np.concatenate([np.zeros(0, ENTRY), *(chunk["entries"] for chunk in chunks)])
+        if len(packed) != len(job.rows):
             self.journal.unlink()
             raise UserError(f"{self.journal} was damaged while images were packed: start again")
         entries = np.zeros(len(job.source), ENTRY)
-        entries[np.asarray(job.stored, dtype=np.int64)] = packed
-        bad = {int(row): why for one in chunks for row, why in one["bad"].items()}
+        entries[np.asarray(job.rows, dtype=np.int64)] = packed
+        bad = {int(row): reason for chunk in chunks for row, reason in chunk["bad"].items()}
         with open(self.bytes, "r+b") as handle:
             os.fsync(handle.fileno())
         os.replace(self.bytes, self.blob)
@@ -287,16 +300,17 @@ class _Making:
         self.journal.unlink()
 
     def leave(self):
+        """Remove the mark of a failure, so that the next run can start."""
         if self.stopped.is_file():
             self.stopped.unlink(missing_ok=True)
 
 
 def _remove_left_overs(folder):
-    """Delete what makings had begun that nobody has gone on with for days."""
-    for part in folder.glob("*.packing"):
+    """Delete the unfinished files of killed runs to which nothing was added for days."""
+    for file in folder.glob("*.packing"):
         with contextlib.suppress(OSError):
-            old = time.time() - part.stat().st_mtime > KEPT_DAYS * 86400
-            index = part.with_name(part.name.rpartition(".")[0]).with_suffix(".index")
+            old = time.time() - file.stat().st_mtime > KEPT_DAYS * 86400
+            index = file.with_name(file.name.rpartition(".")[0]).with_suffix(".index")
             if old and (lock := lock_of(index, wait=False)):
-                part.unlink(missing_ok=True)
+                file.unlink(missing_ok=True)
                 lock.release()

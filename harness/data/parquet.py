@@ -1,4 +1,4 @@
-"""Parquet files: which are of which split, and whether they hold images."""
+"""Parquet files: the split of each, and whether they hold images."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ LARGE = 2**30  # bytes of parquet, which take more than seconds to read
 
 
 def load_parquet(folder, config, tree, files, image_column=None):
-    """({split: datasets.Dataset}, what was left out) of parquet files in a folder.
+    """({split: datasets.Dataset}, lines on what is left out) of parquet files in a folder.
 
-    None where they hold no images and there are image files, which they may name: then they are
-    tables. config: a configuration that a README.md names, or a folder in it. image_column: which
-    of several columns of bytes holds the images.
+    None where the parquet files hold no images and there are image files: then they may be tables
+    of labels. config: a configuration that README.md names, or a folder in `folder`. image_column:
+    the one of several columns of bytes that holds the images.
     """
     import datasets
 
@@ -32,7 +32,8 @@ def load_parquet(folder, config, tree, files, image_column=None):
             raise UserError(f"{folder / file} is a Git LFS pointer, not the file: git lfs pull")
     if re.search(r"[][*?]|::", str(folder)):
         raise UserError(
-            f"{folder}: datasets takes [ ] * ? or :: in a path for a pattern: rename it"
+            f"{folder}: the library datasets takes [ ] * ? or :: in a path for a pattern: rename "
+            "the folder"
         )
     card = _card(folder)
     if card.get("configs"):
@@ -46,21 +47,21 @@ def load_parquet(folder, config, tree, files, image_column=None):
         splits = parquet_splits(inside)
     elif not any(map(holds_image, (folder / file for file in files))) and tree.total:
         return None
-    elif card.get("dataset_info") and not tree.total:  # it may say the classes
+    elif card.get("dataset_info") and not tree.total:  # the card may say the classes
         with _bars_if_large([folder / file for file in files]):
             return _with_images(dict(datasets.load_dataset(str(folder))), image_column), []
     else:
         splits = parquet_splits(files)
-    named = {split: [str(folder / file) for file in its] for split, its in splits.items()}
-    with _bars_if_large([Path(file) for its in named.values() for file in its]):
-        loaded = dict(datasets.load_dataset("parquet", data_files=named))
+    data_files = {split: [str(folder / file) for file in names] for split, names in splits.items()}
+    with _bars_if_large([Path(file) for paths in data_files.values() for file in paths]):
+        loaded = dict(datasets.load_dataset("parquet", data_files=data_files))
     beside = [f"{counted(tree.total, 'image')} beside the parquet files"] if tree.total else []
     return _with_images(loaded, image_column), beside
 
 
 @contextlib.contextmanager
 def _bars_if_large(files):
-    """Progress bars of `datasets`, which call local files downloads, only where it takes long."""
+    """Progress bars of `datasets` for large files only, as they call local files downloads."""
     import datasets
 
     shown = datasets.is_progress_bar_enabled()
@@ -75,7 +76,7 @@ def _bars_if_large(files):
 
 
 def parquet_files(tree) -> list[str]:
-    """The parquet files below a folder, relative to it, that are no tables of labels by name."""
+    """The parquet files below a folder, relative to it, without those named as tables of labels."""
     tables = ("metadata.parquet", "labels.parquet")
     return [
         f"{folder.path}/{name}".lstrip("/")
@@ -86,49 +87,50 @@ def parquet_files(tree) -> list[str]:
 
 
 def parquet_splits(files) -> dict[str, list[str]]:
-    """{split: files} by the files' names, or else their folders'; all are train where none says.
+    """{split: files} by the names of files, else of folders; all are train if no name has a split.
 
     >>> parquet_splits(["data/train-00000-of-00001.parquet", "extra-00000-of-00001.parquet"])
     {'train': ['data/train-00000-of-00001.parquet'], 'extra': ['extra-00000-of-00001.parquet']}
 
-    Raises UserError where only some names say it, a shard is missing, or two folders hold files of
-    the same names, as configurations do.
+    Raises UserError where only some names have a split, a shard is missing, or two folders hold
+    files of the same names, as configurations do.
     """
-    found: dict[str | None, list[str]] = {}
+    splits: dict[str | None, list[str]] = {}
     names: dict[tuple, str] = {}
     shards: dict[tuple, set[int]] = {}
     for file in files:
         *folders, name = Path(file).with_suffix("").parts
-        part = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})(-[0-9a-f]+)?", name)
-        stem = part[1] if part else name
+        shard = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})(-[0-9a-f]+)?", name)
+        stem = shard[1] if shard else name
         by_folder = next(filter(None, map(split_of, reversed(folders))), None)
-        split = SPLIT_WORDS.get(stem.lower()) or (None if part else split_of(stem)) or by_folder
-        split = split or (part[1] if part else None)
-        found.setdefault(split, []).append(file)
+        split = SPLIT_WORDS.get(stem.lower()) or (None if shard else split_of(stem)) or by_folder
+        split = split or (shard[1] if shard else None)
+        splits.setdefault(split, []).append(file)
         key = (split, name)
         if key in names and "=" not in file:
-            one, other = (Path(path).parts[0] for path in (names[key], file))
+            configs = [Path(path).parts[0] for path in (names[key], file)]
             raise UserError(
                 f"{names[key]} and {file} are both of split '{split or 'train'}': give one of the "
-                f"folders, as --dataset FOLDER:{one} or FOLDER:{other}"
+                f"folders, as --dataset FOLDER:{configs[0]} or FOLDER:{configs[1]}"
             )
         names[key] = file
-        if part:
-            shards.setdefault((tuple(folders), part[1], int(part[3])), set()).add(int(part[2]))
-    for (folders, stem, number), there in shards.items():
-        missing = set(range(number)) - there
+        if shard:
+            key = (tuple(folders), shard[1], int(shard[3]))
+            shards.setdefault(key, set()).add(int(shard[2]))
+    for (folders, stem, number), numbers in shards.items():
+        missing = set(range(number)) - numbers
         if missing:
             path = Path(*folders, f"{stem}-{min(missing):05d}-of-{number:05d}.parquet")
-            raise UserError(f"{path} is missing: {len(there)} of {number} parts are there")
-    if None in found and len(found) > 1:
-        split, others = next(item for item in found.items() if item[0])
+            raise UserError(f"{path} is missing: {len(numbers)} of {number} parts are there")
+    if None in splits and len(splits) > 1:
+        split, examples = next(item for item in splits.items() if item[0])
         raise UserError(
-            f"{few(found[None])} names no split, as {others[0]} does ({split}): rename it to one, "
-            "or take it out"
+            f"{few(splits[None])} names no split, as {examples[0]} does ({split}): rename it after "
+            "a split, or take it out"
         )
-    named = {split or "train": its for split, its in found.items()}
-    first = [split for split in ("train", "validation", "test") if split in named]
-    return {split: named[split] for split in dict.fromkeys([*first, *named])}
+    splits = {split or "train": paths for split, paths in splits.items()}
+    standard = [split for split in ("train", "validation", "test") if split in splits]
+    return {split: splits[split] for split in dict.fromkeys([*standard, *splits])}
 
 
 def holds_image(file) -> bool:
@@ -154,7 +156,7 @@ def holds_image(file) -> bool:
 
 
 def _card(folder) -> dict:
-    """What the front matter of a README.md says, as on the Hub."""
+    """The front matter of the folder's README.md, as on the Hub; empty without one."""
     try:
         text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
         front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
@@ -165,34 +167,35 @@ def _card(folder) -> dict:
 
 
 def _configured(folder, config, configs) -> dict[str, list[str]]:
-    """{split: parquet files} of a configuration that the README.md of a data set has."""
+    """{split: parquet files} of a configuration in the README.md of a data set."""
     from datasets import data_files
 
-    known = {c["config_name"]: c for c in configs if isinstance(c, dict) and "config_name" in c}
-    default = [name for name, c in known.items() if c.get("default")]
-    name = config or (default or list(known) if len(known) == 1 or default else [None])[0]
-    if name not in known:
+    by_name = {c["config_name"]: c for c in configs if isinstance(c, dict) and "config_name" in c}
+    default = [name for name, c in by_name.items() if c.get("default")]
+    name = config or (default or list(by_name) if len(by_name) == 1 or default else [None])[0]
+    if name not in by_name:
         hint = f"there is no configuration {config}" if config else "add a configuration"
-        raise UserError(f"--dataset {folder}: {hint}, {folder}:NAME, of {', '.join(known)}")
-    base = folder / known[name].get("data_dir", "")
-    patterns = data_files.sanitize_patterns(known[name].get("data_files", "**/*.parquet"))
-    found = {}
-    for split, its in patterns.items():
-        paths = data_files.DataFilesList.from_local_or_remote(its, base_path=str(base))
-        found[str(split)] = [path for path in paths if path.endswith(".parquet")]
-    found = {split: paths for split, paths in found.items() if paths}
-    if not found:
+        raise UserError(f"--dataset {folder}: {hint}, {folder}:NAME, of {', '.join(by_name)}")
+    base = folder / by_name[name].get("data_dir", "")
+    patterns = data_files.sanitize_patterns(by_name[name].get("data_files", "**/*.parquet"))
+    splits = {}
+    for split, pattern in patterns.items():
+        paths = data_files.DataFilesList.from_local_or_remote(pattern, base_path=str(base))
+        splits[str(split)] = [path for path in paths if path.endswith(".parquet")]
+    splits = {split: paths for split, paths in splits.items() if paths}
+    if not splits:
         raise UserError(f"configuration {name} of {folder} has no parquet files")
-    if "data_files" not in known[name]:
-        relative = [str(Path(path).relative_to(folder)) for path in found["train"]]
+    if "data_files" not in by_name[name]:
+        relative = [str(Path(path).relative_to(folder)) for path in splits["train"]]
         return parquet_splits(relative)
-    return found
+    return splits
 
 
-def _with_images(splits, given=None):
-    """The splits, with what can be a column of images as one, where none is of that type.
+def _with_images(splits, column=None):
+    """The splits; without a column of type Image, one column that may hold images gets this type.
 
-    That is the only struct of bytes and path, or the only column of bytes, or the given one.
+    That is `column`, if it is of structs or bytes; else the only struct of bytes and path; else the
+    only column of bytes.
     """
     import datasets
 
@@ -201,7 +204,7 @@ def _with_images(splits, given=None):
         return splits
     structs = [n for n, k in features.items() if isinstance(k, dict) and {*k} == {"bytes", "path"}]
     binary = [n for n, k in features.items() if getattr(k, "dtype", "").endswith("binary")]
-    columns = [given] if given in structs + binary else structs or binary
+    columns = [column] if column in structs + binary else structs or binary
     if len(columns) != 1:
         return splits
     cast = datasets.Image()

@@ -1,4 +1,4 @@
-"""What an image file becomes: RGB pixels of one size."""
+"""From an image file to RGB pixels of one size; the order in which an epoch shows images."""
 
 import hashlib
 import io
@@ -10,34 +10,35 @@ from PIL import Image, ImageOps
 from harness.counters import generator, splitmix64
 from harness.data.formats import open_image
 
-MAX_PIXELS = 89_478_485  # what Pillow calls a decompression bomb: a quarter GiB as RGB
+MAX_PIXELS = 89_478_485  # Pillow calls more a decompression bomb: a quarter GiB as RGB
 SMALL_SQUARE = 64  # native sizes up to this many px are trained at as they are
 
-FILTERS = {word.name.lower(): word for word in Image.Resampling}  # "bilinear", "bicubic", ...
+FILTERS = {kind.name.lower(): kind for kind in Image.Resampling}  # "bilinear", "bicubic", ...
 
 
 def decode_image(file, size, interpolation="bilinear", bit_depth=None):
     """One image file as uint8 RGB (3, size, size): its largest centred square, resized.
 
     In this order: the EXIF orientation is applied; colours become 8-bit RGB; the largest
-    centred square is resized to size×size with one of Pillow's antialiased filters (nothing is
-    resampled if the image has that size). That is a resize of the shorter side to `size` and a
-    centre crop, in one step. Large JPEGs are first reduced by their decoder to no less than
-    2·size, the gap at which Pillow calls the result "almost indistinguishable".
+    centred square is resized to size×size with one of Pillow's antialiased filters (an image of
+    that size already is not resampled). In one step, this is a resize of the shorter side to `size`
+    and a centre crop. Large JPEGs are first reduced by their decoder to no less than 2·size; Pillow
+    calls the result of such a gap "almost indistinguishable".
 
-    Transparency is laid on white. Gray of 16 bits is stretched by its real depth, as
-    given or as the file says it (PNG's sBIT, TIFF's MaxSampleValue), else 16: 65535 is 255. Mode I
-    is read as 16-bit, mode F as 0..1 if no value exceeds 1 and as 0..255 otherwise. CMYK, palette,
-    1-bit and the others go the way of Pillow's `convert`. Of an animation, the first frame.
+    Transparent images get a white background. 16-bit gray is stretched by its real depth: the
+    given one, else the one in the file (PNG's sBIT, TIFF's MaxSampleValue), else 16, by which 65535
+    becomes 255. Mode I is read as 16-bit, mode F as 0..1 if no value exceeds 1 and as 0..255
+    otherwise. CMYK, palette, 1-bit and other modes are converted by Pillow's `convert`. The first
+    frame stands for an animation.
 
     Args:
         file: a path, or a binary file object.
         size: side of the result in px.
         interpolation: the name of the filter, a key of `FILTERS`.
-        bit_depth: of 16-bit gray: 12 for values up to 4095; None for what the file says.
+        bit_depth: of 16-bit gray: 12 for values up to 4095; None for the depth in the file.
 
     Raises:
-        ValueError: more than `MAX_PIXELS` (found before decoding), or values out of range.
+        ValueError: more than `MAX_PIXELS` (checked before decoding), or values out of range.
         Exception: whatever Pillow raises for a file it can't read.
     """
     with open_image(file) as image:
@@ -50,22 +51,22 @@ def decode_image(file, size, interpolation="bilinear", bit_depth=None):
     return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
 
 
-def upright(image, least, bit_depth=None):
-    """An opened image as an RGB one of Pillow, turned as its EXIF orientation says.
+def upright(image, min_side, bit_depth=None):
+    """An open Pillow image in RGB, turned as its EXIF orientation says.
 
-    least: px of the shorter side that are needed; a large JPEG is reduced by its decoder to no
+    min_side: px of the shorter side that are needed; a large JPEG is reduced by its decoder to no
     less than twice that. Colours and errors: see `decode_image`.
     """
     check_pixels(image)
     if image.mode.startswith("I"):
         bit_depth = bit_depth or _file_depth(image)  # before loading closes the file
-    image.draft(None, (2 * least, 2 * least))
+    image.draft(None, (2 * min_side, 2 * min_side))
     ImageOps.exif_transpose(image, in_place=True)
     return _to_rgb(image, bit_depth)
 
 
 def check_pixels(image):
-    """ValueError for an image of more than `MAX_PIXELS`, by its header."""
+    """Raise ValueError for an image whose header says more than `MAX_PIXELS`."""
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}×{image.height} px is over {MAX_PIXELS:,} pixels")
 
@@ -73,7 +74,7 @@ def check_pixels(image):
 def native_size(dataset, image_column):
     """The side in px if the first 32 images are squares of one size up to 64 px, else None.
 
-    Reads headers only. An image that can't be opened is left for harness.data.cache to report.
+    Reads headers only. Images that can't be opened are skipped: harness.data.cache reports them.
     """
     head = dataset.select(range(min(32, len(dataset))))
     sizes = set()
@@ -90,7 +91,7 @@ def native_size(dataset, image_column):
 
 
 def gray_depth_note(dataset, image_column):
-    """A line for the plan where 16-bit images use few of their bits and no file says so, or None.
+    """A warning for the plan if 16-bit images use few of their bits and no file says so, or None.
 
     Judged by the first 32 images.
     """
@@ -115,51 +116,52 @@ def gray_depth_note(dataset, image_column):
 
 
 def _file_depth(image):
-    """The bits that a 16-bit gray image really uses, as its file says it, or None."""
+    """The number of bits that a 16-bit gray image really uses, if its file says it, or None."""
     largest = getattr(image, "tag_v2", {}).get(281)  # TIFF's MaxSampleValue
     if isinstance(largest, tuple):
         largest = max(largest)
     if isinstance(largest, int) and 255 < largest < 2**16:
         return largest.bit_length()
     if image.format == "PNG" and hasattr(image.fp, "seek"):
-        place = image.fp.tell()
+        position = image.fp.tell()
         image.fp.seek(0)
-        start = image.fp.read(4096)
-        image.fp.seek(place)
-        at = start.find(b"sBIT")
-        if 0 < at < len(start) - 5 and 8 < start[at + 4] <= 16:
-            return start[at + 4]
+        head = image.fp.read(4096)
+        image.fp.seek(position)
+        chunk = head.find(b"sBIT")
+        if 0 < chunk < len(head) - 5 and 8 < head[chunk + 4] <= 16:
+            return head[chunk + 4]
     return None
 
 
 def epoch_order(num_samples, seed, epoch):
-    """The order in which epoch `epoch` sees the samples: an int64 permutation, same everywhere."""
+    """The order of the samples in an epoch: an int64 permutation, the same on every machine."""
     return torch.randperm(num_samples, generator=generator(seed, "order", epoch))
 
 
 def deal(rows, machines):
-    """The samples that each of so many machines stores: int64 arrays of places in `rows`.
+    """The samples that each machine stores: int64 arrays of indices into `rows`, one per machine.
 
     rows: int64 (n,), rows of the stored split. They are dealt by a fixed hash of their numbers, so
-    that every share is a random part of the data set, of the same size give or take one.
+    that every share is a random part of the data set. The sizes of shares differ by at most one.
     """
     order = np.argsort(splitmix64(rows.astype(np.uint64)), kind="stable")
     return [np.sort(order[machine::machines]) for machine in range(machines)]
 
 
 def sharded_order(shares, seed, epoch, batch_size, accumulation):
-    """The order of an epoch in which each machine sees its own share alone: int64 (n,).
+    """The order of an epoch in which each machine sees only its own share: int64 (n,).
 
-    shares: of `deal`, one a machine. Every batch takes as many of each share; they lie in it as
-    the parts of a batch are cut, accumulation × machines × what a machine sees at once.
+    shares: of `deal`, one per machine. Every batch takes the same number of samples from each
+    share, in the order in which batches are cut: accumulation × machines × the samples that a
+    machine sees at once.
     """
-    each = batch_size // len(shares)
+    share_size = batch_size // len(shares)
     batches = sum(map(len, shares)) // batch_size
     orders = []
     for machine, share in enumerate(shares):
-        own = torch.randperm(len(share), generator=generator(seed, "order", epoch, machine))
-        own = torch.from_numpy(share)[own[: batches * each]]
-        orders.append(own.view(batches, accumulation, 1, each // accumulation))
+        order = torch.randperm(len(share), generator=generator(seed, "order", epoch, machine))
+        samples = torch.from_numpy(share)[order[: batches * share_size]]
+        orders.append(samples.view(batches, accumulation, 1, share_size // accumulation))
     return torch.cat(orders, dim=2).flatten()
 
 
@@ -169,7 +171,7 @@ def gather(pixels, rows):
 
 
 def encoded(dataset, image_column):
-    """`dataset` with only its image column, given as Arrow structs of `bytes` and `path`."""
+    """`dataset` with its image column alone, as Arrow structs of `bytes` and `path`."""
     return dataset.select_columns(image_column).with_format("arrow")
 
 
@@ -193,7 +195,7 @@ def content_of(dataset, image_column):
 
 
 def image_file(image):
-    """What Pillow can open: the struct's bytes, or the path where there are none."""
+    """The struct's bytes as a file, or its path where it has no bytes: both for Pillow to open."""
     if image is None:
         raise ValueError("the cell is empty")
     return io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
@@ -218,5 +220,5 @@ def _to_rgb(image, bit_depth=None):
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
-    # A copy even of RGB: the file behind `image` is about to be closed.
+    # A copy, of RGB images too: the file behind `image` will be closed.
     return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""How images become what a network sees."""
+"""The preprocessing of images: resize, centre crop and normalisation."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from harness.errors import UserError, shortened
 
 
 class Preprocessing(NamedTuple):
-    """How images become what a network sees.
+    """How an image file becomes the input of a network.
 
     The shorter side is resized to `stored_size`, the centre of `size` is cut out, and its pixels
-    in [0, 1] are normalised. Where they come from: with packed_side from the packed store
-    (harness.data.packed), which keeps images whole up to so many px of the shorter side; without
-    from the decoded store (harness.data.cache), which keeps squares of `stored_size`.
+    in [0, 1] are normalised. With packed_side, images come from the packed store
+    (harness.data.packed), which holds them whole, the shorter side reduced to at most that many px;
+    without it, from the decoded store (harness.data.cache), which holds squares of `stored_size`.
     """
 
     size: int  # px a side that the network sees
-    crop_pct: float  # the part of the resized side that this is, in (0, 1]
+    crop_pct: float  # `size` as a part of the resized shorter side, in (0, 1]
     interpolation: str  # a key of harness.data.pixels.FILTERS
     mean: tuple[float, ...]  # per channel
     std: tuple[float, ...]
     packed_side: int = 0  # px, or 0 for the decoded store
 
     def as_list(self) -> list:
-        """As JSON gives it back; as it was before there was a packed store, where that is not."""
+        """The fields as JSON reads them back; without a packed_side of 0, as in older runs."""
         values = [list(v) if isinstance(v, tuple) else v for v in self]
         return values if self.packed_side else values[:-1]
 
@@ -39,7 +39,7 @@ class Preprocessing(NamedTuple):
 
 @dataclass(frozen=True)
 class PreprocessingOptions:
-    """What flags say of the preprocessing; None for what they leave to the weights."""
+    """The flags of preprocessing; None where the weights decide."""
 
     crop_pct: float | None = None
     interpolation: str | None = None
@@ -47,7 +47,7 @@ class PreprocessingOptions:
     std: list[float] | None = None
 
     def given(self) -> dict:
-        """Those that are not None, by the names of Preprocessing."""
+        """The options that are not None, by the names of Preprocessing's fields."""
         values = {
             "crop_pct": self.crop_pct,
             "interpolation": self.interpolation,
@@ -63,7 +63,7 @@ class PreprocessingOptions:
 
 
 def preprocessing_of(cfg, file) -> Preprocessing | None:
-    """The preprocessing in timm's words, or None where one of them is missing."""
+    """The preprocessing in a pretrained_cfg of timm, or None where one of its keys is missing."""
     three = "three numbers, each"
     checks = {
         "input_size": (
@@ -72,12 +72,12 @@ def preprocessing_of(cfg, file) -> Preprocessing | None:
         ),
         "crop_pct": (lambda v: fits("crop_pct", v), range_of("crop_pct")),
         "interpolation": (lambda v: v in FILTERS, f"one of {', '.join(FILTERS)}"),
-        "mean": (lambda v: _three("mean", v), f"{three} {range_of('mean')}"),
-        "std": (lambda v: _three("std", v), f"{three} {range_of('std')}"),
+        "mean": (lambda v: _are_three("mean", v), f"{three} {range_of('mean')}"),
+        "std": (lambda v: _are_three("std", v), f"{three} {range_of('std')}"),
     }
     if not isinstance(cfg, dict) or any(cfg.get(key) is None for key in checks):
         return None
-    for key, (check, wanted) in checks.items():
+    for key, (check, requirement) in checks.items():
         try:
             usable = check(cfg[key])
         except (TypeError, LookupError):
@@ -85,7 +85,7 @@ def preprocessing_of(cfg, file) -> Preprocessing | None:
         if not usable:
             raise UserError(
                 f"{file}: pretrained_cfg has no usable {key}: {shortened(repr(cfg[key]))}; it has "
-                f"to be {wanted}"
+                f"to be {requirement}"
             )
     mean, std = (tuple(float(x) for x in cfg[key]) for key in ("mean", "std"))
     return Preprocessing(
@@ -93,5 +93,6 @@ def preprocessing_of(cfg, file) -> Preprocessing | None:
     )
 
 
-def _three(name, values):
+def _are_three(name, values):
+    """Whether there are three values, all within the bounds of the flag `name`."""
     return len(values) == 3 and all(fits(name, value) for value in values)

@@ -1,4 +1,4 @@
-"""A data set by its name: its splits, classes and labels, and the part of it that is asked for."""
+"""A data set by its name: its splits, classes and labels, cut to the samples that are used."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Split:
     dataset: Dataset = field(repr=False)
     rows: np.ndarray = field(repr=False)  # int64 (n,)
     labels: np.ndarray = field(repr=False)  # int64 (n,), indices into Data.classes
-    stored: np.ndarray | None = field(default=None, repr=False)  # rows before a cut, if there was
+    stored: np.ndarray | None = field(default=None, repr=False)  # rows before a cut, if any
     bit_depth: int | None = None  # of 16-bit gray images, see harness.data.pixels.decode_image
 
     def __len__(self):
@@ -61,8 +61,8 @@ class Split:
 class Data:
     """A data set ready to be decoded (`harness.data.cache.decode_split`)."""
 
-    name: str  # what the user asked for
-    source: str  # where it really came from: id@revision, or a folder
+    name: str  # as the user gives it
+    source: str  # the place it was read from: id@revision, or a folder
     classes: list[str]
     image_column: str
     label_column: str
@@ -72,11 +72,12 @@ class Data:
     image_size: int  # px: the images' own size where all are the same small square, else 224
     mean: tuple[float, float, float]  # of pixels in 0..1
     std: tuple[float, float, float]
-    bad: dict[str, dict[int, str]] = field(default_factory=dict)  # left out: split, row, why
-    labels_from: str = ""  # what says the labels, for the plan
-    notes: list[str] = field(default_factory=list)  # what the plan says of how it was read
-    left_out: list[str] = field(default_factory=list)  # what lies there and was not taken
-    # split -> [images, sha256], of a folder's files or of harness.data.pixels.content_of
+    # {split: {row: reason}} of unreadable images, which are left out
+    bad: dict[str, dict[int, str]] = field(default_factory=dict)
+    labels_from: str = ""  # where the labels come from, for the plan
+    notes: list[str] = field(default_factory=list)  # lines of the plan on how it was read
+    left_out: list[str] = field(default_factory=list)  # lines of the plan on what is not used
+    # {split: [images, sha256]}, of a folder's files or of harness.data.pixels.content_of
     content: dict[str, list] = field(default_factory=dict)
 
 
@@ -85,26 +86,26 @@ def load_data(dataset, **options) -> Data:
 
     dataset: a built-in name (`BUILT_IN`), a Hub id (`owner/name`, or `owner/name:config`), or a
     folder (or `folder:config`): parquet in the Hub's layout, `save_to_disk`, or images in class
-    folders or beside a table. options: of `DataOptions`.
+    folders or beside a table. options: fields of `DataOptions`.
 
-    Raises UserError for anything that is the user's to mend, on one line.
+    Raises UserError, with a message of one line, for anything that the user can correct.
     """
     options = DataOptions(**options)
     check_options(options)
     built_in = BUILT_IN.get(dataset)
-    found = find_stored(dataset, built_in, options)
-    stored = found.splits
+    stored_data = find_stored(dataset, built_in, options)
+    stored = stored_data.splits
     if built_in:
         check_sizes(dataset, stored, built_in.splits)
     else:
         built_in = copied_built_in(dataset, stored)
     chosen = options.chosen(stored)
-    holds_out = f"--fold is {options.fold}" if options.fold else ""
-    holds_out = holds_out or (options.val_fraction and f"--val_fraction is {options.val_fraction}")
-    if holds_out and chosen["val"]:
+    setting = f"--fold is {options.fold}" if options.fold else ""
+    setting = setting or (options.val_fraction and f"--val_fraction is {options.val_fraction}")
+    if setting and chosen["val"]:
         raise UserError(
-            f"{holds_out}, but {dataset} has the validation split '{chosen['val']}': leave "
-            f"{holds_out.split()[0]} out, or pass --val_split none"
+            f"{setting}, but {dataset} has the validation split '{chosen['val']}': leave "
+            f"{setting.split()[0]} out, or pass --val_split none"
         )
     unused = [
         f"{len(split):,} images of split '{name}', which is not used"
@@ -113,12 +114,13 @@ def load_data(dataset, **options) -> Data:
     ]
     features = stored[chosen["train"]].features
     image_column = find_image_column(features, options.image_column)
-    asked = found.label_column or options.label_column or (built_in and built_in.label_column)
-    label_column = find_label_column(features, asked, image_column)
+    label_column = stored_data.label_column or options.label_column
+    label_column = label_column or (built_in and built_in.label_column)
+    label_column = find_label_column(features, label_column, image_column)
     values, classes = find_classes(stored[chosen["train"]], label_column)
     splits = _labelled(stored, chosen, image_column, label_column, values, options.bit_depth)
     bad = _skip_bad(splits, image_column, options)
-    notes = list(found.notes)
+    notes = list(stored_data.notes)
     if not options.bit_depth and (note := gray_depth_note(splits["train"].dataset, image_column)):
         notes.append(note)
     if options.empty_classes == "drop":
@@ -128,7 +130,7 @@ def load_data(dataset, **options) -> Data:
         _check_every_class(splits["train"], classes)
     if len(classes) < 2:
         raise UserError(f"{dataset} has 1 class, {classes[0]}: there is nothing to tell apart")
-    splits = _split_train(splits, options, classes, image_column, found.source, notes)
+    splits = _split_train(splits, options, classes, image_column, stored_data.source, notes)
     mean, std = built_in.statistics if built_in else IMAGENET_STATISTICS
     train = cut(splits["train"], options.max_train_samples, options.seed)
     if options.empty_classes != "keep" and len(np.unique(train.labels)) < len(classes):
@@ -138,7 +140,7 @@ def load_data(dataset, **options) -> Data:
         )
     return Data(
         name=dataset,
-        source=found.source,
+        source=stored_data.source,
         classes=classes,
         image_column=image_column,
         label_column=label_column,
@@ -149,17 +151,17 @@ def load_data(dataset, **options) -> Data:
         mean=mean,
         std=std,
         bad=bad,
-        labels_from=found.labels_from or f"in column {label_column}",
+        labels_from=stored_data.labels_from or f"in column {label_column}",
         notes=notes,
-        left_out=found.left_out + unused,
-        content=_content(found, chosen, image_column),
+        left_out=stored_data.left_out + unused,
+        content=_content(stored_data, chosen, image_column),
     )
 
 
-def _content(found, chosen, image_column):
+def _content(stored_data, chosen, image_column):
     """{split: [images, sha256]} of those chosen: see `Data.content`."""
     content = {
-        name: found.content.get(name) or content_of(found.splits[name], image_column)
+        name: stored_data.content.get(name) or content_of(stored_data.splits[name], image_column)
         for name in chosen.values()
         if name is not None
     }
@@ -185,10 +187,7 @@ def _labelled(stored, chosen, image_column, label_column, values, bit_depth):
 
 
 def _skip_bad(splits, image_column, options):
-    """Leave the images that can't be read out of `splits`; {split: {row: why}}.
-
-    Nothing where --bad_images is not skip.
-    """
+    """With --bad_images skip, take unreadable images out of `splits`; {split: {row: reason}}."""
     bad = {}
     for role, split in splits.items() if options.bad_images == "skip" else ():
         unreadable = split and find_bad(
@@ -201,15 +200,15 @@ def _skip_bad(splits, image_column, options):
 
 
 def _without_empty(splits, classes):
-    """The splits and classes without those that have no train image, and how many there were."""
+    """(splits, classes, the number of classes left out): leaves out those without a train image."""
     counts = np.bincount(splits["train"].labels, minlength=len(classes))
-    kept = np.flatnonzero(counts)
-    places = np.full(len(classes), -1)
-    places[kept] = np.arange(len(kept))
+    used = np.flatnonzero(counts)
+    new_labels = np.full(len(classes), -1)
+    new_labels[used] = np.arange(len(used))
     for role, split in splits.items():
         if split is None:
             continue
-        labels = places[split.labels]
+        labels = new_labels[split.labels]
         if labels.min(initial=0) < 0:
             name = classes[int(split.labels[labels.argmin()])]
             raise UserError(
@@ -217,29 +216,30 @@ def _without_empty(splits, classes):
                 "train has none"
             )
         splits[role] = replace(split, labels=labels)
-    return splits, [classes[k] for k in kept], len(classes) - len(kept)
+    return splits, [classes[k] for k in used], len(classes) - len(used)
 
 
 def _check_every_class(train, classes):
+    """Raise UserError for classes without a train image."""
     counts = np.bincount(train.labels, minlength=len(classes))
     missing = [name for name, count in zip(classes, counts, strict=True) if count == 0]
     if missing:
         shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise UserError(
             f"{len(missing)} of {len(classes)} classes have no image among the {len(train):,} of "
-            f"split '{train.name}': {shown}; --empty_classes drop leaves these classes out, "
+            f"split '{train.name}': {shown}; --empty_classes drop leaves them out, "
             "--empty_classes keep keeps them"
         )
 
 
 def _leave_out(split, bad):
-    """The split without its rows `bad`, {row: why}."""
+    """The split without its rows `bad`, {row: reason}."""
     rows = np.setdiff1d(split.rows, list(bad))
     if not len(rows):
-        row, why = next(iter(bad.items()))
+        row, reason = next(iter(bad.items()))
         raise UserError(
             f"none of the {len(bad):,} images of split '{split.name}' can be read "
-            f"(image {row}: {why})"
+            f"(image {row}: {reason})"
         )
     return replace(split, rows=rows, labels=split.labels[rows])
 
@@ -248,53 +248,53 @@ def _leave_out(split, bad):
 
 
 def _split_train(splits, options, classes, image_column, root, notes):
-    """`splits` with what --val_fraction or --fold hold out of train; the plan's words in `notes`.
+    """`splits`, where --val_fraction or --fold cut val out of train; adds lines on it to `notes`.
 
-    Groups (--group_column, --group_pattern) are read of all splits, which should share none.
+    Groups (--group_column, --group_pattern) are read from all splits, which should share none.
     """
     train, groups = splits["train"], None
     if options.group_column or options.group_pattern:
-        there = {role: split for role, split in splits.items() if split is not None}
+        present = {role: split for role, split in splits.items() if split is not None}
         column, pattern = options.group_column, options.group_pattern
-        named = {
+        groups_of = {
             role: read_groups(split, column, pattern, image_column, root)
-            for role, split in there.items()
+            for role, split in present.items()
         }
-        groups = named["train"][0]
-        notes += [note] if (note := shared_groups_note(there, named)) else []
+        groups = groups_of["train"][0]
+        notes += [note] if (note := shared_groups_note(present, groups_of)) else []
     if not (options.val_fraction or options.fold):
         return splits
     val = held_out(train, options, classes, groups)
     if groups is not None:
         by = column or f"'{pattern}'"
         notes.append(grouping_note(train, groups, val, by, classes))
-        alone = sum(name.startswith("\0") for name in named["train"][1])
-        if alone:
-            notes.append(f"{counted(alone, 'image')} without {by}: each is a group of its own")
+        ungrouped = sum(name.startswith("\0") for name in groups_of["train"][1])
+        if ungrouped:
+            notes.append(f"{counted(ungrouped, 'image')} without {by}: each is a group of its own")
     elif options.fold:
         notes.append(f"held out: fold {options.fold} of train, {len(val):,} images")
     rest = np.setdiff1d(np.arange(len(train)), val)  # sorted, so that the pixels are read in order
-    parts = [replace(train, rows=train.rows[k], labels=train.labels[k]) for k in (rest, val)]
-    return splits | dict(zip(("train", "val"), parts, strict=True))
+    pieces = [replace(train, rows=train.rows[k], labels=train.labels[k]) for k in (rest, val)]
+    return splits | dict(zip(("train", "val"), pieces, strict=True))
 
 
 def cut(split, max_samples, seed):
-    """The first of a split's samples in a seeded stratified order, if it has too many."""
+    """The split with at most `max_samples`: the first in a stratified order drawn from the seed."""
     if split is None or max_samples is None or max_samples >= len(split):
         return split
-    kept = np.sort(stratified_order(split.labels, seed)[:max_samples])
-    # A data set of its own, so that a quick look at ImageNet does not decode all of it.
-    dataset = split.dataset.select(split.rows[kept])
-    stored = stored_rows(split)[kept]
+    chosen = np.sort(stratified_order(split.labels, seed)[:max_samples])
+    # A data set of its own, so that a short run on ImageNet does not decode all of it
+    dataset = split.dataset.select(split.rows[chosen])
+    stored = stored_rows(split)[chosen]
     return replace(
         split,
         dataset=dataset,
         rows=np.arange(max_samples),
-        labels=split.labels[kept],
+        labels=split.labels[chosen],
         stored=stored,
     )
 
 
 def stored_rows(split):
-    """The numbers of a split's samples in the stored split, before any cut: int64 (n,)."""
+    """The row of each sample in the stored split, before any cut: int64 (n,)."""
     return split.rows if split.stored is None else split.stored

@@ -1,4 +1,4 @@
-"""Where a data set is: built in, on the Hub, or in a folder of images, of parquet or saved."""
+"""The place of a data set: built in, on the Hub, or a folder of images, of parquet, or saved."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """A data set known by a short name; `splits` are the sizes its numbers are quoted for."""
+    """A data set with a short name; `splits` are the sizes for which results are published."""
 
     id: str  # on the Hub, or a folder of this repository
     splits: dict[str, int]
     revision: str | None = None
-    label_column: str | None = None  # only where there are several
+    label_column: str | None = None  # None where there is only one
     statistics: tuple = IMAGENET_STATISTICS  # mean and std of the train pixels in 0..1
 
 
@@ -56,7 +56,7 @@ BUILT_IN = {
 
 
 def find_stored(name, built_in, options) -> Stored:
-    """The stored splits of a data set, and where they came from."""
+    """The stored splits of a data set, with their source."""
     path, config = _local(name)
     if built_in:
         check_no_folder_flags(name, options)
@@ -88,14 +88,14 @@ def _local(name):
     path = Path(name).expanduser()
     if path.is_dir():
         return path, None
-    before, colon, config = name.rpartition(":")
-    if colon and config and "/" not in config and Path(before).expanduser().is_dir():
-        return Path(before).expanduser(), config
+    folder, colon, config = name.rpartition(":")
+    if colon and config and "/" not in config and Path(folder).expanduser().is_dir():
+        return Path(folder).expanduser(), config
     return None, None
 
 
 def _load_folder(folder, config, options) -> Stored:
-    """The splits of a local folder; what kind of folder it is, is seen by looking at it."""
+    """The splits of a local folder, whose files say which kind it is."""
     import datasets
 
     saved = [n for n in ("dataset_dict.json", "state.json") if _is_saved(folder / n)]
@@ -106,10 +106,10 @@ def _load_folder(folder, config, options) -> Stored:
         tree = scan(folder)
         files = parquet_files(tree)
         if files and (not tree.total or options.of_folders() == DEFAULT_OF_FOLDERS):
-            found = load_parquet(folder, config, tree, files, options.image_column)
-            if found:
+            result = load_parquet(folder, config, tree, files, options.image_column)
+            if result:
                 check_no_folder_flags(folder, options)
-                splits, left_out = found
+                splits, left_out = result
                 return Stored(splits, left_out=left_out)
         if config:
             raise UserError(
@@ -134,7 +134,7 @@ def _load_folder(folder, config, options) -> Stored:
                 "can be written to"
             ) from error
         raise UserError(
-            f"cannot read a data set from {folder}: {lines[0]} (wanted: parquet files named "
+            f"cannot read a data set from {folder}: {lines[0]} (expected: parquet files named "
             "train-*.parquet, a save_to_disk folder, or one folder of images per class)"
         ) from error
 
@@ -150,7 +150,7 @@ def _is_saved(file):
 
 
 def _load_saved_folder(folder, kind):
-    """{split: Dataset} as `save_to_disk` wrote them; nothing outside of the folder is read."""
+    """{split: Dataset} as `save_to_disk` wrote them; reads nothing outside of the folder."""
     if kind == "state.json":
         return {"train": _load_saved(folder, "train")}
     names = _json(folder / kind, "splits", list)
@@ -163,12 +163,12 @@ def _load_saved_folder(folder, kind):
 
 
 def _json(file, key, kind):
-    """`key` of a JSON object in a file, if it is of that kind."""
+    """The value of `key` in a JSON file; UserError unless it is of the type `kind`."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        why = f"has no {key}" if isinstance(error, (KeyError, TypeError)) else "can't be read"
-        raise UserError(f"{file} {why}: not as save_to_disk wrote it") from None
+        fault = f"has no {key}" if isinstance(error, (KeyError, TypeError)) else "can't be read"
+        raise UserError(f"{file} {fault}: not as save_to_disk wrote it") from None
     if not isinstance(value, kind):
         raise UserError(f"{file}: {key} is {str(value)[:40]!r}: not as save_to_disk wrote it")
     return value
@@ -178,26 +178,28 @@ def _load_saved(folder, name):
     """One split as `save_to_disk` wrote it."""
     import datasets
 
-    # No rows are saved as no file, which `datasets` can't read again.
+    # A split without rows is saved without a file, and `datasets` can't read that
     files = _json(folder / "state.json", "_data_files", list)
     if not files:
         raise UserError(f"split '{name}' is empty")
     for file in files:
-        part = file.get("filename") if isinstance(file, dict) else None
-        if not isinstance(part, str) or Path(part).name != part:
-            raise UserError(f"{folder / 'state.json'} names the file {part!r}, which is none in it")
-        if not (folder / part).is_file():
-            raise UserError(f"{folder / part} is missing")
+        file_name = file.get("filename") if isinstance(file, dict) else None
+        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+            raise UserError(
+                f"{folder / 'state.json'} names the file {file_name!r}, which is not in the folder"
+            )
+        if not (folder / file_name).is_file():
+            raise UserError(f"{folder / file_name} is missing")
     try:
         dataset = datasets.Dataset.load_from_disk(folder)
-        dataset.with_format("arrow")[:1]  # read, not decoded: --bad_images says what of that
-    except Exception as error:  # as many types as there are ways to damage it
-        why = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{folder} is not as save_to_disk wrote it: {why}") from error
-    # Its own says how it was made (paths, a function), not what came out: decoded pixels are kept
-    # by it, and those of a set that was made anew would be the old ones.
-    found = [(folder / file["filename"]).stat() for file in files]
-    content = repr((dataset._fingerprint, [(f.st_size, f.st_mtime_ns) for f in found]))
+        dataset.with_format("arrow")[:1]  # reads without decoding, which --bad_images is for
+    except Exception as error:  # every kind of damage raises another type
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{folder} is not as save_to_disk wrote it: {reason}") from error
+    # The fingerprint is the cache key of decoded pixels. The one of `datasets` says how a data set
+    # was made (paths, a function), not its content: if it is made anew, old pixels would be used.
+    stats = [(folder / file["filename"]).stat() for file in files]
+    content = repr((dataset._fingerprint, [(s.st_size, s.st_mtime_ns) for s in stats]))
     dataset._fingerprint = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
     return dataset
 
@@ -212,7 +214,7 @@ def _load_from_hub(name, revision, label_column):
     hub_id, _, config = name.partition(":")
     was_offline = datasets.config.HF_HUB_OFFLINE
     offline = was_offline or not hub_answers(datasets.config.HF_ENDPOINT)
-    # Without a network `datasets` would retry for 24 s before it looks into its cache.
+    # Without a network, `datasets` would retry for 24 s before it looks into its cache
     datasets.config.HF_HUB_OFFLINE = offline
     try:
         return dict(datasets.load_dataset(hub_id, config or None, revision=revision))
@@ -226,37 +228,38 @@ def _load_from_hub(name, revision, label_column):
         if not offline and not isinstance(error, ConnectionError):
             raise UserError(f"cannot load {name} from the Hub: {reason}") from error
         folder = hub_id.rpartition("/")[2]
-        at = f" --revision {revision}" if revision else ""
+        commit = f" --revision {revision}" if revision else ""
         column = f" --label_column {label_column}" if label_column else ""
         raise UserError(
             f"{name} is not in the local cache and the Hub is out of reach (nor is there a folder "
-            f"of that name). Where there is network, `hf download {hub_id} --repo-type dataset{at} "
-            f"--local-dir {folder}` fetches it; then pass that folder: --dataset ./{folder}{column}"
+            f"of that name). Where there is a network, `hf download {hub_id} --repo-type dataset"
+            f"{commit} --local-dir {folder}` fetches it; then pass that folder: --dataset "
+            f"./{folder}{column}"
         ) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
 
 
 def check_sizes(name, stored, sizes):
-    """A built-in data set has the published splits, or its numbers would mean something else."""
+    """Raise UserError unless a built-in data set has its published sizes, which results rely on."""
     for split, size in sizes.items():
-        found = len(stored[split]) if split in stored else 0
-        if found != size:
+        count = len(stored[split]) if split in stored else 0
+        if count != size:
             raise UserError(
-                f"split '{split}' of {name} has {found:,} images, but should have {size:,}: "
+                f"split '{split}' of {name} has {count:,} images, but should have {size:,}: "
                 "delete the copy in the cache of datasets and fetch it again"
             )
 
 
 def copied_built_in(dataset, stored):
-    """The built-in that a folder is a local copy of, going by its name and its sizes, or None.
+    """The built-in data set of which a folder is a copy, judged by name and sizes, or None.
 
-    So that `--dataset ./cifar10`, which the error without a network recommends, is trained on
-    with the same normalisation and labels as `--dataset cifar10`.
+    So `--dataset ./cifar10`, which the error without a network recommends, has the same
+    normalisation and labels as `--dataset cifar10`.
     """
     sizes = {name: len(split) for name, split in stored.items()}
     folder = Path(dataset).resolve().name.lower()
-    for name, known in BUILT_IN.items():
-        if folder in (name, known.id.rpartition("/")[2].lower()) and sizes == known.splits:
-            return known
+    for name, built_in in BUILT_IN.items():
+        if folder in (name, built_in.id.rpartition("/")[2].lower()) and sizes == built_in.splits:
+            return built_in
     return None

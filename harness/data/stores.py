@@ -1,4 +1,4 @@
-"""The two stores of pixels, one interface: decoded squares, or packed JPEGs of whole images."""
+"""Two stores of pixels with one interface: decoded squares, or packed JPEGs of whole images."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from harness.data.pixels import SMALL_SQUARE, deal, decode_image, encoded, gathe
 from harness.errors import UserError
 from harness.processes import ALONE, from_each, machines
 
-MOST_OF_DISK = 1 / 4  # of what is free, that decoded pixels may take unasked
-SAMPLED = 16  # images that are packed for an estimate
+DISK_SHARE = 1 / 4  # of the free space that decoded pixels may take under --pixels auto
+SAMPLED = 16  # images that are packed to estimate the size of a store
 
 
 class Samples(NamedTuple):
     """A split's images and labels: sample i is stored[rows[i]] with labels[i].
 
-    harness.training.features keeps features (N, views, ...) in the place of the pixels.
+    harness.training.features stores features (N, views, ...) instead of pixels.
     """
 
-    stored: torch.Tensor | PackedImages  # uint8 (N, 3, H, W), memory-mapped, or what stands for it
+    stored: torch.Tensor | PackedImages  # uint8 (N, 3, H, W), memory-mapped; or packed images
     rows: torch.Tensor  # int64 (n,)
     labels: torch.Tensor  # int64 (n,)
-    shares: tuple = ()  # what each machine stores, if not all: int64 arrays of sample numbers
+    shares: tuple = ()  # int64 arrays: the samples that each machine stores; () if all store all
 
     def sizes(self, index):
         """Heights and widths, int64 (k,) each, of packed samples; None where all are squares."""
@@ -46,7 +46,7 @@ class Samples(NamedTuple):
     def take(self, index, device, boxes=None):
         """The samples at `index` (int64, CPU) on `device`: images (k, 3, H, W), labels (k,).
 
-        boxes: int64 (k, 4), what to cut out of packed samples; else they are as in evaluation.
+        boxes: int64 (k, 4), to cut out of packed samples; None for the pixels of evaluation.
         """
         rows, labels, pinned = self.rows[index], self.labels[index], device.type == "cuda"
         if not self.packed:
@@ -66,22 +66,22 @@ class Samples(NamedTuple):
 def decode_splits(data, preprocessing, accelerator=ALONE, shard=False, **options):
     """{"train": Samples, "val": ..., "test": ...} of the splits that `data` has.
 
-    preprocessing: a Preprocessing. accelerator, whose processes share the work, and options: see
-    `harness.data.cache.decode_split`. shard: every machine stores its share of train alone.
+    preprocessing: a Preprocessing. accelerator (its processes share the work) and options: see
+    `harness.data.cache.decode_split`. shard: every machine stores only its share of train.
     """
     shares = _shares(data.train, preprocessing, accelerator) if shard else ()
     splits = {}
     for role in ("train", "val", "test"):
         if split := getattr(data, role):
-            own = {}
+            sharding = {}
             if shares and role == "train":
-                own["share"] = split.rows[shares[machines(accelerator)[0]]]
-            elif shares and split.dataset is data.train.dataset:  # held out of it
-                own["share"] = split.rows
+                sharding["share"] = split.rows[shares[machines(accelerator)[0]]]
+            elif shares and split.dataset is data.train.dataset:  # held out of train
+                sharding["share"] = split.rows
             splits[role] = decode(
-                split, data.image_column, preprocessing, accelerator, **own, **options
+                split, data.image_column, preprocessing, accelerator, **sharding, **options
             )
-    if shares:  # all machines speak of the same pixels of train: of all shares
+    if shares:  # all machines give train the same content: that of all shares together
         train = splits["train"]._replace(shares=tuple(shares))
         train.stored.content = "+".join(
             sorted(set(from_each(accelerator, lambda: train.stored.content)))
@@ -111,8 +111,9 @@ def decode(split, image_column, preprocessing, accelerator=ALONE, share=None, **
 def evaluation_image(file, preprocessing, bit_depth=None):
     """One image file as it is stored for evaluation: uint8 (3, side, side) on the CPU.
 
-    The side is `stored_size`, of which the network sees the centre, or with packed_side what it
-    sees. file: a path, or a binary file object. Raises whatever a reader raises for a bad file.
+    The side is `stored_size`, of which the network sees the centre; with packed_side, it is the
+    side that the network sees. file: a path, or a binary file object. Raises whatever a reader of
+    images raises for a bad file.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused by its header
@@ -130,37 +131,37 @@ SHOWN = 3  # pairs of identical images in a warning
 def identical_images(data, preprocessing, splits) -> list[str]:
     """Warnings for images of val and test that are in train as well, pixel for pixel.
 
-    splits: of `decode_splits`. Decoded stores are compared by their images' hashes, packed ones by
-    the checksums and sizes of the JPEGs. Stores of older versions, which have no hashes, and those
-    that hold a machine's share are passed by.
+    splits: of `decode_splits`. Images of decoded stores are compared by their hashes, those of
+    packed stores by the checksums and sizes of the JPEGs. Stores of older versions, which have no
+    hashes, and stores of one machine's share are not compared.
     """
     keys = {role: _image_keys(data, role, preprocessing, splits[role]) for role in splits}
     train, warnings = keys.pop("train"), []
     if train is None:
         return []
     order = train.argsort(kind="stable")
-    for role, theirs in keys.items():
-        if theirs is None:
+    for role, held_out in keys.items():
+        if held_out is None:
             continue
-        at = np.searchsorted(train, theirs, sorter=order).clip(max=len(train) - 1)
-        twins = order[at]
-        found = np.flatnonzero((train[twins] == theirs) & (theirs != 0))
-        if len(found):
-            own, ours = getattr(data, role), data.train
-            other = int((own.labels[found] != ours.labels[twins[found]]).sum())
-            pairs = [(int(own.rows[k]), int(ours.rows[twins[k]])) for k in found[:SHOWN]]
-            shown = ", ".join(f"{a} of '{own.name}' is {b} of '{ours.name}'" for a, b in pairs)
+        positions = np.searchsorted(train, held_out, sorter=order).clip(max=len(train) - 1)
+        twins = order[positions]
+        repeats = np.flatnonzero((train[twins] == held_out) & (held_out != 0))
+        if len(repeats):
+            split, source = getattr(data, role), data.train
+            relabelled = int((split.labels[repeats] != source.labels[twins[repeats]]).sum())
+            pairs = [(int(split.rows[k]), int(source.rows[twins[k]])) for k in repeats[:SHOWN]]
+            shown = ", ".join(f"{a} of '{split.name}' is {b} of '{source.name}'" for a, b in pairs)
             warnings.append(
-                f"warning: {len(found):,} of {len(own):,} {role} images are train images, too, "
-                f"pixel for pixel: {shown}{', …' if len(found) > SHOWN else ''}"
-                + (f"; {other:,} of them with another class" if other else "")
+                f"warning: {len(repeats):,} of {len(split):,} {role} images are train images, too, "
+                f"pixel for pixel: {shown}{', …' if len(repeats) > SHOWN else ''}"
+                + (f"; {relabelled:,} of them with another class" if relabelled else "")
                 + f"; {role} scores will be too good"
             )
     return warnings
 
 
 def _image_keys(data, role, preprocessing, samples):
-    """uint64 (n,) of a split's samples, equal for identical images, 0 for none; or None."""
+    """uint64 (n,): equal for identical images, 0 for unreadable ones; None without hashes."""
     split = getattr(data, role)
     if samples.shares:
         return None
@@ -177,7 +178,7 @@ def _image_keys(data, role, preprocessing, samples):
 
 
 def describe_prepared(data, splits):
-    """What `--prepare_data` says of the files that `decode_splits` made or found."""
+    """The line of `--prepare_data` on the files that `decode_splits` has made or found."""
     files = {
         samples.stored.blob if samples.packed else id(getattr(data, role).dataset): samples.stored
         for role, samples in splits.items()
@@ -188,43 +189,43 @@ def describe_prepared(data, splits):
         for pixels in files.values()
     ]  # fmt: skip
     folder = cache_folder()
-    return f"{_in_words(sum(sizes))} in {folder}; the same command without --prepare_data trains"
+    return f"{_size(sum(sizes))} in {folder}; the same command without --prepare_data trains"
 
 
 def _shares(split, preprocessing, accelerator):
-    """Of `deal`, for the machines that there are."""
+    """The samples that each machine stores, see `deal`; UserError where they can't be shared."""
     _, number, processes = machines(accelerator)
     if not preprocessing.packed_side:
         raise UserError("--shard_store is for packed pixels: add --pixels packed")
     if processes * number != accelerator.num_processes:
-        raise UserError("--shard_store wants as many processes on each machine")
+        raise UserError("--shard_store needs the same number of processes on each machine")
     return deal(split.rows, number)
 
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """Which store of pixels is asked for, and the random crops that it must serve."""
+    """The flags on which the choice of a store depends: its kind, its decoder, and the crops."""
 
     pixels: str
     jpeg_decoder: str
     augment: str
     crop_scale: float
-    stages: list[dict] | None = None  # of a fine-tune, which may have crops of their own
+    stages: list[dict] | None = None  # of a fine-tuning run, which may have crops of their own
 
     def least_crop_scale(self) -> float:
         """The least share of the area that a random crop takes in any stage; 0 for none."""
-        whole = {"augment": self.augment, "crop_scale": self.crop_scale}
-        stages = [whole, *(whole | stage for stage in self.stages or [])]
+        flags = {"augment": self.augment, "crop_scale": self.crop_scale}
+        stages = [flags, *(flags | stage for stage in self.stages or [])]
         scales = [stage["crop_scale"] for stage in stages if stage["augment"] != "none"]
         return min((scale for scale in scales if scale), default=0.0)
 
 
 def choose_store(options, data, preprocessing):
-    """(`preprocessing` with the packed_side of the store that is used, what it is and why).
+    """(`preprocessing` with the packed_side of the store to use, the plan's line on the store).
 
-    options: StoreOptions. By `--pixels`; auto: decoded where images are small squares, or where no
-    resized crop is on and the decoded pixels are there already or fit a quarter of the free disk;
-    else packed.
+    options: StoreOptions. `--pixels` says which store; auto is decoded where images are small
+    squares, and where there is no random resized crop and the decoded pixels exist already or take
+    at most a quarter of the free disk; otherwise it is packed.
     """
     splits = [split for split in (data.train, data.val, data.test) if split]
     splits = list({id(split.dataset): split for split in splits}.values())
@@ -235,60 +236,61 @@ def choose_store(options, data, preprocessing):
         for split in splits
     ]  # fmt: skip
     decoded_bytes = sum(len(split.dataset) for split in splits) * 3 * preprocessing.stored_size**2
-    kind, why = options.pixels, "as asked"
+    kind, reason = options.pixels, "as --pixels says"
     if kind == "auto" and data.image_size <= SMALL_SQUARE:
-        kind, why = "decoded", "the images are small squares"
+        kind, reason = "decoded", "the images are small squares"
     elif kind == "auto" and scale:
-        kind, why = "packed", "random crops are cut from the whole images"
+        kind, reason = "packed", "random crops are cut from the whole images"
     elif kind == "auto":
-        there, free = all(file.exists() for file in decoded_files), _free(decoded_files[0].parent)
-        kind, why = "decoded", "no random crop wants more"
-        if not there and decoded_bytes > MOST_OF_DISK * free:
+        complete = all(file.exists() for file in decoded_files)
+        free = _free(decoded_files[0].parent)
+        kind, reason = "decoded", "no random crop needs more"
+        if not complete and decoded_bytes > DISK_SHARE * free:
             kind = "packed"
-            why = f"decoded they would take {_in_words(decoded_bytes)} of {_in_words(free)} free"
+            reason = f"decoded they would take {_size(decoded_bytes)} of {_size(free)} free"
     if kind == "decoded" and jpeg_decoder != "cpu":
         raise UserError(f"--jpeg_decoder {jpeg_decoder} is for packed pixels, --pixels packed")
     if kind == "decoded":
-        words = (
-            f"decoded, {_in_words(decoded_bytes)} of squares {preprocessing.stored_size} px a side"
-        )
-        return preprocessing._replace(packed_side=0), f"{words}: {why}"
+        squares = f"squares {preprocessing.stored_size} px a side"
+        line = f"decoded, {_size(decoded_bytes)} of {squares}: {reason}"
+        return preprocessing._replace(packed_side=0), line
     if jpeg_decoder == "nvjpeg":
-        why += "; training decodes on the GPU, not the same bits on another version of CUDA"
+        reason += "; training decodes on the GPU, not the same bits on another version of CUDA"
     side = packed_side(preprocessing.size, preprocessing.stored_size, scale)
-    words = f"packed, {_packed_words(splits, data.image_column, side)}"
-    return preprocessing._replace(
-        packed_side=side
-    ), f"{words} of JPEGs, shorter side up to {side} px: {why}"
+    size = _packed_size(splits, data.image_column, side)
+    line = f"packed, {size} of JPEGs, shorter side up to {side} px: {reason}"
+    return preprocessing._replace(packed_side=side), line
 
 
-def _packed_words(splits, image_column, side):
-    """The bytes of the splits' packed stores: of files that are there, else an estimate."""
-    total, there = 0, True
+def _packed_size(splits, image_column, side):
+    """The size of the splits' packed stores as text: of their files, else estimated."""
+    total, complete = 0, True
     for split in splits:
         size = packed_size(find_packed(split.dataset, image_column, side, split.bit_depth))
         if size is None:
-            there, images = False, encoded(split.dataset, image_column)
+            complete, images = False, encoded(split.dataset, image_column)
             rows = range(0, len(images), max(1, len(images) // SAMPLED))
             sampled = [packed_bytes(images, row, side, split.bit_depth) for row in rows]
             size = sum(sampled) * len(images) / max(1, len(sampled))
         total += size
-    return _in_words(total) if there else f"about {_in_words(total)}"
+    return _size(total) if complete else f"about {_size(total)}"
 
 
 def _free(folder):
+    """Free bytes of the disk on which a folder is, or will be."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
-def _in_words(number):
+def _size(number):
+    """A number of bytes as text: "28.8 kB"."""
     unit = min(max(int(math.log(max(number, 1), 1000)), 0), 4)
     return f"{number / 1000**unit:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[unit]}"
 
 
 def store_identity(splits):
-    """What a run must share with the one it continues: the store, and all that gives its pixels.
+    """The store and all that determines its pixels: a resumed run must have the same.
 
     splits: {role: Samples}.
     """
@@ -296,5 +298,5 @@ def store_identity(splits):
         return "decoded"
     shares = splits["train"].shares
     content = {role: samples.stored.content for role, samples in splits.items()}
-    by = decoder(splits["train"].stored.on_gpu)
-    return {"packed": content, "decoder": by} | ({"shares": len(shares)} if shares else {})
+    version = decoder(splits["train"].stored.on_gpu)
+    return {"packed": content, "decoder": version} | ({"shares": len(shares)} if shares else {})

@@ -1,4 +1,4 @@
-"""Tables of labels: reading them, and which column holds what."""
+"""Tables of labels: reading them, and finding the columns of files, labels and splits."""
 
 from __future__ import annotations
 
@@ -65,15 +65,15 @@ def _read(path):
 
 
 def _encoding(path):
-    """UTF-8, or UTF-16 where the file begins as spreadsheets write that."""
+    """UTF-8, or UTF-16 where the file begins with the mark by which spreadsheets write it."""
     with open(path, "rb") as file:
         return "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
 
 
 def _read_csv(path, file):
-    """Cells between commas, semicolons, tabs or bars, whichever the first line has most of."""
+    """Columns of a .csv: what the first line has most of (comma, semicolon, tab, bar) separates."""
     start = file.readline()
-    if re.fullmatch(r'"?sep=.\s*"?\s*', start):  # which Excel reads
+    if re.fullmatch(r'"?sep=.\s*"?\s*', start):  # a line for Excel
         start = file.readline()
     reader = csv.reader(
         itertools.chain([start], file), delimiter=max(",;\t|", key=start.count),
@@ -102,7 +102,7 @@ def _read_csv(path, file):
     return {
         name: [row[k].strip() or None for row in rows]
         for k, name in enumerate(head or ())
-        if name  # the number of the row, as pandas writes it
+        if name  # without one: the numbers of rows, as pandas writes them
     }
 
 
@@ -122,37 +122,38 @@ def _read_json_lines(path, file):
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def named(path, columns, given, flag):
-    """The given column; raises UserError where there is none of that name."""
-    if given not in columns:
+def check_column(path, columns, column, flag):
+    """Return `column`, the value of `flag`; UserError where the table has no such column."""
+    if column not in columns:
         raise UserError(
-            f"{flag} {given}: {path} has no such column{nearest(given, columns)} "
+            f"{flag} {column}: {path} has no such column{nearest(column, columns)} "
             f"(its columns are {', '.join(columns)})"
         )
-    return given
+    return column
 
 
 def file_columns(columns) -> list[str]:
-    """Those that are called as a column of files is."""
+    """The columns that have the name of a column of files."""
     lower = {name.lower(): name for name in columns}
     return [lower[name] for name in FILE_COLUMNS if name in lower]
 
 
-def find_label(source, kinds, given=None) -> str | None:
-    """The column of labels: the given one, the one that is called so, or the only one there can be.
+def find_label(source, kinds, column=None) -> str | None:
+    """The column of labels: `column`, or the one called label, or the only candidate.
 
     kinds: {name: "classes", "plain" (whole numbers or text) or "other"} of all columns but those
-    of images and files. None where there is none. Raises UserError where it can't be told which.
+    of images and files. None without a candidate. Raises UserError for several.
     """
-    if given:
-        return named(source, kinds, given, "--label_column")
+    if column:
+        return check_column(source, kinds, column, "--label_column")
     called = [name for name in kinds if name.lower() in LABEL_COLUMNS]
-    if len(found := label_candidates(kinds)) > 1:
-        why = "" if called else " and none called label"
+    if len(candidates := label_candidates(kinds)) > 1:
+        remark = "" if called else " and none called label"
         raise UserError(
-            f"{source} has the columns {', '.join(found)}{why}: name one with --label_column"
+            f"{source} has the columns {', '.join(candidates)}{remark}: name one with "
+            "--label_column"
         )
-    return found[0] if found else None
+    return candidates[0] if candidates else None
 
 
 def label_candidates(kinds) -> list[str]:
@@ -163,7 +164,7 @@ def label_candidates(kinds) -> list[str]:
 
 
 def kind_of(values) -> str:
-    """What `find_label` wants to know of a table's column."""
+    """The kind of a table's column, as `find_label` needs it."""
     present = [value for value in values if value is not None]
     if not present or any(isinstance(value, bool) for value in present):
         return "other"
@@ -174,28 +175,28 @@ def kind_of(values) -> str:
     return "plain"
 
 
-def class_values(where, values) -> list:
-    """Labels as whole numbers where all are, else as text; NaN and empty text become None.
+def class_values(source, values) -> list:
+    """Labels as whole numbers if all are whole numbers, else as text; NaN and empty text are None.
 
-    Raises UserError for lists, and for numbers that are not whole, naming `where`.
+    Raises UserError for lists, and for numbers that are not whole. source: names the column in it.
     """
     values = [None if v != v or (isinstance(v, str) and not v.strip()) else v for v in values]
     present = [value for value in values if value is not None]
     odd = next((v for v in present if isinstance(v, (list, tuple, dict, np.ndarray))), None)
     if odd is not None:
-        raise UserError(f"{where} holds {odd!r}: several labels an image are not supported")
+        raise UserError(f"{source} holds {odd!r}: several labels an image are not supported")
     if any(isinstance(v, bytes) for v in present):
-        raise UserError(f"{where} holds bytes: classes are whole numbers or names")
+        raise UserError(f"{source} holds bytes: classes are whole numbers or names")
     if all(isinstance(v, bool) for v in present):
         return [None if v is None else str(v).lower() for v in values]
     texts = [None if v is None else str(v).strip() for v in values]
-    whole = [text is None or bool(WHOLE.fullmatch(text)) for text in texts]
-    if all(whole):
+    integers = [text is None or bool(WHOLE.fullmatch(text)) for text in texts]
+    if all(integers):
         return [None if text is None else int(text.partition(".")[0]) for text in texts]
-    fractions = [not w and _is_fraction(text) for w, text in zip(whole, texts, strict=True)]
-    if any(fractions) and all(w or f for w, f in zip(whole, fractions, strict=True)):
+    fractions = [not i and _is_fraction(text) for i, text in zip(integers, texts, strict=True)]
+    if any(fractions) and all(i or f for i, f in zip(integers, fractions, strict=True)):
         raise UserError(
-            f"{where} holds {texts[fractions.index(True)]}: classes are whole numbers or names"
+            f"{source} holds {texts[fractions.index(True)]}: classes are whole numbers or names"
         )
     return [None if text is None else class_key(text) for text in texts]
 
@@ -208,13 +209,13 @@ def _is_fraction(text):
 
 
 def split_column(path, columns, label_column=None) -> tuple[str, list] | None:
-    """The column that says which split each row is of, and the splits; None where there is none.
+    """The name of the column that says the split of each row, and the splits; None without one.
 
-    That is one called split (subset, usage, partition), whose other words are None: such rows are
-    of no split; one of which every cell is a split's name; or is_train, is_valid or is_test of yes
-    and no. Raises UserError for two that differ and for what is neither yes nor no.
+    It is a column in which every cell is the name of a split; one called split (subset, usage,
+    partition), where rows with other words are of no split (None); or is_train, is_valid or is_test
+    with yes and no. Raises UserError for two that differ, and for cells that are not yes or no.
     """
-    found = {}
+    candidates = {}
     for name, values in columns.items():
         if name.lower() in LABEL_COLUMNS or name == label_column:
             continue
@@ -225,18 +226,18 @@ def split_column(path, columns, label_column=None) -> tuple[str, list] | None:
                 raise UserError(f"column '{name}' of {path} says {odd!r}, neither yes nor no")
             yes = SPLIT_WORDS[match[1]]
             no = "test" if yes == "train" else "train"
-            found[name] = [yes if YES_OR_NO[text.lower()] else no for text in texts]
+            candidates[name] = [yes if YES_OR_NO[text.lower()] else no for text in texts]
         elif {text.lower() for text in texts} <= set(SPLIT_WORDS):
-            found[name] = [SPLIT_WORDS[text.lower()] for text in texts]
+            candidates[name] = [SPLIT_WORDS[text.lower()] for text in texts]
         elif name.lower() in ("split", "subset", "usage", "partition"):
             splits = [split_of(text) for text in texts]
             if "train" in splits:
-                found[name] = splits
-    first = next(iter(found.items()), None)
-    differing = [name for name, splits in found.items() if splits != first[1]]
+                candidates[name] = splits
+    column = next(iter(candidates.items()), None)
+    differing = [name for name, splits in candidates.items() if splits != column[1]]
     if differing:
         raise UserError(
-            f"{path} says the split in the columns {first[0]} and {differing[0]}, which differ: "
-            "leave one"
+            f"{path} says the split in the columns {column[0]} and {differing[0]}, which differ: "
+            "leave only one of them"
         )
-    return first
+    return column

@@ -414,9 +414,9 @@ def test_columns_are_found_by_type_or_named(tmp_path):
     columns = r"the columns are picture \(images\), kind \(classes\), note \(string\)"
     with pytest.raises(UserError, match=rf"--image_column pictre.*\"picture\".*{columns}"):
         load_data(folder, image_column="pictre")
-    with pytest.raises(UserError, match=rf"--image_column kind: .* not of images.*{columns}"):
+    with pytest.raises(UserError, match=rf"--image_column kind: .* not hold images.*{columns}"):
         load_data(folder, image_column="kind")
-    with pytest.raises(UserError, match=rf"--label_column picture: .* not of labels.*{columns}"):
+    with pytest.raises(UserError, match=rf"--label_column picture: .* not hold labels.*{columns}"):
         load_data(folder, label_column="picture")
 
     two = make(["a"] * 12, label_type=Value("string"), note=["x", "y"] * 6)

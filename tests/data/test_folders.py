@@ -212,7 +212,7 @@ def test_an_order_of_the_classes(tmp_path):
     assert dropped.classes == ["cow", "ant", "bee"]
     assert sorted(dropped.train.labels) == [0, 1, 2]
     file.write_text("cow\nant\n")
-    with pytest.raises(UserError, match="no line is bee"):
+    with pytest.raises(UserError, match="bee is missing"):
         load_data(str(root), classes=str(file))
 
 
@@ -220,7 +220,7 @@ def test_what_is_left_out_is_counted_with_the_reason(tmp_path):
     make(tmp_path, "ant/*2.png", "bee/*2.png", "bee/*3.heic", "a.eps", "notes.txt", "0.png")
     _, left_out, _ = found(tmp_path)
     assert "1 image outside of the class folders: 0.png" in left_out
-    assert "1 .eps: EPS: it would be run by Ghostscript" in left_out
+    assert "1 .eps: EPS: a program that Ghostscript would run" in left_out
     assert "1 .txt: not images" in left_out
     if ".heic" not in formats.image_suffixes():
         assert "3 .heic: pip install pillow-heif" in left_out

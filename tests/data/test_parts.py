@@ -135,7 +135,7 @@ def test_a_test_split_with_the_same_groups_is_warned_of(patients, tmp_path):
                 Image.new("L", (8, 8), 9 * name).save(folder / f"video{name}_{kind}.png")
     data = load_data(str(root), group_pattern="(video[0-9]+)_")
     (note,) = [line for line in data.notes if "warning" in line]
-    assert "2 groups are in split 'train' and in 'test', there with 4 of 12 images" in note
+    assert "are in split 'train' and in 'test', where they have 4 of 12 images" in note
     assert not [n for n in load_data(str(root)).notes if "warning" in n]
 
 
@@ -146,7 +146,7 @@ def test_a_test_split_with_the_same_groups_is_warned_of(patients, tmp_path):
         ({"group_pattern": ""}, "--group_pattern is empty: give it a value, or leave it out"),
         ({"label_pattern": ""}, "--label_pattern is empty"),
         ({"group_pattern": "([a-z"}, "is not a regular expression"),
-        ({"group_pattern": "patient[0-9]"}, "has 0 groups in parentheses: it wants one"),
+        ({"group_pattern": "patient[0-9]"}, "has 0 groups in parentheses: it must have one"),
         ({"group_pattern": "(nobody)"}, r"\(nobody\) matches nothing in train/ill/"),
         ({"group_pattern": "(p)", "group_column": "patient"}, "give one of them"),
         ({"fold": "0/5"}, "--fold 0/5 is no fold: 1/5 is the first of five"),

@@ -322,7 +322,7 @@ def test_the_pixels_are_mapped_without_a_warning(recwarn):
 )
 def test_an_unreadable_image_is_named(cache, bad, reason, recwarn):
     split = make_split([COLOURS["RGB"][0]] * 3 + [bad])
-    with pytest.raises(UserError, match=rf"image 3 of split 'test'.*{reason}.*mend it"):
+    with pytest.raises(UserError, match=rf"image 3 of split 'test'.*{reason}.*repair it"):
         decode_split(split, "picture", 2, name="test")
     # The index is the one of the whole split.
     with pytest.raises(UserError, match=rf"image 3 of split 'test'.*{reason}"):

@@ -491,7 +491,7 @@ BAD_TREES = {
     "a column of splits against the folders": (
         ["train/*2.png", "test/8.png"], "file_name,label,split",
         ["train/0.png,a,train", "train/1.png,b,train", "test/8.png,a,train"],
-        "is of split 'train' by column split .* and its folder says another",
+        "is of split 'train' by column split .* but its folder says another",
     ),
 }  # fmt: skip
 

@@ -445,7 +445,7 @@ class Number(int):
 def two_ahead(monkeypatch):
     """What prepares parts for a GPU, without one."""
     pretend_gpu.pretend_streams(monkeypatch)
-    return lambda make, numbers: batches._two_ahead(make, ((Number(k),) for k in numbers))
+    return lambda make, numbers: batches._starmap_ahead(make, ((Number(k),) for k in numbers))
 
 
 def test_the_thread_keeps_the_order_and_is_two_ahead(two_ahead):
