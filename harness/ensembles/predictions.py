@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from harness.data.stores import decode
 from harness.errors import UserError
 from harness.files import replace_file, to_bytes
-from harness.processes import from_main
+from harness.processes import check_same, from_main
 from harness.training.scoring import batch_starts
 from tricks.augment import normalize_batch
 from tricks.tta import average_views
@@ -40,6 +40,9 @@ class Predictions:
     ):  # fmt: skip
         self.accelerator, self.splits, self.verify_cache = accelerator, splits, verify_cache
         self.image_column, self.seed, self.device, self.say = image_column, seed, device, say
+        check_same(
+            accelerator, {f"{role} images": _rows_digest(split) for role, split in splits.items()}
+        )
         self._orders = {role: _order_digest(split, image_column) for role, split in splits.items()}
         self._samples = {}  # (role, size, interpolation) -> harness.data.stores.Samples
         self._logits = {}  # (sha256 of the weights, role, name of the view) -> (n, classes)
@@ -58,6 +61,7 @@ class Predictions:
             for view in views
             if (network.sha256, role, view.name) not in self._logits
         ]
+        check_same(self.accelerator, {f"weights of {network.name}": network.sha256})
         entries = from_main(
             self.accelerator, lambda: [self._read(network, *pair) for pair in pairs]
         )
@@ -268,6 +272,11 @@ def _order_digest(split, column):
     digest = hashlib.sha256(f"{split.dataset._fingerprint} {column}".encode())
     digest.update(split.rows.tobytes() + split.labels.tobytes())
     return digest.hexdigest()
+
+
+def _rows_digest(split):
+    """The same wherever the data set lies: the number of images, and a hash of rows and labels."""
+    return [len(split), hashlib.sha256(split.rows.tobytes() + split.labels.tobytes()).hexdigest()]
 
 
 def _digest(tensor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ from harness.models.heads import heads
 from harness.models.names import find_model
 from harness.models.trained import check_classes, data_flags, load_model, read_trained
 from harness.models.weights import find_weights, load_pretrained
-from harness.processes import from_local_main, from_main
+from harness.processes import check_same, from_local_main, from_main
 from tricks.augment import normalize_batch
 from tricks.cam import GradCam, normalize_maps, upsample_maps
 from tricks.cam_checks import (
@@ -219,7 +220,7 @@ def find_pictures(options, network, accelerator) -> list[Picture]:
         pictures = [picture for picture in pictures if picture]
         if not pictures:
             raise UserError("none of the images could be read")
-        return _numbered(pictures)
+        return _numbered(pictures, network, accelerator)
     if not network.run:
         raise UserError("--model needs --images: there is no run that names its data set")
     flags = data_flags(
@@ -256,10 +257,13 @@ def find_pictures(options, network, accelerator) -> list[Picture]:
     if not pictures:
         kind = f"is {options.only}" if options.only else "could be read"
         raise UserError(f"no image of split '{role}' {kind}")
-    return _numbered(pictures)
+    return _numbered(pictures, network, accelerator)
 
 
-def _numbered(pictures):
+def _numbered(pictures, network, accelerator):
+    """The pictures with their numbers, once they and the weights are the same on all machines."""
+    names = [[Path(picture.source).name, picture.true] for picture in pictures]
+    check_same(accelerator, {"weights": network.run and network.run.sha256, "images": names})
     return [picture._replace(number=number) for number, picture in enumerate(pictures)]
 
 

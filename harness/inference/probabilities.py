@@ -7,6 +7,7 @@ reported, and do not stop the others.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections import deque
@@ -23,7 +24,7 @@ from harness.data.stores import evaluation_image
 from harness.errors import UserError
 from harness.models.calibration import read_calibration
 from harness.models.trained import load_model
-from harness.processes import from_each
+from harness.processes import check_same, from_each
 from tricks.augment import normalize_batch
 from tricks.tta import average_views, tta_views
 
@@ -63,6 +64,10 @@ def probabilities_of(accelerator, networks, images, keep, bar):
     keep: a function (numbers (k,), probabilities float32 (k, classes) on the CPU) -> a list of k
     objects. They should be small, as each goes to every process. Unreadable images have None.
     """
+    names = [Path(name).name for name in images.names]  # folders may lie elsewhere on each machine
+    digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
+    weights = [network.trained.sha256 for network in networks]
+    check_same(accelerator, {"images": [len(names), digest], "weights": weights})
     starts = range(0, len(images), BATCH)
     batches = range(accelerator.process_index, len(starts), accelerator.num_processes)
     preprocessings = list(dict.fromkeys(network.trained.preprocessing for network in networks))

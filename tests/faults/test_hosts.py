@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -112,14 +113,15 @@ def test_the_same_images_may_lie_elsewhere_on_another_machine(monkeypatch, chang
         return [("a", first), ("b", {name: there[name] for name in first})]
 
     monkeypatch.setattr(processes, "from_each", from_each)
+    two = SimpleNamespace(num_processes=2)
     if differs is None:
-        processes.check_same(None, identity)
+        processes.check_same(two, identity)
     else:
         with pytest.raises(UserError, match=f"process 1 on b has {differs} "):
-            processes.check_same(None, identity)
+            processes.check_same(two, identity)
     without = {name: value for name, value in identity.items() if name != "content"}
     with pytest.raises(UserError, match=r"process 1 on b has (dataset|lr) "):
-        processes.check_same(None, without)
+        processes.check_same(two, without)
 
 
 def impatient(timeout_s=TIMEOUT_S):
