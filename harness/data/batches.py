@@ -150,7 +150,7 @@ class Views:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is drawn for every image in every epoch. Each field has the name of its flag."""
+    """The flags that say what is drawn for every image in every epoch."""
 
     augment: str
     flip: str
@@ -164,7 +164,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Mixing:
-    """How images of a batch are mixed. Each field has the name of its flag."""
+    """The flags that say how the images of a batch are mixed."""
 
     mixup_alpha: float
     cutmix_alpha: float
@@ -177,7 +177,7 @@ class Mixing:
 
 @dataclass(frozen=True)
 class BatchOptions(Augmentation, Mixing):
-    """How images become a batch with targets and weights. Each field has the name of its flag."""
+    """The flags that say how images become a batch with targets and weights."""
 
     label_smoothing: float
     imbalance: str

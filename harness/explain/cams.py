@@ -55,7 +55,7 @@ OF_SPLITS = (
 
 @dataclass(frozen=True)
 class NetworkOptions(PreprocessingOptions):
-    """Which network is explained: a run's, or that of --model and --weights. Flags' names."""
+    """The flags that say which network is explained: a run's, or --model with --weights."""
 
     run: str | None = None
     model: str | None = None
@@ -65,7 +65,7 @@ class NetworkOptions(PreprocessingOptions):
 
 @dataclass(frozen=True)
 class PictureOptions(SplitOptions):
-    """Which images are explained: files, or of a split of the run's data set. Flags' names."""
+    """The flags that say which images are explained: files, or a split of the run's data set."""
 
     images: list[str] | None = None
     indices: list[int] | None = None
@@ -77,7 +77,7 @@ class PictureOptions(SplitOptions):
 
 @dataclass(frozen=True)
 class MapOptions:
-    """Which maps are made, and how they are checked. Flags' names."""
+    """The flags that say which maps are made, and whether they are checked."""
 
     layer: str | None = None
     target: str = "predicted"

@@ -52,7 +52,7 @@ class Opening(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The network and where its weights come from. Each is a flag's name."""
+    """The flags of the network and of its first weights."""
 
     model: str
     dropout: float

@@ -35,7 +35,7 @@ FEW, GOOD_FOR_FEW = 100, 0.85  # train images, and the skill that is enough with
 
 @dataclass(frozen=True)
 class StageOptions(BatchOptions):
-    """The settings that a stage may have of its own. Each is a flag's name."""
+    """The flags that a stage may set for itself."""
 
     layer_decay: float | None  # None: FULL_DECAY with strategy "full", else 1
     bn_mode: str
@@ -47,7 +47,7 @@ class StageOptions(BatchOptions):
 
 @dataclass(frozen=True)
 class StrategyOptions:
-    """Which stages a fine-tune has. Each is a flag's name, but `given`: see Parser.read."""
+    """The flags that decide the stages of a fine-tune. `given`: see Parser.read."""
 
     strategy: str
     stages: list[dict] | None
