@@ -243,15 +243,15 @@ def train_batches(
 
     The order of an epoch is `row_order` (or, where machines have shares, a permutation of each
     share), and a sample's draws are a function of (seed, step, position in the whole batch). The
-    batch is cut into accumulation × processes micro-batches of one size, and each process draws
-    for its own. So neither order nor draws depend on the number of processes. A micro-batch is made
+    batch is cut into accumulation × processes microbatches of one size, and each process draws
+    for its own. So neither order nor draws depend on the number of processes. A microbatch is made
     when it is asked for; with CUDA two are made in advance, in a thread and on a stream of its own.
     """
     device, rank = accelerator.device, accelerator.process_index
     processes = accelerator.num_processes
     n = batch_size // (accumulation * processes)
     per_epoch = len(split.labels) // batch_size
-    # The positions of this process's samples in the whole batch, one row per micro-batch
+    # The positions of this process's samples in the whole batch, one row per microbatch
     positions = torch.arange(batch_size).view(accumulation, processes, n)[:, rank]
     order = {}  # of the epoch that was last used
     first_flips = None
@@ -292,7 +292,7 @@ def train_batches(
 def _starmap_ahead(function, arguments):
     """As itertools.starmap, two results in advance, of a function that makes CUDA tensors.
 
-    A small network's step is short: while it runs, the host prepares the next micro-batches.
+    A small network's step is short: while it runs, the host prepares the next microbatches.
     """
     stream = torch.cuda.Stream()
 

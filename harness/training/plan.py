@@ -76,8 +76,9 @@ def notes_on_metrics(metrics, data):
         labels = np.unique(split.labels) if split is not None else range(len(data.classes))
         absent_names = [name for k, name in enumerate(data.classes) if k not in set(labels)]
         if absent_names:
+            verb = "leave" if len(class_means) > 1 else "leaves"
             notes.append(
-                f"{' and '.join(sorted(class_means))} leave out {len(absent_names):,} of "
+                f"{' and '.join(sorted(class_means))} {verb} out {len(absent_names):,} of "
                 f"{len(data.classes):,} classes, which have no image in '{split.name}': "
                 f"{few(absent_names)}"
             )
@@ -150,7 +151,6 @@ def describe_run(args, machine, data, model, preprocessing, total, rows):
     }
     notes = [*data.notes, *notes_on_metrics(computed(args.metrics, args.select_by), data)]
     remarks = [("left out", line) for line in data.left_out] + [("note", n) for n in notes]
-    rest = len(data.train) % args.batch_size
     if rest > len(data.train) / 5:
         warning = f"warning: every epoch leaves out {rest:,} of {len(data.train):,} train images"
         reason = f"as --batch_size {args.batch_size} does not divide them"
@@ -258,7 +258,7 @@ def identity(data, preprocessing, splits):
 
 
 def data_identity(data, preprocessing):
-    """Those of them that are known before the images are decoded."""
+    """The facts of `identity` that are known before the images are decoded."""
     labels = hashlib.sha256()
     for split in (data.train, data.val, data.test):
         if split is not None:
