@@ -571,7 +571,13 @@ def ensemble_flags(parser):
         choices=("test", "val"),
         help="scored images; unset: test where there is one, else val",
     )
-    add(g, "max_eval_samples", type=integer(2, MANY), help="scored images; for a quick look")
+    add(
+        g,
+        "max_eval_samples",
+        type=integer(2, MANY),
+        metavar="N",
+        help="scored images; for a quick look",
+    )
     verify_cache(g)
 
 

@@ -29,7 +29,7 @@ DRAWS = "by sample"
 SHARE_POWER = {"balanced": 0.0, "sqrt": 0.5}
 
 
-class MicroBatch(NamedTuple):
+class Microbatch(NamedTuple):
     """The slice of a step's batch for one forward pass of one process, on its device."""
 
     # augmented and normalised (n, 3, H, W), float32; or stored features (n, ...)
@@ -239,7 +239,7 @@ def row_order(labels, seed, epoch, imbalance="none"):
 def train_batches(
     split, views, accelerator, *, batch_size, accumulation, seed, total_steps, imbalance="none"
 ):
-    """A function of the first step. It gives each step's batch, as an iterator of MicroBatches.
+    """A function of the first step. It gives each step's batch, as an iterator of Microbatches.
 
     The order of an epoch is `row_order` (or, where machines have shares, a permutation of each
     share), and a sample's draws are a function of (seed, step, position in the whole batch). The
@@ -259,7 +259,7 @@ def train_batches(
         rng = generator(seed, "flips")
         first_flips = augment.draw_flips(len(split.labels), views.flip_prob, rng)
 
-    def make_micro_batch(step, index):
+    def make_microbatch(step, index):
         epoch, batch = divmod(step, per_epoch)
         if epoch not in order:
             order.clear()
@@ -275,16 +275,16 @@ def train_batches(
         streams = SampleStreams(seed, "views", step, places=positions[index])
         draw = views.draw(n, streams, flips, split.sizes(rows))
         images, labels = split.take(rows, device, draw.get("boxes"))
-        return MicroBatch(views.train(images, draw), labels)
+        return Microbatch(views.train(images, draw), labels)
 
     def from_step(first_step):
         steps = range(first_step, total_steps)
         arguments = ((step, index) for step in steps for index in range(accumulation))
         # On a CPU a thread would take a core; MPS crashes where two threads issue work
         apply = _starmap_ahead if device.type == "cuda" else starmap
-        micro_batches = apply(make_micro_batch, arguments)
+        microbatches = apply(make_microbatch, arguments)
         for _ in steps:
-            yield islice(micro_batches, accumulation)
+            yield islice(microbatches, accumulation)
 
     return from_step
 

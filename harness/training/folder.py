@@ -387,11 +387,11 @@ def _remove(path):
 
 def versions():
     """Versions of the packages that compute the result, as far as they are installed."""
-    versions = {"python": sys.version.split()[0]}
+    numbers = {"python": sys.version.split()[0]}
     for name in ("torch", "torchvision", "accelerate", "datasets", "safetensors"):
         with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
+            numbers[name] = version(name)
+    return numbers
 
 
 def git_commit():

@@ -50,8 +50,11 @@ def unreadable_images(data):
 UNEVEN = 10  # times the smallest class's images in the largest, from which the plan says so
 
 
-def classes_row(data, imbalance):
-    """Which column the labels are in, the classes, and how many train images each has."""
+def classes_row(data, imbalance_kind):
+    """Which column the labels are in, the classes, and how many train images each has.
+
+    imbalance_kind: of --imbalance.
+    """
     counts = np.bincount(data.train.labels, minlength=len(data.classes))
     names = ", ".join(data.classes[:5]) + (", …" if len(data.classes) > 5 else "")
     row = (
@@ -61,7 +64,7 @@ def classes_row(data, imbalance):
     if counts.max() >= UNEVEN * counts.min():
         row += f"; uneven: {data.classes[counts.argmax()]} has {counts.max():,}"
         row += f", {data.classes[counts.argmin()]} {counts.min():,}"
-        if imbalance == "none":
+        if imbalance_kind == "none":
             row += " (--imbalance logit_adjustment makes the rare ones count as much)"
     return row
 
@@ -196,19 +199,19 @@ def _flag_rows(sources, values):
 
 def augmentation(options):
     """What is drawn for every image in every epoch, in words. options: BatchOptions."""
-    facts = [options.augment]
+    texts = [options.augment]
     if options.augment != "none" and options.crop_scale:
-        facts += [f"random resized crop from {options.crop_scale:.0%}"]
+        texts += [f"random resized crop from {options.crop_scale:.0%}"]
     if options.augment != "none" and options.flip == "alternating":
-        facts += ["alternating flips"]
-    facts += [f"erasing {options.random_erasing:g}"] if options.random_erasing else []
+        texts += ["alternating flips"]
+    texts += [f"erasing {options.random_erasing:g}"] if options.random_erasing else []
     alphas = {"mixup": options.mixup_alpha, "CutMix": options.cutmix_alpha}
     if options.mix_prob:
-        facts += [f"{name} α {alpha:g}" for name, alpha in alphas.items() if alpha]
-    facts += [f"smoothing {options.label_smoothing:g}"] if options.label_smoothing else []
+        texts += [f"{name} α {alpha:g}" for name, alpha in alphas.items() if alpha]
+    texts += [f"smoothing {options.label_smoothing:g}"] if options.label_smoothing else []
     if options.imbalance != "none":
-        facts += [imbalance.describe(options.imbalance, options.imbalance_tau)]
-    return ", ".join(facts)
+        texts += [imbalance.describe(options.imbalance, options.imbalance_tau)]
+    return ", ".join(texts)
 
 
 def _ema(decay, steps_per_epoch, total):
