@@ -54,12 +54,12 @@ def main(args):
     if weights and len(weights) != len(members):
         raise UserError(f"--member_weights has {len(weights)} for {len(members)} members")
     sizes = {member.preprocessing.size for member in members}
-    split = flags.pick(SplitOptions, args)
-    folds = from_local_main(accelerator, lambda: find_folds(members, split))
+    split_options = flags.pick(SplitOptions, args)
+    folds = from_local_main(accelerator, lambda: find_folds(members, split_options))
     if folds:
         return score_folds(args, accelerator, machine, folder, folds)
     views = view_sets(args.tta, sizes, args.seed)  # {kind: {size: views}}; the first is combined
-    images = from_local_main(accelerator, lambda: find_images(members, split))
+    images = from_local_main(accelerator, lambda: find_images(members, split_options))
     groups = groups_of(members) if args.soup else []
     accelerator.print(report.plan(members, images, list(views), groups, machine))
     if args.dry_run:
@@ -69,14 +69,9 @@ def main(args):
     splits = {"scored": images.scored} | ({"fitted": images.fitted} if images.fitted else {})
     labels = {role: torch.from_numpy(split.labels) for role, split in splits.items()}
     predictions = Predictions(
-        accelerator,
-        splits,
-        images.image_column,
-        args.seed,
-        machine["device"],
-        accelerator.print,
+        accelerator, splits, images.image_column, args.seed, machine["device"], accelerator.print,
         args.verify_cache,
-    )
+    )  # fmt: skip
     missing = []
     for member in members:
         all_views = [view for kind in views for view in views[kind][member.preprocessing.size]]

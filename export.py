@@ -55,8 +55,8 @@ def main(args):
     if args.to == "onnx":
         graphs.need("onnx", "onnxscript", "onnxruntime")
     trained = read_trained(args.run)
-    options = flags.pick(FolderOptions, args)
-    folder = report_folder(options, f"export-{trained.name}-{args.to}", "export.py")
+    folder_options = flags.pick(FolderOptions, args)
+    folder = report_folder(folder_options, f"export-{trained.name}-{args.to}", "export.py")
     calibration = read_calibration(trained)
     temperature = calibration["temperature"] if calibration else 1.0
     images = check_images(trained, args.dataset, args.seed, args.precision == "int8")
@@ -86,7 +86,7 @@ def main(args):
 
     # the card, and the Hub
     write_card(folder, trained, calibration, args.to, args.license)
-    replace_file(folder / "config.yaml", flags.to_yaml(options.recipe))
+    replace_file(folder / "config.yaml", flags.to_yaml(folder_options.recipe))
     for name in set(WRITTEN["onnx"] + WRITTEN["torch"] + WRITTEN["timm"]) - set(WRITTEN[args.to]):
         (folder / name).unlink(missing_ok=True)  # of an earlier export of another kind
     print(f"exported     {folder}/{', '.join(sorted(p.name for p in folder.glob('[!.]*')))}")

@@ -73,7 +73,8 @@ def main(args):
     batch_settings = args.batch_size, args.gradient_accumulation_steps, accelerator.num_processes
     check_batch(*batch_settings, len(data.train), mixing=False)
     per_epoch = len(data.train) // args.batch_size
-    of_run = flags.pick(staging.StageOptions, args)
+    stage_defaults = flags.pick(staging.StageOptions, args)
+    views = make_views(stage_defaults, preprocessing)
 
     # model: a new head on loaded weights
     init = "own" if args.init == "auto" and pretrained.state else args.init
@@ -81,13 +82,13 @@ def main(args):
 
     # strategy: a list of stages, each a function of the optimizer step
     def fit(all_images):
-        views = make_views(of_run, preprocessing)
         return fit_probe(
             accelerator, model, splits, views, len(data.classes), args.seed, feature_cache,
             all_images,
         )  # fmt: skip
 
-    strategy, reason, splits, feature_cache, probe = args.strategy, "as asked", None, {}, None
+    strategy, reason = args.strategy, "as asked"
+    splits, probe, feature_cache = None, None, {}  # made when they are first needed
     from_probe = args.strategy in ("auto", "feature_extraction") and loaded.head_is_new
     from_probe = from_probe and can_start_from_probe(model, preprocessing.size)
     if strategy == "auto":
@@ -98,13 +99,13 @@ def main(args):
         )
     blocks = build.blocks(model, args.model)
     stages = staging.make_stages(
-        flags.pick(staging.StrategyOptions, args), of_run, strategy, model, blocks, per_epoch,
-        pretrained.state is not None,
+        flags.pick(staging.StrategyOptions, args), stage_defaults, strategy, model, blocks,
+        per_epoch, pretrained.state is not None,
     )  # fmt: skip
     total = stages[-1].end
     for stage in stages:
         microbatch_size = check_batch(*batch_settings, len(data.train), stage.options.mixes())
-    build.check_part(model, microbatch_size, preprocessing.size)
+    build.check_microbatch(model, microbatch_size, preprocessing.size)
     cached_stages = features.cacheable_stages(stages, model, preprocessing.size)
     idle = staging.idle_flags(args.given, strategy)
     reason += f"; {', '.join(idle)} not used" if idle else ""
@@ -162,7 +163,7 @@ def main(args):
             train_stage(args, run, stage, optimizer, splits, preprocessing, data.classes, cache)
 
     def predict(role):
-        return evaluate_result(run, splits[role], make_views(of_run, preprocessing).evaluation)
+        return evaluate_result(run, splits[role], views.evaluation)
 
     facts = {
         "strategy": strategy,
@@ -171,7 +172,7 @@ def main(args):
         **({"probe": {"accuracy": probe.accuracy, "of": probe.source}} if probe else {}),
     }
     report = report_writer(opening, splits, args.slice_by)
-    summary = run.finish(predict, facts, report=report, setup_seconds=opening.seconds)
+    summary = run.finish(predict, facts, report=report, setup_seconds=opening.setup_seconds)
     accelerator.print(plan.closing(summary, opening.folder, run.record.tracking.line))
 
 

@@ -52,7 +52,7 @@ def main(args):
     folder = report_folder(folder_options, f"gradcam-{network.name}", "gradcam.py")
     network.model.to(device)
     pictures = cams.find_pictures(picture_options, network, accelerator)
-    classes_of = cams.targets_of(map_options, network, pictures)
+    choose_targets = cams.targets_of(map_options, network, pictures)
     accelerator.print(report.plan(network, pictures, methods, machine))
     if args.dry_run:
         return
@@ -62,7 +62,7 @@ def main(args):
     with progress(accelerator, len(share)) as bar:
         shares = from_each(
             accelerator,
-            lambda: cams.explain(map_options, network, share, classes_of, methods, device, bar),
+            lambda: cams.explain(map_options, network, share, choose_targets, methods, device, bar),
         )
     explained = cams.merge(shares, len(pictures))
 

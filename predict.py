@@ -45,8 +45,8 @@ def main(args):
     folder_options = flags.pick(FolderOptions, args)
     folder = report_folder(folder_options, name, "predict.py")
     views = view_sets(args.tta, {run.preprocessing.size for run in runs}, args.seed)
-    split = flags.pick(SplitOptions, args)
-    images = from_local_main(accelerator, lambda: find_images(paths, split, runs[0]))
+    split_options = flags.pick(SplitOptions, args)
+    images = from_local_main(accelerator, lambda: find_images(paths, split_options, runs[0]))
     networks = load_networks(runs, next(iter(views.values())), accelerator.device)
 
     def bar(count):

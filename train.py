@@ -75,7 +75,7 @@ def main(args):
     # model
     model, loaded, initialisation = make_network(opening, flags.pick(ModelOptions, args), args.init)
     start_size = build.check_start_size(model, args.model, args.start_size, preprocessing.size)
-    build.check_part(model, microbatch_size, start_size)
+    build.check_microbatch(model, microbatch_size, start_size)
 
     # optimizer and schedule: the learning rate is a function of the step, nothing to save
     optimizer_options = flags.pick(OptimizerOptions, args)
@@ -155,7 +155,7 @@ def main(args):
 
     summary = run.finish(
         predict, tta=tta_views and (lambda role: predict(role, tta_views)[0]),
-        report=report_writer(opening, splits, args.slice_by), setup_seconds=opening.seconds,
+        report=report_writer(opening, splits, args.slice_by), setup_seconds=opening.setup_seconds,
     )  # fmt: skip
     accelerator.print(plan.closing(summary, opening.folder, run.record.tracking.line))
 

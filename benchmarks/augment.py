@@ -125,11 +125,11 @@ def as_tensors(pictures):
 
 
 def main():
-    made = parser(__doc__, rounds=6)
-    data_flag(made)
-    made.add_argument("--batch", type=int, nargs="+", default=[128, 512], help="batch sizes")
-    made.add_argument("--threads", type=int, default=1, help="torch threads")
-    args = read(made)
+    arg_parser = parser(__doc__, rounds=6)
+    data_flag(arg_parser)
+    arg_parser.add_argument("--batch", type=int, nargs="+", default=[128, 512], help="batch sizes")
+    arg_parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    args = read(arg_parser)
     keep_freed_memory()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -46,16 +46,16 @@ FEATURES += ["--max_train_samples=600", "--max_eval_samples=100"]
 
 
 def main():
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    made.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
+    arg_parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arg_parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
                       help=f"some of: {', '.join(PARTS)}")  # fmt: skip
-    made.add_argument("--data", default="", help="folder of images; unset: smooth noise")
-    made.add_argument("--quick", action="store_true", help="does everything run?")
-    made.add_argument("--json", nargs="?", const=str(results.FOLDER), metavar="FOLDER",
+    arg_parser.add_argument("--data", default="", help="folder of images; unset: smooth noise")
+    arg_parser.add_argument("--quick", action="store_true", help="does everything run?")
+    arg_parser.add_argument("--json", nargs="?", const=str(results.FOLDER), metavar="FOLDER",
                       help="of the results files; without FOLDER benchmarks/results")  # fmt: skip
-    args = made.parse_args()
+    args = arg_parser.parse_args()
     if args.json and args.quick and Path(args.json).resolve() == results.FOLDER:
-        made.error("--quick --json wants another FOLDER: its figures mean nothing")
+        arg_parser.error("--quick --json wants another FOLDER: its figures mean nothing")
     rows, failed = [], []
     with tempfile.TemporaryDirectory() as temporary:
         cache = os.environ.get("HF_DATASETS_CACHE", f"{temporary}/cache")

@@ -19,8 +19,8 @@ EPOCHS = 10
 
 
 def main():
-    made = parser(__doc__, rounds=15)
-    args = read(made)
+    arg_parser = parser(__doc__, rounds=15)
+    args = read(arg_parser)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = resnet50(weights=None).to(device, memory_format=torch.channels_last)
     freeze_except(model, ["fc"])

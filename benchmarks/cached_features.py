@@ -19,9 +19,9 @@ SIDES = {"kept": [], "plain": ["--views=0"]}
 
 
 def parse_args():
-    made = parser(__doc__, rounds=5)
-    made.add_argument("--epochs", type=int, default=10)
-    args, passed_on = made.parse_known_args()
+    arg_parser = parser(__doc__, rounds=5)
+    arg_parser.add_argument("--epochs", type=int, default=10)
+    args, passed_on = arg_parser.parse_known_args()
     if args.quick:
         args.rounds, args.epochs = 1, 2
     return args, passed_on

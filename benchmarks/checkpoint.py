@@ -113,10 +113,10 @@ def stalls(folder, saves, every, batch):
 
 
 def main():
-    made = parser(__doc__, rounds=9)
-    made.add_argument("--every", type=int, default=30, help="steps between checkpoints")
-    made.add_argument("--batch", type=int, default=16, help="images a step")
-    args = read(made)
+    arg_parser = parser(__doc__, rounds=9)
+    arg_parser.add_argument("--every", type=int, default=30, help="steps between checkpoints")
+    arg_parser.add_argument("--batch", type=int, default=16, help="images a step")
+    args = read(arg_parser)
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["HF_DATASETS_CACHE"] = f"{temporary}/cache"
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"

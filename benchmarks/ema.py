@@ -27,9 +27,9 @@ def loop(average, model):
 
 
 def main():
-    made = parser(__doc__, rounds=15)
-    made.add_argument("--updates", type=int, default=10, help="a side and round")
-    args = read(made)
+    arg_parser = parser(__doc__, rounds=15)
+    arg_parser.add_argument("--updates", type=int, default=10, help="a side and round")
+    args = read(arg_parser)
     updates = 1 if args.quick else args.updates
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = resnet50(weights=None).to(device, memory_format=torch.channels_last)

@@ -142,13 +142,13 @@ def make_runs(models, data, temporary):
 
 
 def read_args():
-    made = parser(__doc__, rounds=5)
-    data_flag(made)
-    made.add_argument("--runs", nargs="+", help="folders of trained runs; unset: --models")
-    made.add_argument("--models", nargs="+", default=["resnet18", "resnet18", "resnet18"])
-    made.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
-    made.add_argument("--max_eval_samples", type=int, help="a quicker look")
-    args = read(made)
+    arg_parser = parser(__doc__, rounds=5)
+    data_flag(arg_parser)
+    arg_parser.add_argument("--runs", nargs="+", help="folders of trained runs; unset: --models")
+    arg_parser.add_argument("--models", nargs="+", default=["resnet18", "resnet18", "resnet18"])
+    arg_parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    arg_parser.add_argument("--max_eval_samples", type=int, help="a quicker look")
+    args = read(arg_parser)
     if args.quick:
         args.max_eval_samples, args.models = 64, ["shufflenet_v2_x0_5"] * 2
     return args

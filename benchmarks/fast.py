@@ -138,20 +138,20 @@ def ours(args: argparse.Namespace, data: str, cache: str) -> dict:
 
 
 def main() -> None:
-    made = parser(__doc__, rounds=3)
-    data_flag(made)
-    made.add_argument("--airbench", required=True, help="airbench94_muon.py of a clone")
-    made.add_argument("--steps", type=int, default=200 if ON_GPU else 12, help="of ours")
-    made.add_argument(
+    arg_parser = parser(__doc__, rounds=3)
+    data_flag(arg_parser)
+    arg_parser.add_argument("--airbench", required=True, help="airbench94_muon.py of a clone")
+    arg_parser.add_argument("--steps", type=int, default=200 if ON_GPU else 12, help="of ours")
+    arg_parser.add_argument(
         "--full", action="store_true", help="train to the end, and compare accuracies"
     )
-    made.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
-    args = read(made)
+    arg_parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
+    args = read(arg_parser)
     if args.peer:
         print(json.dumps(run_airbench(args.airbench, None if args.full else args.steps)))
         return
     if not args.data:
-        made.error("--data is needed: noise teaches nothing")
+        arg_parser.error("--data is needed: noise teaches nothing")
     args.airbench, data = str(Path(args.airbench).resolve()), str(Path(args.data).resolve())
     args.steps = 5 if args.quick else args.steps
     results = {"ours": [], "airbench94": []}

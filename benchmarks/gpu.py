@@ -377,19 +377,19 @@ def noise(file):
 
 
 def read_args():
-    made = parser(__doc__, rounds=1)
-    made.add_argument("--images", help="a file that one_file.py wrote; --quick makes its own")
-    made.add_argument("--out", default=".", help="folder of gpu.json and gpu.md")
-    made.add_argument("--airbench", help="airbench94_muon.py of a clone, to run beside ours")
-    made.add_argument("--seconds", type=float, default=560, help="to stop after")
-    made.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
+    arg_parser = parser(__doc__, rounds=1)
+    arg_parser.add_argument("--images", help="a file that one_file.py wrote; --quick makes its own")
+    arg_parser.add_argument("--out", default=".", help="folder of gpu.json and gpu.md")
+    arg_parser.add_argument("--airbench", help="airbench94_muon.py of a clone, to run beside ours")
+    arg_parser.add_argument("--seconds", type=float, default=560, help="to stop after")
+    arg_parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
                       help=f"some of: {', '.join(PARTS)}")  # fmt: skip
-    made.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
-    return made, read(made)
+    arg_parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    return arg_parser, read(arg_parser)
 
 
 def main():
-    made, args = read_args()
+    arg_parser, args = read_args()
     if args.part:
         try:
             with contextlib.redirect_stdout(sys.stderr):
@@ -399,7 +399,7 @@ def main():
         print(json.dumps(found))
         return 0
     if not args.images and not args.quick:
-        made.error("--images is needed: make it with one_file.py, or see --quick")
+        arg_parser.error("--images is needed: make it with one_file.py, or see --quick")
     began, results, not_run = time.time(), {}, {}
     with tempfile.TemporaryDirectory() as temporary:
         if not args.images:

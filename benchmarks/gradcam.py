@@ -49,10 +49,10 @@ def speeds_of(model, images, rounds):
 
 
 def main():
-    made = parser(__doc__, rounds=7)
-    made.add_argument("--models", nargs="+", default=["resnet18", "resnet50"])
-    made.add_argument("--size", type=int, default=224, help="px")
-    args = read(made)
+    arg_parser = parser(__doc__, rounds=7)
+    arg_parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50"])
+    arg_parser.add_argument("--size", type=int, default=224, help="px")
+    args = read(arg_parser)
     size = 64 if args.quick else args.size
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []

@@ -289,13 +289,15 @@ def draw_curves(found, file):
 
 def main():
     kinds = [*LABELS, "parts"]
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    made.add_argument("--only", nargs="*", choices=kinds, default=kinds, help="some of the curves")
-    made.add_argument("--keep", action="store_true", help="the rest as OUT.json has it")
-    made.add_argument("--out", type=Path, default=Path(__file__).with_name("GROWTH"),
+    arg_parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arg_parser.add_argument(
+        "--only", nargs="*", choices=kinds, default=kinds, help="some of the curves"
+    )
+    arg_parser.add_argument("--keep", action="store_true", help="the rest as OUT.json has it")
+    arg_parser.add_argument("--out", type=Path, default=Path(__file__).with_name("GROWTH"),
                       help="writes OUT.md, OUT.png and OUT.json")  # fmt: skip
-    made.add_argument("--quick", action="store_true", help="does it run?")
-    args = made.parse_args()
+    arg_parser.add_argument("--quick", action="store_true", help="does it run?")
+    args = arg_parser.parse_args()
     kept = args.out.with_suffix(".json")
     found = json.loads(kept.read_text()) if args.keep else {"curves": {}}
     found.setdefault("machine", machine())

@@ -30,10 +30,10 @@ BATCHES = 128, 512
 
 
 def main():
-    made = parser(__doc__, rounds=4)
-    data_flag(made)
-    made.add_argument("--max_images", type=int, default=20_000, help="of the train split")
-    args = read(made)
+    arg_parser = parser(__doc__, rounds=4)
+    data_flag(arg_parser)
+    arg_parser.add_argument("--max_images", type=int, default=20_000, help="of the train split")
+    args = read(arg_parser)
     keep_freed_memory()
     if args.quick:
         args.max_images = 640

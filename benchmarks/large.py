@@ -41,9 +41,9 @@ LOOK = LOOK._replace(packed_side=packed_side(SIZE, LOOK.stored_size, 0.08))
 
 
 def main():
-    made = parser(__doc__, rounds=5)
-    made.add_argument("--images", type=int, default=1_300_000)
-    args = read(made)
+    arg_parser = parser(__doc__, rounds=5)
+    arg_parser.add_argument("--images", type=int, default=1_300_000)
+    args = read(arg_parser)
     number = 20_000 if args.quick else args.images
     files = photographs("", 100 if args.quick else 500)
     with tempfile.TemporaryDirectory(dir=".") as folder:  # on the disk, and not in memory

@@ -56,9 +56,9 @@ def start(code, folder):
 
 
 def main():
-    made = parser(__doc__, rounds=5)
-    made.add_argument("--files", type=int, default=21_000, help="--quick: 1,000")
-    args = read(made)
+    arg_parser = parser(__doc__, rounds=5)
+    arg_parser.add_argument("--files", type=int, default=21_000, help="--quick: 1,000")
+    args = read(arg_parser)
     files = 1_000 if args.quick else args.files
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "images"

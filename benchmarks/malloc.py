@@ -40,10 +40,12 @@ def measure(precision, keep):
 
 
 def main():
-    made = parser(__doc__, rounds=4)
-    made.add_argument("--precision", choices=("no", "bf16"), default="bf16")
-    made.add_argument("--side", choices=("as it is", "kept"), help="one side, as a round runs it")
-    args = read(made)
+    arg_parser = parser(__doc__, rounds=4)
+    arg_parser.add_argument("--precision", choices=("no", "bf16"), default="bf16")
+    arg_parser.add_argument(
+        "--side", choices=("as it is", "kept"), help="one side, as a round runs it"
+    )
+    args = read(arg_parser)
     if args.side:
         print(json.dumps(measure(args.precision, args.side == "kept")))
         return

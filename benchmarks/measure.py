@@ -47,7 +47,7 @@ class Row(NamedTuple):
         return results.met(self.summary())
 
 
-# Whose versions are written down: of peers where they were imported
+# Packages whose versions a results file names, where they were imported
 PACKAGES = {
     "torch": "torch", "torchvision": "torchvision", "accelerate": "accelerate", "timm": "timm",
     "kornia": "kornia", "grad-cam": "pytorch_grad_cam", "torchmetrics": "torchmetrics",
@@ -57,30 +57,32 @@ PACKAGES = {
 
 def parser(doc: str, rounds: int) -> argparse.ArgumentParser:
     """The flags of every benchmark; add its own, then call `read`."""
-    made = argparse.ArgumentParser(description=doc.splitlines()[0])
-    made.add_argument("--rounds", type=int, default=rounds, help="times that each side is timed")
-    made.add_argument("--quick", action="store_true", help="one small round: does it run?")
-    json_flags(made)
-    return made
+    arg_parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    arg_parser.add_argument(
+        "--rounds", type=int, default=rounds, help="times that each side is timed"
+    )
+    arg_parser.add_argument("--quick", action="store_true", help="one small round: does it run?")
+    json_flags(arg_parser)
+    return arg_parser
 
 
-def json_flags(made: argparse.ArgumentParser) -> None:
-    made.add_argument(
+def json_flags(arg_parser: argparse.ArgumentParser) -> None:
+    arg_parser.add_argument(
         "--json", nargs="?", const=str(results.FOLDER), metavar="FILE",
         help="write the measurement there, too; a folder, or without FILE benchmarks/results: "
         "with a name that says benchmark, date and machine",
     )  # fmt: skip
-    made.add_argument(
+    arg_parser.add_argument(
         "--note", action="append", default=[], help="for the measurement: what shared the machine …"
     )
 
 
-def data_flag(made: argparse.ArgumentParser) -> None:
-    made.add_argument("--data", default="", help="folder of images; unset: smooth noise")
+def data_flag(arg_parser: argparse.ArgumentParser) -> None:
+    arg_parser.add_argument("--data", default="", help="folder of images; unset: smooth noise")
 
 
-def read(made: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
-    args = made.parse_args(argv)
+def read(arg_parser: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
+    args = arg_parser.parse_args(argv)
     if args.quick:
         args.rounds = 1
     return args
@@ -96,19 +98,19 @@ def seconds_in_turns(
 ) -> dict[str, list[float]]:
     """Seconds of each side in each round. Sides take turns, every other round backwards.
 
-    A round before the first warms up and is not counted. after: done after each, untimed.
+    A round before the first warms up and is not counted. after: called after each side, untimed.
     """
-    taken = {name: [] for name in sides}
-    for done in range(rounds + 1):
-        for name in list(sides) if done % 2 else reversed(sides):
+    seconds = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name in list(sides) if number % 2 else reversed(sides):
             synchronize()
             start = time.perf_counter()
             sides[name]()
             synchronize()
-            if done:
-                taken[name].append(time.perf_counter() - start)
+            if number:
+                seconds[name].append(time.perf_counter() - start)
             after()
-    return taken
+    return seconds
 
 
 def over(above: list[float], below: list[float]) -> list[float]:
@@ -127,20 +129,20 @@ def report(args: argparse.Namespace, rows: list[Row], setting: str) -> None:
 
 
 def write_measurement(args: argparse.Namespace, rows: list[Row], setting: str) -> None:
-    """Where --json asks for it."""
+    """Write the measurement where --json asks for it."""
     if args.json:
-        made = measurement(rows, setting, args.note)
+        record = measurement(rows, setting, args.note)
         file = Path(args.json)
         if file.is_dir():
             if file.resolve() == results.FOLDER and getattr(args, "quick", False):
                 sys.exit("--quick --json wants a FILE: its figures mean nothing")
-            file = file / file_name(made, file)
-        results.write(file, made)
+            file = file / file_name(record, file)
+        results.write(file, record)
         print(f"written to {file}", file=sys.stderr)
 
 
 def measurement(rows: list[Row], setting: str, notes: list[str] = ()) -> dict:
-    """What a results file holds, of the script that runs."""
+    """The content of a results file, for the script that is running."""
     from harness.training.folder import git_commit
 
     return {
@@ -153,10 +155,10 @@ def measurement(rows: list[Row], setting: str, notes: list[str] = ()) -> dict:
 
 def command(argv: list[str]) -> str:
     """`python benchmarks/NAME.py …` without --json, --note and the folders of this machine."""
-    left = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    json_flags(left)
+    omitted = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    json_flags(omitted)
     words = [f"benchmarks/{Path(argv[0]).name}"]
-    for word in left.parse_known_args(argv[1:])[1]:
+    for word in omitted.parse_known_args(argv[1:])[1]:
         flag, equals, value = word.rpartition("=")
         words.append(f"{flag}{equals}{without_folders(value)}")
     return f"python {shlex.join(words)}"
@@ -168,21 +170,21 @@ def shown(words: list[str]) -> str:
 
 
 def without_folders(word: str) -> str:
-    """Of a path on this machine its last name; of one in the repository the path from there."""
+    """The last name of a path on this machine; a path in the repository from its root."""
     path = Path(word).resolve()
     if not path.exists():
         return word
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name or word
 
 
-def file_name(made: dict, folder: Path) -> str:
-    """benchmark-date-machine.json, with a number where there is such a file."""
-    facts = made["machine"]
+def file_name(record: dict, folder: Path) -> str:
+    """benchmark-date-machine.json, with a number where that file exists. record: a measurement."""
+    facts = record["machine"]
     maker = r"\(\w+\)|@.*|\b(amd|intel|nvidia|processor|cpu|core|\d+-core)\b"
     words = re.sub(maker, " ", (facts["gpu"] or facts["processor"]).lower())
-    stem = "-".join([made["benchmark"], made["date"], *re.findall(r"[\w.]+", words)])
-    numbered = [f"{stem}.json", *(f"{stem}-{k}.json" for k in range(2, 100))]
-    return next(name for name in numbered if not (folder / name).exists())
+    stem = "-".join([record["benchmark"], record["date"], *re.findall(r"[\w.]+", words)])
+    names = [f"{stem}.json", *(f"{stem}-{k}.json" for k in range(2, 100))]
+    return next(name for name in names if not (folder / name).exists())
 
 
 def processor() -> dict:
@@ -190,18 +192,18 @@ def processor() -> dict:
     from harness.launch import computes_bf16
 
     cpuinfo = Path("/proc/cpuinfo")
-    named = cpuinfo.exists() and re.search(r"model name\s*: (.+)", cpuinfo.read_text())
+    model = cpuinfo.exists() and re.search(r"model name\s*: (.+)", cpuinfo.read_text())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "processor": named[1] if named else platform.processor(), "cores": cores,
+        "processor": model[1] if model else platform.processor(), "cores": cores,
         "bf16": computes_bf16(not torch.cuda.is_available()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }  # fmt: skip
 
 
 def versions() -> dict:
-    there = {name: version(name) for name, module in PACKAGES.items() if module in sys.modules}
-    return {"Python": platform.python_version(), **there}
+    packages = {name: version(name) for name, module in PACKAGES.items() if module in sys.modules}
+    return {"Python": platform.python_version(), **packages}
 
 
 def machine() -> str:

@@ -23,10 +23,10 @@ CLASSES, PIXELS, ALPHA = 10, 32, 1.0
 
 
 def main():
-    made = parser(__doc__, rounds=15)
-    made.add_argument("--batch", type=int, default=128)
-    made.add_argument("--steps", type=int, default=20, help="a side and round")
-    args = read(made)
+    arg_parser = parser(__doc__, rounds=15)
+    arg_parser.add_argument("--batch", type=int, default=128)
+    arg_parser.add_argument("--steps", type=int, default=20, help="a side and round")
+    args = read(arg_parser)
     keep_freed_memory()
     steps = 2 if args.quick else args.steps
     rng = torch.Generator().manual_seed(0)

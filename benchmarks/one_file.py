@@ -112,10 +112,7 @@ def train_on_packed():
     from harness.training import opening
 
     harness.training.plan.load_data = load_packed
-    harness.training.plan.choose_store = lambda args, data, preprocessing: (
-        preprocessing,
-        "decoded in memory",
-    )
+    opening.choose_store = lambda options, data, preprocessing: (preprocessing, "decoded in memory")
     opening.decode_splits = decode_packed
     opening.identical_images = lambda *args: []
     train.report_writer = lambda *args: None

@@ -51,11 +51,13 @@ LOOK = Preprocessing(SIZE, 0.875, "bilinear", MEAN, STD)
 
 
 def main():
-    made = parser(__doc__, rounds=7)
-    made.add_argument("--images", default="", help="a folder of JPEGs; unset: 500×375 px ones")
-    made.add_argument("--number", type=int, default=256, help="images of a round")
-    made.add_argument("--half", type=int, help=argument_of_a_process())
-    args = read(made)
+    arg_parser = parser(__doc__, rounds=7)
+    arg_parser.add_argument(
+        "--images", default="", help="a folder of JPEGs; unset: 500×375 px ones"
+    )
+    arg_parser.add_argument("--number", type=int, default=256, help="images of a round")
+    arg_parser.add_argument("--half", type=int, help=argument_of_a_process())
+    args = read(arg_parser)
     keep_freed_memory()
     torch.set_num_threads(1)
     files = photographs(args.images, args.number if not args.quick else 16)

@@ -43,13 +43,15 @@ def random_run(folder, name, size):
 
 
 def main():
-    made = parser(__doc__, rounds=5)
-    made.add_argument("--images", required=True, help="a folder of image files")
-    made.add_argument("--run", help="folder of a trained run; unset: --model with random weights")
-    made.add_argument("--model", default="resnet18")
-    made.add_argument("--size", type=int, default=224)
-    made.add_argument("--most", type=int, default=2000, help="files")
-    args = read(made)
+    arg_parser = parser(__doc__, rounds=5)
+    arg_parser.add_argument("--images", required=True, help="a folder of image files")
+    arg_parser.add_argument(
+        "--run", help="folder of a trained run; unset: --model with random weights"
+    )
+    arg_parser.add_argument("--model", default="resnet18")
+    arg_parser.add_argument("--size", type=int, default=224)
+    arg_parser.add_argument("--most", type=int, default=2000, help="files")
+    args = read(arg_parser)
     files = find_files([args.images])[: 100 if args.quick else args.most]
     images = Images([str(file) for file in files], files.__getitem__, None, "")
     accelerator, machine = make_accelerator("auto", 1, None, 0)

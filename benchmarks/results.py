@@ -47,8 +47,8 @@ members in [GROWTH.md](../benchmarks/GROWTH.md).
 def read(folder: Path = FOLDER) -> list[dict]:
     """The measurements of a folder, newest first, each with the name of its file."""
     files = sorted(folder.glob("*.json"))
-    found = [{"name": file.stem, **json.loads(file.read_text("utf-8"))} for file in files]
-    return sorted(found, key=lambda one: (one["date"], one["name"]), reverse=True)
+    measurements = [{"name": file.stem, **json.loads(file.read_text("utf-8"))} for file in files]
+    return sorted(measurements, key=lambda m: (m["date"], m["name"]), reverse=True)
 
 
 def write(file: Path, measurement: dict) -> None:
@@ -79,7 +79,7 @@ def wanted(row: dict) -> str:
 
 
 def spread(row: dict) -> str:
-    """`median (min–max)`, with `mean` before it where it is one; of one value that value."""
+    """`median (min–max)`, or `mean … (min–max)`; a single value stands alone."""
     size, digits = abs(middle(row)), row.get("digits")
     if digits is None:
         whole = size >= 100 or (row.get("min") == row.get("max") == 0)
@@ -106,8 +106,8 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         line = f"| {row['figure']} | {spread(row)} | {row['n']} |"
         if goals:
-            reached = "" if "wanted" not in row else "yes" if met(row) else "**no**"
-            line += f" {wanted(row)} | {reached} |"
+            answer = "" if "wanted" not in row else "yes" if met(row) else "**no**"
+            line += f" {wanted(row)} | {answer} |"
         lines.append(line)
     return "\n".join(lines)
 
@@ -123,23 +123,23 @@ def machine_words(machine: dict) -> str:
 
 
 def newest(measurements: list[dict]) -> list[dict]:
-    """Without the rows of which there are newer ones, and without measurements left empty."""
-    there, kept = set(), []
-    for found in measurements:
-        place = (machine_words(found["machine"]), found["benchmark"])
-        rows = [row for row in found["rows"] if (*place, row["figure"]) not in there]
-        there |= {(*place, row["figure"]) for row in rows}
-        kept += [{**found, "rows": rows}] if rows else []
-    return kept
+    """The measurements without rows that a newer one has, and without those left empty by that."""
+    figures, current = set(), []
+    for measurement in measurements:
+        place = (machine_words(measurement["machine"]), measurement["benchmark"])
+        rows = [row for row in measurement["rows"] if (*place, row["figure"]) not in figures]
+        figures |= {(*place, row["figure"]) for row in rows}
+        current += [{**measurement, "rows": rows}] if rows else []
+    return current
 
 
 def missed_table(measurements: list[dict]) -> str:
     lines = ["| figure | measured | wanted | machine |", "|---|---|---|---|"]
-    for found in measurements:
-        for row in found["rows"]:
+    for measurement in measurements:
+        for row in measurement["rows"]:
             if "wanted" in row and not met(row):
-                figure = f"[{found['benchmark']}](#{found['name']}): {row['figure']}"
-                cells = [figure, spread(row), wanted(row), machine_words(found["machine"])]
+                figure = f"[{measurement['benchmark']}](#{measurement['name']}): {row['figure']}"
+                cells = [figure, spread(row), wanted(row), machine_words(measurement["machine"])]
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -150,32 +150,33 @@ def purpose(benchmark: str) -> str:
     return (ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "").partition("\n")[0]
 
 
-def part(found: dict) -> str:
-    """A measurement: its command, what it was made with, its table, its notes."""
-    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+def section(measurement: dict) -> str:
+    """The part of the page on one measurement: command, versions, table, notes."""
+    versions = ", ".join(f"{name} {number}" for name, number in measurement["versions"].items())
     versions = versions or "versions not written down"
-    commit = f"; commit {found['commit']}" if found["commit"] else ""
+    commit = f"; commit {measurement['commit']}" if measurement["commit"] else ""
     lines = [
-        f'<a id="{found["name"]}"></a>{found["date"]}; {versions}{commit}', "",
-        f"```\n{found['command']}\n```", "", found["setting"], "", table(found["rows"]),
+        f'<a id="{measurement["name"]}"></a>{measurement["date"]}; {versions}{commit}', "",
+        f"```\n{measurement['command']}\n```", "", measurement["setting"], "",
+        table(measurement["rows"]),
     ]  # fmt: skip
-    notes = "\n".join(f"- {note}" for note in found["notes"])
+    notes = "\n".join(f"- {note}" for note in measurement["notes"])
     return "\n".join([*lines, "", notes, ""] if notes else [*lines, ""])
 
 
 def page(measurements: list[dict]) -> str:
     current = newest(measurements)
-    machines = dict.fromkeys(machine_words(found["machine"]) for found in current)
-    counted = [row for found in current for row in found["rows"] if "wanted" in row]
-    failed = sum(not met(row) for row in counted)
-    lines = [HEAD, "## Wanted and missed", "", f"{failed} of {len(counted)}:", ""]
+    machines = dict.fromkeys(machine_words(measurement["machine"]) for measurement in current)
+    goals = [row for measurement in current for row in measurement["rows"] if "wanted" in row]
+    failed = sum(not met(row) for row in goals)
+    lines = [HEAD, "## Wanted and missed", "", f"{failed} of {len(goals)}:", ""]
     lines += [missed_table(current), ""]
     for machine in machines:
         lines += [f"## {machine[0].upper()}{machine[1:]}", ""]
-        here = [found for found in current if machine_words(found["machine"]) == machine]
-        for benchmark in dict.fromkeys(found["benchmark"] for found in here):
+        of_machine = [m for m in current if machine_words(m["machine"]) == machine]
+        for benchmark in dict.fromkeys(m["benchmark"] for m in of_machine):
             lines += [f"### {benchmark}", "", purpose(benchmark), ""]
-            lines += [part(found) for found in here if found["benchmark"] == benchmark]
+            lines += [section(m) for m in of_machine if m["benchmark"] == benchmark]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -79,10 +79,10 @@ def loaders(data, accelerator):
 
 
 def main():
-    made = parser(__doc__, rounds=5)
-    data_flag(made)
-    made.add_argument("--max_images", type=int, default=10_000, help="of the train split")
-    args = read(made)
+    arg_parser = parser(__doc__, rounds=5)
+    data_flag(arg_parser)
+    arg_parser.add_argument("--max_images", type=int, default=10_000, help="of the train split")
+    args = read(arg_parser)
     if args.quick:
         args.max_images = 1280
     with tempfile.TemporaryDirectory() as temporary:

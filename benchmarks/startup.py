@@ -53,11 +53,11 @@ print("step", flush=True)
 
 
 def parse_args() -> argparse.Namespace:
-    made = parser(__doc__, rounds=3)
-    data_flag(made)
-    made.add_argument("--decodes", type=int, default=2, help="times that all is decoded")
-    made.add_argument("--decode", metavar="FOLDER", help="that alone, as a round runs it")
-    args = read(made)
+    arg_parser = parser(__doc__, rounds=3)
+    data_flag(arg_parser)
+    arg_parser.add_argument("--decodes", type=int, default=2, help="times that all is decoded")
+    arg_parser.add_argument("--decode", metavar="FOLDER", help="that alone, as a round runs it")
+    args = read(arg_parser)
     if args.quick:
         args.decodes = 1
     return args

@@ -53,18 +53,24 @@ PEERS = {  # what is wanted of ours / theirs
 
 def parse_args():
     on_gpu = torch.accelerator.is_available()
-    made = parser(__doc__, rounds=3)
-    data_flag(made)
-    made.add_argument("--steps", type=int, default=500 if on_gpu else 16, help="timed, of each")
-    made.add_argument("--warmup", type=int, default=50 if on_gpu else 3, help="steps before them")
-    made.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
-    made.add_argument("--memory_rounds", type=int, default=2, help="0: not weighed")
-    made.add_argument("--workers", type=int, default=8 if on_gpu else 2, help="of timm's best")
-    inside = made.add_argument_group("the bare loop alone, as a round runs it")
+    arg_parser = parser(__doc__, rounds=3)
+    data_flag(arg_parser)
+    arg_parser.add_argument(
+        "--steps", type=int, default=500 if on_gpu else 16, help="timed, of each"
+    )
+    arg_parser.add_argument(
+        "--warmup", type=int, default=50 if on_gpu else 3, help="steps before them"
+    )
+    arg_parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    arg_parser.add_argument("--memory_rounds", type=int, default=2, help="0: not weighed")
+    arg_parser.add_argument(
+        "--workers", type=int, default=8 if on_gpu else 2, help="of timm's best"
+    )
+    inside = arg_parser.add_argument_group("the bare loop alone, as a round runs it")
     inside.add_argument("--bare", action="store_true", help="print its images/s as JSON")
     inside.add_argument("--precision", choices=("no", "bf16"), default="no")
     inside.add_argument("--threads", type=int, help="unset: torch's own choice")
-    args = read(made)
+    args = read(arg_parser)
     if args.quick:
         args.steps, args.warmup, args.memory_rounds = 2, 1, min(args.memory_rounds, 1)
     return args

@@ -189,12 +189,12 @@ def operators():
 
 
 def main():
-    made = parser(__doc__, rounds=1)
-    data_flag(made)
-    made.add_argument("--phases", action="store_true", help="the phases only")
-    made.add_argument("--batch", type=int, default=BATCH)
-    made.add_argument("--steps", type=int, help="of train.py; unset: 15, with a GPU 100")
-    args = read(made)
+    arg_parser = parser(__doc__, rounds=1)
+    data_flag(arg_parser)
+    arg_parser.add_argument("--phases", action="store_true", help="the phases only")
+    arg_parser.add_argument("--batch", type=int, default=BATCH)
+    arg_parser.add_argument("--steps", type=int, help="of train.py; unset: 15, with a GPU 100")
+    args = read(arg_parser)
     on_gpu = torch.cuda.is_available()
     steps = 4 if args.quick else args.steps or (100 if on_gpu else 15)
     batch = 16 if args.quick else args.batch

@@ -38,7 +38,9 @@ def on_main(accelerator, action, failure=None):
 
     failure: a text; an OSError then becomes a RunStopped on all, "failure: error".
     """
-    return _do(accelerator, accelerator.is_main_process, action, failure)
+    result, error = _attempt(action, failure) if accelerator.is_main_process else (None, None)
+    _raise_on_all(accelerator, error)
+    return result
 
 
 def from_main(accelerator, action, patient=False):
@@ -150,12 +152,6 @@ def _store(result):
 def _load(path):
     with open(path, "rb") as file:
         return pickle.load(file)
-
-
-def _do(accelerator, is_worker, action, failure=None):
-    result, error = _attempt(action, failure) if is_worker else (None, None)
-    _raise_on_all(accelerator, error)
-    return result
 
 
 def _attempt(action, failure=None):

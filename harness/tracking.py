@@ -67,12 +67,12 @@ def flatten(config: dict, prefix: str = "") -> dict[str, int | float | str | boo
 
 @dataclass(frozen=True)
 class TrackingOptions:
-    """Where a run is tracked, and as what. Each is a flag's name but `recipe`, all flags."""
+    """The flags that say where a run is tracked."""
 
     report_to: str
     project: str
     group: str | None
-    recipe: dict
+    recipe: dict  # all flags: see flags.to_recipe
 
 
 class Tracking:

@@ -59,7 +59,7 @@ def number(low=None, high=math.inf, above=None, zero=False, hint=""):
 
 
 def integer_or(*choices, low=1, high):
-    """An argparse type: one of `words`, or an integer in [low, high]."""
+    """An argparse type: one of `choices`, or an integer in [low, high]."""
 
     def convert(text):
         return text if text in choices else integer(low, high)(text)

@@ -77,8 +77,8 @@ def to_yaml(recipe) -> bytes:
 def pick(kind, args):
     """The flags of one concern: what a function below the scripts takes instead of all of them.
 
-    kind: a frozen dataclass whose fields are names of flags; "given" and "recipe" are what
-    Parser.read and `to_recipe` give. A flag that the script has not keeps the field's default.
+    kind: a frozen dataclass with a field for each flag, of the same name; `given` and `recipe` are
+    what Parser.read and `to_recipe` return. A flag that the script lacks has the field's default.
     """
     values = {**vars(args), "recipe": to_recipe(args)}
     return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
@@ -571,7 +571,13 @@ def ensemble_flags(parser):
         choices=("test", "val"),
         help="scored images; unset: test where there is one, else val",
     )
-    add(g, "max_eval_samples", type=integer(2, MANY), help="scored images; for a quick look")
+    add(
+        g,
+        "max_eval_samples",
+        type=integer(2, MANY),
+        metavar="N",
+        help="scored images; for a quick look",
+    )
     verify_cache(g)
 
 

@@ -230,7 +230,7 @@ class Parser(argparse.ArgumentParser):
     def _argv(self, flags):
         """{"lr": 0.1} as command-line words; unknown names are refused."""
         actions = {a.dest: a for a in self._actions}
-        argv, names = [], set()
+        positional, argv, names = [], [], set()
         for key, value in flags.items():
             action = actions.get(str(key).replace("-", "_"))
             if key in NOT_IN_RECIPES:
@@ -240,28 +240,33 @@ class Parser(argparse.ArgumentParser):
             if action.dest in names:
                 self.error(f'{key}: this flag is there twice, also as "{action.dest}"')
             names.add(action.dest)
-            if isinstance(action, Switch):
-                if not isinstance(value, bool):
-                    self.error(f'{key}: "{value}" is not true or false')
-                argv.append(f"--{'' if value else 'no_'}{action.dest}")
-            elif value is False and "no" in (action.choices or ()):
-                argv.append(f"--{action.dest}=no")  # an unquoted no is false in YAML
-            elif not action.option_strings and value is not None:  # before flags of several values
-                argv = [*map(str, value if isinstance(value, list) else [value]), *argv]
-            elif isinstance(value, list) and "commas" in _purposes(action):
-                argv.append(f"--{action.dest}={','.join(map(str, value))}")
-            elif isinstance(value, list) and action.nargs == "+":
-                argv += [f"--{action.dest}", *map(str, value)]
-            elif isinstance(value, list) and action.type == self.stages:
-                argv.append(f"--{action.dest}={json.dumps(value)}")
-            elif isinstance(value, (list, dict, bool)):
-                hint = (
-                    " (off and no are words for false in YAML: write 0)" if value is False else ""
-                )
-                self.error(f'{key}: "{_as_written(value)}" is not one value{hint}')
-            elif value is not None:
-                argv.append(f"--{action.dest}={value}")
-        return argv
+            words = argv if action.option_strings else positional
+            words += self._words(key, action, value)
+        return positional + argv  # behind a flag of several values they would be taken for those
+
+    def _words(self, key, action, value):
+        """The command-line words of one flag of a recipe. key: its name there, for errors."""
+        flag, is_list = f"--{action.dest}", isinstance(value, list)
+        if isinstance(action, Switch):
+            if not isinstance(value, bool):
+                self.error(f'{key}: "{value}" is not true or false')
+            return [flag if value else f"--no_{action.dest}"]
+        if value is None:
+            return []
+        if value is False and "no" in (action.choices or ()):  # an unquoted no is false in YAML
+            return [f"{flag}=no"]
+        if not action.option_strings:
+            return list(map(str, value if is_list else [value]))
+        if is_list and "commas" in _purposes(action):
+            return [f"{flag}={','.join(map(str, value))}"]
+        if is_list and action.nargs == "+":
+            return [flag, *map(str, value)]
+        if is_list and action.type == self.stages:
+            return [f"{flag}={json.dumps(value)}"]
+        if isinstance(value, list | dict | bool):
+            hint = " (off and no are words for false in YAML: write 0)" if value is False else ""
+            self.error(f'{key}: "{_as_written(value)}" is not one value{hint}')
+        return [f"{flag}={value}"]
 
     def stages(self, text):
         """An argparse type: the stages of a fine-tune, YAML (or JSON) text -> a list of dicts.

@@ -29,7 +29,7 @@ DRAWS = "by sample"
 SHARE_POWER = {"balanced": 0.0, "sqrt": 0.5}
 
 
-class MicroBatch(NamedTuple):
+class Microbatch(NamedTuple):
     """The slice of a step's batch for one forward pass of one process, on its device."""
 
     # augmented and normalised (n, 3, H, W), float32; or stored features (n, ...)
@@ -150,7 +150,7 @@ class Views:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is drawn for every image in every epoch. Each field has the name of its flag."""
+    """The flags that say what is drawn for every image in every epoch."""
 
     augment: str
     flip: str
@@ -164,7 +164,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Mixing:
-    """How images of a batch are mixed. Each field has the name of its flag."""
+    """The flags that say how the images of a batch are mixed."""
 
     mixup_alpha: float
     cutmix_alpha: float
@@ -177,7 +177,7 @@ class Mixing:
 
 @dataclass(frozen=True)
 class BatchOptions(Augmentation, Mixing):
-    """How images become a batch with targets and weights. Each field has the name of its flag."""
+    """The flags that say how images become a batch with targets and weights."""
 
     label_smoothing: float
     imbalance: str
@@ -239,19 +239,19 @@ def row_order(labels, seed, epoch, imbalance="none"):
 def train_batches(
     split, views, accelerator, *, batch_size, accumulation, seed, total_steps, imbalance="none"
 ):
-    """A function of the first step. It gives each step's batch, as an iterator of MicroBatches.
+    """A function of the first step. It gives each step's batch, as an iterator of Microbatches.
 
     The order of an epoch is `row_order` (or, where machines have shares, a permutation of each
     share), and a sample's draws are a function of (seed, step, position in the whole batch). The
-    batch is cut into accumulation × processes micro-batches of one size, and each process draws
-    for its own. So neither order nor draws depend on the number of processes. A micro-batch is made
+    batch is cut into accumulation × processes microbatches of one size, and each process draws
+    for its own. So neither order nor draws depend on the number of processes. A microbatch is made
     when it is asked for; with CUDA two are made in advance, in a thread and on a stream of its own.
     """
     device, rank = accelerator.device, accelerator.process_index
     processes = accelerator.num_processes
     n = batch_size // (accumulation * processes)
     per_epoch = len(split.labels) // batch_size
-    # The positions of this process's samples in the whole batch, one row per micro-batch
+    # The positions of this process's samples in the whole batch, one row per microbatch
     positions = torch.arange(batch_size).view(accumulation, processes, n)[:, rank]
     order = {}  # of the epoch that was last used
     first_flips = None
@@ -259,7 +259,7 @@ def train_batches(
         rng = generator(seed, "flips")
         first_flips = augment.draw_flips(len(split.labels), views.flip_prob, rng)
 
-    def make_micro_batch(step, index):
+    def make_microbatch(step, index):
         epoch, batch = divmod(step, per_epoch)
         if epoch not in order:
             order.clear()
@@ -275,16 +275,16 @@ def train_batches(
         streams = SampleStreams(seed, "views", step, places=positions[index])
         draw = views.draw(n, streams, flips, split.sizes(rows))
         images, labels = split.take(rows, device, draw.get("boxes"))
-        return MicroBatch(views.train(images, draw), labels)
+        return Microbatch(views.train(images, draw), labels)
 
     def from_step(first_step):
         steps = range(first_step, total_steps)
         arguments = ((step, index) for step in steps for index in range(accumulation))
         # On a CPU a thread would take a core; MPS crashes where two threads issue work
         apply = _starmap_ahead if device.type == "cuda" else starmap
-        micro_batches = apply(make_micro_batch, arguments)
+        microbatches = apply(make_microbatch, arguments)
         for _ in steps:
-            yield islice(micro_batches, accumulation)
+            yield islice(microbatches, accumulation)
 
     return from_step
 
@@ -292,7 +292,7 @@ def train_batches(
 def _starmap_ahead(function, arguments):
     """As itertools.starmap, two results in advance, of a function that makes CUDA tensors.
 
-    A small network's step is short: while it runs, the host prepares the next micro-batches.
+    A small network's step is short: while it runs, the host prepares the next microbatches.
     """
     stream = torch.cuda.Stream()
 

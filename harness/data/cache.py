@@ -36,7 +36,6 @@ DECODE_VERSION = 2  # part of the cache key: raise it whenever decode_image's ou
 BLOCK = 256  # images a thread decodes at a time
 HASHED = 16  # images under one hash; BLOCK is a multiple of it
 HASH_BYTES = 8
-IMAGE_BYTES = 8  # of the hash of one image, by which identical images are found
 SAMPLED = 64  # hashes that each start compares with the pixels
 
 

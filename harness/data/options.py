@@ -17,10 +17,7 @@ SPLIT_NAMES = {
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which images of a data set are used, and as which split.
-
-    Each field has the name of its flag; see `load_data`.
-    """
+    """The flags that say which images of a data set are used, and as which split."""
 
     image_column: str | None = None  # None: the only column of images
     label_column: str | None = None  # None: see harness.data.tables.find_label
@@ -57,7 +54,7 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """The images on which a finished run is used. Each field has the name of its flag."""
+    """The flags that say on which images a finished run is used."""
 
     dataset: str | None = None  # None: the data set that the run was trained on
     split: str | None = None  # "train", "val" or "test"; None: the script's default

@@ -136,7 +136,7 @@ def identical_images(data, preprocessing, splits) -> list[str]:
     hashes, and stores of one machine's share are not compared.
     """
     keys = {role: _image_keys(data, role, preprocessing, splits[role]) for role in splits}
-    train, warnings = keys.pop("train"), []
+    train, lines = keys.pop("train"), []
     if train is None:
         return []
     order = train.argsort(kind="stable")
@@ -151,13 +151,13 @@ def identical_images(data, preprocessing, splits) -> list[str]:
             relabelled = int((split.labels[repeats] != source.labels[twins[repeats]]).sum())
             pairs = [(int(split.rows[k]), int(source.rows[twins[k]])) for k in repeats[:SHOWN]]
             shown = ", ".join(f"{a} of '{split.name}' is {b} of '{source.name}'" for a, b in pairs)
-            warnings.append(
+            lines.append(
                 f"warning: {len(repeats):,} of {len(split):,} {role} images are train images, too, "
                 f"pixel for pixel: {shown}{', …' if len(repeats) > SHOWN else ''}"
                 + (f"; {relabelled:,} of them with another class" if relabelled else "")
                 + f"; {role} scores will be too good"
             )
-    return warnings
+    return lines
 
 
 def _image_keys(data, role, preprocessing, samples):

@@ -181,7 +181,8 @@ class Predictions:
             sum(column) / len(timings) / accelerator.num_processes
             for column in zip(*timings, strict=True)
         ]
-        return _read_logits(accelerator, logits), means
+        # Each sample's logits are zero on all processes but one, so the sum is exact
+        return accelerator.reduce(logits, "sum").cpu(), means
 
     def _keep(self, network, role, view, logits, seconds, device):
         self._logits[network.sha256, role, view.name] = logits
@@ -232,14 +233,6 @@ class Predictions:
             if network.folder not in self._unkept:
                 self.say(f"predictions of {network.name} are not kept: {error.strerror or error}")
             self._unkept.add(network.folder)
-
-
-def _read_logits(accelerator, logits):
-    """The logits of all processes on the CPU, added up once for all batches.
-
-    Each sample's logits are zero on all processes but one, so the sum is exact.
-    """
-    return accelerator.reduce(logits, "sum").cpu()
 
 
 def _timestamp(device):

@@ -56,7 +56,7 @@ OF_SPLITS = (
 
 @dataclass(frozen=True)
 class NetworkOptions(PreprocessingOptions):
-    """Which network is explained: a run's, or that of --model and --weights. Flags' names."""
+    """The flags that say which network is explained: a run's, or --model with --weights."""
 
     run: str | None = None
     model: str | None = None
@@ -66,7 +66,7 @@ class NetworkOptions(PreprocessingOptions):
 
 @dataclass(frozen=True)
 class PictureOptions(SplitOptions):
-    """Which images are explained: files, or of a split of the run's data set. Flags' names."""
+    """The flags that say which images are explained: files, or a split of the run's data set."""
 
     images: list[str] | None = None
     indices: list[int] | None = None
@@ -78,7 +78,7 @@ class PictureOptions(SplitOptions):
 
 @dataclass(frozen=True)
 class MapOptions:
-    """Which maps are made, and how they are checked. Flags' names."""
+    """The flags that say which maps are made, and whether they are checked."""
 
     layer: str | None = None
     target: str = "predicted"
@@ -137,7 +137,7 @@ def find_network(options) -> Network:
             "assumed to be ImageNet's: nothing says how the weights want images",
         )
     preprocessing = preprocessing._replace(**options.given())
-    number = classes_of(weights, options.model, options.weights_by_order)
+    number = count_classes(weights, options.model, options.weights_by_order)
     classes = weights.classes or [str(k) for k in range(number)]
     if len(classes) != number:
         raise UserError(f"{weights.label}: {len(classes)} names of classes, and a head of {number}")
@@ -156,7 +156,7 @@ def find_network(options) -> Network:
     )
 
 
-def classes_of(weights, model, by_order):
+def count_classes(weights, model, by_order):
     """How many classes the head of some weights has; UserError for weights without a head.
 
     model: the network's name. by_order: of --weights_by_order.
@@ -169,22 +169,23 @@ def classes_of(weights, model, by_order):
     return len(states[0])
 
 
-def check_flags(network, pictures, maps):
-    """Raise UserError for flags that would have no effect.
-
-    network: NetworkOptions. pictures: PictureOptions. maps: MapOptions.
-    """
-    target = maps.target != "predicted"
-    values = vars(network) | vars(pictures) | vars(maps)
+def check_flags(network_options, picture_options, map_options):
+    """Raise UserError for flags that would have no effect."""
+    target = map_options.target != "predicted"
+    values = vars(network_options) | vars(picture_options) | vars(map_options)
     checks = [
-        *((name, network.run, "a run has its own") for name in OF_WEIGHTS),
-        ("only", pictures.indices, "--indices names the images"),
-        ("max_images", pictures.indices, "--indices names the images"),
-        ("contrast", maps.all_classes, "--all_classes shows every class"),
-        ("target", maps.contrast and target, "--contrast shows the true and the predicted class"),
-        ("target", maps.all_classes and target, "--all_classes shows every class"),
-        ("region_column", not maps.check, "--check measures the heat in it"),
-        *((name, pictures.images, "--images names the images") for name in OF_SPLITS),
+        *((name, network_options.run, "a run has its own") for name in OF_WEIGHTS),
+        ("only", picture_options.indices, "--indices names the images"),
+        ("max_images", picture_options.indices, "--indices names the images"),
+        ("contrast", map_options.all_classes, "--all_classes shows every class"),
+        (
+            "target",
+            map_options.contrast and target,
+            "--contrast shows the true and the predicted class",
+        ),
+        ("target", map_options.all_classes and target, "--all_classes shows every class"),
+        ("region_column", not map_options.check, "--check measures the heat in it"),
+        *((name, picture_options.images, "--images names the images") for name in OF_SPLITS),
     ]
     for name, has_no_effect, reason in checks:
         if has_no_effect and values[name]:
@@ -418,7 +419,7 @@ class Explained(NamedTuple):
     checks: list  # of each picture a dict
 
 
-def explain(options, network, pictures, classes_of, methods, device, bar):
+def explain(options, network, pictures, choose_targets, methods, device, bar):
     """Explained of the pictures of one process; None where it has no pictures.
 
     options: MapOptions. Raises UserError for a name that is not a layer, and for a network whose
@@ -431,7 +432,7 @@ def explain(options, network, pictures, classes_of, methods, device, bar):
                 batch = pictures[start : start + BATCH]
                 images = to_input(network, batch, device)
                 probabilities = predict(network, batch, device)
-                classes = classes_of(probabilities, batch)
+                classes = choose_targets(probabilities, batch)
                 cams = cam(images, classes.to(device), methods)
                 maps = {method: tensor.cpu() for method, tensor in cams.maps.items()}
                 checks = [{} for _ in batch]

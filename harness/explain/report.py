@@ -40,7 +40,7 @@ def plan(network, pictures, methods, machine) -> str:
 
 @dataclass(frozen=True)
 class SheetOptions(TrackingOptions):
-    """How the maps are drawn, and where the report is tracked. Flags' names."""
+    """The flags that say how the maps are drawn and where the report is tracked."""
 
     alpha: float
     all_classes: bool

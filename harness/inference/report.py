@@ -24,7 +24,7 @@ LINES = 20  # images up to which each has a line on the terminal
 
 @dataclass(frozen=True)
 class PredictionOptions:
-    """What is reported of each image. Each is a flag's name."""
+    """The flags that say what is reported of each image."""
 
     top_k: int
     min_probability: float

@@ -316,7 +316,7 @@ def check_start_size(model, name, start, full) -> int:
     return start
 
 
-def check_part(model, images, size):
+def check_microbatch(model, images, size):
     """Raise UserError where BatchNorm would see a single value a channel: one pixel of one image.
 
     images: how many of them a forward pass has in training. size: their pixels a side. model: in

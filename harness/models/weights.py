@@ -43,7 +43,6 @@ class Pretrained(NamedTuple):
 
     state: dict[str, torch.Tensor] | None = None
     label: str = "none"
-    architecture: str | None = None
     stem: str | None = None  # "small" or "standard"
     classes: list[str] | None = None  # in the order of the ids
     preprocessing: Preprocessing | None = None
@@ -467,7 +466,6 @@ def _pretrained_of(spec, path, file, network):
     return Pretrained(
         weights.state,
         spec,
-        name,
         stem,
         [str(label) for label in classes] if isinstance(classes, list) else None,
         preprocessing,
@@ -521,7 +519,6 @@ def _published_by_timm(spec, network):
     return Pretrained(
         model.state_dict(),
         f"timm/{network.name}.{cfg['tag']}",
-        network.name,
         "standard",
         list(labels) if labels else None,
         preprocessing_of(cfg, f"timm's {name}"),
@@ -556,7 +553,6 @@ def _published(spec, name):
     return Pretrained(
         state,
         str(weights),
-        name,
         "standard",
         list(weights.meta["categories"]),
         Preprocessing(size, size / resize, transforms.interpolation.value, tuple(mean), tuple(std)),

@@ -59,7 +59,7 @@ def save_accuracies(path, rows, title):
 def save_reliability(path, tables, title):
     """Accuracy against confidence in bins, before and after the temperature.
 
-    tables: {label: harness.ensembles.comparison.reliability}. The bars show the images of a bin.
+    tables: {label: harness.reports.classes.reliability}. The bars show the images of a bin.
     """
     with _figure(path, (5.6, 6), [title, *tables]) as figure:
         ax, count_axes = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))

@@ -152,7 +152,7 @@ def view_batch(samples, views, rows, view, seed, device="cpu"):
 
 @torch.no_grad()
 def extract(accelerator, model, samples, views, number, seed, feature_cache, name, stop=None):
-    """Samples whose "pixels" are features (n, number, ...) of images: view 0 is not augmented.
+    """Samples of features (n, number, ...) instead of images; view 0 is not augmented.
 
     model: the unwrapped module, its frozen part in eval mode. samples, views: harness.data.batches.
     feature_cache: a dict of features that is read and added to, so that nothing is computed twice.

@@ -43,11 +43,11 @@ IN_CHECKPOINTS = re.compile(r"step-\d+|set-aside-step-\d+|\.writing-.*")
 
 @dataclass(frozen=True)
 class FolderOptions:
-    """Where a run or a report is written, and over what. Each is a flag's name, but `recipe`."""
+    """The flags that say where a run or a report is written, and what it may replace."""
 
     output_dir: str
     run_name: str | None
-    recipe: dict  # all flags, as config.yaml has them
+    recipe: dict  # all flags: see flags.to_recipe
     report_to: str = "none"
     overwrite: bool = False
     resume_from_checkpoint: str | None = None
@@ -387,11 +387,11 @@ def _remove(path):
 
 def versions():
     """Versions of the packages that compute the result, as far as they are installed."""
-    versions = {"python": sys.version.split()[0]}
+    numbers = {"python": sys.version.split()[0]}
     for name in ("torch", "torchvision", "accelerate", "datasets", "safetensors"):
         with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
+            numbers[name] = version(name)
+    return numbers
 
 
 def git_commit():

@@ -47,12 +47,12 @@ class Opening(NamedTuple):
     rows: dict[str, str]  # of the plan, on where the preprocessing and the pixels come from
     on_gpu: bool  # whether the GPU decodes JPEGs
     stem: str  # as resolved
-    seconds: dict[str, float]  # "start": since this process began; "decoding", once it is done
+    setup_seconds: dict  # {"start": since this process began}; "decoding" once that is done
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The network and where its weights come from. Each is a flag's name."""
+    """The flags of the network and of its first weights."""
 
     model: str
     dropout: float
@@ -93,7 +93,7 @@ def decode_images(opening, verify, shard=False):
     if accelerator.is_main_process:
         for line in identical_images(data, preprocessing, splits):
             print(one_line(line), flush=True)
-    opening.seconds["decoding"] = time.perf_counter() - start
+    opening.setup_seconds["decoding"] = time.perf_counter() - start
     return splits
 
 

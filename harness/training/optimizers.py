@@ -13,7 +13,7 @@ from tricks.muon import Muon, muon_groups
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """The optimizer and its numbers. Each is a flag's name."""
+    """The flags of the optimizer and of its learning rates."""
 
     optimizer: str
     lr: float | None  # peak rate; None: the stages of a fine-tune have their own

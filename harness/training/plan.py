@@ -50,8 +50,11 @@ def unreadable_images(data):
 UNEVEN = 10  # times the smallest class's images in the largest, from which the plan says so
 
 
-def classes_row(data, imbalance):
-    """Which column the labels are in, the classes, and how many train images each has."""
+def classes_row(data, imbalance_kind):
+    """Which column the labels are in, the classes, and how many train images each has.
+
+    imbalance_kind: of --imbalance.
+    """
     counts = np.bincount(data.train.labels, minlength=len(data.classes))
     names = ", ".join(data.classes[:5]) + (", …" if len(data.classes) > 5 else "")
     row = (
@@ -61,7 +64,7 @@ def classes_row(data, imbalance):
     if counts.max() >= UNEVEN * counts.min():
         row += f"; uneven: {data.classes[counts.argmax()]} has {counts.max():,}"
         row += f", {data.classes[counts.argmin()]} {counts.min():,}"
-        if imbalance == "none":
+        if imbalance_kind == "none":
             row += " (--imbalance logit_adjustment makes the rare ones count as much)"
     return row
 
@@ -76,8 +79,9 @@ def notes_on_metrics(metrics, data):
         labels = np.unique(split.labels) if split is not None else range(len(data.classes))
         absent_names = [name for k, name in enumerate(data.classes) if k not in set(labels)]
         if absent_names:
+            verb = "leave" if len(class_means) > 1 else "leaves"
             notes.append(
-                f"{' and '.join(sorted(class_means))} leave out {len(absent_names):,} of "
+                f"{' and '.join(sorted(class_means))} {verb} out {len(absent_names):,} of "
                 f"{len(data.classes):,} classes, which have no image in '{split.name}': "
                 f"{few(absent_names)}"
             )
@@ -150,7 +154,6 @@ def describe_run(args, machine, data, model, preprocessing, total, rows):
     }
     notes = [*data.notes, *notes_on_metrics(computed(args.metrics, args.select_by), data)]
     remarks = [("left out", line) for line in data.left_out] + [("note", n) for n in notes]
-    rest = len(data.train) % args.batch_size
     if rest > len(data.train) / 5:
         warning = f"warning: every epoch leaves out {rest:,} of {len(data.train):,} train images"
         reason = f"as --batch_size {args.batch_size} does not divide them"
@@ -196,19 +199,19 @@ def _flag_rows(sources, values):
 
 def augmentation(options):
     """What is drawn for every image in every epoch, in words. options: BatchOptions."""
-    facts = [options.augment]
+    texts = [options.augment]
     if options.augment != "none" and options.crop_scale:
-        facts += [f"random resized crop from {options.crop_scale:.0%}"]
+        texts += [f"random resized crop from {options.crop_scale:.0%}"]
     if options.augment != "none" and options.flip == "alternating":
-        facts += ["alternating flips"]
-    facts += [f"erasing {options.random_erasing:g}"] if options.random_erasing else []
+        texts += ["alternating flips"]
+    texts += [f"erasing {options.random_erasing:g}"] if options.random_erasing else []
     alphas = {"mixup": options.mixup_alpha, "CutMix": options.cutmix_alpha}
     if options.mix_prob:
-        facts += [f"{name} α {alpha:g}" for name, alpha in alphas.items() if alpha]
-    facts += [f"smoothing {options.label_smoothing:g}"] if options.label_smoothing else []
+        texts += [f"{name} α {alpha:g}" for name, alpha in alphas.items() if alpha]
+    texts += [f"smoothing {options.label_smoothing:g}"] if options.label_smoothing else []
     if options.imbalance != "none":
-        facts += [imbalance.describe(options.imbalance, options.imbalance_tau)]
-    return ", ".join(facts)
+        texts += [imbalance.describe(options.imbalance, options.imbalance_tau)]
+    return ", ".join(texts)
 
 
 def _ema(decay, steps_per_epoch, total):
@@ -258,7 +261,7 @@ def identity(data, preprocessing, splits):
 
 
 def data_identity(data, preprocessing):
-    """Those of them that are known before the images are decoded."""
+    """The facts of `identity` that are known before the images are decoded."""
     labels = hashlib.sha256()
     for split in (data.train, data.val, data.test):
         if split is not None:

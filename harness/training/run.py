@@ -46,7 +46,7 @@ class Length(NamedTuple):
 
 @dataclass(frozen=True)
 class RunOptions(TrackingOptions):
-    """What a run depends on, whatever it trains. Each is a flag's name, but `given`, `recipe`."""
+    """The flags of a run, whatever it trains."""
 
     seed: int
     batch_size: int

@@ -35,7 +35,7 @@ FEW, GOOD_FOR_FEW = 100, 0.85  # train images, and the skill that is enough with
 
 @dataclass(frozen=True)
 class StageOptions(BatchOptions):
-    """The settings that a stage may have of its own. Each is a flag's name."""
+    """The flags that a stage may set for itself."""
 
     layer_decay: float | None  # None: FULL_DECAY with strategy "full", else 1
     bn_mode: str
@@ -47,7 +47,7 @@ class StageOptions(BatchOptions):
 
 @dataclass(frozen=True)
 class StrategyOptions:
-    """Which stages a fine-tune has. Each is a flag's name, but `given`: see Parser.read."""
+    """The flags that decide the stages of a fine-tune. `given`: see Parser.read."""
 
     strategy: str
     stages: list[dict] | None
@@ -88,10 +88,10 @@ def choose_strategy(accuracy, classes, images):
     )
 
 
-def make_stages(options, of_run, strategy, model, blocks, per_epoch, pretrained):
+def make_stages(options, defaults, strategy, model, blocks, per_epoch, pretrained):
     """The stages of a run, but for those without a step.
 
-    options: StrategyOptions. of_run: the StageOptions of a stage without its own. strategy: as
+    options: StrategyOptions. defaults: the StageOptions of a stage without its own. strategy: as
     resolved. blocks: from harness.models.build. per_epoch: optimizer steps. pretrained: whether the
     network has weights of another training, whose BatchNorm statistics `--bn_mode auto` keeps.
     --epochs and --max_steps are shared out over the stages in proportion to their own epochs.
@@ -109,24 +109,24 @@ def make_stages(options, of_run, strategy, model, blocks, per_epoch, pretrained)
         rates = {"head": PROBE_LR} if strategy == "feature_extraction" else {"all": FULL_LR}
         rates = {prefix: options.lr or rate for prefix, rate in rates.items()}
         settings = [{"epochs": options.epochs or EPOCHS[strategy], "train": rates}]
-    decay = of_run.layer_decay or (FULL_DECAY if strategy == "full" else 1.0)
-    of_run = replace(of_run, layer_decay=decay)
+    decay = defaults.layer_decay or (FULL_DECAY if strategy == "full" else 1.0)
+    defaults = replace(defaults, layer_decay=decay)
 
-    all_epochs = sum(stage["epochs"] for stage in settings)
+    all_epochs = sum(setting["epochs"] for setting in settings)
     total = options.max_steps or (options.epochs or all_epochs) * per_epoch
     stages, epochs = [], 0
-    for n, stage in enumerate(settings, start=1):
-        stage_flags = {f.name: stage[f.name] for f in fields(StageOptions) if f.name in stage}
-        of_stage = replace(of_run, **stage_flags)
-        if of_stage.bn_mode == "auto":
-            of_stage = replace(of_stage, bn_mode="eval" if pretrained else "train")
-        name = f"{n} {stage.get('name') or _name(stage['train'])}"
-        start, epochs = round(total * epochs / all_epochs), epochs + stage["epochs"]
+    for n, setting in enumerate(settings, start=1):
+        stage_flags = {f.name: setting[f.name] for f in fields(StageOptions) if f.name in setting}
+        stage_options = replace(defaults, **stage_flags)
+        if stage_options.bn_mode == "auto":
+            stage_options = replace(stage_options, bn_mode="eval" if pretrained else "train")
+        name = f"{n} {setting.get('name') or _name(setting['train'])}"
+        start, epochs = round(total * epochs / all_epochs), epochs + setting["epochs"]
         end = round(total * epochs / all_epochs)
         try:
-            rates = _rates(stage["train"], of_stage.layer_decay, blocks)
-            warmup = min(round(of_stage.warmup_epochs * per_epoch), (end - start) // 2)
-            stage = Stage(name, rates, of_stage, start, end, warmup)
+            rates = _rates(setting["train"], stage_options.layer_decay, blocks)
+            warmup = min(round(stage_options.warmup_epochs * per_epoch), (end - start) // 2)
+            stage = Stage(name, rates, stage_options, start, end, warmup)
             apply_stage(model, stage)
         except ValueError as error:
             raise UserError(f"stage {name}: {error}") from None

@@ -9,7 +9,7 @@ import pytest
 import smallruns
 
 FOLDER = smallruns.ROOT / "benchmarks"
-sys.path.insert(0, str(FOLDER))
+sys.path.append(str(FOLDER))  # last: it has a gradcam.py, too
 growth, measure, results = map(importlib.import_module, ("growth", "measure", "results"))
 Row = measure.Row
 

@@ -25,7 +25,10 @@ SCRIPTS = sorted(p.name for p in ROOT.glob("*.py"))
 TRAINING = {"train.py", "finetune.py"}
 OPENING = ROOT / "harness/training/opening.py"  # the first half of both
 # What the flags that a function is given are called there, but in DataOptions' functions
-OPTIONS = {"options", "self", "of_run", "of_stage", "maps", "network", "pictures", "store"}
+OPTIONS = {
+    "options", "self", "defaults", "stage_options", "map_options", "network_options",
+    "picture_options", "store",
+}  # fmt: skip
 
 
 def declared(parser):

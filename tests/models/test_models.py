@@ -150,10 +150,10 @@ def test_one_image_and_one_place_are_too_few_for_batch_norm():
     model = build.build_model("resnet18", 10, image_size=16)  # 1 × 1 at the end, with this stem
     state = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(UserError, match="one image a forward pass"):
-        build.check_part(model, 1, 8)
-    build.check_part(model, 2, 8)
-    build.check_part(model, 1, 64)
-    build.check_part(model.eval(), 1, 8)
+        build.check_microbatch(model, 1, 8)
+    build.check_microbatch(model, 2, 8)
+    build.check_microbatch(model, 1, 64)
+    build.check_microbatch(model.eval(), 1, 8)
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name]), name
 

@@ -314,7 +314,7 @@ def test_published_weights_know_all_about_themselves(tmp_path, monkeypatch):
     publish(monkeypatch, tmp_path, published, {"conv1.weight": torch.zeros(64, 3, 7, 7)})
     for spec in ("default", "IMAGENET1K_V1"):
         weights = find_weights(spec, "resnet18")
-        assert weights[1:4] == ("ResNet18_Weights.IMAGENET1K_V1", "resnet18", "standard")
+        assert weights[1:3] == ("ResNet18_Weights.IMAGENET1K_V1", "standard")
         assert weights.classes == published.meta["categories"] and len(weights.classes) == 1000
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         assert weights.preprocessing == Preprocessing(224, 0.875, "bilinear", mean, std)
@@ -392,7 +392,7 @@ def test_a_run_folder_says_how_it_was_trained(tmp_path):
     for spec in (folder, f"{folder}/model.safetensors"):
         weights = find_weights(spec, "resnet18")
         preprocessing = Preprocessing(32, 0.8, "bicubic", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-        assert weights[1:6] == (spec, "resnet18", "small", LETTERS, preprocessing)
+        assert weights[1:5] == (spec, "small", LETTERS, preprocessing)
         assert weights.recipes == ({"unknown": str(spec)},)  # a config.json without flags
         assert preprocessing.stored_size == 40
         assert weights.state.keys() == {"x.weight"}
@@ -403,21 +403,21 @@ def test_a_run_folder_says_how_it_was_trained(tmp_path):
 @pytest.mark.parametrize(
     ("config", "known"),
     [
-        ({}, (None, "standard", None, None)),
-        ({"architecture": "resnet18"}, ("resnet18", "standard", None, None)),
-        ({"label_names": ["a"], "stem": None}, (None, "standard", ["a"], None)),
-        ({"label_names": {"0": "a"}, "pretrained_cfg": None}, (None, "standard", None, None)),
-        ({"pretrained_cfg": IMAGENET}, (None, "standard", None, LOOK)),
-        ({"pretrained_cfg": IMAGENET | {"mean": None}}, (None, "standard", None, None)),
-        ({"pretrained_cfg": {"mean": [0, 0, 0]}}, (None, "standard", None, None)),
+        ({}, ("standard", None, None)),
+        ({"architecture": "resnet18"}, ("standard", None, None)),
+        ({"label_names": ["a"], "stem": None}, ("standard", ["a"], None)),
+        ({"label_names": {"0": "a"}, "pretrained_cfg": None}, ("standard", None, None)),
+        ({"pretrained_cfg": IMAGENET}, ("standard", None, LOOK)),
+        ({"pretrained_cfg": IMAGENET | {"mean": None}}, ("standard", None, None)),
+        ({"pretrained_cfg": {"mean": [0, 0, 0]}}, ("standard", None, None)),
     ],
 )
 def test_what_a_foreign_config_leaves_out_is_not_known(tmp_path, config, known):
     folder = write_run(tmp_path / "theirs", config)
-    assert find_weights(folder, "resnet18")[2:6] == known
+    assert find_weights(folder, "resnet18")[2:5] == known
     elsewhere = tmp_path / "theirs" / "step.safetensors"  # not what config.json is about
     (tmp_path / "theirs" / "model.safetensors").rename(elsewhere)
-    assert find_weights(str(elsewhere), "resnet18")[2:6] == (None, "standard", None, None)
+    assert find_weights(str(elsewhere), "resnet18")[2:5] == ("standard", None, None)
 
 
 def test_timms_own_folder(tmp_path):
@@ -435,7 +435,7 @@ def test_timms_own_folder(tmp_path):
         cfg["std"],
         0,
     )
-    assert weights[2:6] == ("resnet10t", "standard", LETTERS, preprocessing)
+    assert weights[2:5] == ("standard", LETTERS, preprocessing)
     ours = build.build_model("resnet10t", 7, image_size=64)
     assert load_pretrained(ours, weights, LETTERS).text == f"weights {tmp_path}"
     assert torch.equal(ours.fc.weight, model.fc.weight)
@@ -475,7 +475,7 @@ def test_a_file_shows_its_stem_where_the_shapes_differ(tmp_path, name, stem):
     file = str(tmp_path / "w.pth")
     weights = find_weights(file, name)
     assert weights.stem == (stem if shown else "standard")
-    assert weights[2] is None and weights[4:6] == (None, None) and weights.state.keys() == {key}
+    assert weights[3:5] == (None, None) and weights.state.keys() == {key}
     assert find_weights(file, name, stem).stem == stem
     other = {"small": "standard", "standard": "small"}[stem]
     if shown:

@@ -158,7 +158,7 @@ def test_classes_that_a_mean_leaves_out_are_named(folder, tmp_path, capsys):
     flags = {"dataset": folder, "labels": table, "batch_size": 8, "max_train_samples": None}
     smallruns.train(tmp_path / "out", metrics="auroc", dry_run=True, **flags)
     said = capsys.readouterr().out
-    assert "auroc leave out 1 of 2 classes, which have no image in 'test': bright" in said
+    assert "auroc leaves out 1 of 2 classes, which have no image in 'test': bright" in said
     data, samples, logits, _ = made(folder)
     dark = samples.labels == 1
     some = Samples(samples.stored, samples.rows[dark], samples.labels[dark])
