@@ -255,9 +255,7 @@ def pretended(monkeypatch, device="cuda"):
     pretend_streams(monkeypatch)
     monkeypatch.setattr(torch._C, "_group_tensors_by_device_and_dtype", grouped)
     monkeypatch.setattr("harness.data.batches.ThreadPoolExecutor", gpu.pool)
-    armed = _armed(gpu, scoring.evaluate)
-    for module in ("train", "finetune", "harness.training.scoring"):
-        monkeypatch.setattr(f"{module}.evaluate", armed)
+    monkeypatch.setattr(scoring, "evaluate", _armed(gpu, scoring.evaluate))
     monkeypatch.setattr(Predictions, "_forward", _armed(gpu, Predictions._forward))
     monkeypatch.setattr(Run, "steps", _armed_steps(gpu, Run.steps))
     try:

@@ -181,8 +181,7 @@ class Predictions:
             sum(column) / len(timings) / accelerator.num_processes
             for column in zip(*timings, strict=True)
         ]
-        # Each sample's logits are zero on all processes but one, so the sum is exact
-        return accelerator.reduce(logits, "sum").cpu(), means
+        return _read_logits(accelerator, logits), means
 
     def _keep(self, network, role, view, logits, seconds, device):
         self._logits[network.sha256, role, view.name] = logits
@@ -233,6 +232,14 @@ class Predictions:
             if network.folder not in self._unkept:
                 self.say(f"predictions of {network.name} are not kept: {error.strerror or error}")
             self._unkept.add(network.folder)
+
+
+def _read_logits(accelerator, logits):
+    """Those of all processes, on the CPU: the only wait for the device, but for `_read_times`.
+
+    Each sample's are zero on all processes but one, so the sum is exact.
+    """
+    return accelerator.reduce(logits, "sum").cpu()
 
 
 def _timestamp(device):
