@@ -368,8 +368,8 @@ def other_labels():
 
     real = plan.load
 
-    def load(args, accelerator):
-        data = real(args, accelerator)
+    def load(dataset, options, accelerator):
+        data = real(dataset, options, accelerator)
         if accelerator.process_index == 1:
             data.train.labels[:2] = data.train.labels[1::-1] + 1
         return data
