@@ -182,16 +182,18 @@ def content_of(dataset, image_column):
     """
     import pyarrow.compute as pc
 
-    cells = dataset.data.column(image_column)
-    if dataset._indices is not None:
-        cells = cells.take(dataset._indices.column(0))
-    digest = hashlib.sha256()
-    for chunk in cells.chunks:
+    empty, elsewhere = -1, -2  # where a cell has no bytes: it is null, or it has a path
+    parts = [np.zeros(0, np.int64)]
+    for chunk in dataset.data.column(image_column).chunks:
         lengths = pc.binary_length(pc.struct_field(chunk, "bytes")).cast("int64")
-        if pc.any(pc.and_(chunk.is_valid(), lengths.is_null())).as_py():
-            return None
-        digest.update(lengths.fill_null(-1).to_numpy(zero_copy_only=False).tobytes())
-    return [len(cells), digest.hexdigest()]
+        lengths = lengths.fill_null(elsewhere).to_numpy(zero_copy_only=False)
+        parts.append(np.where(chunk.is_valid().to_numpy(zero_copy_only=False), lengths, empty))
+    lengths = np.concatenate(parts)
+    if dataset._indices is not None:
+        lengths = lengths[dataset._indices.column(0).to_numpy()]
+    if (lengths == elsewhere).any():
+        return None
+    return [len(lengths), hashlib.sha256(lengths.tobytes()).hexdigest()]
 
 
 def image_file(image):

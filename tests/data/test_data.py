@@ -50,6 +50,8 @@ def test_a_copy_elsewhere_has_the_same_content_and_other_images_have_not(tmp_pat
     assert first == copy == saved and first["train"][0] == 12
     others = rows.select([*range(11), 0])
     assert content_of(others, "picture") != content_of(rows, "picture")
+    shuffled = rows.shuffle(seed=3)
+    assert content_of(shuffled, "picture") == content_of(shuffled.flatten_indices(), "picture")
     images = {"picture": [{"bytes": None, "path": "/a.png"}]}
     paths = Dataset.from_dict(images, features=Features({"picture": datasets.Image()}))
     assert content_of(paths, "picture") is None
