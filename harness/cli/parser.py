@@ -202,7 +202,8 @@ class Parser(argparse.ArgumentParser):
             options = [o[2:] for a in self._actions for o in a.option_strings if o.startswith("--")]
             names = [argument.split("=")[0] for argument in unknown if argument.startswith("-")]
             if not names:
-                self.error(f"unexpected word {unknown[0]}: a value goes behind its flag")
+                flag = f", as --images {unknown[0]}" if "images" in options else ""
+                self.error(f"unexpected word {unknown[0]}: a value goes behind its flag{flag}")
             first_hint, *hints = (name + _hint(name, options) for name in dict.fromkeys(names))
             self.error("unknown flag " + "; ".join([first_hint, *hints]))
         # An absent positional argument that takes any number of values is an empty list

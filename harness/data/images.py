@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import re
 from collections import Counter
@@ -212,8 +213,9 @@ def _classes(listing, file, train_split) -> list[str]:
     for split, images in listing.splits.items():
         unknown = sorted(set(images.labels) - train)
         if unknown:
-            close = lower.get(unknown[0].casefold())
-            hint = f" ({train_split} has {close})" if close else ""
+            name = unknown[0].casefold()
+            close = difflib.get_close_matches(name, lower, n=1) if name not in lower else [name]
+            hint = f" ({train_split} has {lower[close[0]]})" if close else ""
             raise UserError(
                 f"split '{split}' has {few(map(repr, unknown))}, which {train_split} does not have"
                 f"{hint}: give classes the same names in all splits, or leave that split out "

@@ -172,6 +172,12 @@ def test_a_mistyped_command_line_is_named_in_one_line(parser, refused, argv, wor
         assert word in line
 
 
+def test_an_image_behind_a_run_is_told_its_flag(refused):
+    parser = flags.Parser("gradcam.py")
+    flags.cam_flags(parser)
+    assert "as --images new.jpg" in refused(parser.read, ["runs/photos", "new.jpg"])
+
+
 @pytest.mark.parametrize(
     ("flag", "low", "high"),  # the ends that are allowed, and what lies just outside
     [

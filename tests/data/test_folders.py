@@ -104,6 +104,10 @@ REFUSED = {
         ["train/ant/0.png", "train/bee/1.png", "test/Ant/0.png"],
         r"'Ant'.*\(train has ant\)",
     ),
+    "a mistyped class": (
+        ["train/dog/0.png", "train/cat/1.png", "test/dgo/0.png"],
+        r"'dgo'.*\(train has dog\)",
+    ),
     "another class in test": (
         ["train/ant/0.png", "test/cow/0.png"],
         "'cow', which train does not have",
