@@ -41,12 +41,12 @@ def main(args):
 
     # networks and images: whatever can be refused is refused before any long work
     runs, paths = in_turn(accelerator, lambda: runs_and_paths(args.inputs or []))
-    name = default_name([run.name for run in runs]).replace("ensemble-", "predict-", 1)
-    folder_options = flags.pick(FolderOptions, args)
-    folder = report_folder(folder_options, name, "predict.py")
     views = view_sets(args.tta, {run.preprocessing.size for run in runs}, args.seed)
     split_options = flags.pick(SplitOptions, args)
     images = from_local_main(accelerator, lambda: find_images(paths, split_options, runs[0]))
+    name = default_name([run.name for run in runs]).replace("ensemble-", "predict-", 1)
+    folder_options = flags.pick(FolderOptions, args)
+    folder = report_folder(folder_options, name, "predict.py")
     networks = load_networks(runs, next(iter(views.values())), accelerator.device)
 
     def bar(count):
