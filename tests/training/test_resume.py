@@ -207,12 +207,12 @@ def test_a_data_set_elsewhere_is_continued_where_its_images_are_the_same():
     moved = saved | {"dataset": "/mnt/b"}
     check_identity("step-1", saved, moved, {"dataset"})
     fewer = moved | {"content": {"train": [8, "cd"]}}
-    with pytest.raises(UserError, match="with dataset /mnt/a, and /mnt/b has other.* 1 fewer"):
+    with pytest.raises(UserError, match=r"with dataset /mnt/a, and /mnt/b has other.* 1 fewer"):
         check_identity("step-1", saved, fewer, {"dataset"})
     for content in ({}, {"content": {"train": [9, "ab"]}}):  # a checkpoint, or images, without
         old, new = {"dataset": "/mnt/a", **content}, {"dataset": "/mnt/b"}
         for one, other in ((old, new), (new, old)):
-            with pytest.raises(UserError, match="was written with dataset .* this command has"):
+            with pytest.raises(UserError, match=r"was written with dataset .* this command has"):
                 check_identity("step-1", one, other, {"dataset"})
 
 
