@@ -71,7 +71,8 @@ def to_recipe(args):
 
 def to_yaml(recipe) -> bytes:
     """config.yaml, as bytes. recipe: of `to_recipe`."""
-    return yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True).encode()
+    # in the given order: modules of an unnamed stage name it, and a checkpoint knows the name
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode()
 
 
 def pick(kind, args):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,12 +91,14 @@ def of_dataset(dataset, image_column, rows, labels, source, bit_depth=None) -> I
         column = cells.select(rows[start : start + 1000]).with_format("arrow")[:][image_column]
         paths += column.combine_chunks().field("path").to_pylist()
 
-    def read(k):
-        cell = cells[rows[k] : rows[k] + 1][image_column].to_pylist()[0]
-        return image_file(cell)
-
+    read = partial(_read_cell, cells, image_column, rows)
     names = [path or f"row {row}" for path, row in zip(paths, rows, strict=True)]
     return Images(names, read, labels, source, bit_depth)
+
+
+def _read_cell(cells, image_column, rows, k):
+    # no closure: Images are pickled for other processes
+    return image_file(cells[rows[k] : rows[k] + 1][image_column].to_pylist()[0])
 
 
 def labels_of_folders(files, paths, classes):

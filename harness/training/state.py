@@ -186,6 +186,11 @@ def check_identity(path, old, new, flag_names):
             continue  # older checkpoints hold gradient_accumulation_steps, not operational then
         if name == "dataset" and "content" in new and old.get("content") == new["content"]:
             continue  # the same images, in another folder
+        if name == "dataset" and old[name] != new[name] and old.get("content") and "content" in new:
+            raise UserError(
+                f"{path} was written with dataset {old[name]}, and {new[name]} has other images: "
+                f"{_changes(old, new)}"
+            )
         if name == "content" and old[name] != new.get(name):
             raise UserError(f"{path} was written with other images: {_changes(old, new)}")
         if old.get(name) != new.get(name) and name == "data_sha256":

@@ -259,8 +259,10 @@ WORDS = ["no", "null", "~", "true", "007", "1e-3", "1_000", "0x10", "12:30", "20
 )
 def test_config_yaml_repeats_the_flags_exactly(parser, read_recipe, argv):
     args = parser.read(argv)
-    again = read_recipe(yaml.safe_dump(flags.to_recipe(args), sort_keys=True))
+    again = read_recipe(flags.to_yaml(flags.to_recipe(args)).decode())
     assert flags.to_recipe(again) == flags.to_recipe(args)
+    # in their order, too: the name of a stage without one lists its modules
+    assert flags.to_yaml(flags.to_recipe(again)) == flags.to_yaml(flags.to_recipe(args))
     assert [type(v) for v in flags.to_recipe(again).values()] == [
         type(v) for v in flags.to_recipe(args).values()
     ]

@@ -226,3 +226,17 @@ def test_a_report_of_other_flags_is_not_replaced_without_a_word(runs, photos, tm
     (note,) = [line for line in lines if "replaces" in line]
     assert note.startswith(f"note         replaces the report in {tmp_path / 'p'}, which was made ")
     assert "inputs " in note and note.endswith("top_k 5; another --run_name keeps both")
+
+
+def test_images_of_a_data_set_can_be_handed_to_other_processes():
+    import pickle
+
+    from datasets import Dataset, Features
+    from datasets import Image as ImageFeature
+
+    from harness.inference.images import of_dataset
+
+    cells = [{"bytes": b"first", "path": None}, {"bytes": b"second", "path": None}]
+    dataset = Dataset.from_dict({"image": cells}, features=Features({"image": ImageFeature()}))
+    images = of_dataset(dataset, "image", [1, 0], None, "here")
+    assert pickle.loads(pickle.dumps(images)).read(0).read() == b"second"

@@ -200,6 +200,22 @@ def test_a_flag_that_an_older_version_did_not_know_counts_as_its_default():
             check_identity("step-1", saved, ours, given)
 
 
+def test_a_data_set_elsewhere_is_continued_where_its_images_are_the_same():
+    from harness.training.state import check_identity
+
+    saved = {"dataset": "/mnt/a", "content": {"train": [9, "ab"]}}
+    moved = saved | {"dataset": "/mnt/b"}
+    check_identity("step-1", saved, moved, {"dataset"})
+    fewer = moved | {"content": {"train": [8, "cd"]}}
+    with pytest.raises(UserError, match=r"with dataset /mnt/a, and /mnt/b has other.* 1 fewer"):
+        check_identity("step-1", saved, fewer, {"dataset"})
+    for content in ({}, {"content": {"train": [9, "ab"]}}):  # a checkpoint, or images, without
+        old, new = {"dataset": "/mnt/a", **content}, {"dataset": "/mnt/b"}
+        for one, other in ((old, new), (new, old)):
+            with pytest.raises(UserError, match=r"was written with dataset .* this command has"):
+                check_identity("step-1", one, other, {"dataset"})
+
+
 def test_a_checkpoint_of_other_data_is_refused(straight, tmp_path):
     checkpoint = sorted((straight / "checkpoints").iterdir())[-1]
     with pytest.raises(UserError, match="max_train_samples 200, this command has 150"):
