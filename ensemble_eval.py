@@ -143,6 +143,7 @@ def main(args):
 
 def score_folds(args, accelerator, machine, folder, folds):
     """Score a cross-validation: one report on all images, each predicted by the run without it."""
+    crossvalidation.check_flags(args.given, args.tta)
     for fold in folds:
         accelerator.print(
             f"fold         {fold.number} of {len(folds)}: {fold.member.name}, "

@@ -12,6 +12,7 @@ from harness.data.formats import open_image
 
 MAX_PIXELS = 89_478_485  # Pillow calls more a decompression bomb: a quarter GiB as RGB
 SMALL_SQUARE = 64  # native sizes up to this many px are trained at as they are
+SAMPLED = 64  # images whose bytes stand for all
 
 FILTERS = {kind.name.lower(): kind for kind in Image.Resampling}  # "bilinear", "bicubic", ...
 
@@ -176,24 +177,31 @@ def encoded(dataset, image_column):
 
 
 def content_of(dataset, image_column):
-    """[images, sha256 of how many bytes each has]: the same wherever a copy of the data set lies.
+    """[images, sha256 of how many bytes each has, and of SAMPLED of them]: of every copy the same.
 
-    None where its table has paths, and not the images themselves. Only the lengths are read.
+    None where the table has paths, and not the images themselves.
     """
     import pyarrow.compute as pc
 
     empty, elsewhere = -1, -2  # where a cell has no bytes: it is null, or it has a path
-    parts = [np.zeros(0, np.int64)]
-    for chunk in dataset.data.column(image_column).chunks:
+    column, parts = dataset.data.column(image_column), [np.zeros(0, np.int64)]
+    for chunk in column.chunks:
         lengths = pc.binary_length(pc.struct_field(chunk, "bytes")).cast("int64")
         lengths = lengths.fill_null(elsewhere).to_numpy(zero_copy_only=False)
         parts.append(np.where(chunk.is_valid().to_numpy(zero_copy_only=False), lengths, empty))
     lengths = np.concatenate(parts)
+    rows = np.arange(len(lengths))
     if dataset._indices is not None:
-        lengths = lengths[dataset._indices.column(0).to_numpy()]
+        rows = dataset._indices.column(0).to_numpy()
+        lengths = lengths[rows]
     if (lengths == elsewhere).any():
         return None
-    return [len(lengths), hashlib.sha256(lengths.tobytes()).hexdigest()]
+    digest = hashlib.sha256(lengths.tobytes())
+    # of some images the bytes, too: bitmaps and raw pixels all have the same length
+    for row in rows[:: max(1, -(-len(rows) // SAMPLED))].tolist():
+        if column[row].is_valid:
+            digest.update(column[row]["bytes"].as_buffer())
+    return [len(lengths), digest.hexdigest()]
 
 
 def image_file(image):

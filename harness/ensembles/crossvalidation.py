@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from harness.console import words_of
 from harness.data.parts import parse_fold
 from harness.data.sources import Split, load_data, stored_rows
 from harness.data.stores import Samples
@@ -27,6 +28,22 @@ class Fold(NamedTuple):
     member: object  # harness.models.trained.Trained
     split: Split
     image_column: str
+
+
+def check_flags(given, tta):
+    """Raise UserError for flags that have no effect on a cross-validation, which combines nothing.
+
+    given: see Parser.read. tta: of the flag.
+    """
+    for name in ("member_weights", "average", "soup", "max_eval_samples"):
+        if name in given:
+            flag = "no_soup" if name == "soup" else name
+            raise UserError(
+                f"--{flag} has no effect on the folds of a cross-validation: each run scores the "
+                "images that it held out (--split test compares them on the test images)"
+            )
+    if len(words_of(tta)) > 1:
+        raise UserError(f"--tta {tta}: the folds of a cross-validation take one kind of views")
 
 
 def find_folds(members, options) -> list[Fold]:

@@ -8,6 +8,7 @@ import torch
 import smallruns
 from harness.data.sources import load_data
 from harness.data.stores import decode
+from harness.ensembles import crossvalidation
 from harness.errors import UserError
 from harness.models.trained import load_model, read_trained
 from tricks.augment import normalize_batch
@@ -65,3 +66,17 @@ def test_what_is_no_cross_validation_is_refused(runs, tmp_path):
     other, _ = smallruns.train(tmp_path, run_name="more", fold="1/2", **FLAGS)
     with pytest.raises(UserError, match="these runs are folds of 2 and of 3"):
         smallruns.ensemble(tmp_path, other, runs[1], runs[2])
+
+
+@pytest.mark.parametrize(
+    ("given", "tta", "words"),
+    [
+        ({"soup": "command line"}, "none", "--no_soup has no effect on the folds"),
+        ({"average": "command line"}, "none", "--average has no effect on the folds"),
+        ({}, "flip,shift", "--tta flip,shift: the folds of a cross-validation take one kind"),
+    ],
+)
+def test_flags_of_combinations_are_refused(given, tta, words):
+    crossvalidation.check_flags({"run_name": "command line"}, "flip")
+    with pytest.raises(UserError, match=words):
+        crossvalidation.check_flags(given, tta)
