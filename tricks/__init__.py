@@ -34,16 +34,13 @@ from .cam import (
     CAM_METHODS,
     Cams,
     GradCam,
-    SpatialLayer,
     eigen_cam,
-    find_layer,
     grad_cam,
     grad_cam_plus_plus,
     hires_cam,
     layer_cam,
     normalize_maps,
     score_cam,
-    spatial_layers,
     upsample_maps,
 )
 from .cam_checks import (
@@ -54,6 +51,7 @@ from .cam_checks import (
     rank_correlation,
     reinitialized_copy,
 )
+from .cam_layers import SpatialLayer, find_layer, spatial_layers
 from .class_weights import (
     effective_number_weights,
     inverse_frequency_weights,

@@ -1,6 +1,7 @@
 """Class activation maps: the places in an image that a classifier's answer rests on.
 
-    with GradCam(model) as cam:
+    layer = "layer4"  # or find_layer(model, images), of tricks/cam_layers.py
+    with GradCam(model, layer) as cam:
         cams = cam(images, methods=("gradcam", "layercam"))
     heat = upsample_maps(normalize_maps(cams.maps["gradcam"]), images.shape[2:])
 
@@ -14,10 +15,9 @@ sets negative values to 0 in every method.
 
 import difflib
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -28,28 +28,17 @@ __all__ = [
     "CAM_METHODS",
     "Cams",
     "GradCam",
-    "SpatialLayer",
     "eigen_cam",
-    "find_layer",
     "grad_cam",
     "grad_cam_plus_plus",
     "hires_cam",
     "layer_cam",
     "normalize_maps",
     "score_cam",
-    "spatial_layers",
     "upsample_maps",
 ]
 
-# Pools, whose output makes no good maps: it has fewer positions, or repeats some
-POOLS = (
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-)
 MAX_PREFIX = 16  # class, distillation and register tokens before those of the patches
-MIN_REACH = 0.1  # share of a layer's positions that the logits have to depend on
 
 
 # -- methods -------------------------------------------------------------------------------------
@@ -240,115 +229,7 @@ def _checked(activations: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
     return activations.detach().float(), gradients.detach().float()
 
 
-# -- layers --------------------------------------------------------------------------------------
-
-
-class SpatialLayer(NamedTuple):
-    """A module whose output has positions, and the share of them that the logits depend on."""
-
-    name: str  # as in `named_modules`
-    channels: int
-    height: int
-    width: int
-    reach: float  # share of positions at which the largest logit has a gradient
-    is_pool: bool  # whether it, or a module inside that gives its output, is a pool
-
-
-def spatial_layers(model: nn.Module, images: Tensor) -> list[SpatialLayer]:
-    """The modules to take maps from, in the order in which the network finishes them.
-
-    From one forward and backward pass of the first image, in eval mode, which does not change the
-    model. Listed are modules that return a tensor (n, c, h, w), or (n, h, w, c) as Swin does, or
-    tokens (n, prefix + h · w, c), with h · w > 1 in the proportions of the images (n, C, H, W) and
-    not larger. Of modules that return the same values, as a block and its last ReLU do, the
-    outermost is listed, else the first. Left out are modules that run more than once in a pass, as
-    a block's shared ReLU does, and of those that return tokens the ones of another width than the
-    last and bare linear layers: a block's queries or hidden units are not its features.
-
-    >>> model = nn.Sequential(
-    ...     nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(24, 5)
-    ... )
-    >>> for layer in spatial_layers(model, torch.randn(1, 3, 8, 12)):
-    ...     print(*layer)
-    0 4 4 6 1.0 False
-    1 4 2 3 1.0 True
-    """
-    model = _unwrapped(model)
-    _check_images(images)
-    image = _like(model, images[:1])
-    groups, calls, last_key, head_input = [], Counter(), None, None
-
-    def record(name: str, module: nn.Module, args: tuple, output: object) -> None:
-        nonlocal last_key, head_input
-        calls[name] += 1
-        if isinstance(module, nn.Linear | nn.Conv2d) and args:
-            head_input = args[0]
-        if not isinstance(output, Tensor) or not output.requires_grad:
-            return
-        grid = _grid_of(output.shape, image.shape)
-        if grid is None or output.shape == image.shape:  # a normalised image is no feature
-            return
-        # Modules finish from the inside out: those that return the same values follow each other.
-        # An in-place operation keeps the address and increments the version.
-        key = (output.data_ptr(), output._version, output.numel())
-        if key != last_key:
-            groups.append([])
-        groups[-1].append(_Member(name, module, output, grid))
-        last_key = key
-
-    with _evaluating(model), _recorded(model, record):
-        # A clone is no leaf: a network may start with an in-place operation
-        logits = model(image.clone().requires_grad_().clone())
-        _check_logits(model, logits, 1)
-        pools = [any(isinstance(member.module, POOLS) for member in group) for group in groups]
-        groups = [[member for member in group if calls[member.name] == 1] for group in groups]
-        entries = [
-            (min(group, key=lambda member: member.name.count(".")), is_pool)
-            for group, is_pool in zip(groups, pools, strict=True)
-            if group
-        ]
-        outputs = [member.output for member, _ in entries]
-        gradients = _gradients(logits.amax(), outputs)
-        if head_input is not None and not any(g is not None and g.any() for g in gradients):
-            # The head is zero, as new ones are: a direction in its input takes the logit's place
-            direction = torch.linspace(1, 2, head_input.numel()).to(head_input)
-            gradients = _gradients((head_input.flatten() * direction).sum(), outputs)
-
-    layers, width = [], None
-    for (member, is_pool), gradient in reversed(list(zip(entries, gradients, strict=True))):
-        name, module, output, grid = member
-        if output.ndim == 3:
-            width = width or (None if isinstance(module, nn.Linear) else output.shape[2])
-            if isinstance(module, nn.Linear) or output.shape[2] != width:
-                continue
-        reach = 0.0
-        if gradient is not None:
-            reach = _to_grid(gradient, grid).ne(0).any(1).float().mean().item()
-        channels = _to_grid(output, grid).shape[1]
-        layers.append(SpatialLayer(name, channels, grid.height, grid.width, reach, is_pool))
-    return layers[::-1]
-
-
-def find_layer(model: nn.Module, images: Tensor) -> str:
-    """The name of the layer to take maps from: the last one with positions, before pooling.
-
-    The last of `spatial_layers` that is not a pool and where the logits depend on at least a tenth
-    of the positions. In a transformer with a class token, that is not the output of the last block:
-    the head reads only its class token, and every patch has gradient zero. It is the norm before
-    the last attention (torchvision's encoder.layers.encoder_layer_11.ln_1, timm's blocks.11.norm1),
-    through which the patches last reach the class token.
-
-    Raises ValueError where there is none, as in a multilayer perceptron.
-
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
-    >>> find_layer(nn.Sequential(model, nn.Linear(24, 5)), torch.randn(2, 3, 6, 8))
-    '0.1'
-    """
-    for layer in reversed(spatial_layers(model, images)):
-        if layer.reach >= MIN_REACH and not layer.is_pool:
-            return layer.name
-    kind = type(_unwrapped(model)).__name__
-    raise ValueError(f"{kind} has no layer with positions that its logits depend on: no map")
+# -- the positions in an output --------------------------------------------------------------------
 
 
 class _Grid(NamedTuple):
@@ -358,13 +239,6 @@ class _Grid(NamedTuple):
     height: int
     width: int
     prefix: int = 0
-
-
-class _Member(NamedTuple):
-    name: str
-    module: nn.Module
-    output: Tensor
-    grid: _Grid
 
 
 @lru_cache
@@ -409,26 +283,6 @@ def _to_grid(output: Tensor, grid: _Grid) -> Tensor:
     return output if grid.dim == 2 else output.permute(0, 3, 1, 2)
 
 
-@contextmanager
-def _recorded(model: nn.Module, record: Callable[..., None]) -> Iterator[None]:
-    """Call record(name, module, args, output) whenever a module of the model has run."""
-    handles = []
-    try:
-        for name, module in model.named_modules():
-            if module is not model:
-                handles.append(module.register_forward_hook(partial(record, name)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _gradients(value: Tensor, outputs: list[Tensor]) -> Sequence[Tensor | None]:
-    if not outputs or not value.requires_grad:
-        return [None] * len(outputs)
-    return torch.autograd.grad(value, outputs, retain_graph=True, allow_unused=True)
-
-
 # -- the network ---------------------------------------------------------------------------------
 
 
@@ -443,9 +297,10 @@ class Cams(NamedTuple):
 class GradCam:
     """Class activation maps of a classifier, which stays as it was.
 
-    layer: the name of a module, or the module; None for that of `find_layer`, from the first
-    images. `spatial_layers` describes the outputs it may have; where it runs more than once in a
-    pass, its last output counts. `layer` is its name afterwards.
+    layer: the module to take maps from, or its name; tricks/cam_layers.py finds the usual one. It
+    returns a tensor (n, c, h, w), or (n, h, w, c) as Swin does, or tokens (n, prefix + h · w, c),
+    with h · w > 1 in the proportions of the images; where it runs more than once in a pass, its
+    last output counts. The attribute `layer` is its name.
 
     Frozen weights, `torch.no_grad`, in-place ReLUs and wrappers by DDP, DataParallel or
     `torch.compile` (it runs uncompiled) make no difference. The model runs in eval mode, so that
@@ -457,18 +312,18 @@ class GradCam:
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(192, 5))
     >>> images = torch.randn(2, 3, 8, 12)
-    >>> with GradCam(model) as cam:
+    >>> with GradCam(model, "1") as cam:
     ...     cams = cam(images, methods=("gradcam", "hirescam"))
     ...     all_classes = cam(images, torch.arange(5).expand(2, 5))
-    >>> cam.layer, {method: tuple(maps.shape) for method, maps in cams.maps.items()}
-    ('1', {'gradcam': (2, 4, 6), 'hirescam': (2, 4, 6)})
+    >>> {method: tuple(maps.shape) for method, maps in cams.maps.items()}
+    {'gradcam': (2, 4, 6), 'hirescam': (2, 4, 6)}
     >>> tuple(all_classes.maps["gradcam"].shape)
     (2, 5, 4, 6)
     """
 
-    def __init__(self, model: nn.Module, layer: str | nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module, layer: str | nn.Module) -> None:
         self.model = _unwrapped(model)
-        self.layer = None if layer is None else _layer_name(self.model, layer)
+        self.layer = _layer_name(self.model, layer)
         self._handle = self._outputs = None  # outputs: a list while a pass is captured
         self._entered = self._with_graph = False
 
@@ -507,8 +362,6 @@ class GradCam:
             raise RuntimeError("use GradCam in a block: with GradCam(model) as cam")
         _check_images(images)
         _check_methods(methods)
-        if self.layer is None:
-            self.layer = find_layer(self.model, images)
         if self._handle is None:
             module = self.model.get_submodule(self.layer)
             self._handle = module.register_forward_hook(self._capture)
@@ -626,6 +479,8 @@ def _layer_name(model: nn.Module, layer: str | nn.Module) -> str:
             return layer
         matches = difflib.get_close_matches(layer, modules, n=5, cutoff=0.0)
         raise ValueError(f"no layer is named {layer!r}; the nearest are {', '.join(matches)}")
+    if not isinstance(layer, nn.Module):
+        raise ValueError(f"layer must be a module or its name, got {layer!r}")
     for name, module in modules.items():
         if module is layer:
             return name

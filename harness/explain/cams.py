@@ -40,6 +40,7 @@ from tricks.cam_checks import (
     rank_correlation,
     reinitialized_copy,
 )
+from tricks.cam_layers import find_layer
 from tricks.tta import tta_views
 
 # For weights that come without preprocessing
@@ -425,9 +426,12 @@ def explain(options, network, pictures, choose_targets, methods, device, bar):
     options: MapOptions. Raises UserError for a name that is not a layer, and for a network whose
     layers have no positions.
     """
+    if not pictures:
+        return None
     random, batches = None, []
     try:
-        with GradCam(network.model, options.layer) as cam:
+        layer = options.layer or find_layer(network.model, to_input(network, pictures[:1], device))
+        with GradCam(network.model, layer) as cam:
             for start in range(0, len(pictures), BATCH):
                 batch = pictures[start : start + BATCH]
                 images = to_input(network, batch, device)
@@ -448,13 +452,10 @@ def explain(options, network, pictures, choose_targets, methods, device, bar):
                     )
                 batches.append((probabilities, classes, maps, checks))
                 bar.update(len(batch))
-            layer = cam.layer
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"{network.name}: {error}") from None
-    if not batches:
-        return None
     probabilities, classes, maps, checks = zip(*batches, strict=True)
     return Explained(
         layer, torch.cat(probabilities), torch.cat(classes),

@@ -15,7 +15,7 @@ from harness.models.trained import add_to_folder
 from harness.pictures import drawable
 from harness.reports import page
 from harness.tracking import Tracking, TrackingOptions
-from tricks.cam import spatial_layers
+from tricks.cam_layers import spatial_layers
 
 DRAWN = 8  # classes of an image with --all_classes
 ON_SHEET = 32  # images

@@ -1,29 +1,33 @@
 """Class activation maps: the papers' numbers, the grad-cam package's, and a network left alone."""
 
 import copy
-import hashlib
 
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
+from small_networks import (
+    images_of,
+    resnet18,
+    small_cnn,
+    small_swin,
+    small_vit,
+    state_of,
+)
 from torch import nn
 
-from harness.models.build import FAMILIES, build_model, family_of
 from tricks.cam import (
     CAM_METHODS,
     GradCam,
     eigen_cam,
-    find_layer,
     grad_cam,
     grad_cam_plus_plus,
     hires_cam,
     layer_cam,
     normalize_maps,
     score_cam,
-    spatial_layers,
     upsample_maps,
 )
+from tricks.cam_layers import find_layer
 
 CHEAP = CAM_METHODS[:-1]  # Score-CAM runs the network once for every channel
 WHY = "parity with jacobgil's grad-cam, a peer that only tests know"
@@ -36,68 +40,8 @@ def seeded():
         yield
 
 
-def small_cnn(classes=5, inplace=True):
-    """Eight channels on a quarter of the image, read by a mean and a linear layer."""
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3, 2, 1),
-        nn.BatchNorm2d(6),
-        nn.ReLU(inplace),
-        nn.Conv2d(6, 8, 3, 2, 1),
-        nn.ReLU(inplace),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8, classes),
-    ).eval()
-
-
-def small_vit(classes=5):
-    model = torchvision.models.VisionTransformer(
-        image_size=32,
-        patch_size=8,
-        num_layers=3,
-        num_heads=2,
-        hidden_dim=12,
-        mlp_dim=20,
-        num_classes=classes,
-    )
-    nn.init.normal_(model.heads.head.weight)  # it starts at zero
-    return model.eval()
-
-
-def small_swin(classes=5):
-    return torchvision.models.SwinTransformer(
-        patch_size=[4, 4],
-        embed_dim=8,
-        depths=[2, 2],
-        num_heads=[2, 2],
-        window_size=[2, 2],
-        num_classes=classes,
-    ).eval()
-
-
-def small_maxvit(classes=5):
-    return torchvision.models.MaxVit(
-        input_size=(32, 32),
-        stem_channels=8,
-        partition_size=2,
-        block_channels=[8, 12],
-        block_layers=[1, 1],
-        head_dim=4,
-        stochastic_depth_prob=0.0,
-        num_classes=classes,
-    ).eval()
-
-
-def resnet18(classes=5):
-    return torchvision.models.resnet18(num_classes=classes).eval()
-
-
-def images_of(n, height=32, width=48):
-    return torch.randn(n, 3, height, width)
-
-
 def maps_of(model, images, classes=None, methods=CHEAP, layer=None, **options):
-    with GradCam(model, layer) as cam:
+    with GradCam(model, layer or find_layer(model, images)) as cam:
         return cam(images, classes, methods, **options)
 
 
@@ -109,19 +53,6 @@ def assert_same_maps(seen, expected, tolerance=0.0):
         assert maps.any(), method
         limit = tolerance * maps.abs().amax((-2, -1), keepdim=True)
         assert ((seen.maps[method] - maps).abs() <= limit).all(), method
-
-
-def state_of(model):
-    """A hash of every parameter, buffer, mode, gradient and hook."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        has_grad = getattr(tensor, "grad", None) is not None
-        digest.update(f"{name} {tensor.requires_grad} {has_grad}".encode() + bits.tobytes())
-    for name, module in model.named_modules():
-        hooks = [len(module._forward_hooks), len(module._forward_pre_hooks)]
-        digest.update(f"{name} {module.training} {hooks} {len(module._backward_hooks)}".encode())
-    return digest.hexdigest()
 
 
 # -- methods -------------------------------------------------------------------------------------
@@ -359,9 +290,8 @@ def test_maps_equal_the_packages(name):
         model.get_submodule(head).weight *= 1e4
     images, classes = images_of(3, *size), torch.tensor([4, 0, 2])
     targets = [ClassifierOutputTarget(int(c)) for c in classes]
-    with GradCam(model) as cam:
-        seen = cam(images, classes, CHEAP)
-    assert cam.layer == layer
+    assert find_layer(model, images) == layer
+    seen = maps_of(model, images, classes)
     module = model.get_submodule(layer)
     kinds = {
         "gradcam": package.GradCAM,
@@ -428,162 +358,6 @@ def test_score_cam_equals_the_packages_but_for_its_corners(monkeypatch):
 
 # -- layers --------------------------------------------------------------------------------------
 
-# family: what builds it, the layer, its positions from images of a height and width
-QUICK = ("resnet", "mobilenet", "shufflenet", "squeezenet", "vit", "swin")
-LARGE = ("alexnet", "convnext", "inception", "resnext", "swin v2", "vgg", "wide_resnet")
-LAYERS = {
-    "alexnet": ("alexnet", "features.11", (3, 5), (64, 96)),
-    "convnext": ("convnext_tiny", "features", (2, 3), (64, 96)),
-    "densenet": ("densenet121", "features", (2, 3), (64, 96)),
-    "efficientnet": ("efficientnet_b0", "features", (2, 3), (64, 96)),
-    "googlenet": ("googlenet", "inception5b", (2, 3), (64, 96)),
-    "inception": ("inception_v3", "Mixed_7c", (1, 2), (96, 128)),
-    "maxvit": (small_maxvit, "blocks.1", (4, 4), (32, 32)),
-    "mnasnet": ("mnasnet0_5", "layers", (2, 3), (64, 96)),
-    "mobilenet": ("mobilenet_v3_small", "features", (2, 3), (64, 96)),
-    "mobilenet v2": ("mobilenet_v2", "features", (3, 2), (96, 64)),
-    "regnet": ("regnet_y_400mf", "trunk_output", (2, 3), (64, 96)),
-    "resnet": ("resnet18", "layer4", (3, 2), (96, 64)),
-    "resnext": ("resnext50_32x4d", "layer4", (2, 3), (64, 96)),
-    "shufflenet": ("shufflenet_v2_x0_5", "conv5", (2, 3), (64, 96)),
-    "squeezenet": ("squeezenet1_1", "classifier.2", (3, 5), (64, 96)),
-    "swin": ("swin_t", "norm", (2, 3), (64, 96)),
-    "swin v2": ("swin_v2_t", "norm", (3, 2), (96, 64)),
-    "vgg": ("vgg11", "features.19", (4, 6), (64, 96)),
-    "vit": (small_vit, "encoder.layers.encoder_layer_2.ln_1", (4, 4), (32, 32)),
-    "wide_resnet": ("wide_resnet50_2", "layer4", (2, 3), (64, 96)),
-}
-
-
-def test_every_family_is_in_the_table():
-    assert {key.split()[0] for key in LAYERS} == FAMILIES.keys()
-    for key, (name, *_) in LAYERS.items():
-        assert callable(name) or family_of(name) is FAMILIES[key.split()[0]]
-
-
-@pytest.mark.parametrize(
-    "family",
-    [
-        family
-        if family in QUICK
-        else pytest.param(family, marks=pytest.mark.sweep if family in LARGE else pytest.mark.slow)
-        for family in LAYERS
-    ],
-)
-def test_the_layer_of_every_torchvision_family(family):
-    make, layer, positions, size = LAYERS[family]
-    if callable(make):
-        model = make()
-    else:
-        model = build_model(make, 5, image_size=max(size), stem="standard").eval()
-    before, images = state_of(model), images_of(2, *size)
-    with GradCam(model) as cam:
-        seen = cam(images, torch.tensor([1, 4]), CHEAP)
-    assert cam.layer == layer
-    for method, maps in seen.maps.items():
-        assert maps.shape == (2, *positions) and maps.isfinite().all(), method
-    found = [found for found in spatial_layers(model, images) if found.name == layer]
-    assert found[0].reach > 0.7 and (found[0].height, found[0].width) == positions
-    assert state_of(model) == before
-
-
-TIMM = [
-    ("resnet10t", {}, (64, 96), "layer4", (2, 3)),
-    ("convnext_atto", {}, (64, 96), "stages", (2, 3)),
-    ("efficientnet_b0", {}, (64, 96), "bn2", (2, 3)),
-    ("mobilenetv3_small_050", {}, (64, 96), "blocks", (2, 3)),
-    pytest.param("vgg11", {}, (64, 96), "features.19", (4, 6), marks=pytest.mark.sweep),
-    ("vit_tiny_patch16_224", {"img_size": (64, 96)}, (64, 96), "blocks.11.norm1", (4, 6)),
-    (
-        "deit_tiny_distilled_patch16_224",
-        {"img_size": (64, 96)},
-        (64, 96),
-        "blocks.11.norm1",
-        (4, 6),
-    ),
-    ("mixer_s32_224", {"img_size": 64}, (64, 64), "norm", (2, 2)),  # a mean over tokens
-    ("swinv2_tiny_window8_256", {"img_size": (64, 96)}, (64, 96), "norm", (2, 3)),
-]
-
-
-@pytest.mark.parametrize(("name", "options", "size", "layer", "positions"), TIMM)
-def test_the_layer_of_timms_networks(name, options, size, layer, positions):
-    timm = pytest.importorskip("timm", reason="timm's networks are optional to users")
-    model = timm.create_model(name, pretrained=False, num_classes=5, **options)
-    heads = model.get_classifier()
-    for head in heads if isinstance(heads, tuple) else [heads]:
-        nn.init.normal_(head.weight)  # some start at zero
-    with GradCam(model) as cam:
-        maps = cam(images_of(1, *size), methods=("hirescam",)).maps["hirescam"]
-    assert cam.layer == layer and maps.shape == (1, *positions)
-    assert maps.ne(0).float().mean() > 0.7
-
-
-def test_the_positions_of_a_vits_last_block_get_no_gradient():
-    """Only its class token is read; the norm before its attention still sees the patches."""
-    model, images = small_vit(), images_of(2, 32, 32)
-    reach = {layer.name: layer.reach for layer in spatial_layers(model, images)}
-    assert reach["encoder.layers.encoder_layer_2.ln_1"] == 1
-    assert reach["encoder.layers"] == reach["encoder"] == 0
-    assert not maps_of(model, images, layer="encoder.layers").maps["gradcam"].any()
-
-
-def test_a_head_of_zeros_hides_no_layer():
-    """torchvision's vit starts with one: no logit depends on anything."""
-    model = small_vit()
-    nn.init.zeros_(model.heads.head.weight)
-    assert find_layer(model, images_of(1, 32, 32)) == "encoder.layers.encoder_layer_2.ln_1"
-    # Of a convolution, too
-    head = nn.Conv2d(4, 5, 1)
-    nn.init.zeros_(head.weight)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), head)
-    assert find_layer(model.append(nn.Flatten()), images_of(1)) == "1"
-
-
-def test_candidates_with_their_shapes():
-    """In the order of the pass; the outermost of those that give the same; no shared ReLU."""
-    layers = {layer.name: layer for layer in spatial_layers(resnet18(), images_of(3, 64, 96))}
-    names = list(layers)
-    assert names[0] == "conv1" and names[-1] == "layer4" and "layer4.1" not in names
-    assert layers["layer3"][1:] == (256, 4, 6, 1.0, False) and layers["maxpool"].is_pool
-    assert not any(name.endswith("relu") for name in names if name != "relu")
-    assert not {"avgpool", "fc"} & set(names)
-
-    swin = {layer.name: layer[1:4] for layer in spatial_layers(small_swin(), images_of(1, 32, 48))}
-    assert swin["norm"] == (16, 4, 6) and "permute" not in swin  # the same values, permuted
-
-
-def test_a_pool_is_no_layer_and_neither_is_an_image():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.normalize = nn.InstanceNorm2d(3)
-            self.conv, self.pool = nn.Conv2d(3, 4, 3, 2, 1), nn.MaxPool2d(2)
-            self.drop, self.fc = nn.Dropout2d(), nn.Linear(24, 5)
-
-        def forward(self, x):
-            return self.fc(self.drop(self.pool(self.conv(self.normalize(x)).relu())).flatten(1))
-
-    layers = spatial_layers(Net(), images_of(2, 8, 12))
-    assert [(layer.name, layer.is_pool) for layer in layers] == [("conv", False), ("pool", True)]
-    assert find_layer(Net(), images_of(2, 8, 12)) == "conv"
-
-
-def test_the_norm_before_an_in_place_relu_is_not_the_relu():
-    """Both give one tensor; the second changes what is in it."""
-    model = small_cnn()
-    names = [layer.name for layer in spatial_layers(model, images_of(1))]
-    assert names == ["0", "1", "2", "3", "4"]
-    assert find_layer(model, images_of(1)) == "4"
-
-
-def test_a_network_without_positions():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 12, 9), nn.ReLU(), nn.Linear(9, 5))
-    with GradCam(model) as cam, pytest.raises(ValueError, match="no layer with positions") as error:
-        cam(images_of(2, 8, 12))
-    assert "\n" not in str(error.value)
-    assert spatial_layers(model, images_of(2, 8, 12)) == []
-
 
 @pytest.mark.parametrize("layer", ["layer3", "layer3.1.conv2", "layer2.0.downsample.0"])
 def test_a_layer_by_name_and_by_module(layer):
@@ -600,6 +374,8 @@ def test_an_unknown_layer_lists_the_nearest_first():
         GradCam(model, "layre4")
     with pytest.raises(ValueError, match="Conv2d given as layer is not in the model"):
         GradCam(model, nn.Conv2d(3, 3, 1))
+    with pytest.raises(ValueError, match="layer must be a module or its name, got None"):
+        GradCam(model, None)
 
 
 @pytest.mark.parametrize("layer", ["avgpool", "fc"])
@@ -736,8 +512,8 @@ def test_a_network_that_begins_in_place():
 
     images = images_of(2)
     before = images.clone()
-    with GradCam(Net(*small_cnn())) as cam:
-        assert cam(images).maps["gradcam"].any() and cam.layer == "4"
+    net = Net(*small_cnn())
+    assert find_layer(net, images) == "4" and maps_of(net, images).maps["gradcam"].any()
     assert torch.equal(images, before)
 
 
@@ -847,7 +623,7 @@ def test_nothing_is_left_behind():
     F.cross_entropy(model(images), torch.arange(4)).backward()
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     before, random = state_of(model), torch.get_rng_state()
-    with GradCam(model) as cam:
+    with GradCam(model, find_layer(model, images)) as cam:
         cam(images, methods=CHEAP)
         cam(images, torch.arange(5).expand(4, 5))
         assert len(model.layer4._forward_hooks) == 1
@@ -878,15 +654,15 @@ def test_an_error_in_the_network_leaves_nothing_behind(at):
     model = nn.Sequential(*parts[:place], Faulty(), *parts[place:]).train()
     before = state_of(model)
     layer = None if at == "while looking for it" else ("4" if place == 5 else "5")
-    with pytest.raises(ArithmeticError, match="on purpose"), GradCam(model, layer) as cam:
-        cam(images_of(2))
+    with pytest.raises(ArithmeticError, match="on purpose"):
+        maps_of(model, images_of(2), layer=layer)
     assert state_of(model) == before and torch.is_grad_enabled()
 
 
 def test_an_error_in_the_block_leaves_nothing_behind():
     model = small_cnn()
     before = state_of(model)
-    with pytest.raises(IndexError), GradCam(model) as cam:
+    with pytest.raises(IndexError), GradCam(model, "4") as cam:
         cam(images_of(2))
         raise IndexError
     assert state_of(model) == before
@@ -917,7 +693,7 @@ def test_refuses_what_does_not_fit(change, message):
     model = small_cnn()
     before = state_of(model)
     arguments = {"images": images_of(2, 8, 12), "classes": torch.tensor([0, 4])}
-    with GradCam(model) as cam, pytest.raises(ValueError, match=message):
+    with GradCam(model, "4") as cam, pytest.raises(ValueError, match=message):
         cam(**{**arguments, **change})
     assert state_of(model) == before
 

@@ -1,10 +1,12 @@
 """What stands in two files of tricks, as each has to stand alone, does the same in both."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
 
-from tricks import augment, cutmix, freeze, lr_groups, mixup, tta
+from tricks import augment, cam, cam_layers, cutmix, freeze, lr_groups, mixup, tta
 
 
 @pytest.mark.parametrize(("full", "size"), [(40, 16), (16, 40), (7, 7), (300, 1)])
@@ -47,3 +49,17 @@ def test_the_hint_at_a_prefix_that_matches_nothing(prefix):
             check(model, [prefix])
         hints.append(str(error.value).partition(";")[2])
     assert hints[0] == hints[1] and hints[0]
+
+
+def test_what_class_activation_maps_know_of_a_network():
+    """tricks/cam.py and tricks/cam_layers.py have the same helpers, word for word."""
+    names = {name for name, item in vars(cam).items() if callable(item) and name.startswith("_")}
+    names = {name for name in names if hasattr(cam_layers, name)}
+    assert names == {
+        "_Grid", "_check_images", "_check_logits", "_evaluating", "_grid_of", "_is_scaled",
+        "_like", "_to_grid", "_unwrapped",
+    }  # fmt: skip
+    for name in names:
+        twins = [inspect.getsource(getattr(module, name)) for module in (cam, cam_layers)]
+        assert twins[0] == twins[1], name
+    assert cam.MAX_PREFIX == cam_layers.MAX_PREFIX
