@@ -15,7 +15,7 @@ def read_flags(argv=None):
     parser = flags.Parser(__doc__)
     flags.ensemble_flags(parser)
     flags.running_flags(parser, trains=False)
-    flags.report_flags(parser, project="image-classification", name="ensemble-RUN+RUN+…")
+    flags.report_flags(parser, name="ensemble-RUN+RUN+…")
     return parser.read(argv)
 
 

@@ -19,7 +19,7 @@ def read_flags(argv=None):
     flags.optimization_flags(parser)
     flags.augmentation_flags(parser)
     flags.running_flags(parser)
-    flags.output_flags(parser, project="image-classification")
+    flags.output_flags(parser)
     parser.set_defaults(
         weights="default", epochs=None, batch_size=32, optimizer="adamw", lr=None,
         weight_decay=0.01, warmup_epochs=1.0, ema_decay=0.99, crop_scale=0.35, random_erasing=0.0,
@@ -38,7 +38,6 @@ import torch.nn.functional as F
 
 from harness.counters import generator
 from harness.data.batches import draw_mixing, make_views, row_order, train_batches
-from harness.data.stores import describe_prepared
 from harness.launch import script
 from harness.models import build
 from harness.models.trained import seen_before
@@ -47,16 +46,10 @@ from harness.processes import from_local_main
 from harness.training import features, plan
 from harness.training import stages as staging
 from harness.training.imbalance import make_loss
-from harness.training.opening import (
-    ModelOptions,
-    decode_images,
-    make_network,
-    open_run,
-    report_writer,
-)
+from harness.training.opening import decode_images, finish_run, make_network, open_run, start_run
 from harness.training.optimizers import OptimizerOptions, make_optimizer
 from harness.training.probe import can_start_from_probe, fit_probe, start_from_probe
-from harness.training.run import Length, Run, RunOptions, check_batch
+from harness.training.run import Length, check_batch
 from harness.training.scoring import evaluate_epoch, evaluate_result
 from tricks.ema import ModelEma
 from tricks.freeze import frozen_digest, unfreeze
@@ -78,7 +71,7 @@ def main(args):
 
     # model: a new head on loaded weights
     init = "own" if args.init == "auto" and pretrained.state else args.init
-    model, loaded, initialisation = make_network(opening, flags.pick(ModelOptions, args), init)
+    model, loaded, initialisation = make_network(opening, init)
 
     # strategy: a list of stages, each a function of the optimizer step
     def fit(all_images):
@@ -92,7 +85,7 @@ def main(args):
     from_probe = args.strategy in ("auto", "feature_extraction") and loaded.head_is_new
     from_probe = from_probe and can_start_from_probe(model, preprocessing.size)
     if strategy == "auto":
-        splits = decode_images(opening, args.verify_cache)
+        splits = decode_images(opening)
         probe = fit(all_images=False)
         strategy, reason = staging.choose_strategy(
             probe.accuracy, len(data.classes), len(data.train)
@@ -125,9 +118,8 @@ def main(args):
     accelerator.print(staging.table(model, stages, per_epoch, cached_stages))
     if args.dry_run:
         return
-    splits = splits or decode_images(opening, args.verify_cache)
+    splits = splits or decode_images(opening)
     if args.prepare_data:
-        accelerator.print(f"prepared     {describe_prepared(data, splits)}")
         return
     if from_probe:
         probe = probe or fit(all_images=bool(cached_stages))
@@ -141,19 +133,11 @@ def main(args):
         flags.pick(OptimizerOptions, args), model.parameters(), accelerator, lr=1.0
     )
     optimizer = accelerator.prepare(optimizer)
-    identity = plan.identity(data, preprocessing, splits) | {
+    identity = {
         "strategy": strategy,
         "stages": [[s.name, s.rates, s.start, s.end, s.options.bn_mode] for s in stages],
     }  # fmt: skip
-    run = Run(
-        flags.pick(RunOptions, args), accelerator, opening.folder, model, optimizer, ema,
-        Length(total, per_epoch),
-        config=plan.result_config(
-            args.model, args.dropout, data, preprocessing, opening.stem, "finetune", pretrained,
-            args.head,
-        ),
-        identity=identity,
-    )  # fmt: skip
+    run = start_run(opening, splits, model, optimizer, ema, Length(total, per_epoch), identity)
 
     for stage in stages:
         if stage.name not in cached_stages:
@@ -171,9 +155,7 @@ def main(args):
         "trained_parameters": staging.trained_parameters(model, stages),
         **({"probe": {"accuracy": probe.accuracy, "of": probe.source}} if probe else {}),
     }
-    report = report_writer(opening, splits, args.slice_by)
-    summary = run.finish(predict, facts, report=report, setup_seconds=opening.setup_seconds)
-    accelerator.print(plan.closing(summary, opening.folder, run.record.tracking.line))
+    finish_run(opening, run, splits, predict, facts)
 
 
 def train_stage(args, run, stage, optimizer, splits, preprocessing, classes, feature_cache):
@@ -219,8 +201,7 @@ def train_stage(args, run, stage, optimizer, splits, preprocessing, classes, fea
 
     for step, batch in run.steps(batches, epoch_scores, spacing=30 if is_cached else 0):
         set_lr(optimizer, warmup_cosine(step - stage.start, stage.end - stage.start, stage.warmup))
-        rng = generator(args.seed, "mixing", step)
-        mix = draw_mixing(options, preprocessing.size, rng)
+        mix = draw_mixing(options, preprocessing.size, generator(args.seed, "mixing", step))
         for microbatch in batch:  # one, unless gradients are accumulated
             with accelerator.accumulate(wrapper):
                 targets = F.one_hot(microbatch.labels, len(classes)).float()

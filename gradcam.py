@@ -15,7 +15,7 @@ def read_flags(argv=None):
     parser = flags.Parser(__doc__)
     flags.cam_flags(parser)
     flags.running_flags(parser, precision=False, trains=False)  # maps are made in fp32
-    flags.report_flags(parser, project="image-classification", name="gradcam-RUN")
+    flags.report_flags(parser, name="gradcam-RUN")
     return parser.read(argv)
 
 

@@ -17,7 +17,7 @@ def read_flags(argv=None):
     flags.speed_flags(flags.optimization_flags(parser, (*flags.OPTIMIZERS, "muon")))
     flags.augmentation_flags(parser)
     flags.running_flags(parser)
-    flags.output_flags(parser, project="image-classification")
+    flags.output_flags(parser)
     return parser.read(argv)
 
 
@@ -35,21 +35,14 @@ from harness.data.batches import (
     scored_views,
     train_batches,
 )
-from harness.data.stores import describe_prepared
 from harness.launch import script
 from harness.models import build
 from harness.pictures import save_train_batch
 from harness.training import plan
 from harness.training.imbalance import make_loss
-from harness.training.opening import (
-    ModelOptions,
-    decode_images,
-    make_network,
-    open_run,
-    report_writer,
-)
+from harness.training.opening import decode_images, finish_run, make_network, open_run, start_run
 from harness.training.optimizers import OptimizerOptions, make_groups, make_optimizer
-from harness.training.run import Length, Run, RunOptions, check_batch
+from harness.training.run import Length, check_batch
 from harness.training.scoring import evaluate_epoch, evaluate_result
 from tricks.ema import ModelEma
 from tricks.label_smoothing import smooth_labels
@@ -73,7 +66,7 @@ def main(args):
     total = args.max_steps or args.epochs * per_epoch
 
     # model
-    model, loaded, initialisation = make_network(opening, flags.pick(ModelOptions, args), args.init)
+    model, loaded, initialisation = make_network(opening, args.init)
     start_size = build.check_start_size(model, args.model, args.start_size, preprocessing.size)
     build.check_microbatch(model, microbatch_size, start_size)
 
@@ -91,9 +84,8 @@ def main(args):
     accelerator.print(plan.describe_run(args, machine, data, model, preprocessing, total, rows))
     if args.dry_run:
         return
-    splits = decode_images(opening, args.verify_cache, args.shard_store)
+    splits = decode_images(opening)
     if args.prepare_data:
-        accelerator.print(f"prepared     {describe_prepared(data, splits)}")
         return
 
     # tricks
@@ -107,14 +99,7 @@ def main(args):
     ema = ModelEma(model, args.ema_decay) if args.ema_decay else None
 
     model, optimizer = accelerator.prepare(model, optimizer)
-    run = Run(
-        flags.pick(RunOptions, args), accelerator, opening.folder, model, optimizer, ema,
-        Length(total, per_epoch),
-        config=plan.result_config(
-            args.model, args.dropout, data, preprocessing, opening.stem, "train", pretrained
-        ),
-        identity=plan.identity(data, preprocessing, splits),
-    )  # fmt: skip
+    run = start_run(opening, splits, model, optimizer, ema, Length(total, per_epoch))
     batches = train_batches(
         splits["train"], views, accelerator, batch_size=args.batch_size, seed=args.seed,
         accumulation=args.gradient_accumulation_steps, total_steps=total,
@@ -129,8 +114,7 @@ def main(args):
     for step, batch in run.steps(batches, epoch_scores):
         set_lr(optimizer, schedule(step, total, warmup))
         size = progressive_size(step, total, start_size, preprocessing.size)
-        rng = generator(args.seed, "mixing", step)
-        mix = draw_mixing(batch_options, preprocessing.size, rng)
+        mix = draw_mixing(batch_options, preprocessing.size, generator(args.seed, "mixing", step))
         for microbatch in batch:  # one, unless gradients are accumulated
             with accelerator.accumulate(model):
                 targets = F.one_hot(microbatch.labels, len(data.classes)).float()
@@ -153,11 +137,8 @@ def main(args):
     def predict(role, tta_views=None):
         return evaluate_result(run, splits[role], views.evaluation, tta_views)
 
-    summary = run.finish(
-        predict, tta=tta_views and (lambda role: predict(role, tta_views)[0]),
-        report=report_writer(opening, splits, args.slice_by), setup_seconds=opening.setup_seconds,
-    )  # fmt: skip
-    accelerator.print(plan.closing(summary, opening.folder, run.record.tracking.line))
+    tta = tta_views and (lambda role: predict(role, tta_views)[0])
+    finish_run(opening, run, splits, predict, tta=tta)
 
 
 if __name__ == "__main__":

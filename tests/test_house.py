@@ -7,6 +7,7 @@ import inspect
 import subprocess
 import sys
 import types
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,26 @@ def test_a_scripts_main_is_read_in_one_sitting():
     for script in SCRIPTS:
         for name, node in functions(ROOT / f"{script}.py"):
             assert statements(node) <= (70 if name == "main" else 50), f"{script}.py: {name}"
+
+
+def test_train_and_finetune_share_few_lines():
+    """Of finetune.py's lines of code, imports included, under 25 % are train.py's, too."""
+    lines = {}
+    for script in ("train", "finetune"):
+        text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
+        docstrings = {
+            number
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.Module | ast.FunctionDef) and ast.get_docstring(node)
+            for number in range(node.body[0].lineno, node.body[0].end_lineno + 1)
+        }
+        lines[script] = Counter(
+            line.strip()
+            for number, line in enumerate(text.splitlines(), start=1)
+            if number not in docstrings and line.strip() and not line.strip().startswith("#")
+        )
+    shared = (lines["train"] & lines["finetune"]).total()
+    assert 10 < shared < 0.25 * lines["finetune"].total()
 
 
 def test_no_package_imports_anothers_private_name():

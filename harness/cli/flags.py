@@ -56,7 +56,7 @@ def named(purpose) -> tuple[str, ...]:
     speed_flags(optimization_flags(parser))
     augmentation_flags(parser)
     running_flags(parser)
-    output_flags(parser, project="")
+    output_flags(parser)
     return tuple(parser.named(purpose))
 
 
@@ -804,7 +804,7 @@ def folder_flags(parser, name):
     return g
 
 
-def report_flags(parser, project, name="DATASET-MODEL-sSEED"):
+def report_flags(parser, name="DATASET-MODEL-sSEED"):
     g = folder_flags(parser, name)
     add(
         g,
@@ -814,13 +814,19 @@ def report_flags(parser, project, name="DATASET-MODEL-sSEED"):
         default="wandb",
         help="wandb,tensorboard or none",
     )
-    add(g, "project", operational=True, default=project, help="the trackers' project")
+    add(
+        g,
+        "project",
+        operational=True,
+        default="image-classification",
+        help="the trackers' project",
+    )
     add(g, "group", operational=True, help="the trackers' group, for runs that belong together")
     return g
 
 
-def output_flags(parser, project):
-    g = report_flags(parser, project)
+def output_flags(parser):
+    g = report_flags(parser)
     add(
         g,
         "overwrite",

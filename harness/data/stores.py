@@ -204,13 +204,16 @@ def _shares(split, preprocessing, accelerator):
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """The flags on which the choice of a store depends: its kind, its decoder, and the crops."""
+    """The flags of the store: its kind, its decoder, the crops, and how it is made."""
 
     pixels: str
     jpeg_decoder: str
     augment: str
     crop_scale: float
     stages: list[dict] | None = None  # of a fine-tuning run, which may have crops of their own
+    shard_store: bool = False
+    verify_cache: bool = False
+    prepare_data: bool = False
 
     def least_crop_scale(self) -> float:
         """The least share of the area that a random crop takes in any stage; 0 for none."""

@@ -1,4 +1,4 @@
-"""How a training script opens: the processes, its folder, the data, the weights it starts from."""
+"""How a training script opens (processes, folder, data, first weights) and how it closes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from harness.counters import generator
 from harness.data.options import DataOptions
 from harness.data.preprocessing import Preprocessing, PreprocessingOptions
 from harness.data.sources import Data
-from harness.data.stores import StoreOptions, choose_store, decode_splits, identical_images
+from harness.data.stores import (
+    StoreOptions,
+    choose_store,
+    decode_splits,
+    describe_prepared,
+    identical_images,
+)
 from harness.errors import UserError
 from harness.launch import make_accelerator
 from harness.models import build, calibration
@@ -33,21 +39,7 @@ from harness.reports.slices import check_slices
 from harness.training import plan
 from harness.training.folder import FolderOptions, check_folder, default_name, is_finished
 from harness.training.imbalance import check_flags
-
-
-class Opening(NamedTuple):
-    """What a script knows before it makes a network."""
-
-    accelerator: Accelerator
-    machine: dict[str, str]  # what the plan says of it, by row
-    folder: Path
-    data: Data
-    pretrained: Any  # from harness.models.weights.find_weights
-    preprocessing: Preprocessing
-    rows: dict[str, str]  # of the plan, on where the preprocessing and the pixels come from
-    on_gpu: bool  # whether the GPU decodes JPEGs
-    stem: str  # as resolved
-    setup_seconds: dict  # {"start": since this process began}; "decoding" once that is done
+from harness.training.run import Run, RunOptions
 
 
 @dataclass(frozen=True)
@@ -61,13 +53,32 @@ class ModelOptions:
     head: str = "linear"
 
 
-def make_network(opening, options, init):
+class Opening(NamedTuple):
+    """What a script knows before it makes a network."""
+
+    script: str  # its file name
+    model_options: ModelOptions
+    store_options: StoreOptions
+    run_options: RunOptions
+    accelerator: Accelerator
+    machine: dict[str, str]  # what the plan says of it, by row
+    folder: Path
+    data: Data
+    pretrained: Any  # from harness.models.weights.find_weights
+    preprocessing: Preprocessing
+    rows: dict[str, str]  # of the plan, on where the preprocessing and the pixels come from
+    stem: str  # as resolved
+    setup_seconds: dict  # {"start": since this process began}; "decoding" once that is done
+
+
+def make_network(opening, init):
     """(model, harness.models.weights.Loaded, the name of the initialisation of new weights).
 
-    options: ModelOptions. init: of `--init`, for the weights that `--weights` does not give. The
-    model is on the device, channels_last.
+    init: of `--init`, for the weights that `--weights` does not give. The model is on the device,
+    channels_last.
     """
-    size, pretrained, classes = opening.preprocessing.size, opening.pretrained, opening.data.classes
+    options, size = opening.model_options, opening.preprocessing.size
+    pretrained, classes = opening.pretrained, opening.data.classes
     model = build.build_model(
         options.model, len(classes), image_size=size, stem=opening.stem, dropout=options.dropout,
         head=options.head,
@@ -80,21 +91,54 @@ def make_network(opening, options, init):
     return model, loaded, initialisation
 
 
-def decode_images(opening, verify, shard=False):
+def decode_images(opening):
     """{role: Samples} of all splits; images of val and test that train holds, too, are printed.
 
-    verify: of --verify_cache. shard: of --shard_store.
+    With `--prepare_data` the place and the size of what was stored are printed, too.
     """
+    options = opening.store_options
     data, preprocessing, accelerator = opening.data, opening.preprocessing, opening.accelerator
     start = time.perf_counter()
-    splits = decode_splits(data, preprocessing, accelerator, shard=shard, verify=verify)
-    if opening.on_gpu:
+    splits = decode_splits(
+        data, preprocessing, accelerator, shard=options.shard_store, verify=options.verify_cache
+    )
+    if options.jpeg_decoder == "nvjpeg":
         splits["train"].stored.on_gpu = True
     if accelerator.is_main_process:
         for line in identical_images(data, preprocessing, splits):
             print(one_line(line), flush=True)
     opening.setup_seconds["decoding"] = time.perf_counter() - start
+    if options.prepare_data:
+        accelerator.print(f"prepared     {describe_prepared(data, splits)}")
     return splits
+
+
+def start_run(opening, splits, model, optimizer, ema, length, identity=None):
+    """The Run that trains `model`; it continues a checkpoint where `--resume_from_checkpoint` asks.
+
+    splits: {role: Samples}. ema: a ModelEma or None. length: Length. identity: facts, besides those
+    of the data, that a resumed run must share with the one it continues.
+    """
+    data, preprocessing, options = opening.data, opening.preprocessing, opening.model_options
+    config = plan.result_config(
+        options.model, options.dropout, data, preprocessing, opening.stem,
+        opening.script.removesuffix(".py"), opening.pretrained, options.head,
+    )  # fmt: skip
+    return Run(
+        opening.run_options, opening.accelerator, opening.folder, model, optimizer, ema, length,
+        config=config, identity=plan.identity(data, preprocessing, splits) | (identity or {}),
+    )  # fmt: skip
+
+
+def finish_run(opening, run, splits, predict, facts=None, tta=None):
+    """Write the result and its reports, and print the score and where they are.
+
+    predict, facts and tta: of `Run.finish`.
+    """
+    options = opening.run_options
+    report = report_writer(opening, splits, options.slice_by)
+    summary = run.finish(predict, facts, tta, report, opening.setup_seconds)
+    opening.accelerator.print(plan.closing(summary, opening.folder, run.record.tracking.line))
 
 
 def report_writer(opening, splits, slice_by):
@@ -182,14 +226,6 @@ def open_run(args, script) -> Opening:
     stem = build.resolve_stem(args.model, pretrained.stem or args.stem, preprocessing.size)
     seconds = {"start": time.time() - psutil.Process().create_time()}
     return Opening(
-        accelerator,
-        machine,
-        folder,
-        data,
-        pretrained,
-        preprocessing,
-        rows,
-        args.jpeg_decoder == "nvjpeg",
-        stem,
-        seconds,
-    )
+        script, flags.pick(ModelOptions, args), store, flags.pick(RunOptions, args), accelerator,
+        machine, folder, data, pretrained, preprocessing, rows, stem, seconds,
+    )  # fmt: skip

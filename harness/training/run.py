@@ -59,6 +59,7 @@ class RunOptions(TrackingOptions):
     max_checkpoints: int
     keep_checkpoints: str
     nonfinite: str
+    slice_by: list[str] | None
     log_model: bool
     stop_after: int | None
     overwrite: bool
