@@ -73,6 +73,7 @@ def write(folder, report, samples):
 
     report: the content of report.json. samples: harness.data.stores.Samples of the scored images.
     """
+    (folder / "mistakes.csv").unlink(missing_ok=True)  # of a cross-validation that this replaces
     replace_file(folder / "report.json", as_json(report))
     replace_file(folder / "report.md", markdown(escaped(report)).encode())
     classes = [row["class"] for row in report["by_class"]]

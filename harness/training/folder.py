@@ -71,7 +71,7 @@ def report_folder(options, name, script):
 
 def _replaced(folder, recipe):
     """The line for a report that this one replaces, made with other flags; "" where none is."""
-    old_flags = _recipe_in(folder)
+    old_flags = recipe_in(folder)
     if not old_flags:
         return ""
     new_flags = yaml.safe_load(flags.to_yaml(recipe))
@@ -157,11 +157,11 @@ def _owner(folder, recipe, script):
 
 def _of_older_version(folder, recipe):
     """Whether config.yaml has this script's flags: older versions wrote that and no mark."""
-    old_flags = _recipe_in(folder)
+    old_flags = recipe_in(folder)
     return len(old_flags) > 8 and len(old_flags.keys() - recipe.keys()) < 4
 
 
-def _recipe_in(folder):
+def recipe_in(folder):
     """The flags in a folder's config.yaml; {} where it is missing or can't be read."""
     if not has_file(folder / "config.yaml"):
         return {}
@@ -228,7 +228,7 @@ def _check_finished(folder, recipe):
                 "or start anew with --overwrite"
             )
     load_weights(folder)  # raises UserError where the weights are damaged
-    old_flags = _recipe_in(folder)
+    old_flags = recipe_in(folder)
     if not old_flags:
         raise UserError(f"{folder} holds a finished run whose config.yaml can't be read")
     new_flags = yaml.safe_load(flags.to_yaml(recipe))

@@ -37,9 +37,16 @@ from harness.reports import card, page
 from harness.reports import training as report
 from harness.reports.slices import check_slices
 from harness.training import plan
-from harness.training.folder import FolderOptions, check_folder, default_name, is_finished
+from harness.training.folder import (
+    FolderOptions,
+    check_folder,
+    default_name,
+    is_finished,
+    recipe_in,
+)
 from harness.training.imbalance import check_flags
 from harness.training.run import Run, RunOptions
+from harness.training.state import content_changes
 
 
 @dataclass(frozen=True)
@@ -176,6 +183,30 @@ def report_writer(opening, splits, slice_by):
     return write
 
 
+def nothing_to_do(accelerator, folder):
+    """Say so, and end the program: the folder's run is finished."""
+    accelerator.print(f"finished     {folder} has its result already: there is nothing to do")
+    raise SystemExit(0)
+
+
+def check_images_of_result(folder, dataset, data):
+    """UserError where a finished run's images were others than those of `dataset`, at another path.
+
+    config.json of older runs has no hash of them, only how many there are.
+    """
+    old = read_trained(folder).config["data"]
+    changes = ""
+    if old.get("content") and data.content and old["content"] != data.content:
+        changes = content_changes(old["content"], data.content)
+    elif old["splits"] != plan.sizes(data):
+        changes = f"{old['splits']} then, {plan.sizes(data)} now"
+    if changes:
+        raise UserError(
+            f"{folder} holds a finished run, and {dataset} has other images: {changes}. Give "
+            "another --run_name, or replace it with --overwrite"
+        )
+
+
 def open_run(args, script) -> Opening:
     """Find everything that the flags name: mistakes are reported before anything is computed.
 
@@ -189,9 +220,13 @@ def open_run(args, script) -> Opening:
     )  # fmt: skip
     name = default_name(args.dataset, args.model, args.seed)
     folder = check_folder(flags.pick(FolderOptions, args), name, script)
-    if args.resume_from_checkpoint == "auto" and not args.overwrite and is_finished(folder):
-        accelerator.print(f"finished     {folder} has its result already: there is nothing to do")
-        raise SystemExit(0)
+    finished, same_path = from_main(
+        accelerator,
+        lambda: (is_finished(folder), recipe_in(folder).get("dataset") == args.dataset),
+    )
+    finished = finished and args.resume_from_checkpoint == "auto" and not args.overwrite
+    if finished and same_path:
+        nothing_to_do(accelerator, folder)
     recipe, operational = flags.to_recipe(args), flags.named("operational")
     check_same(
         accelerator,
@@ -200,6 +235,9 @@ def open_run(args, script) -> Opening:
     # a mistyped name is reported before a data set is looked for
     in_turn(accelerator, lambda: find_model(args.model))
     data = plan.load(args.dataset, flags.pick(DataOptions, args), accelerator)
+    if finished:
+        from_main(accelerator, lambda: check_images_of_result(folder, args.dataset, data))
+        nothing_to_do(accelerator, folder)
     if "select_by" in args.given and data.val is None:
         raise UserError(
             f"--select_by {args.select_by} chooses the best epoch on validation images, and there "

@@ -246,6 +246,7 @@ def result_config(
         "data": {
             "source": data.source, "splits": sizes(data),
             "left_out": {split: list(rows) for split, rows in data.bad.items()},
+            **({"content": data.content} if data.content else {}),
         },
         "metric": "top-1 accuracy",
         "ancestors": list(pretrained.recipes),
@@ -316,8 +317,10 @@ def closing(summary, folder, tracked):
     score += f"; {averaged:.2%} over several views" if averaged is not None else ""
     if summary["best_epoch"]:
         score += f"; epoch {summary['best_epoch']}, the best on {splits['val']:,} val images"
+    weights = f"{summary['weights']} weights"
+    score += f" ({weights})" if accuracy is not None else f"; the result is the {weights}"
     text = (
-        f"\n{score} ({summary['weights']} weights) after {summary['steps']:,} steps, "
+        f"\n{score} after {summary['steps']:,} steps, "
         f"{summary['seconds']:.0f} s ({_time_text(summary['seconds_of'])})\n"
         f"{under_probe(summary)}"
     )

@@ -25,6 +25,7 @@ UNSCORED = [
     "steps",
     "images_per_second",
 ]  # of an epoch that has ended
+BRING_BACK = "Bring them back to continue this run, or give another --run_name to start anew"
 SUMS = ("loss", "mixed_acc", "grad_norm")  # what is summed over the steps of an interval
 
 
@@ -189,10 +190,11 @@ def check_identity(path, old, new, flag_names):
         if name == "dataset" and old[name] != new[name] and old.get("content") and "content" in new:
             raise UserError(
                 f"{path} was written with dataset {old[name]}, and {new[name]} has other images: "
-                f"{_changes(old, new)}"
+                f"{content_changes(old['content'], new['content'])}. {BRING_BACK}"
             )
         if name == "content" and old[name] != new.get(name):
-            raise UserError(f"{path} was written with other images: {_changes(old, new)}")
+            changes = content_changes(old["content"], new.get("content") or {})
+            raise UserError(f"{path} was written with other images: {changes}. {BRING_BACK}")
         if old.get(name) != new.get(name) and name == "data_sha256":
             raise UserError(f"{path} was written with other images or labels{_sizes(old, new)}")
         if name == "store" and old[name] != new[name]:
@@ -238,24 +240,23 @@ def _store(old, new):
     )
 
 
-def _changes(old, new):
-    """How the image files differ from those of a checkpoint, split by split."""
-    old_content, new_content = old["content"], new.get("content") or {}
+def content_changes(old_content, new_content):
+    """How the images differ from those of a checkpoint or result, split by split.
+
+    The contents: {split: [images, hash]}, as `Data.content`.
+    """
     differences = []
     for split in [*old_content, *(new_content.keys() - old_content.keys())]:
         if old_content.get(split) == new_content.get(split):
             continue
         counts = (content.get(split, [0, ""])[0] for content in (old_content, new_content))
         old_count, new_count = counts
-        difference = "as many files, but other names, sizes or labels"
+        difference = "as many images, but other ones, or other labels"
         if new_count != old_count:
             direction = "more" if new_count > old_count else "fewer"
-            difference = f"{abs(new_count - old_count):,} {direction} files"
+            difference = f"{abs(new_count - old_count):,} {direction} images"
         differences.append(f"split '{split}' has {difference}")
-    return (
-        "; ".join(differences)
-        + ". Bring them back to continue this run, or give another --run_name to start anew"
-    )
+    return "; ".join(differences)
 
 
 def _share(checkpoint, accelerator):

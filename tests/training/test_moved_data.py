@@ -32,10 +32,10 @@ def test_changed_images_are_named_by_their_split(tmp_path, images):
     smallruns.train(tmp_path, dataset=images, stop_after=3, **FLAGS)
     again = {"dataset": images, "resume_from_checkpoint": "auto", **FLAGS}
     (images / "ant" / "0.png").rename(images / "bee" / "new.png")
-    with pytest.raises(UserError, match="split 'train' has as many files, but other names"):
+    with pytest.raises(UserError, match="split 'train' has as many images, but other ones"):
         smallruns.train(tmp_path, **again)
     (images / "bee" / "new.png").unlink()
-    with pytest.raises(UserError, match="split 'train' has 1 fewer files"):
+    with pytest.raises(UserError, match="split 'train' has 1 fewer images"):
         smallruns.train(tmp_path, **again)
 
 
@@ -136,3 +136,15 @@ def test_every_script_on_every_layout(tmp_path, name, capsys):
     words = [a, "--output_dir", tmp_path / "g", "--report_to", "none", "--max_images", "2"]
     folder, status = smallruns.run("gradcam", [*map(str, words), "--run_name", "g"])
     assert status == 0 and (folder / "sheet.png").exists()
+
+
+def test_a_finished_run_is_not_that_of_other_images(tmp_path, images, capsys):
+    flags = FLAGS | {"epochs": 1, "run_name": "run", "keep_checkpoints": "final"}
+    _, status = smallruns.train(tmp_path, dataset=images, **flags)
+    flags["resume_from_checkpoint"] = "auto"
+    moved = images.rename(tmp_path / "elsewhere")
+    _, status = smallruns.train(tmp_path, dataset=moved, **flags)
+    assert status == 0 and "there is nothing to do" in capsys.readouterr().out
+    (moved / "ant" / "0.png").unlink()
+    with pytest.raises(UserError, match="elsewhere has other images: split 'train' has 1 fewer"):
+        smallruns.train(tmp_path, dataset=moved, **flags)
