@@ -62,12 +62,12 @@ def main():
     torch.set_num_threads(1)
     files = photographs(args.images, args.number if not args.quick else 16)
     ours = Ours(files)
-    if args.half is not None:  # one of two independent processes
-        ours.batches(0, len(files))
+    if args.half is not None:  # one of two independent processes: its passes, at each line
+        ours.crops(1)
         print("ready", flush=True)
-        sys.stdin.readline()
-        ours.crops(PASSES)
-        print("done", flush=True)
+        for _ in sys.stdin:
+            ours.crops(PASSES)
+            print("done", flush=True)
         return
     rows = speeds("photographs", files, args.rounds, {"v1, Pillow": 1.6, "v2, torchvision.io": 1.2})
     large = photographs("", 4 if args.quick else 16, 3000, 2000)
@@ -221,29 +221,27 @@ def two_of_each(args, ours, files):
     command = [sys.executable, __file__, "--half", "0", "--number", str(args.number)]
     command += ["--images", args.images] if args.images else []
     command += ["--quick"] if args.quick else []
-    found = []
-    for _ in range(args.rounds):
-        processes = [
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            for _ in range(2)
-        ]
-        for process in processes:
-            assert process.stdout.readline() == "ready\n"
-        start = time.perf_counter()
+    processes = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+
+    def apart():
         for process in processes:
             process.stdin.write("\n")
             process.stdin.flush()
         for process in processes:
             assert process.stdout.readline() == "done\n"
-        apart = time.perf_counter() - start
-        for process in processes:
-            process.communicate()
-        ours.images._threads = 2
-        start = time.perf_counter()
-        ours.crops(2 * PASSES)
-        found.append(apart / (time.perf_counter() - start))
-        ours.images._threads = 1
-    return found
+
+    ours.images._threads = 2
+    sides = {"processes": apart, "threads": lambda: ours.crops(2 * PASSES)}
+    seconds = seconds_in_turns(sides, 3 * args.rounds)  # a round has a few seconds, and its noise
+    ours.images._threads = 1
+    for process in processes:
+        process.communicate()
+    return over(seconds["processes"], seconds["threads"])
 
 
 def decibels(files):
