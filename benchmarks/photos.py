@@ -46,7 +46,7 @@ from tricks.augment import draw_resized_crops, normalize_batch
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZE, SCALE, BATCH = 224, 0.08, 64
-PASSES = 5  # over the images, of two threads and of two processes
+PASSES = 1  # over the images, of two threads and of two processes in a round
 LOOK = Preprocessing(SIZE, 0.875, "bilinear", MEAN, STD)
 
 
@@ -237,7 +237,7 @@ def two_of_each(args, ours, files):
 
     ours.images._threads = 2
     sides = {"processes": apart, "threads": lambda: ours.crops(2 * PASSES)}
-    seconds = seconds_in_turns(sides, 3 * args.rounds)  # a round has a few seconds, and its noise
+    seconds = seconds_in_turns(sides, 15 * args.rounds)  # of half a second each
     ours.images._threads = 1
     for process in processes:
         process.communicate()
