@@ -194,11 +194,11 @@ def check_images_of_result(folder, dataset, data):
 
     config.json of older runs has no hash of them, only how many there are.
     """
-    old = read_trained(folder).config["data"]
+    old = read_trained(folder).config.get("data") or {}
     changes = ""
-    if old.get("content") and data.content and old["content"] != data.content:
+    if old.get("content") and data.content:
         changes = content_changes(old["content"], data.content)
-    elif old["splits"] != plan.sizes(data):
+    elif old.get("splits", plan.sizes(data)) != plan.sizes(data):
         changes = f"{old['splits']} then, {plan.sizes(data)} now"
     if changes:
         raise UserError(
