@@ -46,7 +46,6 @@ from tricks.augment import draw_resized_crops, normalize_batch
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZE, SCALE, BATCH = 224, 0.08, 64
-PASSES = 1  # over the images, of two threads and of two processes in a round
 LOOK = Preprocessing(SIZE, 0.875, "bilinear", MEAN, STD)
 
 
@@ -63,10 +62,10 @@ def main():
     files = photographs(args.images, args.number if not args.quick else 16)
     ours = Ours(files)
     if args.half is not None:  # one of two independent processes: its passes, at each line
-        ours.crops(1)
+        ours.crops([args.half])
         print("ready", flush=True)
         for _ in sys.stdin:
-            ours.crops(PASSES)
+            ours.crops([args.half])
             print("done", flush=True)
         return
     rows = speeds("photographs", files, args.rounds, {"v1, Pillow": 1.6, "v2, torchvision.io": 1.2})
@@ -145,9 +144,9 @@ class Ours:
         )  # fmt: skip
 
     def crops(self, passes):
-        """Read, decode, cut out and resize the images of so many passes; no more."""
+        """Read, decode, cut out and resize the images in these passes, whose draws differ."""
         every = torch.arange(len(self.images))
-        for k in range(passes):
+        for k in passes:
             for rows in every.split(BATCH):
                 streams = SampleStreams(0, "views", k, places=rows)
                 draw = self.views.draw(len(rows), streams, sizes=self.images.sizes(rows))
@@ -218,12 +217,17 @@ def two_of_each(args, ours, files):
 
     Only what the threads share: reading, decoding, cutting out and resizing.
     """
-    command = [sys.executable, __file__, "--half", "0", "--number", str(args.number)]
+    command = [sys.executable, __file__, "--number", str(args.number)]
     command += ["--images", args.images] if args.images else []
     command += ["--quick"] if args.quick else []
     processes = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
+        subprocess.Popen(
+            [*command, "--half", str(half)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for half in range(2)
     ]
     for process in processes:
         assert process.stdout.readline() == "ready\n"
@@ -236,7 +240,7 @@ def two_of_each(args, ours, files):
             assert process.stdout.readline() == "done\n"
 
     ours.images._threads = 2
-    sides = {"processes": apart, "threads": lambda: ours.crops(2 * PASSES)}
+    sides = {"processes": apart, "threads": lambda: ours.crops([0, 1])}
     seconds = seconds_in_turns(sides, 15 * args.rounds)  # of half a second each
     ours.images._threads = 1
     for process in processes:

@@ -359,7 +359,7 @@ class GradCam:
         outside of the block.
         """
         if not self._entered:
-            raise RuntimeError("use GradCam in a block: with GradCam(model) as cam")
+            raise RuntimeError("use GradCam in a block: with GradCam(model, layer) as cam")
         _check_images(images)
         _check_methods(methods)
         if self._handle is None:

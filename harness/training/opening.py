@@ -30,7 +30,7 @@ from harness.models import build, calibration
 from harness.models.calibration import fit_calibration
 from harness.models.heads import start_heads
 from harness.models.names import find_model
-from harness.models.trained import read_trained
+from harness.models.trained import check_classes, read_trained
 from harness.models.weights import find_weights, load_pretrained
 from harness.processes import check_same, from_main, in_turn
 from harness.reports import card, page
@@ -143,8 +143,8 @@ def finish_run(opening, run, splits, predict, facts=None, tta=None):
     predict, facts and tta: of `Run.finish`.
     """
     options = opening.run_options
-    report = report_writer(opening, splits, options.slice_by)
-    summary = run.finish(predict, facts, tta, report, opening.setup_seconds)
+    write_reports = report_writer(opening, splits, options.slice_by)
+    summary = run.finish(predict, facts, tta, write_reports, opening.setup_seconds)
     opening.accelerator.print(plan.closing(summary, opening.folder, run.record.tracking.line))
 
 
@@ -190,12 +190,15 @@ def nothing_to_do(accelerator, folder):
 
 
 def check_images_of_result(folder, dataset, data):
-    """UserError where a finished run's images were others than those of `dataset`, at another path.
+    """UserError where a finished run was trained on other images than those of `dataset`.
 
-    config.json of older runs has no hash of them, only how many there are.
+    dataset: another path than the run's. config.json of older runs has no hash of the images, only
+    how many there are.
     """
-    old = read_trained(folder).config.get("data") or {}
-    changes = ""
+    trained = read_trained(folder)
+    check_classes(trained, data.classes, dataset)
+    old = trained.config.get("data")
+    old, changes = old if isinstance(old, dict) else {}, ""
     if old.get("content") and data.content:
         changes = content_changes(old["content"], data.content)
     elif old.get("splits", plan.sizes(data)) != plan.sizes(data):

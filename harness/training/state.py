@@ -251,7 +251,7 @@ def content_changes(old_content, new_content):
             continue
         counts = (content.get(split, [0, ""])[0] for content in (old_content, new_content))
         old_count, new_count = counts
-        difference = "as many images, but other ones, or other labels"
+        difference = "as many images, but not the same ones, or with other labels"
         if new_count != old_count:
             direction = "more" if new_count > old_count else "fewer"
             difference = f"{abs(new_count - old_count):,} {direction} images"

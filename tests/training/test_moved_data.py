@@ -32,7 +32,7 @@ def test_changed_images_are_named_by_their_split(tmp_path, images):
     smallruns.train(tmp_path, dataset=images, stop_after=3, **FLAGS)
     again = {"dataset": images, "resume_from_checkpoint": "auto", **FLAGS}
     (images / "ant" / "0.png").rename(images / "bee" / "new.png")
-    with pytest.raises(UserError, match="split 'train' has as many images, but other ones"):
+    with pytest.raises(UserError, match="split 'train' has as many images, but not the same ones"):
         smallruns.train(tmp_path, **again)
     (images / "bee" / "new.png").unlink()
     with pytest.raises(UserError, match="split 'train' has 1 fewer images"):
