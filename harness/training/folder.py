@@ -191,7 +191,8 @@ def check_folder(options, name, script):
     has_run = bool(mark) and not mark.get("clearing") and (folder / "config.yaml").exists()
     _check_writable(folder, options.output_dir)
     resume, overwrite = options.resume_from_checkpoint, options.overwrite
-    if has_run and resume == "auto" and is_finished(folder) and not overwrite:
+    finished = bool(mark) and not mark.get("clearing") and is_finished(folder)
+    if finished and resume == "auto" and not overwrite:  # also where config.yaml is gone
         _check_finished(folder, options.recipe)
         return folder
     if resume not in (None, "auto") and folder.resolve() == Path(resume).resolve():

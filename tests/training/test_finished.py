@@ -41,6 +41,12 @@ def test_other_flags_are_another_run(finished, tmp_path):
         smallruns.train(tmp_path, **FLAGS)
 
 
+def test_without_its_flags_it_is_not_known_for_this_run(finished, tmp_path):
+    (finished / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"config.yaml can't be read"):
+        smallruns.train(tmp_path, **FLAGS | {"epochs": 2}, **AUTO)
+
+
 def test_a_result_that_is_gone_is_not_made_up(finished, tmp_path):
     (finished / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"finished run, but model.safetensors is not there any m"):
