@@ -174,6 +174,7 @@ def score_folds(args, accelerator, machine, folder, folds):
     classes = folds[0].member.classes
     facts, all_samples = crossvalidation.facts(folder.name, folds, samples, logits, classes)
     claim_report(folder, "ensemble_eval.py")
+    (folder / "accuracy.png").unlink(missing_ok=True)  # of an ensemble that this report replaces
     training_report.write(folder, facts, all_samples)
     replace_file(folder / "config.yaml", flags.to_yaml(flags.to_recipe(args)))
     print(f"\n{training_report.headline(facts)}\nreport       {folder}/report.md, mistakes.csv")

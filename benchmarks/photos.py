@@ -12,10 +12,10 @@ from 8 %, flip, RandAugment (2 operations, magnitude 9), normalise. On one core;
 - timm: its create_transform (auto_augment rand-m9-n2) on images that Pillow decodes, as its loader
   does; normalised one by one, or (its prefetcher's way) stacked as uint8 and normalised as a batch.
 
-Also: how many images one core packs; two threads against two processes that each do half of the
-same images; and how far crops are from the same crops of the original, in dB, for the packed store,
-and for the decoded one, whose squares are 224/0.875 px (its crops lie inside the square, so only
-those are compared).
+Also: how many images one core packs; two threads that make two passes against two processes that
+make one of them each; and how far crops are from the same crops of the original, in dB, for the
+packed store, and for the decoded one, whose squares are 224/0.875 px (its crops lie inside the
+square, so only those are compared).
 """
 
 import io

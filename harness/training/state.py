@@ -18,6 +18,7 @@ from harness.training.folder import check_nothing_lost, is_cleared
 # For each older rule by which augmentation was drawn, the last commit that continues its
 # checkpoints. "by batch": every process drew for the whole batch; checkpoints did not name it yet
 CONTINUED_BY = {"by batch": "b75d8de"}
+BRING_BACK = "Bring them back to continue this run, or give another --run_name to start anew"
 UNSCORED = [
     "epoch",
     "loss",
@@ -25,7 +26,6 @@ UNSCORED = [
     "steps",
     "images_per_second",
 ]  # of an epoch that has ended
-BRING_BACK = "Bring them back to continue this run, or give another --run_name to start anew"
 SUMS = ("loss", "mixed_acc", "grad_norm")  # what is summed over the steps of an interval
 
 
@@ -216,7 +216,7 @@ def _sizes(old, new):
         if old_sizes.get(split) != new_sizes.get(split)
     ]
     text = f": {', '.join(differences)}" if differences else ", though as many"
-    return f"{text}. Bring them back to continue this run, or give another --run_name to start anew"
+    return f"{text}. {BRING_BACK}"
 
 
 def _store(old, new):
